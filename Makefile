@@ -1,0 +1,73 @@
+# Every target sets up what it needs. Variables: PYTHON (3.10 or newer), VENV, TORCH, PIP_ARGS, PYTEST_ARGS, WORKERS.
+# Without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" spares the CUDA libraries.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+DEMO := demo-output
+DEMO_PROMPT := Segment the liver.
+# One thread a process: two workers with two threads each would fight for two cores. Nothing may be fetched in a test.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training tests setup.py
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint format types clean
+
+help:
+	@echo "make demo       run medsight predict on a real image, into $(DEMO)/"
+	@echo "make test       run the tests (make test-slow: the slow ones)"
+	@echo "make lint       check style and formatting (make format: apply it)"
+	@echo "make types      check types"
+	@echo "make clean      remove $(VENV)/, $(DEMO)/ and caches"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: MedSIGHT needs Python 3.10 or newer; '$(PYTHON)' is not (or is not installed)." >&2; \
+		echo "Name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; \
+		rm -rf $(VENV); exit 1; }
+
+# torch goes first and by exact version: an index that offers a +cpu build of it then gives that one.
+$(VENV)/.installed: setup.py pyproject.toml | $(BIN)/python
+	@echo "Installing MedSIGHT into $(VENV) (once; torch is a large download) ..."
+	@$(PIP) '$(TORCH)' || { echo "note: $(TORCH) is not to be had here, taking another torch"; $(PIP) 'torch>=2.6'; }
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV) (once) ..."
+	@$(PIP) --editable '.[dev,train,eval,medical]'
+	@$(PIP) --no-deps dashscope || echo "note: dashscope is not to be had here; tests on Qwen3's own vocabulary will be skipped"
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m medsight.demo $(DEMO)/abdomen-mri.png
+	$(BIN)/medsight predict $(DEMO)/abdomen-mri.png --prompt "$(DEMO_PROMPT)" --output $(DEMO)/answer --overwrite
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# Status 5 says that no test is marked slow.
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? -eq 5
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

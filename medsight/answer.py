@@ -1,0 +1,188 @@
+"""A grounded answer: its text, its regions, how they read in a terminal and how they lie in a folder."""
+
+import json
+import os
+import shutil
+import unicodedata
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medsight import __version__
+from medsight.overlay import draw_overlay
+
+
+ANSWER_FILE = "answer.json"
+OVERLAY_FILE = "overlay.png"
+MASK_FILE = "mask-{:02d}.png"
+
+
+@dataclass(frozen=True)
+class GroundedRegion:
+    """One region code that the answer cites.
+
+    Attributes:
+        code: the region code, such as "[C0_16]".
+        group: name of the code's group, such as "CT abdomen".
+        phrase: the words of the text that the code stands for.
+        span: where `phrase` stands in the text, (start, end) in characters.
+        mask: boolean (height, width), at the image's own size.
+        box: (left, top, right, bottom) in pixels, right and bottom exclusive; None where the mask is empty.
+        area: pixels of the mask.
+        score: the model's confidence, 0 to 1.
+    """
+
+    code: str
+    group: str
+    phrase: str
+    span: tuple[int, int]
+    mask: np.ndarray
+    box: tuple[int, int, int, int] | None
+    area: int
+    score: float
+
+
+@dataclass(frozen=True)
+class GroundedAnswer:
+    """What the model answered about one image.
+
+    Attributes:
+        text: the answer without region codes.
+        raw_text: the answer as generated, with its region codes.
+        regions: one entry a cited code, in the order of the text.
+        image: the image that the model saw, RGB.
+        image_name: where the image came from, as given.
+        prompt: the question.
+        model: the checkpoint folder, as given.
+    """
+
+    text: str
+    raw_text: str
+    regions: tuple[GroundedRegion, ...]
+    image: Image.Image
+    image_name: str
+    prompt: str
+    model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `answer.json`: everything but pixels, with the name of each mask's file."""
+        return {
+            "medsight_version": __version__,
+            "model": self.model,
+            "image": self.image_name,
+            "size": {"width": self.image.width, "height": self.image.height},
+            "prompt": self.prompt,
+            "text": self.text,
+            "raw_text": self.raw_text,
+            "regions": [
+                {
+                    "code": region.code,
+                    "group": region.group,
+                    "phrase": region.phrase,
+                    "span": list(region.span),
+                    "box": None if region.box is None else list(region.box),
+                    "area": region.area,
+                    "score": round(region.score, 4),
+                    "mask": MASK_FILE.format(index),
+                }
+                for index, region in enumerate(self.regions, 1)
+            ],
+        }
+
+    def to_table(self) -> str:
+        """The answer and an aligned table of its regions, for a terminal."""
+        if not self.regions:
+            return f"{self.text}\n\nNo region was cited."
+        rows = [("", "code", "group", "phrase", "area (px)", "box (left, top, right, bottom)", "score")]
+        for index, region in enumerate(self.regions, 1):
+            box = "-" if region.box is None else ", ".join(map(str, region.box))
+            rows.append(
+                (str(index), region.code, region.group, region.phrase, str(region.area), box, f"{region.score:.2f}")
+            )
+        return f"{self.text}\n\n{align(rows)}"
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Writes `answer.json`, one `mask-NN.png` a region (0 and 255, at the image's size) and `overlay.png`.
+
+        The folder appears complete or not at all: the files are written beside it first.
+
+        Raises:
+            FileExistsError: see `check_output_folder`.
+        """
+        folder = Path(folder)
+        check_output_folder(folder, overwrite)
+        target = folder.absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex[:8]
+        fresh, old = (target.with_name(f".{target.name}.{token}.{suffix}") for suffix in ("new", "old"))
+        fresh.mkdir()
+        try:
+            self._write(fresh)
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (folder / ANSWER_FILE).write_text(content + "\n", encoding="utf-8")
+        for index, region in enumerate(self.regions, 1):
+            Image.fromarray(region.mask.astype(np.uint8) * 255).save(folder / MASK_FILE.format(index))
+        labels = [f"{region.phrase}  {region.code}  {region.group}" for region in self.regions]
+        overlay = draw_overlay(self.image, [region.mask for region in self.regions], labels)
+        overlay.save(folder / OVERLAY_FILE)
+
+
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that an answer cannot be written to without mixing it with, or losing, other files.
+
+    Raises:
+        FileExistsError: the folder is a file; or it is not empty and `overwrite` is false; or it holds files that are no
+            part of an earlier answer, which `overwrite` does not remove.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise FileExistsError(f"output {folder}: expected a folder, found something else; name another one")
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return
+    if not overwrite:
+        raise FileExistsError(f"output folder {folder} is not empty; name another one, or pass --overwrite")
+    foreign = [name for name in names if name not in (ANSWER_FILE, OVERLAY_FILE) and not _is_mask_file(name)]
+    if foreign or ANSWER_FILE not in names:
+        found = f"it holds {foreign[0]}" if foreign else f"it has no {ANSWER_FILE}"
+        raise FileExistsError(f"output folder {folder}: only an earlier answer is overwritten, and {found}; name another")
+
+
+def _is_mask_file(name: str) -> bool:
+    prefix, suffix = MASK_FILE.split("{:02d}")
+    return name.startswith(prefix) and name.endswith(suffix) and name[len(prefix) : -len(suffix)].isdigit()
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text, columns two spaces apart; wide (East Asian) characters count as two cells."""
+    widths = [max(map(cell_width, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell + " " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cell_width(text: str) -> int:
+    """Cells that `text` takes in a terminal."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )

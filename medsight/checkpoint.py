@@ -1,0 +1,90 @@
+"""Finds a checkpoint folder and checks that it is whole before anything is loaded from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+MODEL_TYPE = "medsight"
+SHIPPED_FOLDER = Path(__file__).resolve().parent / "medsight-nano"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def shipped_checkpoint() -> Path:
+    """The small trained checkpoint that comes with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    if not SHIPPED_FOLDER.is_dir():
+        raise FileNotFoundError(f"this installation has no {SHIPPED_FOLDER.name} folder; name a model folder (--model DIR)")
+    return SHIPPED_FOLDER
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Makes sure that `folder` is a MedSIGHT checkpoint whose weights are safetensors files, all there and complete.
+
+    Raises:
+        OSError: the folder, its config.json, or weight files are missing.
+        ValueError: a file of it is damaged, or the folder holds another kind of model.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"model folder {folder} does not exist")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"model {folder} is a file; expected a checkpoint folder")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {folder} is no MedSIGHT checkpoint: it has no config.json")
+    model_type = _read_json(folder / "config.json").get("model_type")
+    if model_type != MODEL_TYPE:
+        raise ValueError(
+            f"model folder {folder} is no MedSIGHT checkpoint: its config.json has model_type {model_type!r}, "
+            f"expected {MODEL_TYPE!r}"
+        )
+    for path, expected in _weight_files(folder).items():
+        try:
+            with safe_open(path, framework="np") as weights:
+                absent = sorted(expected - set(weights.keys()))
+        except SafetensorError as error:
+            raise ValueError(f"weights file {path} is damaged or incomplete ({error}); copy it again") from error
+        if absent:
+            raise ValueError(f"weights file {path} lacks {absent[0]}, which {INDEX_FILE} says it holds; copy both again")
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Each safetensors file of the folder, with the tensors that the index says it holds (none without an index)."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return {folder / WEIGHTS_FILE: set()}
+    if (folder / INDEX_FILE).is_file():
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / INDEX_FILE} has no weight_map; copy it again")
+        files: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            files.setdefault(folder / str(file), set()).add(name)
+        missing = sorted(path.name for path in files if not path.is_file())
+        if missing:
+            raise FileNotFoundError(
+                f"model folder {folder} lacks {len(missing)} of the {len(files)} weight files that {INDEX_FILE} names: "
+                f"{', '.join(missing)}"
+            )
+        return files
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise FileNotFoundError(
+            f"model folder {folder} has no {WEIGHTS_FILE}; {pickled[0]} is a pickle, which is never loaded: "
+            "`medsight convert` reads published files safely"
+        )
+    raise FileNotFoundError(f"model folder {folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

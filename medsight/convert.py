@@ -1,0 +1,334 @@
+"""Turns published checkpoint files into one folder that `from_pretrained` loads.
+
+    medsight convert --llm DIR --region-perceiver FILE --codebook FILE --image-encoder FILE --output DIR
+
+Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
+"""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medsight.checkpoint import _read_json
+from medsight.state_dict_adapter import to_theirs
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from configuration_medsight import MedSightConfig
+
+StrPath = str | os.PathLike[str]
+
+PUBLISHED_CODE = re.compile(r"\[M(\d+)_(\d+)\]")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt"),
+)
+SHARD_SIZE = "5GB"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `medsight convert`."""
+    copies = "; by default, the copy in the language model's folder"
+    parser.add_argument("--llm", required=True, metavar="DIR", help="the published language model's folder")
+    parser.add_argument("--region-perceiver", metavar="FILE", help=f"region_perceiver.pt{copies}")
+    parser.add_argument("--codebook", metavar="FILE", help=f"codebook.pt{copies}")
+    parser.add_argument(
+        "--image-encoder", metavar="FILE", help=f"OpenAI- or OpenCLIP-layout CLIP weights, .pt{copies}"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--groups", metavar="FILE", help="names of the code groups: a JSON list, or a line a group")
+    parser.add_argument(
+        "--vision-feature-layer",
+        type=int,
+        metavar="N",
+        help="hidden state of the image encoder to read, -2 or -1; by default mm_vision_select_layer of config.json",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of all weights; by default, the language model's own"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it holds a checkpoint")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `medsight convert`."""
+    config = convert(
+        args.llm,
+        args.region_perceiver,
+        args.codebook,
+        args.image_encoder,
+        args.output,
+        groups=args.groups,
+        vision_feature_layer=args.vision_feature_layer,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.output}: {describe(config)}")
+
+
+def convert(
+    llm: StrPath,
+    region_perceiver: StrPath | None,
+    codebook: StrPath | None,
+    image_encoder: StrPath | None,
+    output: StrPath,
+    *,
+    groups: StrPath | None = None,
+    vision_feature_layer: int | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> "MedSightConfig":
+    """Writes one folder with model, tokenizer, processor and code from a model's published files; returns its configuration.
+
+    All sizes follow from the files: attention heads of the image encoder are its width // 64 (at least 1), groups and codes are
+    counted in the tokenizer. The activation of the image encoder is QuickGELU. Region codes are renamed `[M…]` to `[C…]` and
+    keep their ids.
+
+    Args:
+        llm: folder with safetensors weights, config.json and tokenizer of the language model.
+        region_perceiver, codebook, image_encoder: `.pt` or `.safetensors` files. `None` takes the copy in the language model's
+            folder; where both are given they must be equal (in the less precise dtype of the two).
+        output: folder to write.
+        groups: file with the names of the code groups, a JSON list or a line a group; "group 0", ... by default.
+        vision_feature_layer: index into the image encoder's hidden states; config.json's `mm_vision_select_layer` by default.
+        dtype: of all weights; "auto" is the language model's.
+        overwrite: replace the output folder if it holds a checkpoint.
+
+    Raises:
+        OSError: a file or a shard is missing, or the output folder is taken.
+        ValueError: a file is damaged or holds code; tensors are missing, unexpected, of a wrong shape, or differ from their
+            copies; the tokenizer's region codes are not complete and in order. Nothing is written then.
+    """
+    import torch
+
+    from configuration_medsight import MedSightConfig
+    from modeling_medsight import MedSightForConditionalGeneration
+    from processing_medsight import MedSightImageProcessor, MedSightProcessor
+    from processing_medsight.processing_medsight import PUBLISHED_CHAT_TEMPLATE
+
+    llm, output = Path(llm), Path(output)
+    loose = {"region_perceiver": region_perceiver, "codebook": codebook, "image_encoder": image_encoder}
+    given = {kind: Path(path) for kind, path in loose.items() if path is not None}
+    check_output(output, overwrite, inputs=[llm, *given.values()])
+
+    llm_config = _read_json(llm / "config.json")
+    layer = vision_feature_layer if vision_feature_layer is not None else llm_config.get("mm_vision_select_layer")
+    if layer is None:
+        raise ValueError(
+            f"{llm / 'config.json'} has no mm_vision_select_layer; say which hidden state the model reads "
+            "(--vision-feature-layer)"
+        )
+    tokenizer, num_groups, codes_per_group, first_code = load_published_tokenizer(llm)
+    group_names = read_names(groups) if groups is not None else None
+    if group_names is not None and len(group_names) != num_groups:
+        raise ValueError(f"{groups} names {len(group_names)} groups, but the codes of {llm} form {num_groups}")
+
+    # Loose files go first: they may be more precise than the copies.
+    sources = [Source.read_file(kind, path) for kind, path in given.items()] + [Source.read_llm_folder(llm)]
+    tensors, problems = merge(sources)
+    shapes = Shapes(tensors)
+    vision_config = clip_vision_config(shapes)
+    config = MedSightConfig(
+        text_config=language_config(llm_config, tensors),
+        vision_config=vision_config,
+        vision_feature_layer=layer,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        num_groups=num_groups,
+        codes_per_group=codes_per_group,
+        region_code_start_id=first_code,
+        group_names=group_names,
+        **region_settings(shapes, vision_config["hidden_size"]),
+    )
+    with torch.device("meta"):
+        model = MedSightForConditionalGeneration(config)
+    expected = split_codes(model.state_dict(), num_groups)
+    tied = set(model.all_tied_weights_keys)
+    problems += find_problems(tensors, expected, tied, sources, compare_shapes=shapes.complete)
+    if problems:
+        raise ValueError("the files do not add up to a model:\n" + "\n".join(f"  {line}" for line in sorted(problems)))
+
+    model.load_state_dict(assemble(tensors, dtype, num_groups), strict=not tied, assign=True)
+    model.tie_weights()
+    set_generation_defaults(model, tokenizer)
+    processor = MedSightProcessor(
+        image_processor=MedSightImageProcessor(size=config.image_size),
+        tokenizer=tokenizer,
+        chat_template=PUBLISHED_CHAT_TEMPLATE,
+        image_seq_length=config.image_seq_length,
+        group_names=config.group_names,
+    )
+    with staged_folder(output, overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        processor.save_pretrained(folder)
+    return config
+
+
+def describe(config: "MedSightConfig") -> str:
+    """One line about a model's sizes."""
+    text, vision = config.text_config, config.vision_config
+    return (
+        f"{text.model_type} language model, width {text.hidden_size}, {text.num_hidden_layers} layers; {vision.model_type} image "
+        f"encoder, width {config.vision_hidden_size}, {config.image_size} px; {config.num_region_queries} region queries, "
+        f"{config.perceiver_num_stages} stages; {config.num_groups} groups of {config.codes_per_group} codes"
+    )
+
+
+class Shapes:
+    """Reads sizes off tensors under our names. Not `complete` once a tensor that tells one was missing: a stand-in is given."""
+
+    def __init__(self, tensors: "Mapping[str, torch.Tensor]") -> None:
+        self.tensors = tensors
+        self.complete = True
+
+    def size(self, name: str, axis: int, stand_in: int) -> int:
+        """Length of a tensor along `axis`."""
+        shape = self.tensors[name].shape if name in self.tensors else ()
+        if axis >= len(shape):
+            self.complete = False
+            return stand_in
+        return shape[axis]
+
+    def multiple(self, name: str, axis: int, unit: int, stand_in: int) -> int:
+        """Length of a tensor along `axis` in units of `unit`.
+
+        Raises:
+            ValueError: it is no whole number of them.
+        """
+        size = self.size(name, axis, stand_in * unit)
+        if size % unit:
+            raise ValueError(f"{name} has shape {tuple(self.tensors[name].shape)}: {size} is not a multiple of {unit}")
+        return size // unit
+
+    def count(self, prefix: str) -> int:
+        """One more than the highest number that follows `prefix` in names."""
+        numbers = [int(m[1]) for name in self.tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
+        return max(numbers, default=0) + 1
+
+
+def clip_vision_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any]:
+    """Settings of a CLIP vision tower. Heads are 64 wide, as in OpenAI's: the weights do not tell.
+
+    Raises:
+        ValueError: its position rows are not one class row and a square grid.
+    """
+    tower = "model.vision_tower."
+    width = shapes.size(f"{tower}embeddings.class_embedding", 0, 64)
+    patch_size = shapes.size(f"{tower}embeddings.patch_embedding.weight", 3, 14)
+    rows = shapes.size(f"{tower}embeddings.position_embedding.weight", 0, 2)
+    grid = math.isqrt(max(rows - 1, 0))
+    if not grid or grid**2 != rows - 1:
+        raise ValueError(f"the image encoder has {rows} position rows: no class row and square grid of patches")
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": shapes.size(f"{tower}encoder.layers.0.mlp.fc1.weight", 0, 4 * width),
+        "num_hidden_layers": shapes.count(f"{tower}encoder.layers."),
+        "num_attention_heads": max(1, width // 64),
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        "hidden_act": activation,
+    }
+
+
+def region_settings(shapes: Shapes, width: int) -> dict[str, int]:
+    """Settings of the region perceiver and the codebook that follow from shapes; perceiver heads are 64 wide.
+
+    Args:
+        width: d, of the image encoder.
+    """
+    perceiver = "model.region_perceiver."
+    return {
+        "num_region_queries": shapes.size(f"{perceiver}region_queries", 1, 1),
+        "perceiver_num_stages": shapes.count(f"{perceiver}stages."),
+        "perceiver_num_heads": shapes.multiple(f"{perceiver}initial_attention.attention.to_q.weight", 0, 64, 8),
+        "perceiver_head_dim": 64,
+        "perceiver_ffn_multiplier": shapes.multiple(f"{perceiver}initial_feed_forward.linear_1.weight", 0, width, 4),
+        "num_mask_classes": shapes.size(f"{perceiver}segmentation_head.class_predictor.weight", 0, 2) - 1,
+        "code_dim": shapes.size("model.codebook.codes[0]", 1, 4),
+    }
+
+
+def language_config(published: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]") -> dict[str, Any]:
+    """The plain Qwen configuration inside a published `llava_qwen` one; the vocabulary's size is that of the embedding."""
+    from transformers import Qwen2Config, Qwen3Config
+
+    layers = "model.language_model.layers."
+    has_query_norm = any(name.startswith(layers) and name.endswith(".q_norm.weight") for name in tensors)
+    config_class = Qwen3Config if has_query_norm else Qwen2Config
+    # Older files say rope_theta and rope_scaling where newer ones have rope_parameters.
+    fields = {*config_class().to_dict(), "rope_theta", "rope_scaling"}
+    fields -= {"_name_or_path", "architectures", "dtype", "model_type", "transformers_version"}
+    settings = {name: value for name, value in published.items() if name in fields}
+    embedding = tensors.get("model.language_model.embed_tokens.weight")
+    if embedding is not None:
+        settings["vocab_size"] = len(embedding)
+    return config_class(**settings).to_dict()
+
+
+def split_codes(state_dict: "dict[str, torch.Tensor]", num_groups: int) -> "dict[str, torch.Tensor]":
+    """`state_dict` with the stacked codes as one tensor a group, the way files hold them."""
+    codes = state_dict.pop("model.codebook.codes")
+    return {**state_dict, **{f"model.codebook.codes[{k}]": codes[k] for k in range(num_groups)}}
+
+
+def find_problems(
+    tensors: "Mapping[str, torch.Tensor]",
+    expected: "Mapping[str, torch.Tensor]",
+    tied: Collection[str],
+    sources: Collection[Source],
+    compare_shapes: bool,
+) -> list[str]:
+    """A line for each tensor that is missing, too many or of a wrong shape, with its file and its name there."""
+    problems = []
+    for name in {**expected, **tensors}:
+        if name not in tensors and name in tied:
+            continue
+        where = _where(name, sources)
+        if name not in tensors:
+            problems.append(f"{where}: missing")
+        elif name not in expected:
+            problems.append(f"{where}: unexpected (it would be {name})")
+        elif compare_shapes and tensors[name].shape != expected[name].shape:
+            shape, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
+            problems.append(f"{where}: as {name} it has shape {shape}, expected {wanted}")
+    return sorted(set(problems))
+
+
+def _where(our_name: str, sources: Collection[Source]) -> str:
+    """File and name there of the tensor that holds `our_name`, or should."""
+    places = [(source, to_theirs(source.kind, our_name, source.tensors)) for source in sources]
+    known = [(source, name) for source, name in places if name is not None]
+    for source, name in known:
+        if name in source.tensors:
+            return f"{source.file_of(name)}: {name}"
+    # Only a stand-in's folder is left where the loose file is not given.
+    return f"{known[0][0].path}: {known[0][1]}" if known else f"none of the files: {our_name}"
+
+
+def assemble(tensors: "dict[str, torch.Tensor]", dtype: str, num_groups: int) -> "dict[str, torch.Tensor]":
+    """A state dict of one dtype, codes stacked; tensors that have it already are not copied."""
+    import torch
+
+    own = tensors["model.language_model.embed_tokens.weight"].dtype
+    wanted = own if dtype == "auto" else getattr(torch, dtype)
+    codes = torch.stack([tensors[f"model.codebook.codes[{k}]"] for k in range(num_groups)])
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.codebook.codes[")}
+    return {name: tensor.to(wanted) for name, tensor in {**rest, "model.codebook.codes": codes}.items()}
+
+
+def set_generation_defaults(model: Any, tokenizer: Any) -> None:
+    """Greedy, ending at the end of a turn or of a document, with masks: what `generate()` does unless told otherwise."""
+    from transformers import GenerationConfig
+
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False, return_dict_in_generate=True
+    )
+
+

@@ -1,0 +1,101 @@
+"""Draws regions over an image: a translucent fill, a contour and a number each, and a legend below.
+
+Colours are Okabe and Ito's palette, which readers with any common colour blindness can tell apart; the numbers say the same without colour.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+MIN_SIDE, MAX_SIDE = 512, 2048
+FILL_OPACITY = 0.35
+FONT_SIZE = 16
+LINE_HEIGHT = 26
+MARGIN = 8
+
+
+def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
+    """Draws `masks` over `image`, with a legend of `labels`.
+
+    Args:
+        image: RGB, width x height pixels. Its longer side is drawn at 512 to 2,048 pixels, whatever its own size.
+        masks: one boolean (height, width) array a region, at the image's size; an empty one only gets its legend line.
+        labels: one legend text a region, cut with an ellipsis where it is too long for the picture.
+
+    Raises:
+        ValueError: a mask is not at the image's size, or there are more or fewer labels than masks.
+    """
+    if len(masks) != len(labels):
+        raise ValueError(f"expected one label a mask, got {len(labels)} labels for {len(masks)} masks")
+    for index, mask in enumerate(masks):
+        if mask.shape != (image.height, image.width):
+            raise ValueError(
+                f"mask {index + 1} is {mask.shape[-1]} x {mask.shape[0]}, the image {image.width} x {image.height} pixels"
+            )
+    longer = max(image.size)
+    scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32).copy()
+    drawn = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    for index, mask in enumerate(drawn):
+        color = np.array(PALETTE[index % len(PALETTE)], dtype=np.float32)
+        pixels[mask] += FILL_OPACITY * (color - pixels[mask])
+    line = max(2, max(size) // 256)
+    for index, mask in enumerate(drawn):
+        if mask.any():
+            # The dark rim keeps a contour visible where the tissue has the contour's own colour.
+            pixels[ndimage.binary_dilation(mask, iterations=line // 2) & ~mask] = 0
+            pixels[mask & ~ndimage.binary_erosion(mask, iterations=line)] = PALETTE[index % len(PALETTE)]
+    picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    number_regions(picture, drawn)
+    return add_legend(picture, labels)
+
+
+def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
+    """Writes each region's number, counted from 1, at the point of it that lies deepest inside."""
+    canvas = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(FONT_SIZE, max(picture.size) // 48))
+    for index, mask in enumerate(masks):
+        if not mask.any():
+            continue
+        depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+        text = str(index + 1)
+        half_width, half_height = font.getlength(text) / 2 + 2, font.size / 2 + 2
+        center = (
+            min(max(float(x), half_width), max(half_width, picture.width - half_width)),
+            min(max(float(y), half_height), max(half_height, picture.height - half_height)),
+        )
+        canvas.text(center, text, fill="white", font=font, anchor="mm", stroke_width=2, stroke_fill="black")
+
+
+def add_legend(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """The picture on a white sheet at least 512 pixels wide, one line a label below it, each with its colour and number."""
+    font = ImageFont.load_default(FONT_SIZE)
+    lines = [f"{index + 1}  {label}" for index, label in enumerate(labels)] or ["no region cited"]
+    width = max(picture.width, MIN_SIDE)
+    sheet = Image.new("RGB", (width, picture.height + 2 * MARGIN + LINE_HEIGHT * len(lines)), "white")
+    sheet.paste(picture, ((width - picture.width) // 2, 0))
+    canvas = ImageDraw.Draw(sheet)
+    for index, line in enumerate(lines):
+        middle = picture.height + MARGIN + LINE_HEIGHT * index + LINE_HEIGHT // 2
+        left = MARGIN
+        if labels:
+            box = (MARGIN, middle - FONT_SIZE // 2, MARGIN + FONT_SIZE, middle + FONT_SIZE // 2)
+            canvas.rectangle(box, fill=PALETTE[index % len(PALETTE)], outline="black")
+            left += FONT_SIZE + MARGIN
+        canvas.text((left, middle), shorten(line, width - left - MARGIN, font), fill="black", font=font, anchor="lm")
+    return sheet
+
+
+def shorten(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, cut with an ellipsis to at most `width` pixels in `font`."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,13 @@
+"""The MedSIGHT model; importing it registers the classes with transformers' Auto classes."""
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from configuration_medsight import MedSightConfig
+
+from .modeling_medsight import MedSightForConditionalGeneration, MedSightModel, MedSightPreTrainedModel
+
+
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(MedSightConfig, MedSightForConditionalGeneration, exist_ok=True)
+
+__all__ = ["MedSightForConditionalGeneration", "MedSightModel", "MedSightPreTrainedModel"]

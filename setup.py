@@ -1,0 +1,61 @@
+"""Builds and installs MedSIGHT: `pip install .`, or `pip install -e ".[dev]"` to work on it."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ["configuration_medsight", "modeling_medsight", "processing_medsight", "medsight"]
+
+version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
+if version is None:
+    raise ValueError('medsight/__init__.py: expected a line `__version__ = "..."`, found none')
+readme = ROOT / "README.md"
+
+# The ranges were tested together; nothing here may require torchvision or timm, which pull the CUDA builds.
+runtime = [
+    "torch>=2.6",
+    "transformers>=5.17,<6",
+    "tokenizers>=0.23.1,<0.24",
+    "safetensors>=0.8",
+    "huggingface_hub>=1.31,<3",
+    "scipy>=1.11",
+    "numpy>=1.26",
+    "pillow>=11",
+]
+extras = {
+    "train": ["accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "trl>=1.0"],
+    "eval": ["evaluate>=0.4.6"],
+    "medical": ["pydicom>=3.0", "nibabel>=5.2"],
+    "app": ["gradio>=6"],
+    "demo": ["pydicom>=3.0"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"],
+}
+
+setup(
+    name="medsight",
+    version=version[1],
+    description="A grounded medical vision-language model: answers in words and in masks, in Hugging Face's own classes",
+    long_description=readme.read_text("utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=PACKAGES,
+    package_data={"medsight": ["medsight-nano/*"]},
+    python_requires=">=3.10",
+    install_requires=runtime,
+    extras_require=extras,
+    entry_points={"console_scripts": ["medsight = medsight.cli:main"]},
+    zip_safe=False,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)

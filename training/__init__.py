@@ -1,0 +1,1 @@
+"""Training of MedSIGHT: data, stages and the scripts that run them."""
