@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 DEMO := demo-output
-DEMO_PROMPT := Segment the liver.
+DEMO_PROMPT := Segment the nucleus.
 # One thread a process: two workers with two threads each would fight for two cores. Nothing may be fetched in a test.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
@@ -48,8 +48,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	@$(BIN)/python -m medsight.demo $(DEMO)/abdomen-mri.png
-	$(BIN)/medsight predict $(DEMO)/abdomen-mri.png --prompt "$(DEMO_PROMPT)" --output $(DEMO)/answer --overwrite
+	@$(BIN)/python -m medsight.demo $(DEMO)/nuclei.png
+	$(BIN)/medsight predict $(DEMO)/nuclei.png --prompt "$(DEMO_PROMPT)" --output $(DEMO)/answer --overwrite
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

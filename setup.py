@@ -30,14 +30,14 @@ extras = {
     "eval": ["evaluate>=0.4.6"],
     "medical": ["pydicom>=3.0", "nibabel>=5.2"],
     "app": ["gradio>=6"],
-    "demo": ["pydicom>=3.0"],
+    "demo": ["mahotas>=1.4.13"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"],
 }
 
 setup(
     name="medsight",
     version=version[1],
-    description="A grounded medical vision-language model: answers in words and in masks, in Hugging Face's own classes",
+    description="A grounded medical vision-language model: answers in words and in masks, Hugging Face-native",
     long_description=readme.read_text("utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

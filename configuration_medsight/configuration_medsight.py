@@ -1,4 +1,5 @@
-"""Configuration of MedSIGHT: an image encoder, a region perceiver, a modality-grouped region codebook and a language model."""
+"""Configuration of MedSIGHT: an image encoder, a region perceiver, a modality-grouped region codebook and a language
+model."""
 
 import copy
 from typing import Any
@@ -19,29 +20,34 @@ class MedSightConfig(PreTrainedConfig):
     Defaults are the published 8B model. Contradictory settings are refused here, at construction.
 
     Args:
-        text_config (`dict` or `PreTrainedConfig`, *optional*): language model; Qwen3 by default, any causal decoder that
-            `AutoModel` knows (Qwen2, Llama, ...).
-        vision_config (`dict` or `PreTrainedConfig`, *optional*): image encoder; CLIP by default, or SigLIP, DINOv2, ResNet,
-            ConvNeXt: anything that yields a grid of features.
-        image_size (`int`, *optional*): side in pixels of the square input. Taken from `vision_config.image_size` if it has one.
+        text_config (`dict` or `PreTrainedConfig`, *optional*): language model; Qwen3 by default, any causal decoder
+            that `AutoModel` knows (Qwen2, Llama, ...).
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): image encoder; CLIP by default, or SigLIP, DINOv2,
+            ResNet, ConvNeXt: anything that yields a grid of features.
+        image_size (`int`, *optional*): side in pixels of the square input. Taken from `vision_config.image_size` if it
+            has one.
         image_token_id (`int`): id of the image placeholder in the vocabulary.
         vision_feature_layer (`int`): index into the encoder's `hidden_states`. For a convolutional encoder, the stage.
-        use_region_embeddings (`bool`): whether the language model sees the region rows after the patch rows (ablation).
+        use_region_embeddings (`bool`): whether the language model sees the region rows after the patch rows
+            (ablation).
         num_region_queries (`int`): N, learnable region queries.
         perceiver_num_stages (`int`): L, stages of the region perceiver; each doubles the side of the feature map.
         perceiver_num_heads, perceiver_head_dim (`int`): attention heads of the perceiver and the width of one.
         perceiver_ffn_multiplier (`int`): inner width of its feed-forward blocks, in multiples of the vision width.
-        mask_projection_init_std (`float`, *optional*): standard deviation that the segmentation head's projection starts with;
-            Xavier-uniform, as published, when `None`.
-        num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object' not counted.
+        mask_projection_init_std (`float`, *optional*): standard deviation that the segmentation head's projection
+            starts with; Xavier-uniform, as published, when `None`.
+        num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
+            not counted.
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
         codes_per_group (`int`): M, codes a group.
         code_dim (`int`): d_c, width of a code.
         region_code_start_id (`int`): vocabulary id of `[C0_0]`; the other K*M - 1 follow in row-major order.
         use_region_codebook (`bool`): `False` for the ablation with one `[SEG]` token (K = M = 1).
-        mask_decoder (`"perceiver"` or `"head"`): run the whole perceiver on a code's state, or only the segmentation head.
+        mask_decoder (`"perceiver"` or `"head"`): run the whole perceiver on a code's state, or only the segmentation
+            head.
         region_state_offset (`0` or `-1`): which state stands for a code: its own, or the one that predicted it.
-        bce_loss_weight, dice_loss_weight, class_loss_weight (`float`): weights in the perceiver's loss and matching cost.
+        bce_loss_weight, dice_loss_weight, class_loss_weight (`float`): weights in the perceiver's loss and matching
+            cost.
         no_object_weight (`float`): weight of the 'no object' class in the class loss.
         commitment_loss_weight (`float`): weight of the commitment term of the codebook's loss.
         auxiliary_loss (`bool`): supervise every perceiver stage, not the last alone.
@@ -184,7 +190,10 @@ class MedSightConfig(PreTrainedConfig):
         width, stride, layers = _feature_map(self)
         first, codes, vocab = self.region_code_start_id, self.num_region_codes, self.text_config.vocab_size
         own_size = getattr(self.vision_config, "image_size", None)
-        if self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model") and own_size != self.image_size:
+        if (
+            self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+            and own_size != self.image_size
+        ):
             raise ValueError(
                 f"image_size={self.image_size} contradicts vision_config.image_size={own_size}: "
                 "this encoder's position table fixes its input size"
@@ -200,7 +209,9 @@ class MedSightConfig(PreTrainedConfig):
                 f"masks would be shifted. Nearest: {self.image_size // stride * stride}"
             )
         if width % 4:
-            raise ValueError(f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs")
+            raise ValueError(
+                f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs"
+            )
         if not self.use_region_codebook and (self.num_groups, self.codes_per_group) != (1, 1):
             raise ValueError(
                 f"use_region_codebook=False means one {SEG_TOKEN} token, but num_groups={self.num_groups} and "
@@ -210,7 +221,8 @@ class MedSightConfig(PreTrainedConfig):
             raise ValueError(f"group_names has {len(self.group_names)} entries but num_groups={self.num_groups}")
         if self.mask_class_names is not None and len(self.mask_class_names) != self.num_mask_classes:
             raise ValueError(
-                f"mask_class_names has {len(self.mask_class_names)} entries but num_mask_classes={self.num_mask_classes}"
+                f"mask_class_names has {len(self.mask_class_names)} entries "
+                f"but num_mask_classes={self.num_mask_classes}"
             )
         if first + codes > vocab:
             raise ValueError(
@@ -247,7 +259,9 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
         return vision.hidden_size, int(vision.patch_size), vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
         widths = [vision.embedding_size, *vision.hidden_sizes]
-        strides = [4] + [4 * 2 ** (stage + bool(vision.downsample_in_first_stage)) for stage in range(len(vision.hidden_sizes))]
+        strides = [4] + [
+            4 * 2 ** (stage + bool(vision.downsample_in_first_stage)) for stage in range(len(vision.hidden_sizes))
+        ]
     elif hasattr(vision, "hidden_sizes") and hasattr(vision, "patch_size"):
         widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
         strides = [vision.patch_size] + [vision.patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]

@@ -1,8 +1,8 @@
 """Writes the model's own code into a checkpoint folder, so that it loads with `trust_remote_code=True` anywhere.
 
 The loader of remote code copies, flat, the modules that `auto_map` names and what they import relatively. In the
-packages, modules of one folder import each other relatively and of another folder absolutely; in a checkpoint folder all
-lie side by side, so absolute imports of our packages are rewritten to relative ones.
+packages, modules of one folder import each other relatively and of another folder absolutely; in a checkpoint folder
+all lie side by side, so absolute imports of our packages are rewritten to relative ones.
 """
 
 import inspect
@@ -41,7 +41,8 @@ def write_remote_code(save_directory: str | os.PathLike) -> None:
 
 
 def _source_folders() -> list[Path]:
-    # These imports also tell the loader of remote code that a module's folder needs all of the files, not only its own.
+    # These imports also tell the loader of remote code that a module's folder needs all of the files, not only its
+    # own.
     from configuration_medsight.configuration_medsight import MedSightConfig
     from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
     from processing_medsight.processing_medsight import MedSightProcessor

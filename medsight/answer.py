@@ -148,8 +148,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that an answer cannot be written to without mixing it with, or losing, other files.
 
     Raises:
-        FileExistsError: the folder is a file; or it is not empty and `overwrite` is false; or it holds files that are no
-            part of an earlier answer, which `overwrite` does not remove.
+        FileExistsError: the folder is a file; or it is not empty and `overwrite` is false; or it holds files that are
+            no part of an earlier answer, which `overwrite` does not remove.
     """
     if not os.path.lexists(folder):
         return
@@ -163,7 +163,9 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     foreign = [name for name in names if name not in (ANSWER_FILE, OVERLAY_FILE) and not _is_mask_file(name)]
     if foreign or ANSWER_FILE not in names:
         found = f"it holds {foreign[0]}" if foreign else f"it has no {ANSWER_FILE}"
-        raise FileExistsError(f"output folder {folder}: only an earlier answer is overwritten, and {found}; name another")
+        raise FileExistsError(
+            f"output folder {folder}: only an earlier answer is overwritten, and {found}; name another"
+        )
 
 
 def _is_mask_file(name: str) -> bool:

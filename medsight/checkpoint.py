@@ -20,7 +20,9 @@ def shipped_checkpoint() -> Path:
         FileNotFoundError: this installation has none.
     """
     if not SHIPPED_FOLDER.is_dir():
-        raise FileNotFoundError(f"this installation has no {SHIPPED_FOLDER.name} folder; name a model folder (--model DIR)")
+        raise FileNotFoundError(
+            f"this installation has no {SHIPPED_FOLDER.name} folder; name a model folder (--model DIR)"
+        )
     return SHIPPED_FOLDER
 
 
@@ -37,7 +39,7 @@ def check_checkpoint(folder: Path) -> None:
         raise NotADirectoryError(f"model {folder} is a file; expected a checkpoint folder")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model folder {folder} is no MedSIGHT checkpoint: it has no config.json")
-    model_type = _read_json(folder / "config.json").get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(
             f"model folder {folder} is no MedSIGHT checkpoint: its config.json has model_type {model_type!r}, "
@@ -50,7 +52,9 @@ def check_checkpoint(folder: Path) -> None:
         except SafetensorError as error:
             raise ValueError(f"weights file {path} is damaged or incomplete ({error}); copy it again") from error
         if absent:
-            raise ValueError(f"weights file {path} lacks {absent[0]}, which {INDEX_FILE} says it holds; copy both again")
+            raise ValueError(
+                f"weights file {path} lacks {absent[0]}, which {INDEX_FILE} says it holds; copy both again"
+            )
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -58,7 +62,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     if (folder / WEIGHTS_FILE).is_file():
         return {folder / WEIGHTS_FILE: set()}
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX_FILE} has no weight_map; copy it again")
         files: dict[Path, set[str]] = {}
@@ -67,7 +71,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         missing = sorted(path.name for path in files if not path.is_file())
         if missing:
             raise FileNotFoundError(
-                f"model folder {folder} lacks {len(missing)} of the {len(files)} weight files that {INDEX_FILE} names: "
+                f"model folder {folder} lacks {len(missing)} of {len(files)} weight files that {INDEX_FILE} names: "
                 f"{', '.join(missing)}"
             )
         return files
@@ -80,7 +84,13 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     raise FileNotFoundError(f"model folder {folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not valid JSON, or not an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -88,3 +98,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+_read_json = read_json

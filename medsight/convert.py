@@ -6,6 +6,7 @@ Nothing in the files is executed, every tensor is accounted for, and the output 
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsight.checkpoint import _read_json
+from medsight.foreign_files import Source, merge
+from medsight.output_folder import check_output, staged_folder
+from medsight.published_tokenizer import load_published_tokenizer
 from medsight.state_dict_adapter import to_theirs
 
 
@@ -24,11 +28,6 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 
-PUBLISHED_CODE = re.compile(r"\[M(\d+)_(\d+)\]")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt"),
-)
 SHARD_SIZE = "5GB"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -84,26 +83,26 @@ def convert(
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> "MedSightConfig":
-    """Writes one folder with model, tokenizer, processor and code from a model's published files; returns its configuration.
+    """Writes one folder with model, tokenizer, processor and code from published files; returns the configuration.
 
-    All sizes follow from the files: attention heads of the image encoder are its width // 64 (at least 1), groups and codes are
-    counted in the tokenizer. The activation of the image encoder is QuickGELU. Region codes are renamed `[M…]` to `[C…]` and
-    keep their ids.
+    All sizes follow from the files: attention heads of the image encoder are its width // 64 (at least 1), groups and
+    codes are counted in the tokenizer. The image encoder's activation is QuickGELU. Region codes are renamed `[M…]` to
+    `[C…]` and keep their ids.
 
     Args:
         llm: folder with safetensors weights, config.json and tokenizer of the language model.
-        region_perceiver, codebook, image_encoder: `.pt` or `.safetensors` files. `None` takes the copy in the language model's
-            folder; where both are given they must be equal (in the less precise dtype of the two).
+        region_perceiver, codebook, image_encoder: `.pt` or `.safetensors` files. `None` takes the copy in the language
+            model's folder; where both are given they must be equal (in the less precise dtype of the two).
         output: folder to write.
         groups: file with the names of the code groups, a JSON list or a line a group; "group 0", ... by default.
-        vision_feature_layer: index into the image encoder's hidden states; config.json's `mm_vision_select_layer` by default.
+        vision_feature_layer: index into the image encoder's hidden states; `mm_vision_select_layer` by default.
         dtype: of all weights; "auto" is the language model's.
         overwrite: replace the output folder if it holds a checkpoint.
 
     Raises:
         OSError: a file or a shard is missing, or the output folder is taken.
-        ValueError: a file is damaged or holds code; tensors are missing, unexpected, of a wrong shape, or differ from their
-            copies; the tokenizer's region codes are not complete and in order. Nothing is written then.
+        ValueError: a file is damaged or holds code; tensors are missing, unexpected, of a wrong shape, or differ from
+            their copies; the tokenizer's region codes are not complete and in order. Nothing is written then.
     """
     import torch
 
@@ -149,7 +148,7 @@ def convert(
         model = MedSightForConditionalGeneration(config)
     expected = split_codes(model.state_dict(), num_groups)
     tied = set(model.all_tied_weights_keys)
-    problems += find_problems(tensors, expected, tied, sources, compare_shapes=shapes.complete)
+    problems |= find_problems(tensors, expected, tied, sources, compare_shapes=shapes.complete)
     if problems:
         raise ValueError("the files do not add up to a model:\n" + "\n".join(f"  {line}" for line in sorted(problems)))
 
@@ -173,14 +172,40 @@ def describe(config: "MedSightConfig") -> str:
     """One line about a model's sizes."""
     text, vision = config.text_config, config.vision_config
     return (
-        f"{text.model_type} language model, width {text.hidden_size}, {text.num_hidden_layers} layers; {vision.model_type} image "
-        f"encoder, width {config.vision_hidden_size}, {config.image_size} px; {config.num_region_queries} region queries, "
-        f"{config.perceiver_num_stages} stages; {config.num_groups} groups of {config.codes_per_group} codes"
+        f"{text.model_type} language model (width {text.hidden_size}, {text.num_hidden_layers} layers), "
+        f"{vision.model_type} image encoder (width {config.vision_hidden_size}, {config.image_size} px), "
+        f"{config.num_region_queries} region queries, {config.perceiver_num_stages} stages, "
+        f"{config.num_groups} groups of {config.codes_per_group} codes"
     )
 
 
+def read_names(path: StrPath) -> list[str]:
+    """Names from a file: a JSON list, or a text file with a line a name.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it has no names, an empty one, or the same name twice.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        names = json.loads(text) if text.lstrip().startswith("[") else text.strip().splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"{path}: expected a JSON list of names or a line a name, none of them empty")
+    names = [name.strip() for name in names]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path} gives the name {repeated[0]!r} more than once")
+    return names
+
+
 class Shapes:
-    """Reads sizes off tensors under our names. Not `complete` once a tensor that tells one was missing: a stand-in is given."""
+    """Reads sizes off tensors under our names.
+
+    Where the tensor that tells one is missing, it gives a stand-in and is no longer `complete`.
+    """
 
     def __init__(self, tensors: "Mapping[str, torch.Tensor]") -> None:
         self.tensors = tensors
@@ -236,7 +261,7 @@ def clip_vision_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[s
     }
 
 
-def region_settings(shapes: Shapes, width: int) -> dict[str, int]:
+def region_settings(shapes: Shapes, width: int) -> dict[str, Any]:
     """Settings of the region perceiver and the codebook that follow from shapes; perceiver heads are 64 wide.
 
     Args:
@@ -255,7 +280,7 @@ def region_settings(shapes: Shapes, width: int) -> dict[str, int]:
 
 
 def language_config(published: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]") -> dict[str, Any]:
-    """The plain Qwen configuration inside a published `llava_qwen` one; the vocabulary's size is that of the embedding."""
+    """The plain Qwen configuration inside a published `llava_qwen` one; the embedding tells the vocabulary's size."""
     from transformers import Qwen2Config, Qwen3Config
 
     layers = "model.language_model.layers."
@@ -283,32 +308,24 @@ def find_problems(
     tied: Collection[str],
     sources: Collection[Source],
     compare_shapes: bool,
-) -> list[str]:
+) -> set[str]:
     """A line for each tensor that is missing, too many or of a wrong shape, with its file and its name there."""
-    problems = []
+    # A loose file that is given must be complete: no copy stands in for a part of it.
+    in_file = {source.kind: source.our_names() for source in sources}
+    problems = set()
     for name in {**expected, **tensors}:
-        if name not in tensors and name in tied:
-            continue
-        where = _where(name, sources)
-        if name not in tensors:
-            problems.append(f"{where}: missing")
+        homes = [(source, to_theirs(source.kind, name, source.tensors)) for source in sources]
+        source, their_name = next((home for home in homes if home[1]), (None, None))
+        where = f"{source.file_of(their_name)}: {their_name}" if source and their_name else f"no file: {name}"
+        if name not in tensors or (source and name not in in_file[source.kind]):
+            if name not in tied:
+                problems.add(f"{where} is missing")
         elif name not in expected:
-            problems.append(f"{where}: unexpected (it would be {name})")
+            problems.add(f"{where} is unexpected")
         elif compare_shapes and tensors[name].shape != expected[name].shape:
             shape, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
-            problems.append(f"{where}: as {name} it has shape {shape}, expected {wanted}")
-    return sorted(set(problems))
-
-
-def _where(our_name: str, sources: Collection[Source]) -> str:
-    """File and name there of the tensor that holds `our_name`, or should."""
-    places = [(source, to_theirs(source.kind, our_name, source.tensors)) for source in sources]
-    known = [(source, name) for source, name in places if name is not None]
-    for source, name in known:
-        if name in source.tensors:
-            return f"{source.file_of(name)}: {name}"
-    # Only a stand-in's folder is left where the loose file is not given.
-    return f"{known[0][0].path}: {known[0][1]}" if known else f"none of the files: {our_name}"
+            problems.add(f"{where}, our {name}, has shape {shape}; expected {wanted}")
+    return problems
 
 
 def assemble(tensors: "dict[str, torch.Tensor]", dtype: str, num_groups: int) -> "dict[str, torch.Tensor]":
@@ -323,12 +340,10 @@ def assemble(tensors: "dict[str, torch.Tensor]", dtype: str, num_groups: int) ->
 
 
 def set_generation_defaults(model: Any, tokenizer: Any) -> None:
-    """Greedy, ending at the end of a turn or of a document, with masks: what `generate()` does unless told otherwise."""
+    """What `generate()` does unless told otherwise: greedy, with masks, until a turn or a document ends."""
     from transformers import GenerationConfig
 
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False, return_dict_in_generate=True
     )
-
-

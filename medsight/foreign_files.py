@@ -31,10 +31,14 @@ class Source:
         """The file that holds a tensor, or where it would be looked for."""
         return self.files.get(their_name, self.path)
 
+    def our_names(self) -> set[str]:
+        """Our names for what it holds."""
+        return {ours for name in self.tensors for ours in to_ours(self.kind, name) or ()}
+
     @classmethod
     def read_file(cls, kind: str, path: Path) -> "Source":
         """Reads a loose file: `.safetensors`, or anything that `torch.save` wrote."""
-        content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+        content: dict[str, Any] = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
         entry = next((name for name in WEIGHTS_ENTRIES if isinstance(content.get(name), dict)), None)
         if entry is None:
             return cls(kind, path, content)
@@ -107,7 +111,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def merge(sources: Iterable[Source]) -> "tuple[dict[str, torch.Tensor], list[str]]":
+def merge(sources: Iterable[Source]) -> "tuple[dict[str, torch.Tensor], set[str]]":
     """All tensors under our names, the first source's where several hold one, and what is not known about the files.
 
     Raises:
@@ -117,22 +121,22 @@ def merge(sources: Iterable[Source]) -> "tuple[dict[str, torch.Tensor], list[str
 
     merged: dict[str, torch.Tensor] = {}
     found_in: dict[str, str] = {}
-    problems = []
+    problems: set[str] = set()
     for source in sources:
-        problems += [f"{source.path}: unexpected entry {name!r}" for name in source.unknown_entries]
+        problems.update(f"{source.path}: entry {name!r} is unexpected" for name in source.unknown_entries)
         for name, tensor in source.tensors.items():
             ours = to_ours(source.kind, name)
             where = f"{source.file_of(name)}: {name}"
             if ours is None or not isinstance(tensor, torch.Tensor):
-                problems.append(f"{source.file_of(name)}: unexpected {name}")
+                problems.add(f"{where} is unexpected")
                 continue
             if len(ours) > 1 and tensor.shape[:1].numel() % len(ours):
                 raise ValueError(
                     f"{where} has shape {tuple(tensor.shape)}: its rows do not split into {len(ours)} equal parts"
                 )
             # Parts are copied: tensors that share memory are not saved as they are.
-            parts = [tensor] if len(ours) == 1 else [part.clone() for part in tensor.chunk(len(ours))]
-            for our_name, part in zip(ours, parts):
+            parts = [part.clone() for part in tensor.chunk(len(ours))] if len(ours) > 1 else [tensor] * len(ours)
+            for our_name, part in zip(ours, parts, strict=True):
                 if our_name not in merged:
                     merged[our_name], found_in[our_name] = part, where
                 elif not _same(merged[our_name], part):
@@ -147,5 +151,3 @@ def _same(first: "torch.Tensor", second: "torch.Tensor") -> bool:
 
     dtype = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
     return first.shape == second.shape and torch.equal(first.to(dtype), second.to(dtype))
-
-

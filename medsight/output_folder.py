@@ -31,6 +31,7 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
 def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails."""
     check_output(output, overwrite)
+    output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -39,6 +40,11 @@ def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         yield folder
         if output.exists():
             output.rename(replaced)
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)

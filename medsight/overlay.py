@@ -1,6 +1,7 @@
 """Draws regions over an image: a translucent fill, a contour and a number each, and a legend below.
 
-Colours are Okabe and Ito's palette, which readers with any common colour blindness can tell apart; the numbers say the same without colour.
+Colours are Okabe and Ito's palette, which readers with any common colour blindness can tell apart; the numbers say the
+same without colour.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
     for index, mask in enumerate(masks):
         if mask.shape != (image.height, image.width):
             raise ValueError(
-                f"mask {index + 1} is {mask.shape[-1]} x {mask.shape[0]}, the image {image.width} x {image.height} pixels"
+                f"mask {index + 1}: expected {image.width} x {image.height} pixels, as the image has, "
+                f"got {mask.shape[-1]} x {mask.shape[0]}"
             )
     longer = max(image.size)
     scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
@@ -58,14 +60,15 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
 def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
     """Writes each region's number, counted from 1, at the point of it that lies deepest inside."""
     canvas = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(max(FONT_SIZE, max(picture.size) // 48))
+    font_size = max(FONT_SIZE, max(picture.size) // 48)
+    font = ImageFont.load_default(font_size)
     for index, mask in enumerate(masks):
         if not mask.any():
             continue
         depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)
         text = str(index + 1)
-        half_width, half_height = font.getlength(text) / 2 + 2, font.size / 2 + 2
+        half_width, half_height = font.getlength(text) / 2 + 2, font_size / 2 + 2
         center = (
             min(max(float(x), half_width), max(half_width, picture.width - half_width)),
             min(max(float(y), half_height), max(half_height, picture.height - half_height)),
@@ -74,7 +77,7 @@ def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
 
 
 def add_legend(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
-    """The picture on a white sheet at least 512 pixels wide, one line a label below it, each with its colour and number."""
+    """The picture on a white sheet at least 512 pixels wide; below it a line a label, with its colour and number."""
     font = ImageFont.load_default(FONT_SIZE)
     lines = [f"{index + 1}  {label}" for index, label in enumerate(labels)] or ["no region cited"]
     width = max(picture.width, MIN_SIDE)

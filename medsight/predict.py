@@ -1,7 +1,7 @@
 """Answers a prompt about an image: `medsight predict`, and `Predictor` for Python."""
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,14 +56,13 @@ class Predictor:
             image: an image file, or a PIL image.
             prompt: the question or instruction.
             max_new_tokens: the answer is cut there.
-            allowed_groups: names or numbers of the groups whose region codes may be cited, or "predicted" for the group that
-                the model sees in the image; any group by default.
+            allowed_groups: names or numbers of the groups whose region codes may be cited, or "predicted" for the
+                group that the model sees in the image; any group by default.
             force_region: cite at least one region code.
             threshold: probability from which on a pixel belongs to a mask.
 
         Raises:
-            OSError: the image file is missing or cannot be read.
-            ValueError: the image or an argument is out of range; the message names it.
+            ValueError: the image cannot be read, or an argument is out of range; the message names it.
         """
         import torch
 
@@ -75,8 +74,7 @@ class Predictor:
             raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold {threshold}: expected a probability between 0 and 1")
-        name = str(image) if isinstance(image, (str, Path)) else "(image)"
-        pixels = read_image(image) if isinstance(image, (str, Path)) else image
+        pixels = read_image(image)
         content = [{"type": "image", "image": pixels}, {"type": "text", "text": prompt}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -98,7 +96,7 @@ class Predictor:
             raw_text=result["raw_text"],
             regions=tuple(GroundedRegion(**region) for region in result["regions"]),
             image=pixels,
-            image_name=name,
+            image_name=str(image) if isinstance(image, (str, Path)) else "image",
             prompt=prompt,
             model=self.model_name,
         )
@@ -124,7 +122,7 @@ def choose_device(device: str) -> Any:
 
 
 def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The model and processor of a checked checkpoint folder, by this package's own classes and from this folder alone.
+    """The model and processor of a checked checkpoint folder, by this package's own classes, offline.
 
     Raises:
         OSError: a file of the processor or tokenizer is missing.
@@ -141,53 +139,34 @@ def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
         if loaded[kind]:
             name = sorted(map(str, loaded[kind]))[0]
             raise ValueError(
-                f"model folder {folder}: weights do not fit its config.json ({len(loaded[kind])} {kind.replace('_', ' ')}, "
-                f"first: {name}); convert or copy it again"
+                f"model folder {folder}: its weights do not fit its config.json ({len(loaded[kind])} "
+                f"{kind.replace('_', ' ')}, first: {name}); convert or copy it again"
             )
     return model, processor
 
 
-def read_image(path: str | Path) -> "Image.Image":
-    """An image file as a PIL image with all pixels read, turned upright where its EXIF data say so.
+def read_image(image: "str | Path | Image.Image") -> "Image.Image":
+    """An image file, or a PIL image of any mode, as 8-bit RGB, by the range rule of `processing_medsight`.
 
     Raises:
-        OSError: the file is missing, empty, truncated, or of a format that Pillow does not know.
-        ValueError: it has no pixels, too many, or several frames.
+        ValueError: the file is missing, empty, truncated or of an unknown format, or has no pixels or too many.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"image {path} does not exist")
-    if not path.is_file():
-        raise IsADirectoryError(f"image {path} is not a file")
-    if path.stat().st_size == 0:
-        raise OSError(f"image {path} is empty (0 bytes)")
-    try:
-        image = Image.open(path)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"image {path} is too large to open safely: {error}") from error
-    except UnidentifiedImageError as error:
-        raise OSError(f"image {path} is not an image file that can be read; expected PNG, JPEG, TIFF, BMP or WebP") from error
-    with image:
-        if 0 in image.size:
-            raise ValueError(f"image {path} has no pixels ({image.width} x {image.height})")
-        # A phone's JPEG may carry a preview as a second frame (MPO); its first one is the picture.
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":
-            raise ValueError(f"image {path} has {frames} frames; save the one to ask about as a file of its own")
-        try:
-            image.load()
-        except Exception as error:  # decoders raise anything on damaged data
-            raise OSError(f"image {path} cannot be decoded, it is truncated or damaged ({error})") from error
-        return ImageOps.exif_transpose(image)
+    from processing_medsight.image_loading_medsight import load_image, to_array
+
+    name = "image"
+    if isinstance(image, (str, Path)):
+        name = str(image)
+        image = load_image(Path(image))
+    return Image.fromarray(to_array(image, name, convert_rgb=True, rescale=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `medsight predict`."""
     parser.epilog = (
-        "The output folder appears complete or not at all: answer.json (text and regions), mask-NN.png for each region "
-        "(0 and 255, at the image's size, turned upright where EXIF data say so) and overlay.png. Not a medical device."
+        "The output folder appears complete or not at all: answer.json (text and regions), mask-NN.png for each "
+        "region (0 and 255, at the image's size, upright where EXIF says so) and overlay.png. Not a medical device."
     )
     parser.add_argument("image", metavar="IMAGE", help="image file (PNG, JPEG, TIFF, ...)")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask, such as 'Segment the liver.'")
@@ -206,7 +185,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force-region", action="store_true", help="cite at least one region")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, metavar="P", help="probability that makes a mask (default: %(default)s)"
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability that makes a mask (default: %(default)s)",
     )
 
 
@@ -214,14 +197,36 @@ def run(args: argparse.Namespace) -> None:
     """Runs `medsight predict`.
 
     Raises:
-        OSError, ValueError: see `Predictor`, `read_image` and `GroundedAnswer.save`; nothing is written then.
+        OSError, ValueError: see `Predictor`, `Predictor.__call__` and `GroundedAnswer.save`; nothing is written then.
     """
     from medsight.answer import check_output_folder
 
     output = Path(args.output if args.output is not None else f"{Path(args.image).stem}-medsight")
     check_output_folder(output, args.overwrite)
     image = read_image(args.image)
-    print(f"Not a medical device: research use only. Loading {args.model or 'the shipped model'} ...", file=sys.stderr)
-    quieten_transformers()
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     predictor = Predictor(args.model, device=args.device, dtype=args.dtype)
-    ...
+    answer = predictor(
+        image,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        allowed_groups=parse_groups(args.allowed_groups),
+        force_region=args.force_region,
+        threshold=args.threshold,
+    )
+    answer = dataclasses.replace(answer, image_name=args.image)
+    answer.save(output, overwrite=args.overwrite)
+    print(answer.to_table())
+    print(f"\nWritten to {output}/: answer.json, overlay.png, {len(answer.regions)} mask file(s)")
+
+
+def parse_groups(text: str | None) -> str | list[int | str] | None:
+    """The value of --allowed-groups: "predicted", or names and numbers with commas between."""
+    if text is None or text == "predicted":
+        return text
+    groups = [part.strip() for part in text.split(",")]
+    return [int(group) if group.isdecimal() else group for group in groups]

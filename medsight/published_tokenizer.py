@@ -1,4 +1,4 @@
-"""The tokenizer of a published checkpoint: its region codes are spelled `[M{k}_{m}]`; ours `[C{k}_{m}]`, with the same ids."""
+"""The tokenizer of a published checkpoint, which spells region codes `[M{k}_{m}]`; ours are `[C{k}_{m}]`, ids kept."""
 
 import json
 import re
@@ -45,12 +45,11 @@ def load_published_tokenizer(folder: Path) -> tuple[Any, int, int, int]:
         renamed = PUBLISHED_CODE.sub(r"[C\1_\2]", token)
         if vocabulary.get(renamed) != index:
             raise ValueError(
-                f"{folder}: token {token!r} has id {index} there but {vocabulary.get(renamed)} in the loaded tokenizer: "
-                "its files contradict each other"
+                f"{folder}: token {token!r} has id {index} in one tokenizer file but {vocabulary.get(renamed)} when all "
+                "are loaded: they contradict each other"
             )
-    published = {
-        (int(m[1]), int(m[2])): index for token, index in ids.items() if (m := PUBLISHED_CODE.fullmatch(token))
-    }
+    spelled = {index: PUBLISHED_CODE.fullmatch(token) for token, index in ids.items()}
+    published = {(int(found[1]), int(found[2])): index for index, found in spelled.items() if found}
     if not published:
         raise ValueError(f"{folder}: the tokenizer has no region codes, spelled [M0_0], [M0_1], …")
     groups, codes = (max(pair[axis] for pair in published) + 1 for axis in (0, 1))
@@ -59,8 +58,8 @@ def load_published_tokenizer(folder: Path) -> tuple[Any, int, int, int]:
         for m in range(codes):
             if published.get((k, m)) != first + k * codes + m:
                 raise ValueError(
-                    f"{folder}: region code [M{k}_{m}] has id {published.get((k, m))}, expected {first + k * codes + m}: "
-                    f"{groups} groups of {codes} codes take consecutive ids, group by group"
+                    f"{folder}: region code [M{k}_{m}] has id {published.get((k, m))}, expected "
+                    f"{first + k * codes + m}: {groups} groups of {codes} codes take consecutive ids, group by group"
                 )
     for token in ("<|image_pad|>", "<|im_end|>", "<|endoftext|>"):
         if token not in vocabulary:
@@ -71,7 +70,8 @@ def load_published_tokenizer(folder: Path) -> tuple[Any, int, int, int]:
 
 def _ids_in(file: str, content: dict[str, Any]) -> dict[str, int]:
     if file == "tokenizer.json":
-        return {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**content.get("model", {}).get("vocab", {}), **added}
     return content if file in ("vocab.json", "added_tokens.json") else {}
 
 
@@ -92,5 +92,3 @@ def _rename_codes(value: Any) -> Any:
 
 def _content(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
-
-

@@ -1,8 +1,8 @@
 """The names of foreign checkpoints and ours: one table, read in both directions.
 
-A row is (their name, our name). What a placeholder such as `{i}` matches stands in both names. Our side is a tuple where one of
-their tensors is several of ours, split evenly along its rows, and None where their tensor is known and of no use to us.
-`codes[{k}]` is plane k of our stacked tensor `codes`.
+A row is (their name, our name). What a placeholder such as `{i}` matches stands in both names. Our side is a tuple
+where one of their tensors is several of ours, split evenly along its rows, and None where their tensor is known and of
+no use to us. `codes[{i}]` is plane i of our stacked tensor `codes`.
 """
 
 import re
@@ -130,7 +130,7 @@ DROPPED_ENTRIES = ("args", "epoch", "lr_scheduler", "name", "optimizer", "scaler
 
 
 def to_ours(file_kind: str, their_name: str) -> tuple[str, ...] | None:
-    """Our names for a tensor of a foreign file: several where it is to be split, none where it is dropped, None if it is unknown.
+    """Our names for a tensor of a foreign file: several if it is split, none if it is dropped, `None` if it is unknown.
 
     Args:
         file_kind: a key of `LAYOUTS`.

@@ -35,7 +35,12 @@ class RegionCodebook(nn.Module):
         dim, code_dim = config.vision_hidden_size, config.code_dim
         self.commitment_weight = config.commitment_loss_weight
         self.to_code = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, code_dim), nn.GELU(), nn.LayerNorm(code_dim)
+            nn.Linear(dim, dim),
+            nn.GELU(),
+            nn.LayerNorm(dim),
+            nn.Linear(dim, code_dim),
+            nn.GELU(),
+            nn.LayerNorm(code_dim),
         )
         self.from_code = nn.Sequential(
             nn.Linear(code_dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim)
@@ -66,9 +71,14 @@ class RegionCodebook(nn.Module):
         """
         if groups.shape != region_embeddings.shape[:1]:
             raise ValueError(
-                f"groups has shape {tuple(groups.shape)}; expected one group for each of {len(region_embeddings)} images"
+                f"groups has shape {tuple(groups.shape)}; "
+                f"expected one group for each of {len(region_embeddings)} images"
             )
-        if not torch.compiler.is_compiling() and len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(self.codes):
+        if (
+            not torch.compiler.is_compiling()
+            and len(groups)
+            and not 0 <= int(groups.min()) <= int(groups.max()) < len(self.codes)
+        ):
             raise ValueError(f"groups {groups.tolist()} must lie between 0 and {len(self.codes) - 1}")
         vectors = self.encode(region_embeddings)
         codes = self.code_table()[groups]
@@ -79,7 +89,9 @@ class RegionCodebook(nn.Module):
         reconstructed = self.decode(straight_through if self.training else nearest)
         vq_loss = reconstruction_loss = None
         if self.training:
-            vq_loss = F.mse_loss(nearest, vectors.detach()) + self.commitment_weight * F.mse_loss(vectors, nearest.detach())
+            vq_loss = F.mse_loss(nearest, vectors.detach()) + self.commitment_weight * F.mse_loss(
+                vectors, nearest.detach()
+            )
             reconstruction_loss = F.mse_loss(reconstructed.float(), region_embeddings.detach().float())
         return RegionQuantizerOutput(
             code_indices=indices,

@@ -77,19 +77,19 @@ class MedSightGenerationMixin(GenerationMixin):
     ) -> MedSightGenerateOutput | MedSightGenerateBeamOutput | torch.Tensor:
         """Generate answers, and a mask for every region code in them.
 
-        All of transformers' decoding settings work: greedy, sampling, beams, several returned sequences, assisted, any cache,
-        streaming. Without an image in its prompt a row cannot use region codes.
+        All of transformers' decoding settings work: greedy, sampling, beams, several returned sequences, assisted, any
+        cache, streaming. Without an image in its prompt a row cannot use region codes.
 
         Args:
             inputs: (batch, length) prompt; or `input_ids=`. Keyword inputs are what the processor returns.
-            allowed_groups: code groups (ids or names) that answers may use, or `"predicted"` for the group that the classifier
-                gives to the row's last image. All groups by default.
+            allowed_groups: code groups (ids or names) that answers may use, or `"predicted"` for the group that the
+                classifier gives to the row's last image. All groups by default.
             force_region: let no answer end without at least one region code.
 
         Returns:
-            transformers' output with `mask_logits` (a tensor (codes, H, W) for each returned sequence), `region_codes` (token
-            ids) and `region_scores` besides: see [`MedSightDecodedRegions`]. With `return_dict_in_generate=False`, the plain
-            tensor of sequences.
+            transformers' output with `mask_logits` (a tensor (codes, H, W) for each returned sequence), `region_codes`
+            (token ids) and `region_scores` besides: see [`MedSightDecodedRegions`]. With
+            `return_dict_in_generate=False`, the plain tensor of sequences.
 
         Raises:
             ValueError: if images and placeholders do not match, or a setting cannot give right masks.
@@ -121,7 +121,9 @@ class MedSightGenerationMixin(GenerationMixin):
             constraint = RegionCodeConstraint(
                 self.config,
                 allowed,
-                end_ids=torch.as_tensor(setting("eos_token_id") if setting("eos_token_id") is not None else []).reshape(-1).tolist(),
+                end_ids=torch.as_tensor(setting("eos_token_id") if setting("eos_token_id") is not None else [])
+                .reshape(-1)
+                .tolist(),
                 prompt_length=0 if prompt is None else prompt.shape[1],
                 force_region=force_region,
                 max_length=self._length_limit(prompt, setting),
@@ -132,7 +134,11 @@ class MedSightGenerationMixin(GenerationMixin):
         if not hasattr(outputs, "sequences"):
             return outputs
         decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions)
-        kind = MedSightGenerateBeamOutput if isinstance(outputs, GenerateBeamDecoderOnlyOutput) else MedSightGenerateOutput
+        kind = (
+            MedSightGenerateBeamOutput
+            if isinstance(outputs, GenerateBeamDecoderOnlyOutput)
+            else MedSightGenerateOutput
+        )
         return kind(**outputs, **decoded)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
@@ -142,14 +148,15 @@ class MedSightGenerationMixin(GenerationMixin):
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
             for name in images:
                 del model_inputs[name]
-        elif images and model_inputs.get("input_ids") is not None and model_inputs["input_ids"].shape != input_ids.shape:
+        elif (
+            images and model_inputs.get("input_ids") is not None and model_inputs["input_ids"].shape != input_ids.shape
+        ):
             # A cache holds the beginning of the conversation: only images after it are read now.
-            total = count_images(input_ids, self.config).tolist()
             unread = count_images(model_inputs["input_ids"], self.config).tolist()
-            first = [sum(total[:row]) for row in range(len(total))]
-            index = [i for start, n, new in zip(first, total, unread) for i in range(start + n - new, start + n)]
+            blocks = _images_of_rows(input_ids, self.config)
+            index = torch.cat([block[len(block) - new :] for block, new in zip(blocks, unread, strict=True)])
             for name in images:
-                model_inputs[name] = model_inputs[name][index] if index else None
+                model_inputs[name] = model_inputs[name][index] if len(index) else None
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -163,16 +170,19 @@ class MedSightGenerationMixin(GenerationMixin):
         names = [name for name in ("pixel_values", "image_embeds") if model_kwargs.get(name) is not None]
         images = {name: model_kwargs.pop(name) for name in names}
         if images and expand_size > 1 and input_ids is not None:
-            blocks = torch.arange(len(images[names[0]])).split(count_images(input_ids, self.config).tolist())
-            index = torch.cat([block.repeat(expand_size) for block in blocks])
-            images = {name: value[index.to(value.device)] for name, value in images.items()}
+            index = torch.cat([block.repeat(expand_size) for block in _images_of_rows(input_ids, self.config)])
+            images = {name: value[index] for name, value in images.items()}
         expanded, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return expanded, {**model_kwargs, **images}
 
     def _refuse_wrong_inputs(
-        self, prompt: torch.Tensor | None, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, setting: Any
+        self,
+        prompt: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+        setting: Any,
     ) -> None:
         images = pixel_values if pixel_values is not None else image_embeds
         if images is None:
@@ -190,13 +200,14 @@ class MedSightGenerationMixin(GenerationMixin):
         for name in ("prefill_chunk_size", "token_healing"):
             if setting(name):
                 raise ValueError(
-                    f"{name}={setting(name)!r} cannot be used with images: it changes how the prompt is read, and masks "
-                    "would not belong to the text"
+                    f"{name}={setting(name)!r} cannot be used with images: it changes how the prompt is read, "
+                    "and masks would not belong to the text"
                 )
 
     @staticmethod
     def _mask_of_padding(prompt: torch.Tensor, pad_id: Any, end_ids: Any) -> torch.Tensor:
-        """The attention mask that transformers infers where none is given: padding is the pad token, unless it also ends text."""
+        """The attention mask that transformers infers where none is given: padding is the pad token, unless it also
+        ends text."""
         ends = torch.as_tensor(end_ids if end_ids is not None else []).reshape(-1).tolist()
         if pad_id is None or pad_id in ends:
             return torch.ones_like(prompt)
@@ -239,9 +250,14 @@ class MedSightGenerationMixin(GenerationMixin):
     def _decode_generated(
         self, outputs: Any, prompt: torch.Tensor | None, attention_mask: torch.Tensor | None, regions: Any
     ) -> MedSightDecodedRegions:
-        """Masks of generated codes: one teacher-forced pass over what was generated, on the prompt's part of the cache."""
+        """Masks of generated codes: one teacher-forced pass over what was generated, on the prompt's part of the
+        cache."""
         sequences = outputs.sequences
-        if prompt is None or regions is None or not bool(is_region_code(sequences[:, prompt.shape[1] :], self.config).any()):
+        if (
+            prompt is None
+            or regions is None
+            or not bool(is_region_code(sequences[:, prompt.shape[1] :], self.config).any())
+        ):
             return self._no_regions(len(sequences))
 
         prompt_length, copies = prompt.shape[1], len(sequences) // len(prompt)
@@ -260,18 +276,28 @@ class MedSightGenerationMixin(GenerationMixin):
             passed = {"past_key_values": cache, "use_cache": True}
         else:
             start = 0
-            index = torch.cat([torch.arange(n) + first for n, first in zip(images.repeat_interleave(copies).tolist(), first_image.tolist())])
-            passed = {"image_embeds": self.model.project_regions(regions)[index.to(sequences.device)], "use_cache": False}
+            index = torch.cat([block.repeat(copies) for block in _images_of_rows(prompt, self.config)])
+            passed = {"image_embeds": self.model.project_regions(regions)[index], "use_cache": False}
         hidden = self.model(
-            input_ids=sequences[:, start:], attention_mask=attention_mask, position_ids=position_ids[:, start:], **passed
+            input_ids=sequences[:, start:],
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, start:],
+            **passed,
         ).last_hidden_state
         decoded = self._decoded_regions(sequences, codes, hidden, regions, first_position=start)
 
-        # Codes of earlier turns were decoded along, since codes of one image share a pass; they are not part of the answer.
+        # Codes of earlier turns were decoded along, since codes of one image share a pass; they are not part of the
+        # answer.
         earlier = is_region_code(sequences[:, :prompt_length], self.config).sum(dim=1).tolist()
         return MedSightDecodedRegions(
-            **{name: [value[n:] for value, n in zip(values, earlier)] for name, values in decoded.items()}
+            **{name: [value[n:] for value, n in zip(values, earlier, strict=True)] for name, values in decoded.items()}
         )
+
+
+def _images_of_rows(input_ids: torch.Tensor, config: Any) -> tuple[torch.Tensor, ...]:
+    """For each row of `input_ids`, the indices of its images among all images of the batch."""
+    counts = count_images(input_ids, config).tolist()
+    return torch.arange(sum(counts)).split(counts)
 
 
 def _beginning_of_cache(cache: Any, prompts: int, copies: int, length: int) -> DynamicCache | None:

@@ -21,7 +21,8 @@ def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Masks (n, H, W), boolean or in [0, 1], to (n, *size) float32; a pixel becomes the share of it that is covered."""
+    """Masks (n, H, W), boolean or in [0, 1], to (n, *size) float32; a pixel becomes the share of it that is
+    covered."""
     masks = masks.float()
     if masks.shape[-2:] == size or len(masks) == 0:
         return masks.reshape(len(masks), *size)
@@ -56,7 +57,9 @@ class HungarianMatcher(nn.Module):
             A pair (query indices, region indices) a sample, min(queries, n_i) long, on the CPU.
         """
         pairs = []
-        for masks, classes, targets, labels in zip(masks_queries_logits, class_queries_logits, mask_labels, class_labels):
+        for masks, classes, targets, labels in zip(
+            masks_queries_logits, class_queries_logits, mask_labels, class_labels, strict=True
+        ):
             logits, targets = masks.flatten(1).float(), targets.flatten(1).float()
             pixels = logits.shape[1]
             # BCE of every query with every region: softplus(x) - x * target, summed as one matrix product.
@@ -111,7 +114,9 @@ class RegionPerceiverLoss(nn.Module):
             chosen_targets.append(mask_labels[i][regions])
         weights = torch.ones(self.no_object + 1, device=device)
         weights[self.no_object] = self.no_object_weight
-        loss = self.class_weight * F.cross_entropy(class_queries_logits.float().transpose(1, 2), classes, weight=weights)
+        loss = self.class_weight * F.cross_entropy(
+            class_queries_logits.float().transpose(1, 2), classes, weight=weights
+        )
 
         logits, targets = torch.cat(chosen_logits), torch.cat(chosen_targets)
         if len(logits) == 0:

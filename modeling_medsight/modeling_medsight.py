@@ -1,4 +1,5 @@
-"""MedSIGHT: image encoder, region perceiver, region codebook and language model as one model (paper arXiv 2606.06760)."""
+"""MedSIGHT: image encoder, region perceiver, region codebook and language model as one model (paper arXiv
+2606.06760)."""
 
 from typing import Any
 
@@ -144,7 +145,8 @@ class MedSightModel(MedSightPreTrainedModel):
             image_embeds: (images, image_seq_length, hidden), in place of `pixel_values`: what `project_regions` gives.
 
         Raises:
-            ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is given.
+            ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is
+                given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -191,12 +193,16 @@ class MedSightModel(MedSightPreTrainedModel):
         )
 
     def decode_codes(
-        self, last_hidden_state: torch.Tensor, codes: CodeLocations, regions: MedSightRegionOutput, first_position: int = 0
+        self,
+        last_hidden_state: torch.Tensor,
+        codes: CodeLocations,
+        regions: MedSightRegionOutput,
+        first_position: int = 0,
     ) -> torch.Tensor:
         """Mask logits (codes, H, W) of region codes, from the language model's states (paper: text-to-vision).
 
-        P_{t→v} of a code's state takes the place of the perceiver's learnable queries. All codes of one row and one image are
-        decoded together: the map attends to each of them.
+        P_{t→v} of a code's state takes the place of the perceiver's learnable queries. All codes of one row and one
+        image are decoded together: the map attends to each of them.
 
         Args:
             last_hidden_state: (rows, length, hidden), after the final norm.
@@ -230,7 +236,8 @@ class MedSightModel(MedSightPreTrainedModel):
 
 
 class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerationMixin):
-    """MedSIGHT with a language modelling head: reads images, answers in words, and gives a mask for every region code."""
+    """MedSIGHT with a language modelling head: reads images, answers in words, and gives a mask for every region
+    code."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -283,13 +290,14 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         **kwargs: Any,
     ) -> MedSightCausalLMOutputWithPast:
         """
-        With text, the language model's loss (`labels`) and that of the masks of cited codes (`mask_labels`). With pixel values
-        alone, the training of what sees: the perceiver (`mask_labels`, `class_labels`) and the codebook (`group_labels` too).
+        With text, the language model's loss (`labels`) and that of the masks of cited codes (`mask_labels`). With
+        pixel values alone, the training of what sees: the perceiver (`mask_labels`, `class_labels`) and the codebook
+        (`group_labels` too).
 
         Args:
             labels: (batch, length), next-token targets, -100 where there is none.
-            mask_labels: a tensor (n_i, H, W) a sample, boolean or in [0, 1], of any size. With text, mask j is the target of
-                the j-th region code in row i. Without, the regions of image i.
+            mask_labels: a tensor (n_i, H, W) a sample, boolean or in [0, 1], of any size. With text, mask j is the
+                target of the j-th region code in row i. Without, the regions of image i.
             class_labels: a tensor (n_i,) an image, the class of each region.
             group_labels: (images,), the code group of each image.
 
@@ -317,7 +325,10 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         lm_loss = mask_loss = perceiver_loss = mask_logits = None
         if labels is not None:
             lm_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items,
             )
         if mask_labels is not None:
             mask_logits, mask_loss = self._mask_loss(input_ids, hidden, outputs.region_features, mask_labels)
@@ -399,16 +410,19 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
     ) -> tuple[torch.Tensor, list]:
         """The perceiver's loss and the pairs matched in each supervised stage, the last stage last."""
         images = len(regions.masks_queries_logits)
-        for i, (masks, classes) in enumerate(zip(mask_labels, class_labels)):
-            if len(masks) != len(classes):
-                raise ValueError(f"image {i} has {len(masks)} mask_labels but {len(classes)} class_labels")
         if len(mask_labels) != images or len(class_labels) != images:
             raise ValueError(
-                f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {images} images: give one entry an image"
+                f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {images} images: "
+                "give one entry an image"
             )
+        for i, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
+            if len(masks) != len(classes):
+                raise ValueError(f"image {i} has {len(masks)} mask_labels but {len(classes)} class_labels")
         stages = [*(regions.auxiliary_logits or []), regions]
         results = [
-            self.perceiver_loss(stage["masks_queries_logits"], stage["class_queries_logits"], mask_labels, class_labels)
+            self.perceiver_loss(
+                stage["masks_queries_logits"], stage["class_queries_logits"], mask_labels, class_labels
+            )
             for stage in stages
         ]
         return sum(loss for loss, _ in results) / len(results), [pairs for _, pairs in results]
@@ -424,13 +438,17 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         self._require(input_ids=input_ids)
         counts = [len(masks) for masks in mask_labels]
         if len(counts) != len(input_ids):
-            raise ValueError(f"{len(counts)} mask_labels for {len(input_ids)} samples: give one entry a sample, empty if it cites no code")
+            raise ValueError(
+                f"{len(counts)} mask_labels for {len(input_ids)} samples: "
+                "give one entry a sample, empty if it cites no code"
+            )
         codes = locate_codes(input_ids, self.config, counts=counts if torch.compiler.is_compiling() else None)
-        for row, (cited, given) in enumerate(zip(codes.counts, counts)):
+        for row, (cited, given) in enumerate(zip(codes.counts, counts, strict=True)):
             if cited != given:
                 raise ValueError(f"sample {row} cites {cited} region codes but has {given} mask_labels")
         if not sum(counts):
-            # Every trained parameter stays in the graph, so that data-parallel training need not search for unused ones.
+            # Every trained parameter stays in the graph, so that data-parallel training need not search for unused
+            # ones.
             empty = hidden.new_zeros(0, *self.config.mask_size)
             return [empty for _ in counts], 0 * self.model.text_to_vision_projector(hidden[:, -1]).float().sum()
         self._require(pixel_values=regions)

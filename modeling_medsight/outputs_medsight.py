@@ -35,8 +35,8 @@ class MedSightRegionOutput(ModelOutput):
 class MedSightModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        image_hidden_states (`torch.FloatTensor` of shape `(images, image_seq_length, hidden)`): image blocks as the language
-            model read them.
+        image_hidden_states (`torch.FloatTensor` of shape `(images, image_seq_length, hidden)`): image blocks as the
+            language model read them.
         region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
     """
 
@@ -53,7 +53,8 @@ class MedSightCausalLMOutputWithPast(ModelOutput):
         lm_loss (`torch.FloatTensor`): next-token cross-entropy, with `labels`.
         mask_loss (`torch.FloatTensor`): BCE + Dice of the masks decoded from region codes, with `mask_labels`.
         perceiver_loss (`torch.FloatTensor`): matched mask and class loss of the region queries, with `class_labels`.
-        codebook_loss (`torch.FloatTensor`): VQ, reconstruction and perceiver loss through the codes, with `group_labels`.
+        codebook_loss (`torch.FloatTensor`): VQ, reconstruction and perceiver loss through the codes, with
+            `group_labels`.
         group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
         mask_logits (`tuple[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
         past_key_values, hidden_states, attentions, image_hidden_states: as in transformers.
@@ -82,8 +83,8 @@ class MedSightDecodedRegions(ModelOutput):
     Args:
         mask_logits (`list[torch.FloatTensor]`): `(codes, H, W)` a row, before the sigmoid, at the model's mask size.
         region_codes (`list[torch.LongTensor]`): `(codes,)` token ids a row.
-        region_scores (`list[torch.FloatTensor]`): `(codes,)` a row, in [0, 1]: the probability that the language model gave the
-            code, times the mean probability of the mask inside itself (0 for an empty mask).
+        region_scores (`list[torch.FloatTensor]`): `(codes,)` a row, in [0, 1]: the probability that the language model
+            gave the code, times the mean probability of the mask inside itself (0 for an empty mask).
     """
 
     mask_logits: list[torch.FloatTensor] | None = None

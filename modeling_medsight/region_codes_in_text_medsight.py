@@ -13,7 +13,8 @@ class CodeLocations:
     Args:
         rows, positions (`torch.LongTensor` of shape `(n,)`): row and column of each code.
         images (`torch.LongTensor` of shape `(n,)`): index of each code's image among all images of the batch.
-        entries (`torch.LongTensor` of shape `(n,)`): codes of one row and one image share an entry; they are decoded together.
+        entries (`torch.LongTensor` of shape `(n,)`): codes of one row and one image share an entry; they are decoded
+            together.
         slots (`torch.LongTensor` of shape `(n,)`): place of the code within its entry.
         counts (`list[int]`): codes a row.
         num_entries (`int`): how many entries there are.
@@ -48,7 +49,8 @@ def locate_codes(
     """Find all region codes in `input_ids` (batch, length); a code belongs to the last image block before it.
 
     Args:
-        counts: how many codes each row has, if known: needed under `torch.compile`, where nothing may depend on values.
+        counts: how many codes each row has, if known: needed under `torch.compile`, where nothing may depend on
+            values.
         first_image: (batch,) index of each row's first image; by default rows own their images in order.
 
     Raises:

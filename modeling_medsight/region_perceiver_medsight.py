@@ -1,4 +1,5 @@
-"""The region perceiver: learnable region queries and an upsampled feature map that attend to each other (paper, section 3)."""
+"""The region perceiver: learnable region queries and an upsampled feature map that attend to each other (paper,
+section 3)."""
 
 import math
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ class RegionPerceiverOutput(ModelOutput):
         region_embeddings (`torch.FloatTensor` of shape `(batch, queries, d)`): Q_r, the queries after the last stage.
         image_features (`torch.FloatTensor` of shape `(batch, H, W, d)`): I_r, the map after the last stage, H = 2^L h.
         masks_queries_logits (`torch.FloatTensor` of shape `(batch, queries, H, W)`): mask logits.
-        class_queries_logits (`torch.FloatTensor` of shape `(batch, queries, classes + 1)`): class logits, 'no object' last.
-        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`): the two logits of the initial step and of every stage but the last.
+        class_queries_logits (`torch.FloatTensor` of shape `(batch, queries, classes + 1)`): class logits, 'no object'
+            last.
+        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`): the two logits of the initial step and of every stage
+            but the last.
     """
 
     region_embeddings: torch.FloatTensor | None = None
@@ -48,10 +51,13 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-def sine_position_encoding(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def sine_position_encoding(
+    height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     """2-D sine position encoding of shape `(height, width, dim)`: dim/2 features for y, then dim/2 for x.
 
-    Coordinates count from 1 and are divided by (the last + 1e-6) times 2π; temperature 10000; sin on even features, cos on odd.
+    Coordinates count from 1 and are divided by (the last + 1e-6) times 2π; temperature 10000; sin on even features,
+        cos on odd.
     """
     half = dim // 2
     frequency = 10000 ** (2 * (torch.arange(half, device=device) // 2).float() / half)
@@ -195,7 +201,8 @@ class RegionPerceiverStage(GradientCheckpointingLayer):
 class RegionPerceiver(nn.Module):
     """Refines a grid of patch features to region embeddings and masks.
 
-    The same module serves twice: with its own learnable queries it finds regions, with queries made from region codes it
+    The same module serves twice: with its own learnable queries it finds regions, with queries made from region codes
+        it
     decodes their masks.
     """
 
