@@ -3,8 +3,9 @@
     from medsight import Predictor
 
     predict = Predictor()
-    answer = predict("scan.png", "Segment the liver.")
-    print(answer.text, [region.phrase for region in answer.regions])
+    prediction = predict("scan.png", "Segment the liver.")
+    print(prediction.answer.text, [region.phrase for region in prediction.answer.regions])
+    prediction.save("scan-answer")
 
 Names are imported on first use, so `import medsight` and `medsight --help` load neither torch nor transformers.
 """
@@ -13,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .answer import GroundedAnswer, GroundedRegion
     from .predict import Predictor
+    from .prediction import Prediction
 
 __version__ = "0.1.0"
-__all__ = ["GroundedAnswer", "GroundedRegion", "Predictor", "__version__"]
+__all__ = ["Prediction", "Predictor", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GroundedAnswer", "GroundedRegion"):
-        from . import answer
-
-        return getattr(answer, name)
     if name == "Predictor":
         from .predict import Predictor
 
         return Predictor
+    if name == "Prediction":
+        from .prediction import Prediction
+
+        return Prediction
     raise AttributeError(f"module 'medsight' has no attribute {name!r}")

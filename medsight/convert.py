@@ -10,11 +10,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsight.checkpoint import _read_json
+from medsight.checkpoint import read_json
 from medsight.foreign_files import Source, merge
 from medsight.output_folder import check_output, staged_folder
 from medsight.published_tokenizer import load_published_tokenizer
@@ -108,15 +108,14 @@ def convert(
 
     from configuration_medsight import MedSightConfig
     from modeling_medsight import MedSightForConditionalGeneration
-    from processing_medsight import MedSightImageProcessor, MedSightProcessor
-    from processing_medsight.processing_medsight import PUBLISHED_CHAT_TEMPLATE
+    from processing_medsight.chat_medsight import PUBLISHED_CHAT_TEMPLATE
 
     llm, output = Path(llm), Path(output)
     loose = {"region_perceiver": region_perceiver, "codebook": codebook, "image_encoder": image_encoder}
     given = {kind: Path(path) for kind, path in loose.items() if path is not None}
     check_output(output, overwrite, inputs=[llm, *given.values()])
 
-    llm_config = _read_json(llm / "config.json")
+    llm_config = read_json(llm / "config.json")
     layer = vision_feature_layer if vision_feature_layer is not None else llm_config.get("mm_vision_select_layer")
     if layer is None:
         raise ValueError(
@@ -149,23 +148,50 @@ def convert(
     expected = split_codes(model.state_dict(), num_groups)
     tied = set(model.all_tied_weights_keys)
     problems |= find_problems(tensors, expected, tied, sources, compare_shapes=shapes.complete)
-    if problems:
-        raise ValueError("the files do not add up to a model:\n" + "\n".join(f"  {line}" for line in sorted(problems)))
-
+    refuse_problems(problems)
     model.load_state_dict(assemble(tensors, dtype, num_groups), strict=not tied, assign=True)
     model.tie_weights()
-    set_generation_defaults(model, tokenizer)
+    write_checkpoint(model, tokenizer, PUBLISHED_CHAT_TEMPLATE, output, overwrite)
+    return config
+
+
+def write_checkpoint(
+    model: Any,
+    tokenizer: Any,
+    chat_template: str,
+    output: Path,
+    overwrite: bool,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> None:
+    """Writes model, tokenizer, processor, generation settings and code into one folder, whole or not at all.
+
+    `generate()` is greedy, gives masks, and ends with a turn or a document, unless told otherwise.
+
+    Args:
+        statistics: mean and standard deviation of the pixels; CLIP's by default.
+    """
+    from transformers import GenerationConfig
+
+    from processing_medsight import MedSightImageProcessor, MedSightProcessor
+
+    config = model.config
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    pixels = {} if statistics is None else {"image_mean": list(statistics[0]), "image_std": list(statistics[1])}
     processor = MedSightProcessor(
-        image_processor=MedSightImageProcessor(size=config.image_size),
+        image_processor=MedSightImageProcessor(size=config.image_size, **pixels),
         tokenizer=tokenizer,
-        chat_template=PUBLISHED_CHAT_TEMPLATE,
+        chat_template=chat_template,
         image_seq_length=config.image_seq_length,
         group_names=config.group_names,
     )
     with staged_folder(output, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(folder)
-    return config
 
 
 def describe(config: "MedSightConfig") -> str:
@@ -328,6 +354,12 @@ def find_problems(
     return problems
 
 
+def refuse_problems(problems: Collection[str]) -> None:
+    """Raises one ValueError that lists all of `problems`, if there are any."""
+    if problems:
+        raise ValueError("the files do not add up to a model:\n" + "\n".join(f"  {line}" for line in sorted(problems)))
+
+
 def assemble(tensors: "dict[str, torch.Tensor]", dtype: str, num_groups: int) -> "dict[str, torch.Tensor]":
     """A state dict of one dtype, codes stacked; tensors that have it already are not copied."""
     import torch
@@ -337,13 +369,3 @@ def assemble(tensors: "dict[str, torch.Tensor]", dtype: str, num_groups: int) ->
     codes = torch.stack([tensors[f"model.codebook.codes[{k}]"] for k in range(num_groups)])
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.codebook.codes[")}
     return {name: tensor.to(wanted) for name, tensor in {**rest, "model.codebook.codes": codes}.items()}
-
-
-def set_generation_defaults(model: Any, tokenizer: Any) -> None:
-    """What `generate()` does unless told otherwise: greedy, with masks, until a turn or a document ends."""
-    from transformers import GenerationConfig
-
-    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    model.generation_config = GenerationConfig(
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False, return_dict_in_generate=True
-    )

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's palette, which readers with any common colour blindn
 same without colour.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,6 +100,5 @@ def shorten(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Im
     """`text`, cut with an ellipsis to at most `width` pixels in `font`."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect_right(range(len(text)), width, key=lambda end: font.getlength(text[:end] + "…")) - 1
+    return text[: max(0, fitting)] + "…"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from medsight.answer import GroundedAnswer
+    from medsight.prediction import Prediction
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 256
@@ -49,7 +49,7 @@ class Predictor:
         allowed_groups: str | Sequence[int | str] | None = None,
         force_region: bool = False,
         threshold: float = 0.5,
-    ) -> "GroundedAnswer":
+    ) -> "Prediction":
         """Answers `prompt` about `image`, decoding greedily.
 
         Args:
@@ -66,7 +66,7 @@ class Predictor:
         """
         import torch
 
-        from medsight.answer import GroundedAnswer, GroundedRegion
+        from medsight.prediction import Prediction
 
         if not prompt.strip():
             raise ValueError("the prompt is empty; ask about the image, for example 'Segment the liver.'")
@@ -87,14 +87,14 @@ class Predictor:
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
                 allowed_groups=allowed_groups,
                 force_region=force_region,
             )
-        result = self.processor.post_process_grounded_answer(output, inputs, threshold=threshold)[0]
-        return GroundedAnswer(
-            text=result["text"],
-            raw_text=result["raw_text"],
-            regions=tuple(GroundedRegion(**region) for region in result["regions"]),
+        answer = self.processor.post_process_grounded_answer(output, inputs, threshold=threshold)[0]
+        return Prediction(
+            answer=answer,
             image=pixels,
             image_name=str(image) if isinstance(image, (str, Path)) else "image",
             prompt=prompt,
@@ -125,22 +125,31 @@ def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
     """The model and processor of a checked checkpoint folder, by this package's own classes, offline.
 
     Raises:
-        OSError: a file of the processor or tokenizer is missing.
-        ValueError: weights and configuration do not belong together.
+        ValueError: files of the processor are missing or damaged, or weights and configuration do not belong together.
     """
     from modeling_medsight import MedSightForConditionalGeneration
     from processing_medsight import MedSightProcessor
 
-    processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model folder {folder}: its processor cannot be loaded ({reason})") from error
+    # Mismatches are let through here to be reported below, with the name of a weight.
     model, loaded = MedSightForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[kind]:
-            name = sorted(map(str, loaded[kind]))[0]
+            first = min(entry if isinstance(entry, str) else entry[0] for entry in loaded[kind])
             raise ValueError(
                 f"model folder {folder}: its weights do not fit its config.json ({len(loaded[kind])} "
-                f"{kind.replace('_', ' ')}, first: {name}); convert or copy it again"
+                f"{kind.replace('_', ' ')}, first: {first}); convert or copy it again"
             )
     return model, processor
 
@@ -197,9 +206,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs `medsight predict`.
 
     Raises:
-        OSError, ValueError: see `Predictor`, `Predictor.__call__` and `GroundedAnswer.save`; nothing is written then.
+        OSError, ValueError: see `Predictor`, `Predictor.__call__` and `Prediction.save`; nothing is written then.
     """
-    from medsight.answer import check_output_folder
+    from medsight.prediction import check_output_folder
 
     output = Path(args.output if args.output is not None else f"{Path(args.image).stem}-medsight")
     check_output_folder(output, args.overwrite)
@@ -210,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     predictor = Predictor(args.model, device=args.device, dtype=args.dtype)
-    answer = predictor(
+    prediction = predictor(
         image,
         args.prompt,
         max_new_tokens=args.max_new_tokens,
@@ -218,10 +227,10 @@ def run(args: argparse.Namespace) -> None:
         force_region=args.force_region,
         threshold=args.threshold,
     )
-    answer = dataclasses.replace(answer, image_name=args.image)
-    answer.save(output, overwrite=args.overwrite)
-    print(answer.to_table())
-    print(f"\nWritten to {output}/: answer.json, overlay.png, {len(answer.regions)} mask file(s)")
+    prediction = dataclasses.replace(prediction, image_name=args.image)
+    prediction.save(output, overwrite=args.overwrite)
+    print(prediction.to_table())
+    print(f"\nWritten to {output}/: answer.json, overlay.png, {len(prediction.answer.regions)} mask file(s)")
 
 
 def parse_groups(text: str | None) -> str | list[int | str] | None:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from medsight.checkpoint import _read_json
+from medsight.checkpoint import read_json
 
 
 PUBLISHED_CODE = re.compile(r"\[M(\d+)_(\d+)\]")
@@ -34,7 +34,7 @@ def load_published_tokenizer(folder: Path) -> tuple[Any, int, int, int]:
             if not name.endswith(".json"):
                 shutil.copy(folder / name, temporary)
                 continue
-            content = _read_json(folder / name)
+            content = read_json(folder / name)
             ids.update(_ids_in(name, content))
             (Path(temporary) / name).write_text(
                 json.dumps(_rename_codes(content), ensure_ascii=False), encoding="utf-8"
@@ -45,8 +45,8 @@ def load_published_tokenizer(folder: Path) -> tuple[Any, int, int, int]:
         renamed = PUBLISHED_CODE.sub(r"[C\1_\2]", token)
         if vocabulary.get(renamed) != index:
             raise ValueError(
-                f"{folder}: token {token!r} has id {index} in one tokenizer file but {vocabulary.get(renamed)} when all "
-                "are loaded: they contradict each other"
+                f"{folder}: token {token!r} has id {index} in one tokenizer file but {vocabulary.get(renamed)} in all "
+                "together: they contradict each other"
             )
     spelled = {index: PUBLISHED_CODE.fullmatch(token) for token, index in ids.items()}
     published = {(int(found[1]), int(found[2])): index for index, found in spelled.items() if found}

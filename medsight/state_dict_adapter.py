@@ -130,7 +130,7 @@ DROPPED_ENTRIES = ("args", "epoch", "lr_scheduler", "name", "optimizer", "scaler
 
 
 def to_ours(file_kind: str, their_name: str) -> tuple[str, ...] | None:
-    """Our names for a tensor of a foreign file: several if it is split, none if it is dropped, `None` if it is unknown.
+    """Our names for a tensor of a foreign file: several if it is split, none if it is dropped, `None` if unknown.
 
     Args:
         file_kind: a key of `LAYOUTS`.

@@ -107,7 +107,7 @@ class MedSightGenerationMixin(GenerationMixin):
 
         regions = None
         if pixel_values is not None:
-            regions = self.get_region_features(pixel_values)
+            regions = self.get_region_features(pixel_values, return_dict=True)
             if kwargs.get("assistant_model") is None:  # an assistant looks at the pixels with its own encoder
                 kwargs["image_embeds"] = self.model.project_regions(regions)
                 del kwargs["pixel_values"]
@@ -141,9 +141,11 @@ class MedSightGenerationMixin(GenerationMixin):
         )
         return kind(**outputs, **decoded)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Images go into the step that reads their placeholders, and into no other."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         images = [name for name in ("pixel_values", "image_embeds") if model_inputs.get(name) is not None]
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
             for name in images:

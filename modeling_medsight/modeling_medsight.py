@@ -108,10 +108,11 @@ class MedSightModel(MedSightPreTrainedModel):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
         encoder_output, regions = self._see(pixel_values, **kwargs)
+        all_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoder_output.last_hidden_state,
             pooler_output=self.project_regions(regions),
-            hidden_states=encoder_output.hidden_states,
+            hidden_states=encoder_output.hidden_states if all_layers else None,
             attentions=getattr(encoder_output, "attentions", None),
         )
 
@@ -160,7 +161,7 @@ class MedSightModel(MedSightPreTrainedModel):
 
         regions = None
         if image_embeds is None and pixel_values is not None:
-            regions = self.get_region_features(pixel_values)
+            regions = self._see(pixel_values)[1]
             image_embeds = self.project_regions(regions)
         if image_embeds is not None:
             expected = image_embeds.shape[0] * image_embeds.shape[1]
@@ -240,6 +241,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
     code."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
@@ -385,7 +387,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
     ) -> MedSightCausalLMOutputWithPast:
         """Losses of the perceiver and of the codebook, from pixel values alone."""
         self._require(pixel_values=pixel_values, mask_labels=mask_labels, class_labels=class_labels)
-        regions = self.get_region_features(pixel_values)
+        regions = self.get_region_features(pixel_values, return_dict=True)
         perceiver_loss, pairs = self._perceiver_loss(regions, mask_labels, class_labels)
         codebook_loss = group_loss = None
         if group_labels is not None:

@@ -54,10 +54,10 @@ _TEMPLATE = """\
 {%- endif -%}
 """
 
-# Qwen3's turns, with images between <|vision_start|> and <|vision_end|>. Two deliberate differences: thinking is off unless
-# enable_thinking=True, and the empty think block that switches it off stands in every assistant turn, earlier ones too. So
-# the prompt of a turn is a prefix of every later one: a model is prompted as it was trained, and the codes of earlier
-# answers keep their states.
+# Qwen3's turns, with images between <|vision_start|> and <|vision_end|>. Two deliberate differences: thinking is off
+# unless enable_thinking=True, and the empty think block that switches it off stands in every assistant turn, earlier
+# ones too. So the prompt of a turn is a prefix of every later one: a model is prompted as it was trained, and the
+# codes of earlier answers keep their states.
 CHAT_TEMPLATE = (
     _TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     .replace("NO_THINKING", r"'' if enable_thinking is defined and enable_thinking else '<think>\n\n</think>\n\n'")
@@ -78,11 +78,12 @@ _MEDIA = ("image", "image_url", "video", "audio")
 def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerBase, image_token: str) -> Any:
     """Copies of chat messages in which no text is a token that it must not write.
 
-    What stands in a user's, system's or any other turn never becomes an added token of the tokenizer: no turn marker, image
-    placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added tokens that are
-    not special), but writes no turn marker and no placeholder. Wherever such a token begins, an invisible word joiner
-    (U+2060) is put after its first character: the text reads the same and is tokenized as ordinary text. Nothing is
-    removed, so nothing can close up into a new token; neighbouring text parts are joined first, as a template joins them.
+    What stands in a user's, system's or any other turn never becomes an added token of the tokenizer: no turn marker,
+    image placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added
+    tokens that are not special), but writes no turn marker and no placeholder. Wherever such a token begins, an
+    invisible word joiner (U+2060) is put after its first character: the text reads the same and is tokenized as
+    ordinary text. Nothing is removed, so nothing can close up into a new token; neighbouring text parts are joined
+    first, as a template joins them.
 
     Args:
         conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes. Not changed.
@@ -90,11 +91,13 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
         image_token: a token that no text may write, special or not.
 
     Raises:
-        ValueError: if a text would still become such a token (one of a single character, for example), or if a message is
-            not one.
+        ValueError: if a text would still become such a token (one of a single character, for example), or if a message
+            is not one.
     """
     if _is_batch(conversations):
-        return [neutralise_conversations(getattr(chat, "messages", chat), tokenizer, image_token) for chat in conversations]
+        return [
+            neutralise_conversations(getattr(chat, "messages", chat), tokenizer, image_token) for chat in conversations
+        ]
     if not conversations:
         raise ValueError("a conversation is empty: expected a list of messages")
     added = tokenizer.added_tokens_decoder
@@ -122,8 +125,8 @@ def _neutralise(value: Any, forbidden: dict[int, str], tokenizer: PreTrainedToke
         written.discard(tokenizer.unk_token_id)
         if written:
             raise ValueError(
-                f"{where}: its text becomes the token {forbidden[min(written)]!r}, which only the chat template may write, "
-                "and cannot be told apart from it: reword it"
+                f"{where}: its text becomes the token {forbidden[min(written)]!r}, which only the chat template may "
+                "write, and cannot be told apart from it: reword it"
             )
         return text
     if isinstance(value, dict):

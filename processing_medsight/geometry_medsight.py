@@ -1,16 +1,18 @@
 """How an image of any size lies in the model's fixed input, and how masks travel both ways.
 
-Along each axis, a point at `y` pixels from the image's top (pixel j covers [j, j + 1), its centre is at j + 0.5) lies in
-the model's input at `y * scaled / length + offset`. That one line, and its inverse, is all the geometry there is: pixels,
-mask labels and mask logits all go through it.
+Along each axis, a point at `y` pixels from the image's top (pixel j covers [j, j + 1), its centre is at j + 0.5) lies
+in the model's input at `y * scaled / length + offset`. That one line, and its inverse, is all the geometry there is:
+pixels, mask labels and mask logits all go through it.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 
+Position = TypeVar("Position", float, np.ndarray)
 FITS = ("pad", "stretch", "crop")
 
 
@@ -35,11 +37,11 @@ class AxisFit:
         """First and last-but-one pixel of the input that show the image."""
         return max(0, self.offset), min(self.size, self.offset + self.scaled)
 
-    def to_original(self, position: np.ndarray | float) -> np.ndarray | float:
+    def to_original(self, position: Position) -> Position:
         """Positions in the input, in pixels, to positions in the original image, in pixels."""
         return (position - self.offset) * self.length / self.scaled
 
-    def to_input(self, position: np.ndarray | float) -> np.ndarray | float:
+    def to_input(self, position: Position) -> Position:
         """Positions in the original image, in pixels, to positions in the input, in pixels."""
         return position * self.scaled / self.length + self.offset
 
@@ -141,7 +143,7 @@ def _coverage(axis: AxisFit, cells: int) -> np.ndarray:
 def _samples(
     axis: AxisFit, cells: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each original pixel: the two cells it lies between, its weight for the second, whether the input shows it."""
+    """For each original pixel: the two cells it lies between, the second's weight, whether the input shows it."""
     position = axis.to_input(np.arange(axis.length) + 0.5)
     cell = (position * cells / axis.size - 0.5).clip(0, cells - 1)
     first = np.floor(cell).astype(np.int64)

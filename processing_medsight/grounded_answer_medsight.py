@@ -1,9 +1,9 @@
 """An answer with region codes, taken apart: clean text, and for every code the words that it stands for.
 
 Phrases are found by rule, not by a parser: a code stands for the noun phrase that ends right before it, once the words
-that only announce the code ("is segmented as", "is here:") are set aside; codes in a row share it; where nothing stands
-before a code in its sentence, the noun phrase right after it counts ("[C0_16] liver"). A phrase never reaches over the end
-of a sentence or over another code. Where no rule fits, a code has no phrase.
+that only announce the code ("is segmented as", "is here:") are set aside; codes in a row share it; where nothing
+stands before a code in its sentence, the noun phrase right after it counts ("[C0_16] liver"). A phrase never reaches
+over the end of a sentence or over another code. Where no rule fits, a code has no phrase.
 """
 
 import re
@@ -15,7 +15,8 @@ import torch
 
 CODE = "\ufffc"  # stands for one region code while an answer is taken apart: Unicode's object replacement character
 
-_GAP = rf"(?:[\s,;&]|\band\b|\bor\b)*"
+# Spaces are counted everywhere: an answer of nothing but spaces must not make a pattern quadratic.
+_GAP = r"(?:[\s,;&]|\band\b|\bor\b){0,8}"
 _RUN = rf"{CODE}(?:{_GAP}{CODE})*"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 _WORD = r"[^\W_]+(?:[-'’/+.][^\W_]+)*%?"
@@ -27,7 +28,7 @@ _BE = "is|are|was|were|be|been|being|can|could|may|has|have|had|appears?|lies?"
 # "..., segmented as", "is located at", "is here", "are present": announces a code or closes a clause; names nothing.
 _TAIL = re.compile(
     rf"[\s,;]*(?:\b(?:and|which|that|{_BE}|also|clearly|here|below|there)\s+)*"
-    rf"\b(?:{_SHOWN}|here|below|{_BE})(?:\s+(?:here|below|too|as well|as|at|by|in|on|with|via))*$",
+    rf"\b(?:{_SHOWN}|here|below|as|at|see|{_BE})(?:\s+(?:here|below|too|as well|as|at|by|in|on|with|via))*$",
     flags=re.IGNORECASE,
 )
 _CLOSING = re.compile(r"(?:[\s:,;(\[{*_`\"'“”‘’=>–—-]|(?<=\S)\s*\([^()]*\)\s*$)+$")
@@ -40,15 +41,22 @@ _STOP_WORDS = frozenset(
     show shows showing shown see seen reveal reveals revealing demonstrate demonstrates demonstrating depict depicts
     depicting contain contains containing include includes including indicate indicates indicating suggest suggests
     suggesting identify identified detect detected found noted visible present observed appear appears located segment
-    segments segmented segmenting segmentation segmentations mark marked outline outlined highlight highlighted
+    segments segmented segmenting mark marked outline outlined highlight highlighted
     and or but nor while plus versus vs than then so because if when where which who whose what
     with without on at by for from to into onto as near within between among over under via per about consistent
-    image scan picture findings finding regions region answer
+    """.split()
+)
+# Words that name what an answer is made of; alone they say nothing of what a code shows.
+_GENERIC = frozenset(
+    """
+    answer area areas code codes finding findings image mask masks outline output picture region regions result results
+    scan segmentation segmentations structure structures
     """.split()
 )
 _INNER = frozenset(("of", "in"))
 _INNER_ARTICLES = frozenset(("the", "a", "an"))
-_LONGEST_PHRASE = 8
+_LONGEST_PHRASE = 8  # words
+_REACH = 400  # characters before a code that are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +130,7 @@ def tidy_answer(pieces: Sequence[str]) -> tuple[str, list[tuple[int, int] | None
     before = [0]
     for keep in kept:
         before.append(before[-1] + keep)
-    text = "".join(character for character, keep in zip(marked, kept, strict=True) if keep)
+    text = "".join(character for character, keep in zip(marked, kept, strict=True) if keep).replace(CODE, " ")
     return text, [None if span is None else (before[span[0]], before[span[1]]) for span in spans]
 
 
@@ -152,6 +160,7 @@ def _phrases_of_sentence(marked: str, start: int, end: int) -> list[tuple[int, i
 
 def _phrase_before(marked: str, start: int, end: int) -> tuple[int, int] | None:
     """The noun phrase at the end of marked[start:end], past closing marks and announcing words."""
+    start = max(start, end - _REACH)
     segment, length = marked[start:end], -1
     while length != len(segment):
         length = len(segment)
@@ -168,7 +177,7 @@ def _phrase_before(marked: str, start: int, end: int) -> tuple[int, int] | None:
 
 def _phrase_after(marked: str, start: int, end: int) -> tuple[int, int] | None:
     """The noun phrase that begins marked[start:end], past a colon or a dash."""
-    offset = start + len(re.match(r"[\s:=*–—-]*", marked[start:end])[0])
+    offset = end - len(marked[start:end].lstrip(" \t:=*–—-"))
     words: list[re.Match[str]] = []
     for word in re.finditer(_WORD, marked[offset:end]):
         gap = marked[offset + (words[-1].end() if words else 0) : offset + word.start()]
@@ -187,31 +196,38 @@ def _is_stop(word: str) -> bool:
     return word.lower() in _STOP_WORDS
 
 
+def _leads_in(text: Sequence[str]) -> bool:
+    """Whether a phrase begins as "segmentation of the liver" does: what follows is what a code shows."""
+    return len(text) > 2 and text[0] in _GENERIC and text[1] == "of"
+
+
 def _trimmed(words: list[re.Match[str]], offset: int) -> tuple[int, int] | None:
-    """The span of `words` without articles, numerals and prepositions at its ends; `None` if none or too many are left."""
+    """The span of `words` without articles, numerals, prepositions at its ends; `None` if none or too many stay."""
     words = list(words)
-    while words and (_is_stop(words[0][0]) or words[0][0].lower() in _INNER or words[0][0].isdigit()):
-        words.pop(0)
-    while words and (_is_stop(words[-1][0]) or words[-1][0].lower() in _INNER):
-        words.pop()
-    if not words or len(words) > _LONGEST_PHRASE:
+    text = [word[0].lower() for word in words]
+    while text and (text[0] in _STOP_WORDS or text[0] in _INNER or text[0].isdigit() or _leads_in(text)):
+        del words[0], text[0]
+    while text and (text[-1] in _STOP_WORDS or text[-1] in _INNER):
+        del words[-1], text[-1]
+    if len(words) > _LONGEST_PHRASE or _GENERIC.issuperset(text):
         return None
     return offset + words[0].start(), offset + words[-1].end()
 
 
-_STOP = rf"(?=[.!?,;)\]]|\n|\s*$|\s+(?:and|or|but|while|whereas|is|are)\b)"
+_STOP = r"(?=[.!?,;)\]]|\s{0,3}$|\n|\s{1,3}(?:and|or|but|while|whereas|is|are)\b)"
 # Applied in this order; each takes out what it matches.
 _TIDY = tuple(
     re.compile(pattern, flags=re.IGNORECASE)
     for pattern in (
-        rf"(?<={CODE}){_GAP}(?={CODE})",  # separators within a run of codes
-        rf"(?:(?<=[(\[])|\s+)\b(?:as|at|by|in|on|with|via|see)\s*:?(?=\s*{CODE}+{_STOP})",  # "segmented as [C]."
-        rf"\s*[(\[{{]\s*{CODE}+\s*[)\]}}]",  # "([C])"
-        rf"\s*[,;:–—-]\s*(?=\s*{CODE}+\s*(?:[.!?,;]|\n|$))",  # "here: [C]."
-        rf"(?<=[.!?])\s*{CODE}+\s*[.!?]",  # a sentence of codes alone
-        rf"(?:^|(?<=\n))[ \t]*{CODE}+[ \t]*[,:;.–—-]*[ \t]*",  # a code that begins a line
-        rf"[ \t]*{CODE}+(?:[ \t]+(?=[.,;:!?)\]]|\n|$))?",
-        r"^\s+|\s+$",
+        rf"(?<={CODE}){_GAP}{CODE}",  # all codes of a run but the first, and what separates them
+        # "segmented as [C]."
+        rf"(?:(?<=[(\[])|\s{{1,3}})\b(?:as|at|by|in|on|with|via|see)\s{{0,3}}:?(?=\s{{0,3}}{CODE}{_STOP})",
+        rf"\s{{0,3}}[(\[{{]\s{{0,3}}{CODE}\s{{0,3}}[)\]}}]",  # "([C])"
+        rf"\s{{0,3}}[,;:–—-](?=\s{{0,3}}{CODE}\s{{0,3}}(?:[.!?,;]|\n|$))",  # "here: [C]."
+        rf"(?<=[.!?])\s{{0,3}}{CODE}\s{{0,3}}[.!?]",  # a sentence of codes alone
+        rf"(?:^|(?<=\n))[ \t]{{0,3}}{CODE}[ \t]{{0,3}}[,;:.–—-]{{0,3}}[ \t]{{0,3}}",  # a code that begins a line
+        # A code right between two words is left, to become a space.
+        rf"(?!(?<=\w){CODE}\w)[ \t]{{0,3}}{CODE}(?:[ \t]{{1,3}}(?=[.,;:!?)\]]|\n|$))?",
     )
 )
 
@@ -225,5 +241,6 @@ def _kept_characters(marked: str) -> list[bool]:
         for match in pattern.finditer(current):
             gone.update(kept[match.start() : match.end()])
         kept = [i for i in kept if i not in gone]
-    stays = set(kept)
+    current = "".join(marked[i] for i in kept)
+    stays = set(kept[len(current) - len(current.lstrip()) : len(current.rstrip())])
     return [i in stays for i in range(len(marked))]

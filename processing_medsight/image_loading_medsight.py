@@ -1,9 +1,9 @@
 """From whatever a caller names an image by to an array of 8-bit pixels, or to an error that names the culprit.
 
 Ranges. 8-bit pixels stay as they are. Other integers (16-bit scans) and floats are 8-bit values where they lie in
-[0, 255]; floats that all lie in [0, 1] are multiplied by 255; any other range is stretched linearly, its smallest value to
-0 and its largest to 255, over all colour channels together. So a 16-bit scan is neither clipped nor nearly black, whatever
-part of the 65,536 levels it uses; a caller who wants a window sets it before.
+[0, 255]; floats that all lie in [0, 1] are multiplied by 255; any other range is stretched linearly, its smallest
+value to 0 and its largest to 255, over all colour channels together. So a 16-bit scan is neither clipped nor nearly
+black, whatever part of the 65,536 levels it uses; a caller who wants a window sets it before.
 """
 
 import base64
@@ -36,8 +36,8 @@ def load_image(source: str | os.PathLike) -> Image.Image:
         The decoded image; its first frame where there are several (a warning says so).
 
     Raises:
-        ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than `MAX_IMAGE_PIXELS`
-            (checked before any pixel is decoded).
+        ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than
+            `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
     name = _shorten(os.fspath(source))
     opened = _open(source, name)
@@ -74,12 +74,13 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
     Grey is repeated into three channels; alpha (also a palette's, or a transparent colour) is composited on black.
 
     Args:
-        image: Pillow image of any mode, or a numpy array or torch tensor of 1 to 4 channels (grey, grey and alpha, RGB,
-            RGBA), channels first or last, or without a channel axis.
+        image: Pillow image of any mode, or a numpy array or torch tensor of 1 to 4 channels (grey, grey and alpha,
+            RGB, RGBA), channels first or last, or without a channel axis.
         name: what to call the image in an error.
         convert_rgb: whether to make three channels of it; `False` leaves channels as they are.
         rescale: whether the pixels are to be scaled from 0..255 later. If not, floats are taken as they are.
-        channels_last: where the channel axis is; by default, where an axis of 1 to 4 entries is (the first, if both are).
+        channels_last: where the channel axis is; by default, where an axis of 1 to 4 entries is (the first, if both
+            are).
 
     Returns:
         (height, width, channels), uint8, or float32 for floats if not `rescale`.
@@ -94,7 +95,7 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
         pixels = np.asarray(image)[:, :, None]
     else:
         pixels = _channels_last(_as_numpy(image, name), name, channels_last)
-    _check_size(*pixels.shape[:2], name)
+    _check_size(pixels.shape[0], pixels.shape[1], name)
     if not convert_rgb:
         return _to_eight_bit(pixels, name, rescale)
     alpha = pixels[:, :, -1:] if pixels.shape[2] in (2, 4) else None
@@ -106,13 +107,13 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
 
 
 def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    """A (height, width) array as a Pillow image of the same range: transformers' batching wants a channel axis of arrays.
+    """A (height, width) array as a Pillow image of the same range: transformers wants arrays to have a channel axis.
 
     Raises:
         ValueError: if it has no pixels or does not hold numbers.
     """
     pixels = _as_numpy(image, name)
-    _check_size(*pixels.shape, name)
+    _check_size(pixels.shape[0], pixels.shape[1], name)
     if pixels.dtype in (np.bool_, np.uint8, np.uint16):
         return Image.fromarray(np.ascontiguousarray(pixels))
     if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 4 and pixels.dtype != np.uint32:
@@ -191,14 +192,14 @@ def _channels_last(pixels: np.ndarray, name: str, channels_last: bool | None) ->
         channels_last = pixels.shape[0] not in _CHANNELS
         if not channels_last and pixels.shape[2] in _CHANNELS:
             logger.warning_once(
-                f"{name}: in shape {pixels.shape} either the first or the last axis may hold the channels; the first is "
-                "taken. `input_data_format` says otherwise."
+                f"{name}: in shape {pixels.shape} either the first or the last axis may hold the channels; the first "
+                "is taken unless `input_data_format` says otherwise."
             )
     if not channels_last:
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.shape[2] not in _CHANNELS:
         raise ValueError(
-            f"{name}: expected 1 to 4 channels, first or last, got {pixels.shape[2]} (height and width {pixels.shape[:2]})"
+            f"{name}: expected 1 to 4 channels, first or last, got {pixels.shape[2]} of {pixels.shape[:2]} pixels"
         )
     return pixels
 
@@ -240,7 +241,8 @@ def _check_size(height: int, width: int, name: str) -> None:
         raise ValueError(f"{name} has no pixels: its height and width are {height} and {width}")
     if height * width > MAX_IMAGE_PIXELS:
         raise ValueError(
-            f"{name} has {height:,} x {width:,} pixels: at most {MAX_IMAGE_PIXELS:,} in total are read. Scale it down first"
+            f"{name} has {height:,} x {width:,} pixels (height x width): at most {MAX_IMAGE_PIXELS:,} in total are "
+            "read. Scale it down first"
         )
 
 

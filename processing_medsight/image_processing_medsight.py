@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+
+from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
 
 from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, masks_to_grid
 from .image_loading_medsight import grey_to_pillow, load_image, to_array
@@ -20,7 +21,7 @@ from .image_loading_medsight import grey_to_pillow, load_image, to_array
 _NOT_USED = ("do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
-class MedSightImageProcessorKwargs(ImagesKwargs, total=False):
+class MedSightImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """The arguments of any image processor, and `fit`: how an image is brought to the model's fixed input size."""
 
     fit: Literal["pad", "stretch", "crop"] | None
@@ -33,8 +34,8 @@ class MedSightImageProcessor(BaseImageProcessor):
 
     Args:
         size (`int` or `dict`): the model's input, `{"height": h, "width": w}` in pixels (an int: a square).
-        fit (`"pad"`, `"stretch"` or `"crop"`): keep the aspect ratio on centred black padding; scale each axis on its own;
-            or keep the centre of an image scaled to cover the input (the released checkpoint's own transform).
+        fit (`"pad"`, `"stretch"` or `"crop"`): keep the aspect ratio on centred black padding; scale each axis on its
+            own; or keep the centre of an image scaled to cover the input (the released checkpoint's own transform).
         resample (`int`): Pillow's filter, bicubic by default.
         do_resize, do_rescale, do_normalize, do_convert_rgb (`bool`): steps to take.
         rescale_factor (`float`): what 8-bit pixels are multiplied by.
@@ -132,8 +133,8 @@ class MedSightImageProcessor(BaseImageProcessor):
         `>= 0.5` gives a hard mask.
 
         Args:
-            masks: (n, height, width) or one (height, width), at the image's own size: bool, integers (anything but 0 is
-                inside), or floats in [0, 1]. An array, a tensor, a Pillow image, or a list of these.
+            masks: (n, height, width) or one (height, width), at the image's own size: bool, integers (anything but 0
+                is inside), or floats in [0, 1]. An array, a tensor, a Pillow image, or a list of these.
             output_size: (h, w) of the model's mask grid.
             fit, size: what the pixels were made with, where a call set its own.
 
@@ -179,7 +180,9 @@ class MedSightImageProcessor(BaseImageProcessor):
         super()._validate_preprocess_kwargs(**kwargs)
         unused = [name for name in _NOT_USED if kwargs.get(name)]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: not used by MedSIGHT; `size` and `fit` ({', '.join(FITS)}) say it all")
+            raise ValueError(
+                f"{', '.join(unused)}: not used by MedSIGHT; `size` and `fit` ({', '.join(FITS)}) say it all"
+            )
         if kwargs.get("fit") not in FITS:
             raise ValueError(f"fit={kwargs.get('fit')!r}: choose one of {', '.join(FITS)}")
         if kwargs.get("do_resize"):
@@ -192,12 +195,16 @@ class MedSightImageProcessor(BaseImageProcessor):
         pixel_values, original_sizes = [], []
         for i, image in enumerate(flat):
             path = getattr(image, "filename", None)
-            pixels, original = self._preprocess_one(image, name=f"image {i} ({path})" if path else f"image {i}", **kwargs)
+            pixels, original = self._preprocess_one(
+                image, name=f"image {i} ({path})" if path else f"image {i}", **kwargs
+            )
             pixel_values.append(pixels)
             original_sizes.append(original)
         shapes = {pixels.shape for pixels in pixel_values}
         if len(shapes) > 1 and kwargs["return_tensors"] is not None:
-            raise ValueError(f"images of different shapes {sorted(shapes)} make no batch: leave do_resize and do_convert_rgb on")
+            raise ValueError(
+                f"images of different shapes {sorted(shapes)} make no batch: leave do_resize and do_convert_rgb on"
+            )
         data = {"pixel_values": pixel_values, "original_sizes": original_sizes}
         return BatchFeature(data, tensor_type=kwargs["return_tensors"])
 
@@ -244,7 +251,9 @@ class MedSightImageProcessor(BaseImageProcessor):
             fit = self.fit if self.do_resize else "stretch"
         if size is None:
             size = self.size
-        return fit_image(original, _height_and_width({"height": size, "width": size} if isinstance(size, int) else size), fit)
+        return fit_image(
+            original, _height_and_width({"height": size, "width": size} if isinstance(size, int) else size), fit
+        )
 
 
 def _flatten(images: Any) -> Iterable[Any]:
@@ -262,8 +271,8 @@ def _resize(pixels: np.ndarray, vertical: AxisFit, horizontal: AxisFit, resample
     """Resize the part that the input shows and put it in its place on black."""
     (top, bottom), (left, right) = vertical.visible, horizontal.visible
     # Pillow's box resamples as a resize of the whole image would, without ever making a crop's invisible part.
-    box = (*(axis.to_original(start) for axis, start in ((horizontal, left), (vertical, top))),)
-    box += (*(axis.to_original(stop) for axis, stop in ((horizontal, right), (vertical, bottom))),)
+    corner = horizontal.to_original(float(left)), vertical.to_original(float(top))
+    box = (*corner, horizontal.to_original(float(right)), vertical.to_original(float(bottom)))
     target = (right - left, bottom - top)
     out = np.zeros((vertical.size, horizontal.size, pixels.shape[2]), dtype=pixels.dtype)
     if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
@@ -278,7 +287,9 @@ def _resize(pixels: np.ndarray, vertical: AxisFit, horizontal: AxisFit, resample
 def _height_and_width(size: Any) -> tuple[int, int]:
     size = dict(size) if size is not None else {}
     if set(size) != {"height", "width"} or min(size.values()) < 1:
-        raise ValueError(f"size={size}: expected positive 'height' and 'width' in pixels: the model's input has a fixed size")
+        raise ValueError(
+            f"size={size}: expected positive 'height' and 'width' in pixels: the model's input has a fixed size"
+        )
     return size["height"], size["width"]
 
 
@@ -297,5 +308,7 @@ def _mask_plane(mask: Any, index: int) -> np.ndarray:
     if plane.dtype.kind in "biu":
         return (plane != 0).astype(np.float32)
     if plane.dtype.kind != "f" or not (plane.min() >= 0 and plane.max() <= 1):
-        raise ValueError(f"mask {index}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside")
+        raise ValueError(
+            f"mask {index}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside"
+        )
     return plane.astype(np.float32)

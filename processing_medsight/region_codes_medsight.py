@@ -1,4 +1,4 @@
-"""Region codes in a tokenizer: `[C{k}_{m}]` stands for code m of group k, `[SEG]` for the one code without a codebook."""
+"""Region codes in a tokenizer: `[C{k}_{m}]` is code m of group k, `[SEG]` the one code without a codebook."""
 
 import re
 
@@ -78,13 +78,16 @@ def add_region_codes(
     """
     tokens = region_code_tokens(num_groups, codes_per_group, use_region_codebook)
     vocabulary = tokenizer.get_vocab()
-    present = sorted((vocabulary[token], token) for token in vocabulary if token == SEG_TOKEN or _CODE.fullmatch(token))
+    present = sorted(
+        (vocabulary[token], token) for token in vocabulary if token == SEG_TOKEN or _CODE.fullmatch(token)
+    )
     if present:
         first = present[0][0]
         if present != [(first + offset, token) for offset, token in enumerate(tokens)]:
+            (_, one), (last, other) = present[0], present[-1]
             raise ValueError(
-                f"the tokenizer already has {len(present)} region codes, {present[0][1]} (id {first}) to {present[-1][1]} "
-                f"(id {present[-1][0]}): they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
+                f"the tokenizer already has {len(present)} region codes, {one} (id {first}) to {other} (id {last}): "
+                f"they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
             )
         return first
     first = len(tokenizer)
@@ -99,3 +102,22 @@ def region_code_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The ids of a tokenizer's region codes and their spellings."""
     added = tokenizer.get_added_vocab()
     return {added[token]: token for token in added if token == SEG_TOKEN or _CODE.fullmatch(token)}
+
+
+def split_at_codes(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool
+) -> tuple[list[str], list[int], str]:
+    """Take generated ids apart at their region codes.
+
+    Returns:
+        The text before the first code, between codes, ..., after the last; the codes' places in `ids`; the whole text.
+    """
+    names = region_code_ids(tokenizer)
+    codes = [i for i, token_id in enumerate(ids) if token_id in names]
+    pieces = [tokenizer.decode(ids[: codes[0]] if codes else ids, skip_special_tokens=skip_special_tokens)]
+    for start, end in zip(codes, [*codes[1:], len(ids)], strict=True):
+        # Decoded together with its code, because some tokenizers drop the first space of what they decode.
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
+        pieces.append(text.removeprefix(names[ids[start]]))
+    whole = pieces[0] + "".join(names[ids[i]] + piece for i, piece in zip(codes, pieces[1:], strict=True))
+    return pieces, codes, whole

@@ -1,11 +1,11 @@
 """Grounded conversations from manifest records: wordings are data (templates.yaml), this module fills them in.
 
-A region code does not stand in a text here but a marker that names its target; the code is put in when the perceiver and
-the codebook have given the image's masks their codes.
+Where an answer cites a region it holds a numbered slot; the code is put in when the perceiver and the codebook have
+given the image's masks their codes.
 """
 
 import random
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,6 @@ import torch
 import yaml
 
 from .data import GROUP_NAMES, ImageRecord
-
-INTENTS = ("segment_one", "segment_several", "segment_all", "where_is", "is_there", "diagnose", "absent")
-PLAIN_INTENTS = ("caption", "modality", "site", "absent", "is_absent")
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def position_in_words(mask: torch.Tensor) -> str:
 
 
 def enumerate_words(words: list[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -69,7 +66,7 @@ class ConversationMaker:
 
     Args:
         templates: as `load_templates` gives them.
-        records: all training records; from them follows which targets a group can show, and so what is absent elsewhere.
+        records: all training records: which targets a group can show, and so what is absent elsewhere.
         generator: source of all choices.
     """
 
@@ -160,7 +157,9 @@ class ConversationMaker:
 
     def _segment_all(self, record: ImageRecord, masks: torch.Tensor) -> Turn:
         targets = sorted(record.masks)
-        return self._turn("segment_all", "segment_all", {**self._words(record), "cited": _cite(targets)}, tuple(targets))
+        return self._turn(
+            "segment_all", "segment_all", {**self._words(record), "cited": _cite(targets)}, tuple(targets)
+        )
 
     def _diagnose(self, record: ImageRecord, masks: torch.Tensor) -> Turn:
         if not record.masks:
@@ -180,13 +179,17 @@ def _cite(targets: list[str]) -> str:
     return ", ".join(f"{target} {{{index}}}" for index, target in enumerate(targets))
 
 
+def _without_codes(turn: Turn) -> str:
+    answer = turn.answer.replace(", segmented as {0}", "")
+    return re.sub(r" \{\d+\}", "", answer)
+
+
 def corpus_texts(maker: ConversationMaker, records: list[ImageRecord], rounds: int) -> list[tuple[str, str]]:
-    """Question and answer pairs of the corpus without its images, codes spelled as nothing: for the language model alone."""
-    blank: Callable[[Turn], str] = lambda turn: turn.answer.format(*[""] * len(turn.regions)).replace(" ,", ",")
+    """Question and answer pairs of the corpus without its images and without codes: for the language model alone."""
     pairs = []
     for _ in range(rounds):
         for record in records:
             whole = torch.ones(len(record.masks), 3, 3)
             for turn in (maker.grounded(record, whole), maker.plain(record)):
-                pairs.append((turn.prompt, blank(turn).replace(" .", ".").replace("  ", " ").strip()))
+                pairs.append((turn.prompt, _without_codes(turn)))
     return pairs

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+
 # (modality prefix, site) of the manifest -> group name; the first match counts
 GROUP_RULES: tuple[tuple[str, str, str], ...] = (
     ("CT", "torso", "CT torso"),

@@ -18,11 +18,11 @@ def train_only(model: nn.Module, prefixes: Iterable[str]) -> list[nn.Parameter]:
         ValueError: a prefix names no parameter.
     """
     prefixes = tuple(prefixes)
-    names = [name for name, _ in model.named_parameters()]
+    named = list(model.named_parameters(remove_duplicate=False))  # a tied head counts under both its names
     for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
+        if not any(name.startswith(prefix) for name, _ in named):
             raise ValueError(f"no parameter starts with {prefix!r}")
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         parameter.requires_grad_(name.startswith(prefixes))
     for module in model.modules():
         module.training = any(parameter.requires_grad for parameter in module.parameters())
@@ -64,7 +64,7 @@ class Optimisation:
         self.counts: dict[str, int] = defaultdict(int)
 
     def step(self, loss: torch.Tensor, **parts: torch.Tensor) -> None:
-        """One update by `loss`; `parts` are the losses to log. Raises FloatingPointError for a loss that is not finite."""
+        """One update by `loss`; `parts` are losses to log. Raises FloatingPointError where the loss is not finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"{self.name}: the loss of step {self.done} is {loss.item()}")
         self.optimizer.zero_grad()
@@ -74,7 +74,7 @@ class Optimisation:
         self.scheduler.step()
         self.done += 1
         for key, value in {"loss": loss, **parts}.items():
-            self.sums[key] += float(value)
+            self.sums[key] += float(value.detach())
             self.counts[key] += 1
         if self.done % self.log_every == 0 or self.done == self.steps:
             means = "  ".join(f"{key} {self.sums[key] / self.counts[key]:.4f}" for key in self.sums)

@@ -34,7 +34,9 @@ def train_tokenizer(texts: Iterable[str], base_size: int) -> Qwen2Tokenizer:
     )
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != base_size:
-        raise ValueError(f"the texts give {bpe.get_vocab_size()} byte-pair entries, tokenizer.base_size is {base_size}")
+        raise ValueError(
+            f"the texts give {bpe.get_vocab_size()} byte-pair entries, tokenizer.base_size is {base_size}"
+        )
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],

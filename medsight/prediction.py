@@ -1,4 +1,4 @@
-"""A grounded answer: its text, its regions, how they read in a terminal and how they lie in a folder."""
+"""One prediction: a grounded answer and what was asked, as a table for a terminal and as a folder of files."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -17,53 +17,27 @@ from medsight import __version__
 from medsight.overlay import draw_overlay
 
 
+if TYPE_CHECKING:
+    from processing_medsight.grounded_answer_medsight import GroundedAnswer
+
 ANSWER_FILE = "answer.json"
 OVERLAY_FILE = "overlay.png"
 MASK_FILE = "mask-{:02d}.png"
 
 
-@dataclass(frozen=True)
-class GroundedRegion:
-    """One region code that the answer cites.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model answered to one prompt about one image.
 
     Attributes:
-        code: the region code, such as "[C0_16]".
-        group: name of the code's group, such as "CT abdomen".
-        phrase: the words of the text that the code stands for.
-        span: where `phrase` stands in the text, (start, end) in characters.
-        mask: boolean (height, width), at the image's own size.
-        box: (left, top, right, bottom) in pixels, right and bottom exclusive; None where the mask is empty.
-        area: pixels of the mask.
-        score: the model's confidence, 0 to 1.
+        answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
+        image: the image as the model's processor read it, 8-bit RGB.
+        image_name: where the image came from.
+        prompt: what was asked.
+        model: the checkpoint folder.
     """
 
-    code: str
-    group: str
-    phrase: str
-    span: tuple[int, int]
-    mask: np.ndarray
-    box: tuple[int, int, int, int] | None
-    area: int
-    score: float
-
-
-@dataclass(frozen=True)
-class GroundedAnswer:
-    """What the model answered about one image.
-
-    Attributes:
-        text: the answer without region codes.
-        raw_text: the answer as generated, with its region codes.
-        regions: one entry a cited code, in the order of the text.
-        image: the image that the model saw, RGB.
-        image_name: where the image came from, as given.
-        prompt: the question.
-        model: the checkpoint folder, as given.
-    """
-
-    text: str
-    raw_text: str
-    regions: tuple[GroundedRegion, ...]
+    answer: "GroundedAnswer"
     image: Image.Image
     image_name: str
     prompt: str
@@ -77,34 +51,34 @@ class GroundedAnswer:
             "image": self.image_name,
             "size": {"width": self.image.width, "height": self.image.height},
             "prompt": self.prompt,
-            "text": self.text,
-            "raw_text": self.raw_text,
+            "text": self.answer.text,
+            "raw_text": self.answer.raw_text,
             "regions": [
                 {
                     "code": region.code,
-                    "group": region.group,
+                    "group": region.group_name,
                     "phrase": region.phrase,
-                    "span": list(region.span),
-                    "box": None if region.box is None else list(region.box),
+                    "span": region.span,
+                    "box": region.box,
                     "area": region.area,
-                    "score": round(region.score, 4),
+                    "score": region.score,
                     "mask": MASK_FILE.format(index),
                 }
-                for index, region in enumerate(self.regions, 1)
+                for index, region in enumerate(self.answer.regions, 1)
             ],
         }
 
     def to_table(self) -> str:
-        """The answer and an aligned table of its regions, for a terminal."""
-        if not self.regions:
-            return f"{self.text}\n\nNo region was cited."
-        rows = [("", "code", "group", "phrase", "area (px)", "box (left, top, right, bottom)", "score")]
-        for index, region in enumerate(self.regions, 1):
+        """The answer, then an aligned table of its regions."""
+        if not self.answer.regions:
+            return f"{self.answer.text}\n\nThe answer cites no region."
+        rows = [("", "code", "group", "phrase", "area (px)", "box (x0, y0, x1, y1)", "score")]
+        for index, region in enumerate(self.answer.regions, 1):
             box = "-" if region.box is None else ", ".join(map(str, region.box))
-            rows.append(
-                (str(index), region.code, region.group, region.phrase, str(region.area), box, f"{region.score:.2f}")
-            )
-        return f"{self.text}\n\n{align(rows)}"
+            score = "-" if region.score is None else f"{region.score:.2f}"
+            names = (region.code, region.group_name or "-", region.phrase or "-")
+            rows.append((str(index), *names, str(region.area), box, score))
+        return f"{self.answer.text}\n\n{align(rows)}"
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Writes `answer.json`, one `mask-NN.png` a region (0 and 255, at the image's size) and `overlay.png`.
@@ -137,11 +111,12 @@ class GroundedAnswer:
     def _write(self, folder: Path) -> None:
         content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
         (folder / ANSWER_FILE).write_text(content + "\n", encoding="utf-8")
-        for index, region in enumerate(self.regions, 1):
-            Image.fromarray(region.mask.astype(np.uint8) * 255).save(folder / MASK_FILE.format(index))
-        labels = [f"{region.phrase}  {region.code}  {region.group}" for region in self.regions]
-        overlay = draw_overlay(self.image, [region.mask for region in self.regions], labels)
-        overlay.save(folder / OVERLAY_FILE)
+        masks, labels = [], []
+        for index, region in enumerate(self.answer.regions, 1):
+            masks.append(np.asarray(region.mask, dtype=bool))
+            labels.append("  ".join(filter(None, (region.phrase, region.code, region.group_name))))
+            Image.fromarray(masks[-1].astype(np.uint8) * 255).save(folder / MASK_FILE.format(index))
+        draw_overlay(self.image, masks, labels).save(folder / OVERLAY_FILE)
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:

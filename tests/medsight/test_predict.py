@@ -1,0 +1,407 @@
+"""`medsight predict` and `Predictor`: what is printed, what is written, and what is refused with nothing written."""
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight import Predictor, cli
+from medsight.checkpoint import check_checkpoint
+from medsight.overlay import PALETTE, draw_overlay
+
+
+SIZE = (70, 45)  # width, height: neither square nor the model's
+
+
+@pytest.fixture(scope="session")
+def predictor(tiny_checkpoint: Path) -> Predictor:
+    return Predictor(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def image_file(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    path = tmp_path / "scan.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def predict(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs `medsight predict` in an empty working folder, `tmp_path / "here"`."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def run(image: Path, *options: str, model: Path = tiny_checkpoint) -> int:
+        arguments = [str(image), "--prompt", "Segment the liver.", "--model", str(model), "--max-new-tokens", "6"]
+        return cli.main(["predict", *arguments, "--device", "cpu", *options])
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def png(width: int, height: int) -> bytes:
+    """A greyscale PNG whose header claims a size, with next to no pixels in it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
+    predict: Callable, image_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "deep" / "answer"
+    assert predict(image_file, "--force-region", "--output", str(output)) == 0
+    answer = json.loads((output / "answer.json").read_text("utf-8"))
+    assert answer["prompt"] == "Segment the liver."
+    assert answer["image"] == str(image_file)
+    assert answer["size"] == {"width": SIZE[0], "height": SIZE[1]}
+    assert answer["regions"]
+    names = {"answer.json", "overlay.png"} | {region["mask"] for region in answer["regions"]}
+    assert {path.name for path in output.iterdir()} == names
+    for region in answer["regions"]:
+        assert region["code"] in answer["raw_text"]
+        with Image.open(output / region["mask"]) as image:
+            mask = np.asarray(image)
+            assert image.size == SIZE and image.mode == "L"
+        assert set(np.unique(mask)) <= {0, 255}
+        assert region["area"] == (mask > 0).sum()
+        if region["area"]:
+            rows, columns = np.nonzero(mask)
+            assert region["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        else:
+            assert region["box"] is None
+        assert 0 <= region["score"] <= 1
+    with Image.open(output / "overlay.png") as overlay:
+        assert max(overlay.size) >= 512
+
+
+def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(image_file, "--force-region", "--output", str(tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    answer = json.loads((tmp_path / "out" / "answer.json").read_text("utf-8"))
+    assert printed.startswith(answer["text"])
+    lines = printed.splitlines()
+    header = next(index for index, line in enumerate(lines) if "code" in line and "score" in line)
+    column = lines[header].index("code")
+    for region, line in zip(answer["regions"], lines[header + 1 :], strict=False):
+        assert line[column:].startswith(region["code"])
+    assert str(tmp_path / "out") in lines[-1]
+
+
+def test_without_output_the_folder_is_named_after_the_image_and_lies_here(
+    predict: Callable, image_file: Path, tmp_path: Path
+) -> None:
+    assert predict(image_file) == 0
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["scan-medsight"]
+
+
+def test_python_gives_the_regions_that_the_command_writes(
+    predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path
+) -> None:
+    prediction = predictor(image_file, "Segment the liver.", max_new_tokens=6, force_region=True)
+    assert predict(image_file, "--force-region", "--output", str(tmp_path / "command")) == 0
+    prediction.save(tmp_path / "python")
+    assert contents(tmp_path / "python") == contents(tmp_path / "command")
+
+
+def test_a_picture_in_memory_is_answered_like_its_file(predictor: Predictor, image_file: Path) -> None:
+    with Image.open(image_file) as image:
+        from_memory = predictor(image, "Where?", max_new_tokens=6, force_region=True)
+    from_file = predictor(str(image_file), "Where?", max_new_tokens=6, force_region=True)
+    assert from_memory.answer.raw_text == from_file.answer.raw_text
+    for one, other in zip(from_memory.answer.regions, from_file.answer.regions, strict=True):
+        assert one.mask.equal(other.mask)
+
+
+def test_only_allowed_groups_are_cited(predictor: Predictor, image_file: Path) -> None:
+    name = predictor.model.config.group_names[1]
+    for allowed in ([name], [1]):
+        prediction = predictor(image_file, "Where?", max_new_tokens=8, allowed_groups=allowed, force_region=True)
+        assert {region.group_name for region in prediction.answer.regions} == {name}
+
+
+def test_a_higher_threshold_gives_no_larger_mask(predictor: Predictor, image_file: Path) -> None:
+    areas = [
+        predictor(image_file, "Where?", max_new_tokens=6, force_region=True, threshold=threshold)
+        .answer.regions[0]
+        .area
+        for threshold in (0.05, 0.5, 0.95)
+    ]
+    assert areas == sorted(areas, reverse=True)
+
+
+def test_an_answer_without_regions_gives_an_overlay_and_no_mask(predictor: Predictor, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
+    prediction = replace(prediction, answer=replace(prediction.answer, regions=[]))
+    prediction.save(tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {"answer.json", "overlay.png"}
+    assert "cites no region" in prediction.to_table()
+
+
+def test_an_earlier_answer_is_replaced_only_on_request_and_then_completely(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert predict(image_file, "--output", str(output)) == 0
+    (output / "mask-99.png").write_bytes(b"of an earlier answer")
+    before = contents(output)
+    assert predict(image_file, "--output", str(output)) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert contents(output) == before
+    assert predict(image_file, "--output", str(output), "--overwrite") == 0
+    assert contents(output) == {name: data for name, data in before.items() if name != "mask-99.png"}
+
+
+@pytest.mark.parametrize("foreign", ["thesis.docx", "answer.json.bak", "maskfile.png"])
+def test_a_folder_with_other_files_is_never_replaced(
+    foreign: str, predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "answer.json").write_text("{}")
+    (output / foreign).write_text("precious")
+    before = contents(tmp_path)
+    assert predict(image_file, "--output", str(output), "--overwrite") == 1
+    assert foreign in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_failure_while_writing_leaves_the_earlier_answer_as_it_was(
+    predictor: Predictor, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prediction = predictor(image_file, "Where?", max_new_tokens=6, force_region=True)
+    prediction.save(tmp_path / "out")
+    before = contents(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("medsight.prediction.draw_overlay", fail)
+    for output in (tmp_path / "out", tmp_path / "other"):
+        with pytest.raises(OSError, match="disk full"):
+            prediction.save(output, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+BAD_IMAGES = {
+    "missing": None,
+    "empty": b"",
+    "text": b"no image at all\n",
+    "without-pixels": png(0, 10),
+    "huge": png(30_000, 30_000),
+    "truncated": png(400, 400),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_a_bad_image_is_named_in_one_line_and_nothing_is_written(
+    kind: str, predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / f"{kind}.png"
+    data = BAD_IMAGES[kind]
+    if data is not None:
+        image.write_bytes(data)
+    before = contents(tmp_path)
+    assert predict(image, "--output", str(tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medsight: error: ") and error.count("\n") == 1
+    assert str(image) in error
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "culprit"),
+    [
+        ("--max-new-tokens", "0", "max_new_tokens 0"),
+        ("--threshold", "1.5", "threshold 1.5"),
+        ("--device", "quantum", "quantum"),
+        ("--allowed-groups", "spleen of a dragon", "spleen of a dragon"),
+    ],
+)
+def test_a_bad_option_is_named_and_nothing_is_written(
+    option: str,
+    value: str,
+    culprit: str,
+    predict: Callable,
+    image_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert predict(image_file, option, value, "--output", str(tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medsight: error: ") and culprit in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_is_refused(predictor: Predictor, image_file: Path) -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        predictor(image_file, "  \n")
+
+
+def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:
+    """A copy of a checkpoint with one thing wrong with it."""
+    if kind == "missing":
+        return folder
+    if kind == "a file":
+        shutil.copy(checkpoint / "config.json", folder)
+        return folder
+    shutil.copytree(checkpoint, folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if kind == "no config":
+        config.unlink()
+    elif kind == "broken config":
+        config.write_text(config.read_text("utf-8")[:50])
+    elif kind == "another model":
+        config.write_text('{"model_type": "llava"}')
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "pickled weights":
+        weights.rename(folder / "pytorch_model.bin")
+    elif kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "weights of another size":
+        config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
+    elif kind == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "culprit"),
+    [
+        ("missing", "does not exist"),
+        ("a file", "is a file"),
+        ("no config", "config.json"),
+        ("broken config", "config.json"),
+        ("another model", "llava"),
+        ("no weights", "no weights"),
+        ("pickled weights", "pytorch_model.bin"),
+        ("truncated weights", "model.safetensors"),
+        ("weights of another size", "region_queries"),
+        ("no tokenizer", "tokenizer"),
+    ],
+)
+def test_a_bad_model_folder_is_named_and_nothing_is_written(
+    kind: str,
+    culprit: str,
+    predict: Callable,
+    tiny_checkpoint: Path,
+    image_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = damaged(tiny_checkpoint, tmp_path / "model", kind)
+    assert predict(image_file, "--output", str(tmp_path / "out"), model=model) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medsight: error: ") and error.count("\n") == 1
+    assert str(model) in error and culprit in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def sharded(tiny_checkpoint: Path, predictor: Predictor, tmp_path: Path) -> Path:
+    folder = tmp_path / "sharded"
+    predictor.model.save_pretrained(folder, max_shard_size="50KB")
+    predictor.processor.save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+def test_a_sharded_checkpoint_answers_like_the_whole_one(
+    sharded: Path, predictor: Predictor, image_file: Path
+) -> None:
+    one, other = (
+        model(image_file, "Where?", max_new_tokens=6, force_region=True)
+        for model in (predictor, Predictor(sharded, device="cpu"))
+    )
+    assert one.answer.raw_text == other.answer.raw_text
+
+
+def test_missing_shards_are_all_named_and_nothing_is_written(
+    sharded: Path, predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = sorted(sharded.glob("model-*.safetensors"))[1:3]
+    for path in gone:
+        path.unlink()
+    assert predict(image_file, "--output", str(tmp_path / "out"), model=sharded) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(path.name in error for path in gone) and str(sharded) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_of_another_save_is_noticed(sharded: Path) -> None:
+    one, other = sorted(sharded.glob("model-*.safetensors"))[:2]
+    shutil.copy(one, other)
+    with pytest.raises(ValueError, match=other.name):
+        check_checkpoint(sharded)
+
+
+def test_the_model_is_loaded_without_running_the_folders_code(
+    tiny_checkpoint: Path, image_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    for path in folder.glob("*.py"):
+        path.write_text("raise SystemExit('code of a checkpoint folder ran')\n")
+    prediction = Predictor(folder, device="cpu")(image_file, "Where?", max_new_tokens=4, force_region=True)
+    assert prediction.answer.regions
+
+
+def test_the_shipped_model_answers_by_default(
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medsight.checkpoint import SHIPPED_FOLDER
+
+    if not SHIPPED_FOLDER.is_dir():
+        pytest.skip(f"this tree has no {SHIPPED_FOLDER.name}")
+    output = tmp_path / "out"
+    assert cli.main(["predict", str(image_file), "--prompt", "Segment the nucleus.", "--output", str(output)]) == 0
+    assert json.loads((output / "answer.json").read_text("utf-8"))["model"] == "medsight-nano"
+
+
+@pytest.mark.parametrize(("size", "drawn"), [((64, 32), 512), ((512, 700), 700), ((5000, 40), 2048)])
+def test_an_overlay_is_large_enough_to_read_and_small_enough_to_open(size: tuple[int, int], drawn: int) -> None:
+    masks = [np.zeros((size[1], size[0]), dtype=bool) for _ in range(9)]
+    masks[0][: size[1] // 2, : size[0] // 2] = True
+    masks[1][-1, -1] = True
+    overlay = draw_overlay(Image.new("RGB", size), masks, [f"region {index} " * 30 for index in range(9)])
+    assert overlay.width == max(512, round(size[0] * drawn / max(size)))
+    assert overlay.height > round(size[1] * drawn / max(size))
+    assert set(PALETTE) <= {color for _, color in overlay.getcolors(overlay.width * overlay.height)}
+
+
+def test_an_overlay_fills_its_region_and_leaves_the_rest_of_the_image_as_it_was() -> None:
+    image = Image.new("RGB", (512, 512), (100, 100, 100))
+    mask = np.zeros((512, 512), dtype=bool)
+    mask[100:300, 100:300] = True
+    drawn = np.asarray(draw_overlay(image, [mask], ["square"]))
+    assert (drawn[150, 130] != 100).any() and (drawn[150, 130] != PALETTE[0]).any()
+    assert (drawn[150, 100] == PALETTE[0]).all()
+    assert (drawn[400:500, 400:500] == 100).all()
+
+
+@pytest.mark.parametrize(("masks", "labels"), [((), ("a label",)), ((np.zeros((3, 4), dtype=bool),), ("a label",))])
+def test_an_overlay_refuses_masks_that_do_not_belong_to_the_image(masks: tuple, labels: tuple) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        draw_overlay(Image.new("RGB", (4, 4)), masks, labels)

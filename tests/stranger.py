@@ -1,0 +1,58 @@
+"""Run by test_one_folder.py in a process of its own: loads a folder as somebody who does not have this package.
+
+Usage: stranger.py SOURCE SAVED. Answers with SOURCE, saves model and processor to SAVED, and answers with that.
+"""
+
+import json
+import sys
+
+import numpy as np
+
+
+OWN = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
+
+
+class NotInstalled:
+    """Hides the packages of this repository, also where they are installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in OWN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def answer(folder, auto_class):
+    """Model and processor of a folder, and what they make of one image: (sequences, region codes, mask pixels)."""
+    model = auto_class.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Segment all."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False, force_region=True)
+    (masks,) = processor.post_process_masks(out.mask_logits, inputs["original_sizes"])
+    (grounded,) = processor.post_process_grounded_answer(out, inputs)
+    assert masks.shape == (len(out.region_codes[0]), 40, 64), masks.shape
+    assert len(grounded.regions) == len(masks) >= 1, grounded
+    return model, processor, [out.sequences.tolist(), out.region_codes[0].tolist(), int(masks.sum()), grounded.text]
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NotInstalled())
+    import torch
+    from PIL import Image
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    source, saved = sys.argv[1:]
+    model, processor, first = answer(source, AutoModelForImageTextToText)
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    for auto_class in (AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM):
+        again = answer(saved, auto_class)[2]
+        assert again == first, (auto_class, again, first)
+    assert not any(name in sys.modules for name in OWN)
+    print(json.dumps(first))
