@@ -45,7 +45,7 @@ def check_checkpoint(folder: Path) -> None:
             f"model folder {folder} is no MedSIGHT checkpoint: its config.json has model_type {model_type!r}, "
             f"expected {MODEL_TYPE!r}"
         )
-    for path, expected in _weight_files(folder).items():
+    for path, expected in weight_files(folder).items():
         try:
             with safe_open(path, framework="np") as weights:
                 absent = sorted(expected - set(weights.keys()))
@@ -57,8 +57,13 @@ def check_checkpoint(folder: Path) -> None:
             )
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Each safetensors file of the folder, with the tensors that the index says it holds (none without an index)."""
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Each safetensors file of a checkpoint folder, with the tensors that the index puts there, if there is one.
+
+    Raises:
+        OSError: there are none, or some that the index names are missing.
+        ValueError: the index is damaged.
+    """
     if (folder / WEIGHTS_FILE).is_file():
         return {folder / WEIGHTS_FILE: set()}
     if (folder / INDEX_FILE).is_file():
@@ -100,4 +105,4 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-_read_json = read_json
+_weight_files = weight_files

@@ -96,6 +96,8 @@ class MedSightGenerationMixin(GenerationMixin):
         """
         kwargs.pop("original_sizes", None)  # the processor's, for masks at the original size
         settings = generation_config if generation_config is not None else self.generation_config
+        if settings.is_assistant:  # drafts for another model, which gives the masks
+            return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
         def setting(name: str) -> Any:
             value = kwargs.get(name)
@@ -114,6 +116,8 @@ class MedSightGenerationMixin(GenerationMixin):
         if prompt is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_padding(prompt, setting("pad_token_id"), setting("eos_token_id"))
 
+        # A written placeholder would count as part of an image that nobody gave.
+        kwargs["suppress_tokens"] = [*(setting("suppress_tokens") or []), self.config.image_token_id]
         allowed = self._allowed_groups(prompt, regions, allowed_groups)
         if force_region and not bool(allowed.any(dim=1).all()):
             raise ValueError("force_region=True needs an image in every row of the prompt")
@@ -146,19 +150,17 @@ class MedSightGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Images go into the step that reads their placeholders, and into no other."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        images = [name for name in ("pixel_values", "image_embeds") if model_inputs.get(name) is not None]
-        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
-            for name in images:
-                del model_inputs[name]
-        elif (
-            images and model_inputs.get("input_ids") is not None and model_inputs["input_ids"].shape != input_ids.shape
-        ):
-            # A cache holds the beginning of the conversation: only images after it are read now.
-            unread = count_images(model_inputs["input_ids"], self.config).tolist()
+        images = {name: kwargs[name] for name in ("pixel_values", "image_embeds") if kwargs.get(name) is not None}
+        for name in images:
+            model_inputs.pop(name, None)
+        read = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+        if images and (read.shape[1] > 1 or kwargs.get("is_first_iteration", False)):
+            # A cache may hold the beginning of the conversation: only images after it are read now.
+            unread = count_images(input_ids[:, input_ids.shape[1] - read.shape[1] :], self.config).tolist()
             blocks = _images_of_rows(input_ids, self.config)
             index = torch.cat([block[len(block) - new :] for block, new in zip(blocks, unread, strict=True)])
-            for name in images:
-                model_inputs[name] = model_inputs[name][index] if len(index) else None
+            if len(index):
+                model_inputs.update({name: value[index.to(value.device)] for name, value in images.items()})
         return model_inputs
 
     def _expand_inputs_for_generation(

@@ -309,7 +309,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         if input_ids is None and inputs_embeds is None:
             return self._perceive(pixel_values, mask_labels, class_labels, group_labels)
 
-        num_items = kwargs.pop("num_items_in_batch", None)
+        of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -327,10 +327,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         lm_loss = mask_loss = perceiver_loss = mask_logits = None
         if labels is not None:
             lm_loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items,
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **of_loss
             )
         if mask_labels is not None:
             mask_logits, mask_loss = self._mask_loss(input_ids, hidden, outputs.region_features, mask_labels)

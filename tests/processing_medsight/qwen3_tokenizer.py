@@ -1,6 +1,7 @@
 """Tokenizers for tests: Qwen3's own, rebuilt from the ranks that the package dashscope ships, and a tiny one of its kind."""
 
 import base64
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -26,7 +27,7 @@ def build_tiny_tokenizer() -> Qwen2Tokenizer:
         CORPUS * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(alphabet), show_progress=False)
     )
     vocab = trained.get_vocab()
-    merges = [tuple(pair) for pair in __import__("json").loads(trained.to_str())["model"]["merges"]]
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     return _with_added_tokens(vocab, merges)
 
 
