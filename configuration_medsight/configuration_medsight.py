@@ -255,7 +255,7 @@ def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrai
 def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     """(channels, pixels a cell, number of hidden states) of the encoder's chosen hidden state."""
     vision, layer = config.vision_config, config.vision_feature_layer
-    if hasattr(vision, "num_hidden_layers") and hasattr(vision, "patch_size"):
+    if hasattr(vision, "hidden_size") and hasattr(vision, "patch_size"):
         return vision.hidden_size, int(vision.patch_size), vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
         widths = [vision.embedding_size, *vision.hidden_sizes]

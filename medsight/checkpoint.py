@@ -104,5 +104,3 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
-
-_weight_files = weight_files

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsight.checkpoint import _weight_files
+from medsight.checkpoint import weight_files
 from medsight.state_dict_adapter import DROPPED_ENTRIES, WEIGHTS_ENTRIES, to_ours
 
 
@@ -50,7 +50,7 @@ class Source:
         """Maps the safetensors files of a folder into memory; they are read when they are written."""
         tensors: dict[str, torch.Tensor] = {}
         files: dict[str, Path] = {}
-        for path, indexed in _weight_files(folder).items():
+        for path, indexed in weight_files(folder).items():
             shard = read_safetensors(path)
             absent = sorted(indexed - set(shard))
             if absent:

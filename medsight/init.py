@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsight.checkpoint import _weight_files, read_json
+from medsight.checkpoint import read_json, weight_files
 from medsight.convert import (
     DTYPES,
     Shapes,
@@ -213,7 +213,7 @@ def check_model(name: StrPath) -> None:
     path = Path(name)
     if path.is_dir():
         read_json(path / "config.json")
-        _weight_files(path)
+        weight_files(path)
     elif path.exists() or path.is_absolute() or str(name).startswith("."):
         raise NotADirectoryError(f"{name} is not a folder; expected a model's folder, or its name on the Hub")
 

@@ -57,6 +57,12 @@ class MedSightPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that transformers initialises modules without parameters of their own too (projectors, CLIP's blocks);
+        it may, since `_init_weights` leaves loaded weights alone."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -79,8 +79,8 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
         name: what to call the image in an error.
         convert_rgb: whether to make three channels of it; `False` leaves channels as they are.
         rescale: whether the pixels are to be scaled from 0..255 later. If not, floats are taken as they are.
-        channels_last: where the channel axis is; by default, where an axis of 1 to 4 entries is (the first, if both
-            are).
+        channels_last: where the channel axis is; by default, where an axis of 1 or 3 entries is, or else of 2 or 4 (the
+            first, if both are).
 
     Returns:
         (height, width, channels), uint8, or float32 for floats if not `rescale`.
@@ -189,8 +189,9 @@ def _channels_last(pixels: np.ndarray, name: str, channels_last: bool | None) ->
     if 0 in pixels.shape:
         raise ValueError(f"{name} has no pixels: an array of shape {pixels.shape}")
     if channels_last is None:
-        channels_last = pixels.shape[0] not in _CHANNELS
-        if not channels_last and pixels.shape[2] in _CHANNELS:
+        colour = 0 if pixels.shape[0] in (1, 3) else 2 if pixels.shape[2] in (1, 3) else None
+        channels_last = colour == 2 or (colour is None and pixels.shape[0] not in _CHANNELS)
+        if colour == 0 and pixels.shape[2] in (1, 3):
             logger.warning_once(
                 f"{name}: in shape {pixels.shape} either the first or the last axis may hold the channels; the first "
                 "is taken unless `input_data_format` says otherwise."

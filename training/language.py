@@ -26,7 +26,7 @@ class LanguageStage:
     """Settings of a language stage.
 
     Attributes:
-        steps, batch_size, learning_rate, weight_decay, warmup: as everywhere.
+        steps, batch_size, learning_rate, muon_learning_rate, weight_decay, warmup: see `Optimisation`.
         set_power: sets are drawn in proportion to their size to this power.
         plain_share: share of the questions that are answered without regions.
         mask_share: share of the steps that decode the cited codes' masks and train on them.
@@ -36,6 +36,7 @@ class LanguageStage:
     steps: int
     batch_size: int = 16
     learning_rate: float = 1e-3
+    muon_learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: int = 50
     set_power: float = 0.6
@@ -199,9 +200,15 @@ def train_grounding(
         hook.remove()
 
 
-def _optimisation(name: str, parameters: list[nn.Parameter], settings: LanguageStage) -> Optimisation:
+def _optimisation(name: str, parameters: list[tuple[str, nn.Parameter]], settings: LanguageStage) -> Optimisation:
     return Optimisation(
-        name, parameters, settings.steps, settings.learning_rate, settings.weight_decay, settings.warmup
+        name,
+        parameters,
+        settings.steps,
+        settings.learning_rate,
+        settings.muon_learning_rate,
+        settings.weight_decay,
+        settings.warmup,
     )
 
 

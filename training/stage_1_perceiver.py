@@ -24,7 +24,7 @@ class PerceiverStage:
     """Settings of stage 1.
 
     Attributes:
-        steps, batch_size, learning_rate, weight_decay, warmup: as everywhere.
+        steps, batch_size, learning_rate, muon_learning_rate, weight_decay, warmup: see `Optimisation`.
         set_power: sets are drawn in proportion to their size to this power.
         matching_share: share of the steps that also train the region queries by matching.
         auxiliary_weight: weight of the masks of every stage before the last.
@@ -34,6 +34,7 @@ class PerceiverStage:
     steps: int
     batch_size: int = 8
     learning_rate: float = 1e-3
+    muon_learning_rate: float = 3e-3
     weight_decay: float = 0.02
     warmup: int = 150
     set_power: float = 0.6
@@ -77,9 +78,10 @@ def train_perceiver(
     perceiver.return_auxiliary_logits = True
     optimisation = Optimisation(
         "stage 1 perceiver",
-        [*parameters, *embedding.parameters()],
+        [*parameters, ("class_queries", embedding.weight)],
         settings.steps,
         settings.learning_rate,
+        settings.muon_learning_rate,
         settings.weight_decay,
         settings.warmup,
     )

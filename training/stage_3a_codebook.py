@@ -19,6 +19,7 @@ class CodebookStage:
     steps: int
     batch_size: int = 8
     learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.0
     weight_decay: float = 0.0
     warmup: int = 20
     revive_every: int = 50
@@ -44,6 +45,7 @@ def train_codebook(
         parameters,
         settings.steps,
         settings.learning_rate,
+        settings.muon_learning_rate,
         settings.weight_decay,
         settings.warmup,
     )

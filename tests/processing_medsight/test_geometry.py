@@ -108,7 +108,7 @@ def test_pad_keeps_the_aspect_ratio_and_centres(original: tuple[int, int]) -> No
     for axis in (vertical, horizontal):
         assert abs(axis.offset - (axis.size - axis.scaled - axis.offset)) <= 1
         assert abs(axis.scaled - max(1, axis.length * 56 / max(original))) <= 0.5
-    pixels = MedSightImageProcessor(size=56, do_normalize=False)(np.full((*original, 3), 255, np.uint8))["pixel_values"][0]
+    pixels = MedSightImageProcessor(size=56, do_normalize=False)(Image.new("L", original[::-1], 255))["pixel_values"][0]
     assert pixels.sum() == 3 * vertical.scaled * horizontal.scaled, "padding is black, the image white"
 
 

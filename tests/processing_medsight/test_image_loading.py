@@ -1,0 +1,243 @@
+"""From a file, a Pillow image of any mode or an array of any type to 8-bit pixels, or to an error that names the culprit."""
+
+import base64
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processing_medsight import load_image
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, to_array
+from processing_medsight.image_processing_medsight import MedSightImageProcessor
+
+
+RAMP = np.arange(0, 252, 4, dtype=np.uint8).reshape(7, 9)
+COLOUR = np.stack([RAMP, RAMP[::-1], 255 - RAMP], axis=2)
+
+
+def rgb(image: object, rescale: bool = True, **kwargs: object) -> np.ndarray:
+    return to_array(image, "image 0", convert_rgb=True, rescale=rescale, **kwargs)
+
+
+def grey(pixels: np.ndarray) -> np.ndarray:
+    return np.repeat(pixels[:, :, None], 3, axis=2)
+
+
+def header_of_png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_colour_modes_become_rgb(mode: str) -> None:
+    image = Image.fromarray(COLOUR).convert(mode)
+    assert rgb(image).shape == (7, 9, 3)
+    assert np.abs(rgb(image).astype(int) - np.asarray(image.convert("RGB")).astype(int)).max() == 0
+
+
+def test_one_bit_and_eight_bit_grey() -> None:
+    bits = RAMP > 100
+    assert (rgb(Image.fromarray(bits)) == grey(bits * np.uint8(255))).all()
+    assert (rgb(Image.fromarray(RAMP)) == grey(RAMP)).all()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "key colour", "array RGBA", "array LA"])
+def test_alpha_is_composited_on_black(kind: str) -> None:
+    alpha = np.zeros_like(RAMP)
+    alpha[:, 4:] = 255
+    shown = (alpha > 0)[:, :, None]
+    if kind in ("RGBA", "array RGBA"):
+        pixels, colour = np.dstack([COLOUR, alpha]), COLOUR
+        image = Image.fromarray(pixels) if kind == "RGBA" else pixels
+    elif kind in ("LA", "array LA"):
+        pixels, colour = np.dstack([RAMP, alpha]), grey(RAMP)
+        image = Image.merge("LA", [Image.fromarray(RAMP), Image.fromarray(alpha)]) if kind == "LA" else pixels
+    elif kind == "palette":
+        image = Image.fromarray(np.where(alpha > 0, np.uint8(2), np.uint8(1))).convert("P")
+        image.putpalette([9, 9, 9, 200, 100, 50, 10, 20, 30])
+        image.info["transparency"] = 1
+        colour = np.broadcast_to(np.array([10, 20, 30], np.uint8), COLOUR.shape)
+    else:
+        image = Image.fromarray(np.where(shown, np.uint8(77), np.uint8(250)).repeat(3, axis=2))
+        image.info["transparency"] = (250, 250, 250)
+        colour = np.full_like(COLOUR, 77)
+    assert (rgb(image) == np.where(shown, colour, 0)).all()
+
+
+def test_half_opaque_is_half_as_bright() -> None:
+    for alpha, dtype in ((128, np.uint8), (32896, np.uint16)):
+        pixels = np.full((9, 7, 4), alpha, dtype)
+        pixels[:, :, :3] = 200
+        assert np.abs(rgb(pixels).astype(int) - 100).max() <= 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 65535), (0, 4095), (1000, 5000), (0, 300), (60000, 65535)])
+@pytest.mark.parametrize("kind", ["pillow", "array", "tensor", "file"])
+def test_a_16_bit_scan_is_stretched_not_clipped(kind: str, low: int, high: int, tmp_path: Path) -> None:
+    scan = np.linspace(low, high, 63).round().astype(np.uint16).reshape(7, 9)
+    expected = grey(((scan.astype(float) - low) * 255 / (high - low)).round().astype(np.uint8))
+    if kind == "file":
+        Image.fromarray(scan).save(tmp_path / "scan.png")
+        image = load_image(tmp_path / "scan.png")
+        assert image.mode == "I;16"
+    else:
+        image = {"pillow": Image.fromarray, "array": np.array, "tensor": torch.from_numpy}[kind](scan)
+    assert np.abs(rgb(image).astype(int) - expected).max() <= 1
+    assert rgb(image).min() == 0 and rgb(image).max() == 255
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64", "uint32", "float16", "float32", "float64"])
+def test_8_bit_values_in_a_wider_type_stay_as_they_are(dtype: str) -> None:
+    assert (rgb(COLOUR.astype(dtype)) == COLOUR).all()
+    assert (rgb(RAMP.astype(dtype)) == grey(RAMP)).all()
+
+
+def test_floats_between_0_and_1_are_multiplied_by_255() -> None:
+    assert (rgb(COLOUR / 255) == COLOUR).all()
+    assert (rgb(torch.from_numpy(COLOUR / 255).permute(2, 0, 1).bfloat16()).astype(int) - COLOUR).__abs__().max() <= 1
+
+
+def test_floats_are_taken_as_they_are_where_nothing_is_rescaled() -> None:
+    pixels = np.random.default_rng(0).normal(size=(5, 6, 3))
+    assert np.allclose(rgb(pixels, rescale=False), pixels, atol=1e-6)
+
+
+def test_hounsfield_units_are_stretched_from_the_lowest_to_the_highest() -> None:
+    scan = np.linspace(-1024, 3071, 63).reshape(7, 9)
+    for image in (scan.astype(np.int16), scan, Image.fromarray(scan.astype(np.int32)), Image.fromarray(scan.astype("f4"))):
+        pixels = rgb(image)
+        assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels[:, :, 0].ravel().astype(int)) >= 0).all()
+
+
+def test_a_constant_scan_is_black() -> None:
+    assert (rgb(np.full((3, 9), 5000, np.uint16)) == 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_channels_first_and_last(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, channels), dtype=np.uint8)
+    assert (rgb(pixels) == rgb(np.moveaxis(pixels, 2, 0))).all()
+    assert (rgb(pixels) == rgb(torch.from_numpy(pixels))).all()
+    ambiguous = np.random.default_rng(0).integers(0, 256, (3, 9, 3), dtype=np.uint8)
+    assert (rgb(ambiguous, channels_last=True) == ambiguous).all()
+    assert (rgb(ambiguous) == np.moveaxis(ambiguous, 0, 2)).all()
+
+
+def test_exif_orientation_is_applied_to_files(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter to be upright
+    Image.fromarray(COLOUR).save(tmp_path / "turned.png", exif=exif)
+    assert load_image(tmp_path / "turned.png").size == (7, 9)
+
+
+def test_paths_addresses_and_base64_name_the_same_image(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(COLOUR).save(path)
+    text = base64.b64encode(path.read_bytes()).decode()
+    for source in (path, str(path), text, f"data:image/png;base64,{text}"):
+        assert (np.asarray(load_image(source)) == COLOUR).all()
+
+
+def test_only_the_first_frame_of_several_is_used(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((5, 6), level, np.uint8)) for level in (10, 20)]
+    frames[0].save(tmp_path / "two.tif", save_all=True, append_images=frames[1:])
+    assert (rgb(load_image(tmp_path / "two.tif")) == 10).all()
+
+
+def write_bad_files(folder: Path) -> dict[str, Path]:
+    good = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(good, "PNG")
+    photo = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photo, "JPEG")
+    contents = {
+        "empty.png": b"",
+        "text.png": b"this is no image",
+        "cut.png": good.getvalue()[: len(good.getvalue()) // 2],
+        "cut.jpg": photo.getvalue()[: len(photo.getvalue()) // 2],
+        "header.png": good.getvalue()[:20],
+        "flipped.png": good.getvalue()[:100] + b"\xff" * 50 + good.getvalue()[150:],
+        "giant.png": header_of_png(30_000, 30_000),
+        "flat.png": header_of_png(0, 10),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.png").mkdir()
+    return {name: folder / name for name in [*contents, "folder.png", "missing.png"]}
+
+
+BAD = {
+    "empty.png": "empty",
+    "text.png": "not an image",
+    "cut.png": "truncated",
+    "cut.jpg": "truncated",
+    "header.png": "image",
+    "flipped.png": "damaged",
+    "giant.png": "pixels",
+    "flat.png": "image",
+    "folder.png": "folder",
+    "missing.png": "no such file",
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+@pytest.mark.parametrize("kind", ["path", "string"])
+def test_a_bad_file_is_refused_by_name(name: str, kind: str, tmp_path: Path) -> None:
+    path = write_bad_files(tmp_path)[name]
+    source = path if kind == "path" else str(path)
+    with pytest.raises(ValueError, match=BAD[name]) as error:
+        load_image(source)
+    assert name in str(error.value)
+    good = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match=name):
+        MedSightImageProcessor(size=28)([good, source], return_tensors="pt")
+
+
+@pytest.mark.parametrize("name", ["cut.png", "giant.png"])
+def test_a_lazily_opened_bad_image_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with Image.open(write_bad_files(tmp_path)[name]) as image:
+        if name == "giant.png":
+            monkeypatch.setattr(type(image), "load", lambda *_: pytest.fail("pixels of a giant were decoded"))
+        with pytest.raises(ValueError, match=f"image 1.*{name}"):
+            MedSightImageProcessor(size=28)([Image.new("L", (4, 4)), image])
+
+
+def test_the_limit_of_size_holds_for_arrays_too() -> None:
+    side = 30_000
+    giant = np.broadcast_to(np.uint8(0), (side, side, 3))
+    with pytest.raises(ValueError, match=rf"image 0 has 30,000 x 30,000 pixels.*{MAX_IMAGE_PIXELS:,}"):
+        MedSightImageProcessor(size=28)(giant)
+    with pytest.raises(ValueError, match="30,000 x 30,000"):
+        MedSightImageProcessor(size=28)(np.broadcast_to(np.uint8(0), (side, side)))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), "image 1 has no pixels"),
+        (np.zeros((0, 5), np.uint8), "image 1 has no pixels"),
+        (Image.new("RGB", (0, 5)), "image 1 has no pixels"),
+        (np.full((4, 5), np.nan), "image 1.*NaN"),
+        (np.full((4, 5, 3), np.inf, np.float32), "image 1.*infinite"),
+        (torch.full((3, 4, 5), float("nan")), "image 1.*NaN"),
+        (np.zeros((9, 5, 7)), "image 1.*channels"),
+        (np.zeros((4, 5, 3), complex), "image 1.*complex"),
+        (None, "image 1.*NoneType"),
+        (17, "image 1.*int"),
+    ],
+)
+def test_a_bad_image_is_refused_by_its_place_in_the_batch(image: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MedSightImageProcessor(size=28)([Image.new("RGB", (8, 8)), image], return_tensors="pt")

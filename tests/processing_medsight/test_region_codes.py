@@ -1,0 +1,124 @@
+"""Region codes in the tiny tokenizer and in Qwen3's own."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from processing_medsight import QWEN3_ADDED_TOKENS, add_region_codes, parse_region_code
+from processing_medsight.region_codes_medsight import region_code_ids, region_code_tokens, split_at_codes
+
+
+TEXTS = [
+    "Findings consistent with liver tumor are present, segmented as shown.",
+    "Ünïcode: 肝臓の腫瘍, опухоль печени, 🩻 and\tTabs\n\nNewlines   spaces 3.14159 mm²",
+    "[C0_] [C_1] [C0 _1] [c0_1] C0_1 [[C0]] [M0_1] [C99_99] [SEG",
+    "<|im_start|>user\nSegment.<|im_end|>\n<think>\n\n</think>\n\n<|vision_start|><|image_pad|><|vision_end|>",
+    "def f(x):\n    return x * 2  # code\n",
+]
+
+
+@pytest.mark.parametrize(("token", "code"), [("[C0_0]", (0, 0)), ("[C17_31]", (17, 31)), ("[SEG]", (0, 0))])
+def test_a_code_is_parsed(token: str, code: tuple[int, int]) -> None:
+    assert parse_region_code(token) == code
+
+
+@pytest.mark.parametrize("token", ["[C01_2]", "[C1_02]", "[C1_2", "C1_2", "[M1_2]", "[C-1_2]", "[C1_2] ", "[seg]", "", "[C١_2]"])
+def test_what_is_no_code_is_refused(token: str) -> None:
+    with pytest.raises(ValueError, match="is not a region code"):
+        parse_region_code(token)
+
+
+def test_codes_are_appended_row_major(bare_tokenizer: PreTrainedTokenizerBase) -> None:
+    size = len(bare_tokenizer)
+    assert add_region_codes(bare_tokenizer, 3, 4) == size
+    for group in range(3):
+        for index in range(4):
+            token = f"[C{group}_{index}]"
+            assert bare_tokenizer.convert_tokens_to_ids(token) == size + 4 * group + index
+            assert parse_region_code(token) == (group, index)
+            added = bare_tokenizer.added_tokens_decoder[size + 4 * group + index]
+            assert not added.special and not added.normalized
+    assert add_region_codes(bare_tokenizer, 3, 4) == size and len(bare_tokenizer) == size + 12
+
+
+def test_without_a_codebook_there_is_one_seg_token(bare_tokenizer: PreTrainedTokenizerBase) -> None:
+    first = add_region_codes(bare_tokenizer, 1, 1, use_region_codebook=False)
+    assert region_code_ids(bare_tokenizer) == {first: "[SEG]"}
+
+
+@pytest.mark.parametrize(
+    "present", [["[C0_0]"], ["[C0_1]", "[C0_0]"], ["[C0_0]", "other", "[C0_1]"], ["[C0_0]", "[C0_1]", "[C0_2]"], ["[SEG]"]]
+)
+def test_a_tokenizer_with_other_codes_is_refused(bare_tokenizer: PreTrainedTokenizerBase, present: list[str]) -> None:
+    bare_tokenizer.add_tokens(present)
+    with pytest.raises(ValueError, match="already has .* region codes"):
+        add_region_codes(bare_tokenizer, 1, 2)
+
+
+def test_an_answer_comes_apart_at_its_codes(tokenizer: PreTrainedTokenizerBase) -> None:
+    answer = "liver [C0_1], spleen [C2_3][C2_3]."
+    ids = tokenizer(answer + "<|im_end|>")["input_ids"]
+    pieces, places, whole = split_at_codes(tokenizer, ids, skip_special_tokens=True)
+    assert pieces == ["liver ", ", spleen ", "", "."] and whole == answer
+    assert tokenizer.convert_ids_to_tokens([ids[i] for i in places]) == ["[C0_1]", "[C2_3]", "[C2_3]"]
+    assert split_at_codes(tokenizer, [], True) == ([""], [], "")
+
+
+class TestQwen3:
+    """The real vocabulary: adding codes changes nothing but the codes."""
+
+    @pytest.fixture(scope="class")
+    def before(self, qwen3_saved: Path) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(qwen3_saved)
+
+    @pytest.fixture(scope="class")
+    def after(self, qwen3_saved: Path) -> PreTrainedTokenizerBase:
+        tokenizer = AutoTokenizer.from_pretrained(qwen3_saved)
+        assert add_region_codes(tokenizer, 18, 32) == 151_669
+        return tokenizer
+
+    def test_it_is_qwen3s(self, before: PreTrainedTokenizerBase) -> None:
+        assert len(before) == 151_669
+        for offset, (token, special) in enumerate(QWEN3_ADDED_TOKENS):
+            assert before.convert_tokens_to_ids(token) == 151_643 + offset
+            assert before.added_tokens_decoder[151_643 + offset].special == special
+        assert before("Hello world")["input_ids"] == [9707, 1879]
+
+    def test_its_merges_are_the_ranks(
+        self, builder: ModuleType, qwen3_ranks: Path, before: PreTrainedTokenizerBase
+    ) -> None:
+        ranks = builder.read_ranks(qwen3_ranks)
+        assert len(ranks) == 151_643 and len(builder.merges_of(ranks)) == 151_387
+        pieces = before.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+        letters = {letter: byte for byte, letter in builder._byte_letters().items()}
+        for text in (TEXTS[0], TEXTS[1], TEXTS[4]):
+            words = [bytes(letters[letter] for letter in piece) for piece, _ in pieces(text)]
+            expected = [ranks[part] for word in words for part in builder.byte_pair_encode(word, ranks)]
+            assert before(text)["input_ids"] == expected
+
+    def test_codes_follow_the_vocabulary(self, after: PreTrainedTokenizerBase) -> None:
+        tokens = region_code_tokens(18, 32)
+        assert after.convert_tokens_to_ids(tokens) == list(range(151_669, 151_669 + 576))
+        assert after("".join(tokens))["input_ids"] == list(range(151_669, 151_669 + 576))
+
+    @pytest.mark.parametrize("text", TEXTS)
+    def test_ordinary_text_is_untouched(
+        self, text: str, before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase
+    ) -> None:
+        assert after(text)["input_ids"] == before(text)["input_ids"]
+        assert after.decode(after(text)["input_ids"]) == text
+
+    @pytest.mark.parametrize("text", ["liver [C0_16], spleen[C0_7].", "[C17_31][C0_0]\n[C5_5] x", "a[C1_1]b"])
+    def test_codes_make_the_round_trip_and_are_not_special(self, text: str, after: PreTrainedTokenizerBase) -> None:
+        ids = after(text)["input_ids"]
+        assert after.decode(ids) == text
+        assert after.decode([*ids, 151_645, 151_643], skip_special_tokens=True) == text
+
+    def test_they_survive_saving(self, after: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+        after.save_pretrained(tmp_path)
+        again = AutoTokenizer.from_pretrained(tmp_path)
+        assert add_region_codes(again, 18, 32) == 151_669 and len(again) == len(after) == 152_245
+        assert again(" ".join(TEXTS))["input_ids"] == after(" ".join(TEXTS))["input_ids"]
+        assert again.padding_side == "left" and again.eos_token == "<|im_end|>" and again.pad_token == "<|endoftext|>"
