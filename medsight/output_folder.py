@@ -1,14 +1,14 @@
-"""A checkpoint folder that appears whole or not at all."""
+"""An output folder that appears whole or not at all."""
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Makes sure that a folder may be written.
+    """Makes sure that a checkpoint folder may be written.
 
     Raises:
         OSError: it is a file, or a folder that is not empty and may not be replaced.
@@ -28,9 +28,13 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
 
 
 @contextmanager
-def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails."""
-    check_output(output, overwrite)
+def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], None] = check_output) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.
+
+    Args:
+        output, overwrite: for `check`, which raises where the folder may not be written.
+    """
+    check(output, overwrite)
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

@@ -208,10 +208,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: see `Predictor`, `Predictor.__call__` and `Prediction.save`; nothing is written then.
     """
-    from medsight.prediction import check_output_folder
+    from medsight.prediction import check_answer_folder
 
     output = Path(args.output if args.output is not None else f"{Path(args.image).stem}-medsight")
-    check_output_folder(output, args.overwrite)
+    check_answer_folder(output, args.overwrite)
     image = read_image(args.image)
 
     from transformers.utils import logging

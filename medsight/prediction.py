@@ -1,10 +1,7 @@
 """One prediction: a grounded answer and what was asked, as a table for a terminal and as a folder of files."""
 
 import json
-import os
-import shutil
 import unicodedata
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from medsight import __version__
+from medsight.output_folder import staged_folder
 from medsight.overlay import draw_overlay
 
 
@@ -70,43 +68,28 @@ class Prediction:
 
     def to_table(self) -> str:
         """The answer, then an aligned table of its regions."""
+        text = printable(self.answer.text)
         if not self.answer.regions:
-            return f"{self.answer.text}\n\nThe answer cites no region."
+            return f"{text}\n\nThe answer cites no region."
         rows = [("", "code", "group", "phrase", "area (px)", "box (x0, y0, x1, y1)", "score")]
         for index, region in enumerate(self.answer.regions, 1):
             box = "-" if region.box is None else ", ".join(map(str, region.box))
             score = "-" if region.score is None else f"{region.score:.2f}"
             names = (region.code, region.group_name or "-", region.phrase or "-")
             rows.append((str(index), *names, str(region.area), box, score))
-        return f"{self.answer.text}\n\n{align(rows)}"
+        return f"{text}\n\n{align(rows)}"
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Writes `answer.json`, one `mask-NN.png` a region (0 and 255, at the image's size) and `overlay.png`.
 
-        The folder appears complete or not at all: the files are written beside it first.
+        The folder appears complete or not at all.
 
         Raises:
-            FileExistsError: see `check_output_folder`.
+            FileExistsError: see `check_answer_folder`.
         """
-        folder = Path(folder)
-        check_output_folder(folder, overwrite)
-        target = folder.absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        token = uuid.uuid4().hex[:8]
-        fresh, old = (target.with_name(f".{target.name}.{token}.{suffix}") for suffix in ("new", "old"))
-        fresh.mkdir()
-        try:
-            self._write(fresh)
-            if target.exists():
-                target.rename(old)
-            fresh.rename(target)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        return folder
+        with staged_folder(Path(folder), overwrite, check=check_answer_folder) as stage:
+            self._write(stage)
+        return Path(folder)
 
     def _write(self, folder: Path) -> None:
         content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
@@ -119,22 +102,20 @@ class Prediction:
         draw_overlay(self.image, masks, labels).save(folder / OVERLAY_FILE)
 
 
-def check_output_folder(folder: Path, overwrite: bool) -> None:
+def check_answer_folder(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that an answer cannot be written to without mixing it with, or losing, other files.
 
     Raises:
         FileExistsError: the folder is a file; or it is not empty and `overwrite` is false; or it holds files that are
             no part of an earlier answer, which `overwrite` does not remove.
     """
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise FileExistsError(f"output {folder}: expected a folder, found something else; name another one")
-    names = sorted(entry.name for entry in folder.iterdir())
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file; name a folder")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if not names:
         return
     if not overwrite:
-        raise FileExistsError(f"output folder {folder} is not empty; name another one, or pass --overwrite")
+        raise FileExistsError(f"output folder {folder} is not empty; name another one, or add --overwrite")
     foreign = [name for name in names if name not in (ANSWER_FILE, OVERLAY_FILE) and not _is_mask_file(name)]
     if foreign or ANSWER_FILE not in names:
         found = f"it holds {foreign[0]}" if foreign else f"it has no {ANSWER_FILE}"
@@ -146,6 +127,11 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 def _is_mask_file(name: str) -> bool:
     prefix, suffix = MASK_FILE.split("{:02d}")
     return name.startswith(prefix) and name.endswith(suffix) and name[len(prefix) : -len(suffix)].isdigit()
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which could drive a terminal, replaced; line ends and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

@@ -114,8 +114,9 @@ def split_at_codes(
     """
     names = region_code_ids(tokenizer)
     codes = [i for i, token_id in enumerate(ids) if token_id in names]
-    pieces = [tokenizer.decode(ids[: codes[0]] if codes else ids, skip_special_tokens=skip_special_tokens)]
-    for start, end in zip(codes, [*codes[1:], len(ids)], strict=True):
+    ends = [*codes, len(ids)]
+    pieces = [tokenizer.decode(ids[: ends[0]], skip_special_tokens=skip_special_tokens)]
+    for start, end in zip(codes, ends[1:], strict=True):
         # Decoded together with its code, because some tokenizers drop the first space of what they decode.
         text = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
         pieces.append(text.removeprefix(names[ids[start]]))

@@ -76,7 +76,7 @@ def evaluate(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
-        output = model.generate(**inputs, max_new_tokens=48)
+        output = model.generate(**inputs, max_new_tokens=48, return_dict_in_generate=True)
         answers = processor.post_process_grounded_answer(output, inputs)
         for (record, target, absent), answer in zip(batch, answers, strict=True):
             row = {

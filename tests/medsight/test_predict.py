@@ -5,6 +5,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,12 @@ def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
     assert str(tmp_path / "out") in lines[-1]
 
 
+def test_an_answer_cannot_drive_the_terminal(predictor: Predictor) -> None:
+    prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
+    prediction = replace(prediction, answer=replace(prediction.answer, text="a\x1b[2Jb\x07 ü 肝\nnext"))
+    assert prediction.to_table().startswith("a\ufffd[2Jb\ufffd ü 肝\nnext\n")
+
+
 def test_without_output_the_folder_is_named_after_the_image_and_lies_here(
     predict: Callable, image_file: Path, tmp_path: Path
 ) -> None:
@@ -147,8 +154,6 @@ def test_a_higher_threshold_gives_no_larger_mask(predictor: Predictor, image_fil
 
 
 def test_an_answer_without_regions_gives_an_overlay_and_no_mask(predictor: Predictor, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
     prediction = replace(prediction, answer=replace(prediction.answer, regions=[]))
     prediction.save(tmp_path / "out")

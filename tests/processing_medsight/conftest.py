@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from processing_medsight import MedSightImageProcessor, MedSightProcessor, add_region_codes
 
@@ -45,6 +45,14 @@ def qwen3_saved(builder: ModuleType, qwen3_ranks: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("qwen3")
     builder.build_qwen3_tokenizer(qwen3_ranks).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen3_with_codes(qwen3_saved: Path) -> PreTrainedTokenizerBase:
+    """Qwen3's tokenizer with the published model's 18 x 32 codes. Not to be changed."""
+    tokenizer = AutoTokenizer.from_pretrained(qwen3_saved)
+    assert add_region_codes(tokenizer, 18, 32) == 151_669
+    return tokenizer
 
 
 @pytest.fixture

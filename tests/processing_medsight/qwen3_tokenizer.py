@@ -65,7 +65,7 @@ def byte_pair_encode(text: bytes, ranks: dict[bytes, int], below: int | None = N
 
 def build_qwen3_tokenizer(path: Path) -> Qwen2Tokenizer:
     """Qwen3's tokenizer, byte for byte: 151,643 ranks, 151,387 merges, 26 added tokens."""
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -82,7 +82,7 @@ def _with_added_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -> 
     return tokenizer
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """GPT-2's printable letter for each byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {byte: chr(byte) for byte in printable}

@@ -1,5 +1,6 @@
 """Region codes in the tiny tokenizer and in Qwen3's own."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -66,59 +67,58 @@ def test_an_answer_comes_apart_at_its_codes(tokenizer: PreTrainedTokenizerBase) 
     assert split_at_codes(tokenizer, [], True) == ([""], [], "")
 
 
-class TestQwen3:
-    """The real vocabulary: adding codes changes nothing but the codes."""
+@pytest.fixture(scope="module")
+def qwen3(qwen3_saved: Path) -> PreTrainedTokenizerBase:
+    """The real vocabulary as it is."""
+    return AutoTokenizer.from_pretrained(qwen3_saved)
 
-    @pytest.fixture(scope="class")
-    def before(self, qwen3_saved: Path) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(qwen3_saved)
 
-    @pytest.fixture(scope="class")
-    def after(self, qwen3_saved: Path) -> PreTrainedTokenizerBase:
-        tokenizer = AutoTokenizer.from_pretrained(qwen3_saved)
-        assert add_region_codes(tokenizer, 18, 32) == 151_669
-        return tokenizer
+def test_qwen3s_ids_are_where_they_belong(qwen3: PreTrainedTokenizerBase) -> None:
+    assert len(qwen3) == 151_669
+    for offset, (token, special) in enumerate(QWEN3_ADDED_TOKENS):
+        assert qwen3.convert_tokens_to_ids(token) == 151_643 + offset
+        assert qwen3.added_tokens_decoder[151_643 + offset].special == special
+    assert qwen3("Hello world")["input_ids"] == [9707, 1879]
 
-    def test_it_is_qwen3s(self, before: PreTrainedTokenizerBase) -> None:
-        assert len(before) == 151_669
-        for offset, (token, special) in enumerate(QWEN3_ADDED_TOKENS):
-            assert before.convert_tokens_to_ids(token) == 151_643 + offset
-            assert before.added_tokens_decoder[151_643 + offset].special == special
-        assert before("Hello world")["input_ids"] == [9707, 1879]
 
-    def test_its_merges_are_the_ranks(
-        self, builder: ModuleType, qwen3_ranks: Path, before: PreTrainedTokenizerBase
-    ) -> None:
-        ranks = builder.read_ranks(qwen3_ranks)
-        assert len(ranks) == 151_643 and len(builder.merges_of(ranks)) == 151_387
-        pieces = before.backend_tokenizer.pre_tokenizer.pre_tokenize_str
-        letters = {letter: byte for byte, letter in builder._byte_letters().items()}
-        for text in (TEXTS[0], TEXTS[1], TEXTS[4]):
-            words = [bytes(letters[letter] for letter in piece) for piece, _ in pieces(text)]
-            expected = [ranks[part] for word in words for part in builder.byte_pair_encode(word, ranks)]
-            assert before(text)["input_ids"] == expected
+def test_qwen3s_merges_say_what_its_ranks_say(
+    builder: ModuleType, qwen3_ranks: Path, qwen3_saved: Path, qwen3: PreTrainedTokenizerBase
+) -> None:
+    ranks = builder.read_ranks(qwen3_ranks)
+    saved = json.loads((qwen3_saved / "tokenizer.json").read_text("utf-8"))
+    assert len(ranks) == 151_643 and len(saved["model"]["merges"]) == 151_387
+    split = qwen3.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    bytes_of = {letter: byte for byte, letter in builder.byte_letters().items()}
+    for text in (TEXTS[0], TEXTS[1], TEXTS[4]):
+        words = [bytes(bytes_of[letter] for letter in word) for word, _ in split(text)]
+        assert qwen3(text)["input_ids"] == [ranks[p] for word in words for p in builder.byte_pair_encode(word, ranks)]
 
-    def test_codes_follow_the_vocabulary(self, after: PreTrainedTokenizerBase) -> None:
-        tokens = region_code_tokens(18, 32)
-        assert after.convert_tokens_to_ids(tokens) == list(range(151_669, 151_669 + 576))
-        assert after("".join(tokens))["input_ids"] == list(range(151_669, 151_669 + 576))
 
-    @pytest.mark.parametrize("text", TEXTS)
-    def test_ordinary_text_is_untouched(
-        self, text: str, before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase
-    ) -> None:
-        assert after(text)["input_ids"] == before(text)["input_ids"]
-        assert after.decode(after(text)["input_ids"]) == text
+def test_codes_follow_qwen3s_vocabulary(qwen3_with_codes: PreTrainedTokenizerBase) -> None:
+    tokens = region_code_tokens(18, 32)
+    assert qwen3_with_codes.convert_tokens_to_ids(tokens) == list(range(151_669, 151_669 + 576))
+    assert qwen3_with_codes("".join(tokens))["input_ids"] == list(range(151_669, 151_669 + 576))
 
-    @pytest.mark.parametrize("text", ["liver [C0_16], spleen[C0_7].", "[C17_31][C0_0]\n[C5_5] x", "a[C1_1]b"])
-    def test_codes_make_the_round_trip_and_are_not_special(self, text: str, after: PreTrainedTokenizerBase) -> None:
-        ids = after(text)["input_ids"]
-        assert after.decode(ids) == text
-        assert after.decode([*ids, 151_645, 151_643], skip_special_tokens=True) == text
 
-    def test_they_survive_saving(self, after: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-        after.save_pretrained(tmp_path)
-        again = AutoTokenizer.from_pretrained(tmp_path)
-        assert add_region_codes(again, 18, 32) == 151_669 and len(again) == len(after) == 152_245
-        assert again(" ".join(TEXTS))["input_ids"] == after(" ".join(TEXTS))["input_ids"]
-        assert again.padding_side == "left" and again.eos_token == "<|im_end|>" and again.pad_token == "<|endoftext|>"
+@pytest.mark.parametrize("text", TEXTS)
+def test_ordinary_text_is_untouched_by_codes(
+    text: str, qwen3: PreTrainedTokenizerBase, qwen3_with_codes: PreTrainedTokenizerBase
+) -> None:
+    assert qwen3_with_codes(text)["input_ids"] == qwen3(text)["input_ids"]
+    assert qwen3_with_codes.decode(qwen3_with_codes(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("text", ["liver [C0_16], spleen[C0_7].", "[C17_31][C0_0]\n[C5_5] x", "a[C1_1]b"])
+def test_codes_make_the_round_trip_and_are_not_special(text: str, qwen3_with_codes: PreTrainedTokenizerBase) -> None:
+    ids = qwen3_with_codes(text)["input_ids"]
+    assert qwen3_with_codes.decode(ids) == text
+    assert qwen3_with_codes.decode([*ids, 151_645, 151_643], skip_special_tokens=True) == text
+
+
+def test_codes_survive_saving(qwen3_with_codes: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    qwen3_with_codes.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert add_region_codes(again, 18, 32) == 151_669 and len(again) == len(qwen3_with_codes) == 152_245
+    text = " ".join(TEXTS)
+    assert again(text)["input_ids"] == qwen3_with_codes(text)["input_ids"]
+    assert again.padding_side == "left" and again.eos_token == "<|im_end|>" and again.pad_token == "<|endoftext|>"
