@@ -12,6 +12,17 @@ from .remote_code_medsight import AUTO_MAP, write_remote_code
 
 MASK_DECODERS = ("perceiver", "head")
 SEG_TOKEN = "[SEG]"
+COUNTS = (
+    "num_region_queries",
+    "perceiver_num_stages",
+    "perceiver_num_heads",
+    "perceiver_head_dim",
+    "perceiver_ffn_multiplier",
+    "num_mask_classes",
+    "num_groups",
+    "codes_per_group",
+    "code_dim",
+)
 
 
 class MedSightConfig(PreTrainedConfig):
@@ -187,6 +198,9 @@ class MedSightConfig(PreTrainedConfig):
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
     def _refuse_contradictions(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         width, stride, layers = _feature_map(self)
         first, codes, vocab = self.region_code_start_id, self.num_region_codes, self.text_config.vocab_size
         own_size = getattr(self.vision_config, "image_size", None)
@@ -224,7 +238,7 @@ class MedSightConfig(PreTrainedConfig):
                 f"mask_class_names has {len(self.mask_class_names)} entries "
                 f"but num_mask_classes={self.num_mask_classes}"
             )
-        if first + codes > vocab:
+        if first < 0 or first + codes > vocab:
             raise ValueError(
                 f"region codes take ids {first} to {first + codes - 1} (region_code_start_id={first}, "
                 f"{self.num_groups} groups of {self.codes_per_group}) but text_config.vocab_size={vocab}"
@@ -238,9 +252,6 @@ class MedSightConfig(PreTrainedConfig):
             raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
         if self.region_state_offset not in (0, -1):
             raise ValueError(f"region_state_offset={self.region_state_offset}: choose 0 (the code's own state) or -1")
-        for name in ("num_region_queries", "perceiver_num_stages", "perceiver_num_heads", "perceiver_head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

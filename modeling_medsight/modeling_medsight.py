@@ -59,8 +59,9 @@ class MedSightPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, so that transformers initialises modules without parameters of their own too (projectors, CLIP's blocks);
-        it may, since `_init_weights` leaves loaded weights alone."""
+        """False, so that transformers also initialises modules without parameters of their own (projectors, CLIP's
+        blocks); it may, since `_init_weights` leaves loaded weights alone.
+        """
         return False
 
     @torch.no_grad()
@@ -423,7 +424,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         for i, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
             if len(masks) != len(classes):
                 raise ValueError(f"image {i} has {len(masks)} mask_labels but {len(classes)} class_labels")
-        stages = [*(regions.auxiliary_logits or []), regions]
+        stages: list[Any] = [*(regions.auxiliary_logits or []), regions]
         results = [
             self.perceiver_loss(
                 stage["masks_queries_logits"], stage["class_queries_logits"], mask_labels, class_labels

@@ -28,10 +28,7 @@ _TEMPLATE = """\
     {{- raise_exception('this chat template has no place for tools or documents') -}}
 {%- endif -%}
 {%- set no_thinking = NO_THINKING -%}
-{%- if messages[0].role != 'system' -%}
-    {{- 'DEFAULT_SYSTEM' -}}
-{%- endif -%}
-{%- for message in messages -%}
+DEFAULT_SYSTEM{%- for message in messages -%}
     {%- if message.role not in ['system', 'user', 'assistant'] -%}
         {{- raise_exception("a message has the role '" ~ message.role ~ "': use system, user or assistant") -}}
     {%- endif -%}
@@ -65,10 +62,14 @@ CHAT_TEMPLATE = (
 )
 
 # The released checkpoint's prompt: a default system turn, the bare image block and a newline, no think block.
+_DEFAULT_SYSTEM = r"""{%- if messages[0].role != 'system' -%}
+    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
+{%- endif -%}
+"""
 PUBLISHED_CHAT_TEMPLATE = (
     _TEMPLATE.replace("IMAGE", r"<|image_pad|>\n")
     .replace("NO_THINKING", "''")
-    .replace("DEFAULT_SYSTEM", r"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    .replace("DEFAULT_SYSTEM", _DEFAULT_SYSTEM)
 )
 
 WORD_JOINER = "\u2060"

@@ -85,25 +85,21 @@ def fit_image(original: tuple[int, int], size: tuple[int, int], fit: str) -> tup
     return AxisFit(height, out_height, scaled[0], offset[0]), AxisFit(width, out_width, scaled[1], offset[1])
 
 
-def masks_to_grid(masks: np.ndarray, vertical: AxisFit, horizontal: AxisFit, grid: tuple[int, int]) -> np.ndarray:
-    """Carry masks of the original image onto a grid over the model's input.
+def mask_to_grid(mask: np.ndarray, vertical: AxisFit, horizontal: AxisFit, grid: tuple[int, int]) -> np.ndarray:
+    """Carry a mask of the original image onto a grid over the model's input.
 
     A cell's value is the share of its area that the mask covers. Unlike nearest sampling, this neither loses a lesion
     smaller than a cell nor moves an edge, and a soft edge is what binary cross-entropy and Dice want as a target;
     `>= 0.5` gives a hard mask. Padding counts as not covered.
 
     Args:
-        masks: (n, height, width) float32, the share of each original pixel that is inside (0 or 1, as a rule).
+        mask: (height, width) float32, the share of each original pixel that is inside (0 or 1, as a rule).
         grid: (h, w) cells.
 
     Returns:
-        (n, h, w) float32 in [0, 1].
+        (h, w) float32 in [0, 1].
     """
-    rows, columns = _coverage(vertical, grid[0]), _coverage(horizontal, grid[1])
-    out = np.empty((len(masks), *grid), dtype=np.float32)
-    for i, mask in enumerate(masks):
-        out[i] = rows @ mask.astype(np.float32, copy=False) @ columns.T
-    return out.clip(0.0, 1.0)
+    return (_coverage(vertical, grid[0]) @ mask @ _coverage(horizontal, grid[1]).T).clip(0.0, 1.0)
 
 
 def grid_to_masks(logits: torch.Tensor, vertical: AxisFit, horizontal: AxisFit, threshold: float) -> torch.Tensor:
@@ -125,7 +121,7 @@ def grid_to_masks(logits: torch.Tensor, vertical: AxisFit, horizontal: AxisFit, 
     seen = seen_rows[:, None] & seen_columns[None, :]
     out = torch.empty((len(logits), vertical.length, horizontal.length), dtype=torch.bool, device=logits.device)
     # One mask at a time: at the size of a radiograph, float logits of twenty masks would fill the memory.
-    for i, mask in enumerate(logits.float()):
+    for i, mask in enumerate(logits.float().clamp(-1e6, 1e6)):  # infinities do not interpolate
         mask = torch.lerp(mask[:, left], mask[:, right], across[None, :])
         mask = torch.lerp(mask[top], mask[bottom], down[:, None])
         out[i] = (mask > cut) & seen

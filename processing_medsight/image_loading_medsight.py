@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 # Below Pillow's own limit for files (178,956,970), so that one rule holds for files, lazily opened images and arrays.
 MAX_IMAGE_PIXELS = 2**27
 _CHANNELS = (1, 2, 3, 4)
+_SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
 
 
@@ -39,7 +40,7 @@ def load_image(source: str | os.PathLike) -> Image.Image:
         ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
-    name = _shorten(os.fspath(source))
+    name = _shorten(os.fspath(source)) or "the empty path"
     opened = _open(source, name)
     frames = getattr(opened, "n_frames", 1)
     if frames > 1 and opened.format != "MPO":
@@ -79,8 +80,8 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
         name: what to call the image in an error.
         convert_rgb: whether to make three channels of it; `False` leaves channels as they are.
         rescale: whether the pixels are to be scaled from 0..255 later. If not, floats are taken as they are.
-        channels_last: where the channel axis is; by default, where an axis of 1 or 3 entries is, or else of 2 or 4 (the
-            first, if both are).
+        channels_last: where the channel axis is; by default, where an axis of 1 or 3 entries is, or else of 2 or 4
+            (the first, if both are).
 
     Returns:
         (height, width, channels), uint8, or float32 for floats if not `rescale`.
@@ -148,7 +149,7 @@ def _file(source: str | os.PathLike, name: str) -> Any:
         response = get_session().get(source, follow_redirects=True, timeout=30)
         response.raise_for_status()
         return BytesIO(response.content)
-    if isinstance(source, str):
+    if isinstance(source, str) and (len(source) >= _SHORTEST_BASE64 or source.startswith("data:image/")):
         text = source.partition(",")[2] if source.startswith("data:image/") else source
         try:
             return BytesIO(base64.b64decode("".join(text.split()), validate=True))

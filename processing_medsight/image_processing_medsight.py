@@ -14,7 +14,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
 
-from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, masks_to_grid
+from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
 from .image_loading_medsight import grey_to_pillow, load_image, to_array
 
 
@@ -70,7 +70,8 @@ class MedSightImageProcessor(BaseImageProcessor):
             ValueError: naming the file, or the position in the list, of what cannot be read.
         """
         if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image, f"{name} {i}") for i, image in enumerate(images)]
+            separator = "." if " " in name else " "  # image 0, and image 0.1 where lists are nested
+            return [self.fetch_images(image, f"{name}{separator}{i}") for i, image in enumerate(images)]
         if isinstance(images, (str, os.PathLike)):
             return load_image(images)
         if isinstance(images, (np.ndarray, torch.Tensor)):
@@ -129,7 +130,7 @@ class MedSightImageProcessor(BaseImageProcessor):
     ) -> torch.Tensor:
         """Carry masks of one image through the geometry of its pixels, for training labels.
 
-        A cell holds the share of its area that is inside (see [`masks_to_grid`]), so small regions survive;
+        A cell holds the share of its area that is inside (see [`mask_to_grid`]), so small regions survive;
         `>= 0.5` gives a hard mask.
 
         Args:
@@ -144,23 +145,12 @@ class MedSightImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: for masks of different sizes, other shapes, or floats outside [0, 1].
         """
-        if isinstance(masks, (list, tuple)):
-            planes = [_mask_plane(mask, i) for i, mask in enumerate(masks)]
-            if not planes:
-                return torch.zeros((0, *output_size))
-            if len({plane.shape for plane in planes}) > 1:
-                raise ValueError(f"masks of one image must have one size, got {[plane.shape for plane in planes]}")
-            stacked = np.stack(planes)
-        else:
-            array = masks.detach().cpu().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
-            array = array[None] if array.ndim == 2 else array
-            if array.ndim != 3:
-                raise ValueError(f"masks: expected shape (n, height, width), got {array.shape}")
-            if not len(array):
-                return torch.zeros((0, *output_size))
-            stacked = np.stack([_mask_plane(mask, i) for i, mask in enumerate(array)])
-        height, width = stacked.shape[1:]
-        return torch.from_numpy(masks_to_grid(stacked, *self._axes((height, width), fit, size), output_size))
+        planes = _mask_planes(masks)
+        if not planes:
+            return torch.zeros((0, *output_size))
+        height, width = planes[0].shape
+        axes = self._axes((height, width), fit, size)
+        return torch.from_numpy(np.stack([mask_to_grid(_covered(plane), *axes, output_size) for plane in planes]))
 
     def to_dict(self) -> dict[str, Any]:
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
@@ -189,7 +179,7 @@ class MedSightImageProcessor(BaseImageProcessor):
             _height_and_width(kwargs.get("size"))
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        flat = list(_flatten(self.fetch_images(images)))
+        flat = list(flatten_images(self.fetch_images(images)))
         if not flat:
             raise ValueError("images is empty: expected at least one image")
         pixel_values, original_sizes = [], []
@@ -256,11 +246,11 @@ class MedSightImageProcessor(BaseImageProcessor):
         )
 
 
-def _flatten(images: Any) -> Iterable[Any]:
+def flatten_images(images: Any) -> Iterable[Any]:
     """The single images, in order, of an image, a stack of arrays, or lists of either."""
     if isinstance(images, (list, tuple)):
         for entry in images:
-            yield from _flatten(entry)
+            yield from flatten_images(entry)
     elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         yield from images
     else:
@@ -300,15 +290,24 @@ def _per_channel(value: float | Sequence[float], name: str, pixels: np.ndarray) 
     return values
 
 
-def _mask_plane(mask: Any, index: int) -> np.ndarray:
-    """One mask as (height, width) float32, the share of a pixel that is inside."""
-    plane = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
-    if plane.ndim != 2 or 0 in plane.shape:
-        raise ValueError(f"mask {index}: expected shape (height, width), got {plane.shape}")
-    if plane.dtype.kind in "biu":
-        return (plane != 0).astype(np.float32)
-    if plane.dtype.kind != "f" or not (plane.min() >= 0 and plane.max() <= 1):
-        raise ValueError(
-            f"mask {index}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside"
-        )
-    return plane.astype(np.float32)
+def _mask_planes(masks: Any) -> list[np.ndarray]:
+    """The single (height, width) masks of one image."""
+    if not isinstance(masks, (list, tuple)):
+        masks = masks.detach().cpu().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
+        masks = masks[None] if masks.ndim == 2 else masks
+    planes = [mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask) for mask in masks]
+    for i, plane in enumerate(planes):
+        if plane.ndim != 2 or 0 in plane.shape:
+            raise ValueError(f"mask {i}: expected shape (height, width), got {plane.shape}")
+        if plane.shape != planes[0].shape:
+            raise ValueError(f"masks of one image must have one size: mask 0 has {planes[0].shape}, {i} {plane.shape}")
+        if plane.dtype.kind not in "biuf" or (plane.dtype.kind == "f" and not (plane.min() >= 0 and plane.max() <= 1)):
+            raise ValueError(
+                f"mask {i}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside"
+            )
+    return planes
+
+
+def _covered(plane: np.ndarray) -> np.ndarray:
+    """(height, width) float32, the share of each pixel that is inside."""
+    return (plane if plane.dtype.kind == "f" else plane != 0).astype(np.float32)

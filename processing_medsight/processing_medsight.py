@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
+from .image_processing_medsight import flatten_images
 from .region_codes_medsight import IMAGE_TOKEN, parse_region_code, split_at_codes
 
 
@@ -68,7 +68,7 @@ class MedSightProcessor(ProcessorMixin):
                 raise ValueError(
                     "images mixes single images and lists: give a flat list, or one list of images a text"
                 )
-            images = [_flat(entry) for entry in images] if nested else _flat(images)
+            images = [list(flatten_images(e)) for e in images] if nested else list(flatten_images(images))
             if not any(len(entry) if nested else True for entry in images):
                 images = None
         return images, *others
@@ -89,6 +89,7 @@ class MedSightProcessor(ProcessorMixin):
         self,
         conversation: Any,
         chat_template: str | None = None,
+        *,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
@@ -253,6 +254,8 @@ class MedSightProcessor(ProcessorMixin):
         self, conversation: Any, processor_kwargs: dict, arguments: dict[str, Any]
     ) -> BatchFeature:
         """`assistant_masks` where transformers (5.17) does not reckon with the growth of placeholders."""
+        from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
+
         template = arguments["chat_template"]
         if isinstance(self.chat_template, dict):
             template = self.chat_template.get(template or "default", template)
@@ -331,13 +334,6 @@ class MedSightProcessor(ProcessorMixin):
             area=0 if mask is None else int(mask.sum()),
             score=score,
         )
-
-
-def _flat(images: Any) -> list[Any]:
-    """The single images of nested lists and of (n, ...) stacks of arrays, in order."""
-    if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in _flat(entry)]
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
 def _assistant_mask(offsets: Any, spans: Sequence[Sequence[int]], replaced: Sequence[dict]) -> list[int]:

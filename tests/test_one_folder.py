@@ -1,4 +1,4 @@
-"""The promise of the project: one folder that loads anywhere, answers with text and masks, and saves again from there."""
+"""One folder that loads anywhere, answers with text and masks, and saves again from there."""
 
 import json
 import os

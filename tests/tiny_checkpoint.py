@@ -1,4 +1,4 @@
-"""A tiny random checkpoint folder: the `tiny` preset with a tokenizer of bytes, Qwen3's added tokens and the region codes."""
+"""A tiny random checkpoint folder: the `tiny` preset, a tokenizer of bytes, Qwen3's added tokens and region codes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def byte_tokenizer() -> Qwen2Tokenizer:
     """256 bytes, then Qwen3's 26 added tokens: `<|endoftext|>` is 256, `<|im_end|>` 258, `<|image_pad|>` 268."""
     vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token=None)
-    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in QWEN3_ADDED_TOKENS])
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in QWEN3_ADDED_TOKENS])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     return tokenizer
 

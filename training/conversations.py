@@ -84,10 +84,13 @@ class ConversationMaker:
             for index in members:
                 self.family[index] |= members
 
-    def absent_targets(self, record: ImageRecord) -> list[str]:
-        """Targets that are surely not in the image: those the manifest says, and those of unrelated groups only."""
-        elsewhere = [t for t, groups in self.groups_of_target.items() if not groups & self.family[record.group]]
-        return list(record.absent) * (1 + len(elsewhere)) + elsewhere
+    def absent_targets(self, record: ImageRecord) -> dict[int, list[str]]:
+        """Targets of unrelated groups only, by group: surely not in the image, whatever its rows leave out."""
+        elsewhere: dict[int, list[str]] = {}
+        for target, groups in self.groups_of_target.items():
+            if not groups & self.family[record.group]:
+                elsewhere.setdefault(min(groups), []).append(target)
+        return elsewhere
 
     def grounded(self, record: ImageRecord, masks: torch.Tensor) -> Turn:
         """A question whose answer cites regions, or says that there is nothing to cite.
@@ -169,7 +172,10 @@ class ConversationMaker:
         return self._turn("diagnose", "diagnose", words, (target,))
 
     def _absent(self, record: ImageRecord, masks: torch.Tensor) -> Turn:
-        target = self.random.choice(self.absent_targets(record))
+        if record.absent and self.random.random() < 0.6:
+            target = self.random.choice(record.absent)
+        else:  # by group first: else one group of many organs would teach that organs are absent
+            target = self.random.choice(self.random.choice(list(self.absent_targets(record).values())))
         prompt = self.random.choices(("segment_one", "where_is", "is_there"), (3, 1, 1))[0]
         words = {**self._words(record), "target": target}
         return self._turn(prompt, "absent", words, target=self._called(target))

@@ -62,15 +62,15 @@ def draw_classes(count: int, most: int, generator: torch.Generator) -> list[int]
 
 def train_perceiver(
     model: MedSightForConditionalGeneration,
+    embedding: nn.Embedding,
     samples: list[Sample],
     augmenter: Augmenter,
     normalise: nn.Module,
     settings: PerceiverStage,
-) -> nn.Embedding:
-    """Train encoder and perceiver in place; returns the class embeddings (classes, d), a later stage's aim."""
+) -> None:
+    """Train encoder, perceiver and `embedding`, the class queries (classes, d), in place."""
     config, perceiver = model.config, model.model.region_perceiver
     class_ids = {name: index for index, name in enumerate(config.mask_class_names)}
-    embedding = nn.Embedding(config.num_mask_classes, config.vision_hidden_size)
     samples = [sample for sample in samples if sample.record.masks]
     labels = [torch.tensor([class_ids[target] for target in sample.record.targets]) for sample in samples]
     weights = sampling_weights([sample.record for sample in samples], settings.set_power)
@@ -111,7 +111,6 @@ def train_perceiver(
             loss = loss + matched
         optimisation.step(loss, **parts)
     perceiver.return_auxiliary_logits = config.auxiliary_loss
-    return embedding
 
 
 def _mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

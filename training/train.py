@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
 
@@ -167,68 +168,107 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file, e.g. training/nano.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--resume", action="store_true", help="take finished stages from the output folder")
     arguments = parser.parse_args()
-    train(load_recipe(arguments.recipe, arguments.set))
+    train(load_recipe(arguments.recipe, arguments.set), arguments.resume)
 
 
-def train(recipe: dict[str, Any]) -> Path:
-    """Run all stages of a recipe; returns the finished folder."""
-    started = time.monotonic()
+class Stages:
+    """Checkpoints of the stages, a folder each under `output/stages`, and which of them need no training again."""
+
+    def __init__(self, model: MedSightForConditionalGeneration, processor: MedSightProcessor, output: Path) -> None:
+        self.model, self.processor, self.folder = model, processor, output / "stages"
+        self.started = time.monotonic()
+
+    def restore(self, stage: str) -> bool:
+        """Load the stage's weights if it was finished before."""
+        weights = self.folder / stage / "model.safetensors"
+        if not weights.is_file():
+            return False
+        self.model.load_state_dict(load_file(weights), strict=not self.model.config.tie_word_embeddings)
+        print(f"{stage} taken from {weights}", flush=True)
+        return True
+
+    def save(self, stage: str) -> None:
+        save_folder(self.model, self.processor, self.folder / stage, "float32")
+        wall, cpu = time.monotonic() - self.started, time.process_time()
+        print(f"{stage} finished after {wall:.0f} s in all, {cpu:.0f} s of CPU", flush=True)
+
+
+def train(recipe: dict[str, Any], resume: bool = False) -> Path:
+    """Run all stages of a recipe, or those that `output/stages` lacks; returns the finished folder."""
     seed, output = recipe["seed"], Path(recipe["output"])
     torch.set_num_threads(recipe["threads"])
     torch.manual_seed(seed)
-    stages = {name: kind(**recipe["stages"][name]) for name, kind in STAGES.items()}
-
-    def finished(stage: str) -> None:
-        save_folder(model, processor, output / "stages" / stage, "float32")
-        print(f"{stage} finished after {time.monotonic() - started:.0f} s in all", flush=True)
+    settings = {name: kind(**recipe["stages"][name]) for name, kind in STAGES.items()}
 
     everything, records, held_out = training_records(recipe)
     print(f"{len(records)} training and {len(held_out)} validation images", flush=True)
     templates = load_templates(Path(__file__).with_name("templates.yaml"))
-    generator, chance = seeded(seed, "text")
+    generator, chance = seeded(seed, "language_model")
     pairs = corpus_texts(ConversationMaker(templates, everything, chance), records, recipe["tokenizer"]["rounds"])
     pairs += question_texts(recipe["data"]["questions"])
     names = class_names(everything)
     config = MedSightConfig.from_preset(
         recipe["preset"], group_names=list(GROUP_NAMES), mask_class_names=names, num_mask_classes=len(names)
     )
-    processor = build_processor(recipe, config, [f"{question}\n{answer}" for question, answer in pairs])
+    finished = output / "stages" / "0_language_model"
+    if resume and (finished / "model.safetensors").is_file():
+        processor = MedSightProcessor.from_pretrained(finished)  # its tokenizer is the one that the weights know
+    else:
+        processor = build_processor(recipe, config, [f"{question}\n{answer}" for question, answer in pairs])
     model = MedSightForConditionalGeneration(config).float()
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
+    stages = Stages(model, processor, output)
     encoder = TurnEncoder(processor, config)
-    train_language_model(model, encoder, pairs, stages["language_model"], generator)
-    finished("0_language_model")
+    if not (resume and stages.restore("0_language_model")):
+        train_language_model(model, encoder, pairs, settings["language_model"], generator)
+        stages.save("0_language_model")
 
     samples = load_samples(records, processor.image_processor)
     normalise = Normalise(processor.image_processor)
-    generator, _ = seeded(seed, "perceiver")
-    augmenter = Augmenter(Augmentation(**recipe["augmentation"]), sided_groups(everything), generator)
+    strengths, sided = Augmentation(**recipe["augmentation"]), sided_groups(everything)
     model.model.vision_tower.to(memory_format=torch.channels_last)
-    class_embedding = train_perceiver(model, samples, augmenter, normalise, stages["perceiver"])
-    finished("1_perceiver")
+    class_embedding = nn.Embedding(config.num_mask_classes, config.vision_hidden_size)
+    class_queries = stages.folder / "1_perceiver" / "class_queries.safetensors"
+    if resume and stages.restore("1_perceiver"):
+        class_embedding.load_state_dict(load_file(class_queries))
+    else:
+        augmenter = Augmenter(strengths, sided, seeded(seed, "perceiver")[0])
+        train_perceiver(model, class_embedding, samples, augmenter, normalise, settings["perceiver"])
+        stages.save("1_perceiver")
+        save_file(class_embedding.state_dict(), class_queries)
 
+    augmenter = Augmenter(strengths, sided, seeded(seed, "views")[0])
     plain = see(model, samples, normalise)
     augmented = [see(model, samples, normalise, augmenter) for _ in range(recipe["views"] - 1)]
     views = [list(of_one_image) for of_one_image in zip(plain, *augmented, strict=True)]
-    print(f"{recipe['views']} views of every image after {time.monotonic() - started:.0f} s in all", flush=True)
-
-    generator, chance = seeded(seed, "vision to text")
-    maker = ConversationMaker(templates, everything, chance)
-    train_vision_to_text(model, encoder, maker, views, stages["vision_to_text"], generator)
-    finished("2_vision_to_text")
-
-    generator, _ = seeded(seed, "codebook")
     all_views = [view for of_one_image in views for view in of_one_image]
-    train_codebook(model, all_views, stages["codebook"], generator)
-    annotate(model, all_views)
-    finished("3a_codebook")
-
-    for name, key in (("stage 3b text to vision", "text_to_vision"), ("stage 4 unified", "unified")):
-        generator, chance = seeded(seed, key)
+    if not (resume and stages.restore("2_vision_to_text")):
+        generator, chance = seeded(seed, "vision_to_text")
         maker = ConversationMaker(templates, everything, chance)
-        train_grounding(name, model, encoder, maker, views, class_embedding, stages[key], generator, key == "unified")
-        finished({"text_to_vision": "3b_text_to_vision", "unified": "4_unified"}[key])
+        train_vision_to_text(model, encoder, maker, views, settings["vision_to_text"], generator)
+        stages.save("2_vision_to_text")
+    if not (resume and stages.restore("3a_codebook")):
+        train_codebook(model, all_views, settings["codebook"], seeded(seed, "codebook")[0])
+        stages.save("3a_codebook")
+    annotate(model, all_views)
+    for folder, key in (("3b_text_to_vision", "text_to_vision"), ("4_unified", "unified")):
+        if not (resume and stages.restore(folder)):
+            generator, chance = seeded(seed, key)
+            maker = ConversationMaker(templates, everything, chance)
+            train_grounding(
+                f"stage {folder.replace('_', ' ')}",
+                model,
+                encoder,
+                maker,
+                views,
+                class_embedding,
+                settings[key],
+                generator,
+                whole_language_model=key == "unified",
+            )
+            stages.save(folder)
 
     model.eval()
     model.generation_config = GenerationConfig(
@@ -239,7 +279,7 @@ def train(recipe: dict[str, Any]) -> Path:
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     save_folder(model, processor, output, recipe["weights"])
-    print(f"{output} written after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{output} written after {time.monotonic() - stages.started:.0f} s", flush=True)
     return output
 
 

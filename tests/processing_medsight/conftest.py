@@ -1,12 +1,12 @@
 """Fixtures for the processor's tests: a tiny tokenizer and processor, and Qwen3's own tokenizer where dashscope is."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,8 +17,13 @@ GROUPS, CODES = 3, 4
 IMAGE_ROWS = 5
 
 
-def pytest_configure() -> None:
-    torch.set_num_threads(1)
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images and masks: in the folder that MEDSIGHT_SHARED names, or in one beside the repository."""
+    folder = Path(os.environ.get("MEDSIGHT_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real images are not here: there is no folder {folder} (MEDSIGHT_SHARED names another)")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Tokenizers for tests: Qwen3's own, rebuilt from the ranks that the package dashscope ships, and a tiny one of its kind."""
+"""Tokenizers for tests: Qwen3's own, from the ranks that the package dashscope ships, and a tiny one of its kind."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The one merge that makes each token of more than a byte: the two parts left when only lower ranks have merged."""
+    """The one merge that makes each token of more than a byte: the two parts that lower ranks leave of it."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:

@@ -56,7 +56,9 @@ def any_processor(request: pytest.FixtureRequest) -> MedSightProcessor:
 
 def added_ids_of(processor: MedSightProcessor, messages: list) -> list[int]:
     """The added tokens of a rendered conversation, in order."""
-    ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
+    ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)[
+        "input_ids"
+    ]
     added = set(processor.tokenizer.get_added_vocab().values())
     return [i for i in ids[0] if i in added]
 
@@ -177,7 +179,9 @@ class TestTemplate:
     def test_a_string_is_one_text_part(self, processor: MedSightProcessor) -> None:
         for role in ("system", "user", "assistant"):
             parts = [{"role": role, "content": [{"type": "text", "text": "a b"}]}]
-            assert processor.apply_chat_template(parts) == processor.apply_chat_template([{"role": role, "content": "a b"}])
+            assert processor.apply_chat_template(parts) == processor.apply_chat_template(
+                [{"role": role, "content": "a b"}]
+            )
 
     def test_thinking_passes_through(self, processor: MedSightProcessor) -> None:
         messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -222,11 +226,13 @@ class TestTemplate:
 
 
 def test_the_published_template_is_the_released_checkpoints(tokenizer: PreTrainedTokenizerBase) -> None:
-    processor = MedSightProcessor(MedSightImageProcessor(size=28), tokenizer, PUBLISHED_CHAT_TEMPLATE, image_seq_length=5)
+    processor = MedSightProcessor(
+        MedSightImageProcessor(size=28), tokenizer, PUBLISHED_CHAT_TEMPLATE, image_seq_length=5
+    )
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Segment the liver."}]}]
     expected = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|image_pad|>\nSegment the liver."
-        "<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|image_pad|>\nSegment the liver.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
     system = [{"role": "system", "content": "Be brief."}, *messages, {"role": "assistant", "content": "liver [C0_1]"}]
@@ -254,7 +260,11 @@ def test_exactly_the_assistants_words_and_their_end_are_marked(
             messages.append({"role": "assistant", "content": answer})
         return messages
 
-    batch = [["The liver [C0_1].", "Yes, <|im_end|> spleen [C0_2][C0_3]"], ["no\nlesion"], ["x " * 40, "y", "肝臓 [C2_3]"]]
+    batch = [
+        ["The liver [C0_1].", "Yes, <|im_end|> spleen [C0_2][C0_3]"],
+        ["no\nlesion"],
+        ["x " * 40, "y", "肝臓 [C2_3]"],
+    ]
     out = processor.apply_chat_template(
         [conversation(answers) for answers in batch],
         tokenize=True,

@@ -29,8 +29,16 @@ ANSWERS = [
     ("[C0_16] liver, [C0_7] spleen.", "liver, spleen.", ["liver", "spleen"]),
     ("[C0_1]: liver\n[C0_2]: spleen", "liver\nspleen", ["liver", "spleen"]),
     ("- liver: [C0_1]\n- **pancreas** [C0_3]", "- liver\n- **pancreas**", ["liver", "pancreas"]),
-    ("The left lobe of the liver [C0_1] is large.", "The left lobe of the liver is large.", ["left lobe of the liver"]),
-    ("A tumor in the left lung is located at [C2_3].", "A tumor in the left lung is located.", ["tumor in the left lung"]),
+    (
+        "The left lobe of the liver [C0_1] is large.",
+        "The left lobe of the liver is large.",
+        ["left lobe of the liver"],
+    ),
+    (
+        "A tumor in the left lung is located at [C2_3].",
+        "A tumor in the left lung is located.",
+        ["tumor in the left lung"],
+    ),
     ("Segmentation of the liver: [C0_1].", "Segmentation of the liver.", ["liver"]),
     ("The liver is segmented as [C0_16] and the spleen as [C0_7].", None, ["liver", "spleen"]),
     ("The tumor core, [C0_1], and edema, [C0_2], are visible.", None, ["tumor core", "edema"]),
@@ -89,9 +97,13 @@ def logits_of(*boxes: tuple[float, float, float, float], grid: int = 56) -> torc
 def generated(processor: MedSightProcessor, prompts: Any, answers: list[str], boxes: list[list]) -> ModelOutput:
     """What generate would return, had the model given these answers and boxes."""
     tokenizer, k = processor.tokenizer, len(answers) // len(prompts["input_ids"])
-    new = tokenizer([f"{answer}<|im_end|>" for answer in answers], padding=True, padding_side="right", return_tensors="pt")
+    new = tokenizer(
+        [f"{answer}<|im_end|>" for answer in answers], padding=True, padding_side="right", return_tensors="pt"
+    )
     prompt_ids = prompts["input_ids"].repeat_interleave(k, dim=0)
-    codes = [torch.tensor(tokenizer.convert_tokens_to_ids(CODE.findall(answer)), dtype=torch.long) for answer in answers]
+    codes = [
+        torch.tensor(tokenizer.convert_tokens_to_ids(CODE.findall(answer)), dtype=torch.long) for answer in answers
+    ]
     return ModelOutput(
         sequences=torch.cat([prompt_ids, new["input_ids"]], dim=1),
         mask_logits=[logits_of(*row) for row in boxes],
@@ -112,7 +124,9 @@ def ask(processor: MedSightProcessor, *conversations: list) -> Any:
 
 
 def question(*images: Image.Image, text: str = "Segment.") -> list[dict]:
-    return [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+    return [
+        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
+    ]
 
 
 def blank(height: int, width: int) -> Image.Image:
@@ -121,7 +135,9 @@ def blank(height: int, width: int) -> Image.Image:
 
 def test_a_region_has_all_that_is_promised(processor: MedSightProcessor) -> None:
     inputs = ask(processor, question(blank(100, 200)))
-    out = generated(processor, inputs, ["Liver [C0_1], [\u2060x] spleen [C2_3]."], [[(0.5, 0.25, 1, 0.75), (0, 0, 0, 0)]])
+    out = generated(
+        processor, inputs, ["Liver [C0_1], [\u2060x] spleen [C2_3]."], [[(0.5, 0.25, 1, 0.75), (0, 0, 0, 0)]]
+    )
     (answer,) = processor.post_process_grounded_answer(out, inputs)
     assert answer.text == "Liver, [\u2060x] spleen." and answer.raw_text == "Liver [C0_1], [\u2060x] spleen [C2_3]."
     liver, spleen = answer.regions
@@ -212,7 +228,11 @@ def test_special_tokens_can_be_kept(processor: MedSightProcessor) -> None:
 def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, fault: str) -> None:
     inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
     out = generated(processor, inputs, ["a [C0_1]", "b [C0_2] [C0_3]"], [[(0, 0, 1, 1)], [(0, 0, 1, 1)] * 2])
-    message = {"codes": "sequence 1.*region codes", "masks": "sequence 1.*mask_logits", "rows": "3 sequences, no multiple"}
+    message = {
+        "codes": "sequence 1.*region codes",
+        "masks": "sequence 1.*mask_logits",
+        "rows": "3 sequences, no multiple",
+    }
     if fault == "codes":
         out["region_codes"] = out["region_codes"][::-1][:1] + out["region_codes"][:1]
         message["codes"] = "sequence 0.*region codes"

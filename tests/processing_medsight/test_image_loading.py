@@ -1,4 +1,4 @@
-"""From a file, a Pillow image of any mode or an array of any type to 8-bit pixels, or to an error that names the culprit."""
+"""From a file, a Pillow image of any mode or an array of any type to 8-bit pixels, or to an error with a name."""
 
 import base64
 import struct
@@ -89,7 +89,7 @@ def test_a_16_bit_scan_is_stretched_not_clipped(kind: str, low: int, high: int, 
     if kind == "file":
         Image.fromarray(scan).save(tmp_path / "scan.png")
         image = load_image(tmp_path / "scan.png")
-        assert image.mode == "I;16"
+        assert image.mode in ("I;16", "I")
     else:
         image = {"pillow": Image.fromarray, "array": np.array, "tensor": torch.from_numpy}[kind](scan)
     assert np.abs(rgb(image).astype(int) - expected).max() <= 1
@@ -114,7 +114,12 @@ def test_floats_are_taken_as_they_are_where_nothing_is_rescaled() -> None:
 
 def test_hounsfield_units_are_stretched_from_the_lowest_to_the_highest() -> None:
     scan = np.linspace(-1024, 3071, 63).reshape(7, 9)
-    for image in (scan.astype(np.int16), scan, Image.fromarray(scan.astype(np.int32)), Image.fromarray(scan.astype("f4"))):
+    for image in (
+        scan.astype(np.int16),
+        scan,
+        Image.fromarray(scan.astype(np.int32)),
+        Image.fromarray(scan.astype("f4")),
+    ):
         pixels = rgb(image)
         assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels[:, :, 0].ravel().astype(int)) >= 0).all()
 

@@ -38,7 +38,9 @@ class TestArguments:
         inputs = processor(text=f"a {IMAGE}", images=image, return_tensors="pt", max_length=112, padding="max_length")
         assert inputs["input_ids"].shape == (1, 112)
 
-    def test_settings_of_the_image_processor_hold(self, tokenizer: PreTrainedTokenizerBase, image: Image.Image) -> None:
+    def test_settings_of_the_image_processor_hold(
+        self, tokenizer: PreTrainedTokenizerBase, image: Image.Image
+    ) -> None:
         inverted = MedSightImageProcessor(size=28, do_rescale=True, rescale_factor=-1)
         processor = MedSightProcessor(inverted, tokenizer, image_seq_length=ROWS)
         assert processor(text=f"a {IMAGE}", images=image, return_tensors="pt")["pixel_values"].mean() < 0
@@ -122,7 +124,11 @@ class TestImagesAndPlaceholders:
             ("no placeholder", 1, r"0 image placeholders .*\[0\].*1 images were given"),
             (IMAGE, None, r"1 image placeholders .*no images were given"),
             ([IMAGE, "x"], 2, r"1 image placeholders .*\[1, 0\].*2 images"),
-            ([IMAGE, IMAGE * 2], [1, 1], r"text by text: \[1, 2\], images text by text: \[1, 1\]; text 1 is the first"),
+            (
+                [IMAGE, IMAGE * 2],
+                [1, 1],
+                r"text by text: \[1, 2\], images text by text: \[1, 1\]; text 1 is the first",
+            ),
             ([IMAGE, IMAGE], [1], r"the numbers of texts differ"),
             ([IMAGE, "x"], [0, 1], r"text 0 is the first that differs"),
         ],
@@ -182,7 +188,9 @@ def test_a_processor_that_cannot_work_is_refused(builder: object) -> None:
 class TestSaving:
     """One folder holds all of it."""
 
-    def test_a_folder_holds_every_setting(self, processor: MedSightProcessor, tmp_path: Path, image: Image.Image) -> None:
+    def test_a_folder_holds_every_setting(
+        self, processor: MedSightProcessor, tmp_path: Path, image: Image.Image
+    ) -> None:
         processor.chat_template += "{# changed #}"
         written = processor.save_pretrained(tmp_path)
         settings = json.loads(Path(written[0]).read_text("utf-8"))
@@ -231,6 +239,21 @@ class TestSaving:
         assert {name for name in first if name.endswith(".py")} == {name for name in second if name.endswith(".py")}
         for name in ("processing_medsight.py", "image_processing_medsight.py", "processor_config.json"):
             assert first[name] == second[name], name
+
+    @pytest.mark.parametrize("part", ["processor", "image processor"])
+    def test_pushing_uploads_a_complete_folder(
+        self, part: str, processor: MedSightProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pushed = processor if part == "processor" else processor.image_processor
+        calls = []
+        monkeypatch.setattr(
+            type(pushed), "push_to_hub", lambda self, repo_id, **kwargs: calls.append((repo_id, kwargs))
+        )
+        pushed.save_pretrained(tmp_path / "medsight", push_to_hub=True, private=True)
+        pushed.save_pretrained(tmp_path / "medsight", push_to_hub=True, repo_id="me/other")
+        assert calls == [("medsight", {"private": True}), ("me/other", {})]
+        pushed.save_pretrained(tmp_path / "as push_to_hub does it", max_shard_size="50GB")
+        assert (tmp_path / "as push_to_hub does it" / "image_processing_medsight.py").exists()
 
     def test_other_code_counts_work(self, bare_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         first = add_region_codes(bare_tokenizer, 1, 1, use_region_codebook=False)

@@ -5,7 +5,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from processing_medsight import QWEN3_ADDED_TOKENS, add_region_codes, parse_region_code
 from processing_medsight.region_codes_medsight import region_code_ids, region_code_tokens, split_at_codes
@@ -25,7 +26,9 @@ def test_a_code_is_parsed(token: str, code: tuple[int, int]) -> None:
     assert parse_region_code(token) == code
 
 
-@pytest.mark.parametrize("token", ["[C01_2]", "[C1_02]", "[C1_2", "C1_2", "[M1_2]", "[C-1_2]", "[C1_2] ", "[seg]", "", "[C١_2]"])
+@pytest.mark.parametrize(
+    "token", ["[C01_2]", "[C1_02]", "[C1_2", "C1_2", "[M1_2]", "[C-1_2]", "[C1_2] ", "[seg]", "", "[C١_2]"]
+)
 def test_what_is_no_code_is_refused(token: str) -> None:
     with pytest.raises(ValueError, match="is not a region code"):
         parse_region_code(token)
@@ -50,7 +53,8 @@ def test_without_a_codebook_there_is_one_seg_token(bare_tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize(
-    "present", [["[C0_0]"], ["[C0_1]", "[C0_0]"], ["[C0_0]", "other", "[C0_1]"], ["[C0_0]", "[C0_1]", "[C0_2]"], ["[SEG]"]]
+    "present",
+    [["[C0_0]"], ["[C0_1]", "[C0_0]"], ["[C0_0]", "other", "[C0_1]"], ["[C0_0]", "[C0_1]", "[C0_2]"], ["[SEG]"]],
 )
 def test_a_tokenizer_with_other_codes_is_refused(bare_tokenizer: PreTrainedTokenizerBase, present: list[str]) -> None:
     bare_tokenizer.add_tokens(present)
@@ -65,6 +69,15 @@ def test_an_answer_comes_apart_at_its_codes(tokenizer: PreTrainedTokenizerBase) 
     assert pieces == ["liver ", ", spleen ", "", "."] and whole == answer
     assert tokenizer.convert_ids_to_tokens([ids[i] for i in places]) == ["[C0_1]", "[C2_3]", "[C2_3]"]
     assert split_at_codes(tokenizer, [], True) == ([""], [], "")
+
+
+def test_spaces_beside_codes_stay_where_decoding_drops_a_first_space() -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "▁liver": 1, "▁and": 2, "▁spleen": 3}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    llama_like = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    first = add_region_codes(llama_like, 1, 2)
+    pieces, places, whole = split_at_codes(llama_like, [1, first, 2, 3, first + 1], skip_special_tokens=True)
+    assert pieces == ["liver", " and spleen", ""] and places == [1, 4] and whole == "liver[C0_0] and spleen[C0_1]"
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,8 @@ def test_every_stage_trains_exactly_its_parameters(records, image_processor, mod
 
     before = snapshot(model)
     augmenter = Augmenter(Augmentation(), sided_groups(records), generator)
-    embedding = train_perceiver(model, samples, augmenter, normalise, PerceiverStage(**few, matching_share=1.0))
+    embedding = torch.nn.Embedding(model.config.num_mask_classes, model.config.vision_hidden_size)
+    train_perceiver(model, embedding, samples, augmenter, normalise, PerceiverStage(**few, matching_share=1.0))
     moved = changed(model, before)
     assert all(name.startswith(("model.vision_tower.", "model.region_perceiver.")) for name in moved)
     assert "model.region_perceiver.region_queries" in moved
