@@ -2,6 +2,7 @@
 model."""
 
 import copy
+import os
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -190,8 +191,10 @@ class MedSightConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save config.json and, beside it, the code that loads the folder where this package is not installed."""
+        super().save_pretrained(save_directory)
         write_remote_code(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.

@@ -99,9 +99,9 @@ class ConversationMaker:
             masks: (n, H, W), the record's masks in its order, for the words that tell a position.
         """
         present = sorted(record.masks)
-        weights = {"segment_one": 5, "where_is": 1, "is_there": 1, "absent": 2} if present else {"absent": 1}
+        weights: dict[str, float] = {"absent": 1}
         if present:
-            weights["segment_all"] = 1.5
+            weights = {"segment_one": 5, "where_is": 1, "is_there": 1, "absent": 2, "segment_all": 1.5}
         if len(present) > 1:
             weights["segment_several"] = 3
         if record.dataset == "busi":
@@ -125,7 +125,9 @@ class ConversationMaker:
     def _words(self, record: ImageRecord) -> dict[str, str]:
         return {"modality": self.modalities[record.modality], "site": record.site}
 
-    def _turn(self, prompt: str, answer: str, words: dict[str, str], regions: tuple[str, ...] = (), **asked) -> Turn:
+    def _turn(
+        self, prompt: str, answer: str, words: dict[str, str], regions: tuple[str, ...] = (), **asked: str
+    ) -> Turn:
         question = self.random.choice(self.prompts[prompt]).format(**{**words, **asked})
         return Turn(question, self.random.choice(self.answers[answer]).format(**words), regions)
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from processing_medsight.image_processing_medsight import MedSightImageProcessor
+
 
 # (modality prefix, site) of the manifest -> group name; the first match counts
 GROUP_RULES: tuple[tuple[str, str, str], ...] = (
@@ -196,7 +198,7 @@ class Sample:
     masks: torch.Tensor
 
 
-def load_samples(records: Iterable[ImageRecord], image_processor) -> list[Sample]:
+def load_samples(records: Iterable[ImageRecord], image_processor: MedSightImageProcessor) -> list[Sample]:
     """Decode records through the shipped image processor; raises on the first bad file, naming it."""
     samples = []
     for record in records:
@@ -214,7 +216,7 @@ def load_samples(records: Iterable[ImageRecord], image_processor) -> list[Sample
     return samples
 
 
-def normalisation(image_processor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalisation(image_processor: MedSightImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the processor as (3, 1, 1) tensors."""
     mean = torch.tensor(image_processor.image_mean, dtype=torch.float32).view(3, 1, 1)
     std = torch.tensor(image_processor.image_std, dtype=torch.float32).view(3, 1, 1)

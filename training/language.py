@@ -1,16 +1,20 @@
 """The stages that speak: 0 language model, 2 vision to text, 3b text to vision, 4 unified."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from configuration_medsight.configuration_medsight import MedSightConfig
 from modeling_medsight.loss_medsight import code_mask_loss
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from modeling_medsight.outputs_medsight import MedSightRegionOutput
 from modeling_medsight.region_codes_in_text_medsight import locate_codes
+from processing_medsight.processing_medsight import MedSightProcessor
 
 from .conversations import ConversationMaker, Turn
 from .data import sampling_weights
@@ -48,7 +52,7 @@ class LanguageStage:
 class TurnEncoder:
     """Turns to token ids and labels, in the chat template and the image block of the processor."""
 
-    def __init__(self, processor, config) -> None:
+    def __init__(self, processor: MedSightProcessor, config: MedSightConfig) -> None:
         self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
         self.end = self.tokenizer.eos_token
 
@@ -212,7 +216,7 @@ def _optimisation(name: str, parameters: list[tuple[str, nn.Parameter]], setting
     )
 
 
-def _draw_views(views: list[list[View]], settings: LanguageStage, generator: torch.Generator):
+def _draw_views(views: list[list[View]], settings: LanguageStage, generator: torch.Generator) -> Iterator[list[View]]:
     """Batches of views, `settings.steps` of them: an image by its set's weight, then one of its views."""
     weights = sampling_weights([image_views[0].record for image_views in views], settings.set_power)
     for _ in range(settings.steps):
@@ -253,7 +257,7 @@ def _vocabularies(model: MedSightForConditionalGeneration) -> list[nn.Parameter]
     return [embeddings] if model.lm_head.weight is embeddings else [embeddings, model.lm_head.weight]
 
 
-def _train_code_rows_only(weight: nn.Parameter, config):
+def _train_code_rows_only(weight: nn.Parameter, config: MedSightConfig) -> RemovableHandle:
     """Zero the gradient of every row but the region codes': with a fresh optimizer the words then stay as they are."""
     rows = torch.zeros(len(weight), 1)
     rows[config.region_code_start_id : config.region_code_start_id + config.num_region_codes] = 1

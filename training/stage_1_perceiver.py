@@ -13,6 +13,7 @@ from torch import nn
 
 from modeling_medsight.loss_medsight import mask_bce, mask_dice, resize_masks
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
+from modeling_medsight.region_perceiver_medsight import RegionPerceiverOutput
 from modeling_medsight.vision_medsight import encode_image
 
 from .data import Augmenter, Sample, sampling_weights
@@ -118,7 +119,13 @@ def _mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (mask_bce(logits, targets) + mask_dice(logits, targets)).mean()
 
 
-def _matching_loss(model, output, masks, labels, auxiliary_weight: float) -> torch.Tensor:
+def _matching_loss(
+    model: MedSightForConditionalGeneration,
+    output: RegionPerceiverOutput,
+    masks: list[torch.Tensor],
+    labels: list[torch.Tensor],
+    auxiliary_weight: float,
+) -> torch.Tensor:
     """The perceiver's loss of the region queries; earlier stages keep the last one's pairs: a query has one target."""
     loss, pairs = model.perceiver_loss(output.masks_queries_logits, output.class_queries_logits, masks, labels)
     for stage in output.auxiliary_logits[1:]:

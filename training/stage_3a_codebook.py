@@ -127,7 +127,9 @@ def _encoded_regions(model: MedSightForConditionalGeneration, views: list[View])
 
 
 @torch.no_grad()
-def _start_codes_by_kmeans(model, views: list[View], rounds: int, generator: torch.Generator) -> None:
+def _start_codes_by_kmeans(
+    model: MedSightForConditionalGeneration, views: list[View], rounds: int, generator: torch.Generator
+) -> None:
     vectors, groups = _encoded_regions(model, views)
     codes = model.model.codebook.codes
     for group in groups.unique().tolist():
@@ -142,7 +144,9 @@ def _start_codes_by_kmeans(model, views: list[View], rounds: int, generator: tor
 
 
 @torch.no_grad()
-def _revive_dead_codes(model, views: list[View], used: torch.Tensor, generator: torch.Generator) -> None:
+def _revive_dead_codes(
+    model: MedSightForConditionalGeneration, views: list[View], used: torch.Tensor, generator: torch.Generator
+) -> None:
     vectors, groups = _encoded_regions(model, views)
     for group in groups.unique().tolist():
         points = vectors[groups == group]
