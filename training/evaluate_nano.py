@@ -2,6 +2,8 @@
 
 python -m training.evaluate_nano medsight-nano                    # validation part of the train rows
 python -m training.evaluate_nano medsight-nano --split test       # once, at the very end
+
+Prints the mean Dice of every set and the examples that the README shows.
 """
 
 import argparse
@@ -115,6 +117,21 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def examples(rows: list[dict[str, Any]], sets: int = 5, images: int = 2) -> str:
+    """A Markdown table: the first `images` images of the `sets` largest sets, each with its first target."""
+    first_rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if not row["absent"]:
+            first_rows[row["set"]].setdefault(row["image"], row)
+    largest = sorted(first_rows, key=lambda name: (-len(first_rows[name]), name))[:sets]
+    lines = ["| set | image | prompt | answer | Dice |", "|---|---|---|---|---|"]
+    for name in largest:
+        for row in list(first_rows[name].values())[:images]:
+            prompt = PROMPT.format(target=row["target"])
+            lines.append(f"| {name} | `{row['image']}` | {prompt} | {row['answer']} | {row['dice']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that training.train wrote")
@@ -140,6 +157,7 @@ def main() -> None:
     print(f"macro Dice {scores['macro']:.3f}, mean over rows {scores['mean']:.3f}")
     if scores["absent_without_mask"] is not None:
         print(f"absent structures answered without a mask: {scores['absent_without_mask']:.3f}")
+    print(examples(scores["rows"]))
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(scores, indent=1), encoding="utf-8")
 
