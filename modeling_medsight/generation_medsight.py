@@ -21,7 +21,7 @@ class RegionCodeConstraint(LogitsProcessor):
         end_ids: end-of-sequence token ids.
         prompt_length: columns of the prompt.
         force_region: put a code where the answer would end, or reach `max_length`, without one.
-        max_length: columns that a sequence may have in all, `None` if not limited.
+        max_length: columns that a sequence may have in all.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class RegionCodeConstraint(LogitsProcessor):
         allowed: torch.Tensor,
         end_ids: list[int],
         prompt_length: int,
-        force_region: bool = False,
-        max_length: int | None = None,
+        force_region: bool,
+        max_length: int,
     ) -> None:
         self.config = config
         self.allowed_codes = allowed.repeat_interleave(config.codes_per_group, dim=1)
@@ -51,7 +51,7 @@ class RegionCodeConstraint(LogitsProcessor):
 
         without = ~is_region_code(input_ids[:, self.prompt_length :], self.config).any(dim=1)
         at_end = torch.isin(scores.argmax(dim=1), torch.tensor(self.end_ids, device=scores.device))
-        if self.max_length is not None and input_ids.shape[1] >= self.max_length - 1:
+        if input_ids.shape[1] >= self.max_length - 1:
             at_end = torch.ones_like(at_end)
         codes_only = torch.full_like(scores, -torch.inf)
         codes_only[:, first:last] = scores[:, first:last]
@@ -105,7 +105,9 @@ class MedSightGenerationMixin(GenerationMixin):
 
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.get("pixel_values")
-        self._refuse_wrong_inputs(prompt, pixel_values, kwargs.get("image_embeds"), setting)
+        self._refuse_wrong_inputs(
+            prompt, pixel_values, kwargs.get("image_embeds"), kwargs.get("attention_mask"), setting
+        )
 
         regions = None
         if pixel_values is not None:
@@ -153,7 +155,9 @@ class MedSightGenerationMixin(GenerationMixin):
         images = {name: kwargs[name] for name in ("pixel_values", "image_embeds") if kwargs.get(name) is not None}
         for name in images:
             model_inputs.pop(name, None)
-        read = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+        read = (
+            model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+        )
         if images and (read.shape[1] > 1 or kwargs.get("is_first_iteration", False)):
             # A cache may hold the beginning of the conversation: only images after it are read now.
             unread = count_images(input_ids[:, input_ids.shape[1] - read.shape[1] :], self.config).tolist()
@@ -186,6 +190,7 @@ class MedSightGenerationMixin(GenerationMixin):
         prompt: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         setting: Any,
     ) -> None:
         images = pixel_values if pixel_values is not None else image_embeds
@@ -200,6 +205,11 @@ class MedSightGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Image features and image tokens do not match: {len(images)} images need {len(images) * rows} image "
                 f"placeholders ({rows} each), the prompt has {placeholders}"
+            )
+        if attention_mask is not None and attention_mask.shape != prompt.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} but the prompt {tuple(prompt.shape)}: with "
+                "images, give the whole conversation, also where past_key_values holds its beginning"
             )
         for name in ("prefill_chunk_size", "token_healing"):
             if setting(name):
@@ -218,11 +228,13 @@ class MedSightGenerationMixin(GenerationMixin):
         return (prompt != pad_id).long()
 
     @staticmethod
-    def _length_limit(prompt: torch.Tensor | None, setting: Any) -> int | None:
+    def _length_limit(prompt: torch.Tensor | None, setting: Any) -> int:
         length = 0 if prompt is None else prompt.shape[1]
         if setting("max_new_tokens") is not None:
             return length + setting("max_new_tokens")
-        return setting("max_length")
+        if setting("max_length") is not None:
+            return setting("max_length")
+        return length + 20  # transformers' own default
 
     def _allowed_groups(
         self, prompt: torch.Tensor | None, regions: Any, allowed_groups: str | Sequence[int | str] | None

@@ -32,6 +32,7 @@ RESNET = {
 }
 CONVNEXT = {
     "model_type": "convnext",
+    "num_stages": 3,
     "hidden_sizes": [8, 16, 32],
     "depths": [1, 1, 1],
     "patch_size": 2,
@@ -80,7 +81,7 @@ def make_model(config: MedSightConfig, seed: int = 0) -> MedSightForConditionalG
     model = MedSightForConditionalGeneration(config).eval()
     first = config.region_code_start_id
     with torch.no_grad():
-        model.lm_head.weight[first : first + config.num_region_codes] *= 2.5
+        model.lm_head.weight[first : first + config.num_region_codes] *= 4
     model.generation_config.return_dict_in_generate = True
     return model
 
