@@ -87,6 +87,8 @@ class MedSightModel(MedSightPreTrainedModel):
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
         vision_dim, text_dim = config.vision_hidden_size, config.text_config.hidden_size
+        if not hasattr(config.vision_config, "num_attention_heads"):
+            config.vision_config._attn_implementation = "eager"  # convolutions have no attention to choose
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.region_perceiver = RegionPerceiver(config)
         self.codebook = RegionCodebook(config)

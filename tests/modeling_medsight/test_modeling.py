@@ -302,18 +302,35 @@ def test_losses_of_a_half_precision_model_are_float32(config: MedSightConfig) ->
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in half.parameters())
 
 
-def test_eager_attention_and_sdpa_agree(model: Any, config: MedSightConfig) -> None:
-    inputs = labelled(config, ROWS)
+def assert_attention_agrees(model: Any, tmp_path: Path, implementations: tuple[str, ...]) -> None:
+    inputs = labelled(model.config, ROWS)
+    real = inputs["attention_mask"].bool()
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
-        eager = copy.deepcopy(model)
-        eager.set_attn_implementation("eager")
-        for part, attention in ((eager, "eager"), (model, "sdpa")):
-            assert part.config._attn_implementation == part.config.text_config._attn_implementation == attention
-        given, expected = eager(**inputs), model(**inputs)
-        real = inputs["attention_mask"].bool()
-        torch.testing.assert_close(given.logits[real], expected.logits[real], **CLOSE)
-        for masks, others in zip(given.mask_logits, expected.mask_logits, strict=True):
-            torch.testing.assert_close(masks, others, **CLOSE)
+        expected = model(**inputs)
+        for attention in implementations:
+            other = MedSightForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)
+            text = other.model.language_model.config
+            assert other.config._attn_implementation == text._attn_implementation == attention
+            given = other(**inputs)
+            torch.testing.assert_close(given.logits[real], expected.logits[real], **CLOSE)
+            for masks, others in zip(given.mask_logits, expected.mask_logits, strict=True):
+                torch.testing.assert_close(masks, others, **CLOSE)
+
+
+def test_eager_attention_and_sdpa_agree(model: Any, tmp_path: Path) -> None:
+    """Also where the encoder is of convolutions, which have no attention to choose."""
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert_attention_agrees(model, tmp_path, ("eager", "sdpa"))
+    switched = copy.deepcopy(model)
+    switched.set_attn_implementation("eager")
+    switched.set_attn_implementation("sdpa")
+    assert switched.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+def test_flex_attention_agrees_too(tmp_path: Path) -> None:
+    assert_attention_agrees(make_model(make_config("clip-qwen3")), tmp_path, ("flex_attention",))
 
 
 def gradients(model: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -456,7 +473,8 @@ def test_forward_compiles_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_forward_and_backward_compile_with_inductor() -> None:
+def test_forward_and_backward_compile_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = make_config("clip-qwen3")
     model, inputs = make_model(config).train(), labelled(config, ROWS[:2])
     expected = gradients(model, inputs)

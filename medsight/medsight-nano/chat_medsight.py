@@ -1,0 +1,167 @@
+"""Chat templates, and what keeps the text of a message from becoming a token that only the template may write."""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part.type == 'text' -%}
+                {{- part.text -}}
+            {%- elif part.type == 'image' -%}
+                {{- 'IMAGE' -}}
+            {%- else -%}
+                {{- raise_exception("a message holds a part of type '" ~ part.type ~ "': use text or image") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if tools or documents -%}
+    {{- raise_exception('this chat template has no place for tools or documents') -}}
+{%- endif -%}
+{%- set no_thinking = NO_THINKING -%}
+DEFAULT_SYSTEM{%- for message in messages -%}
+    {%- if message.role not in ['system', 'user', 'assistant'] -%}
+        {{- raise_exception("a message has the role '" ~ message.role ~ "': use system, user or assistant") -}}
+    {%- endif -%}
+    {%- set text = render(message.content) -%}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- if not text.startswith('<think>') -%}
+            {{- no_thinking -}}
+        {%- endif -%}
+        {%- generation -%}
+            {{- text ~ '<|im_end|>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- text ~ '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' ~ no_thinking -}}
+{%- endif -%}
+"""
+
+# Qwen3's turns, with images between <|vision_start|> and <|vision_end|>. Two deliberate differences: thinking is off
+# unless enable_thinking=True, and the empty think block that switches it off stands in every assistant turn, earlier
+# ones too. So the prompt of a turn is a prefix of every later one: a model is prompted as it was trained, and the
+# codes of earlier answers keep their states.
+CHAT_TEMPLATE = (
+    _TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    .replace("NO_THINKING", r"'' if enable_thinking is defined and enable_thinking else '<think>\n\n</think>\n\n'")
+    .replace("DEFAULT_SYSTEM", "")
+)
+
+# The released checkpoint's prompt: a default system turn, the bare image block and a newline, no think block.
+_DEFAULT_SYSTEM = r"""{%- if messages[0].role != 'system' -%}
+    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
+{%- endif -%}
+"""
+PUBLISHED_CHAT_TEMPLATE = (
+    _TEMPLATE.replace("IMAGE", r"<|image_pad|>\n")
+    .replace("NO_THINKING", "''")
+    .replace("DEFAULT_SYSTEM", _DEFAULT_SYSTEM)
+)
+
+WORD_JOINER = "\u2060"
+_MEDIA = ("image", "image_url", "video", "audio")
+
+
+def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerBase, image_token: str) -> Any:
+    """Copies of chat messages in which no text is a token that it must not write.
+
+    What stands in a user's, system's or any other turn never becomes an added token of the tokenizer: no turn marker,
+    image placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added
+    tokens that are not special), but writes no turn marker and no placeholder. Wherever such a token begins, an
+    invisible word joiner (U+2060) is put after its first character: the text reads the same and is tokenized as
+    ordinary text. Nothing is removed, so nothing can close up into a new token; neighbouring text parts are joined
+    first, as a template joins them.
+
+    Args:
+        conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes. Not changed.
+        tokenizer: the tokenizer whose added tokens count.
+        image_token: a token that no text may write, special or not.
+
+    Raises:
+        ValueError: if a text would still become such a token (one of a single character, for example), or if a message
+            is not one.
+    """
+    if _is_batch(conversations):
+        return [
+            neutralise_conversations(getattr(chat, "messages", chat), tokenizer, image_token) for chat in conversations
+        ]
+    if not conversations:
+        raise ValueError("a conversation is empty: expected a list of messages")
+    added = tokenizer.added_tokens_decoder
+    everything = {i: token.content for i, token in added.items() if token.content and not token.content.isspace()}
+    special = {i: text for i, text in everything.items() if added[i].special or text == image_token}
+    messages = []
+    for number, message in enumerate(conversations):
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"message {number}: expected a dict with 'role' and 'content', got {message!r:.200}")
+        forbidden = special if message["role"] == "assistant" else everything
+        where = f"message {number} ({str(message['role'])[:40]})"
+        messages.append({key: _neutralise(value, forbidden, tokenizer, where) for key, value in message.items()})
+    return messages
+
+
+def neutralise(text: str, tokens: Iterable[str]) -> str:
+    """`text` with a word joiner after the first character of every place where one of `tokens` begins."""
+    return _beginnings(tuple(sorted(tokens))).sub(rf"\g<0>{WORD_JOINER}", text)
+
+
+def _neutralise(value: Any, forbidden: dict[int, str], tokenizer: PreTrainedTokenizerBase, where: str) -> Any:
+    if isinstance(value, str):
+        text = neutralise(value, forbidden.values())
+        written = set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) & forbidden.keys()
+        written.discard(tokenizer.unk_token_id)
+        if written:
+            raise ValueError(
+                f"{where}: its text becomes the token {forbidden[min(written)]!r}, which only the chat template may "
+                "write, and cannot be told apart from it: reword it"
+            )
+        return text
+    if isinstance(value, dict):
+        if value.get("type") in _MEDIA:  # a path or a base64 string, never tokenized
+            return value
+        return {key: _neutralise(entry, forbidden, tokenizer, where) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_neutralise(entry, forbidden, tokenizer, where) for entry in _join_text_parts(value)]
+    return value
+
+
+def _join_text_parts(parts: Iterable[Any]) -> list[Any]:
+    joined: list[Any] = []
+    for part in parts:
+        if joined and _is_text_part(joined[-1]) and _is_text_part(part):
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_batch(conversations: Any) -> bool:
+    first = conversations[0] if isinstance(conversations, (list, tuple)) and len(conversations) else None
+    return isinstance(first, (list, tuple)) or hasattr(first, "messages")
+
+
+@lru_cache(maxsize=32)
+def _beginnings(tokens: tuple[str, ...]) -> re.Pattern:
+    """Matches the first character of every place where a token begins, also of places that overlap."""
+    if not tokens:
+        return re.compile("(?!)")
+    first = "".join(sorted({re.escape(token[0]) for token in tokens}))
+    return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, tokens))})(?:.)", flags=re.DOTALL)

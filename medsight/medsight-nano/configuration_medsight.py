@@ -1,0 +1,289 @@
+"""Configuration of MedSIGHT: an image encoder, a region perceiver, a modality-grouped region codebook and a language
+model."""
+
+import copy
+import os
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .presets_medsight import PRESETS
+from .remote_code_medsight import AUTO_MAP, write_remote_code
+
+
+MASK_DECODERS = ("perceiver", "head")
+SEG_TOKEN = "[SEG]"
+COUNTS = (
+    "num_region_queries",
+    "perceiver_num_stages",
+    "perceiver_num_heads",
+    "perceiver_head_dim",
+    "perceiver_ffn_multiplier",
+    "num_mask_classes",
+    "num_groups",
+    "codes_per_group",
+    "code_dim",
+)
+
+
+class MedSightConfig(PreTrainedConfig):
+    r"""Configuration of [`MedSightModel`] and [`MedSightForConditionalGeneration`] (paper arXiv 2606.06760).
+
+    Defaults are the published 8B model. Contradictory settings are refused here, at construction.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*): language model; Qwen3 by default, any causal decoder
+            that `AutoModel` knows (Qwen2, Llama, ...).
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): image encoder; CLIP by default, or SigLIP, DINOv2,
+            ResNet, ConvNeXt: anything that yields a grid of features.
+        image_size (`int`, *optional*): side in pixels of the square input. Taken from `vision_config.image_size` if it
+            has one.
+        image_token_id (`int`): id of the image placeholder in the vocabulary.
+        vision_feature_layer (`int`): index into the encoder's `hidden_states`. For a convolutional encoder, the stage.
+        use_region_embeddings (`bool`): whether the language model sees the region rows after the patch rows
+            (ablation).
+        num_region_queries (`int`): N, learnable region queries.
+        perceiver_num_stages (`int`): L, stages of the region perceiver; each doubles the side of the feature map.
+        perceiver_num_heads, perceiver_head_dim (`int`): attention heads of the perceiver and the width of one.
+        perceiver_ffn_multiplier (`int`): inner width of its feed-forward blocks, in multiples of the vision width.
+        mask_projection_init_std (`float`, *optional*): standard deviation that the segmentation head's projection
+            starts with; Xavier-uniform, as published, when `None`.
+        num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
+            not counted.
+        num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
+        codes_per_group (`int`): M, codes a group.
+        code_dim (`int`): d_c, width of a code.
+        region_code_start_id (`int`): vocabulary id of `[C0_0]`; the other K*M - 1 follow in row-major order.
+        use_region_codebook (`bool`): `False` for the ablation with one `[SEG]` token (K = M = 1).
+        mask_decoder (`"perceiver"` or `"head"`): run the whole perceiver on a code's state, or only the segmentation
+            head.
+        region_state_offset (`0` or `-1`): which state stands for a code: its own, or the one that predicted it.
+        bce_loss_weight, dice_loss_weight, class_loss_weight (`float`): weights in the perceiver's loss and matching
+            cost.
+        no_object_weight (`float`): weight of the 'no object' class in the class loss.
+        commitment_loss_weight (`float`): weight of the commitment term of the codebook's loss.
+        auxiliary_loss (`bool`): supervise every perceiver stage, not the last alone.
+        initializer_range (`float`): standard deviation of newly made language-side weights.
+
+    Raises:
+        ValueError: if two settings contradict each other; the message names both values.
+    """
+
+    model_type = "medsight"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: dict | PreTrainedConfig | None = None,
+        vision_config: dict | PreTrainedConfig | None = None,
+        image_size: int | None = None,
+        image_token_id: int = 151655,
+        vision_feature_layer: int = -2,
+        use_region_embeddings: bool = True,
+        num_region_queries: int = 20,
+        perceiver_num_stages: int = 3,
+        perceiver_num_heads: int = 8,
+        perceiver_head_dim: int = 64,
+        perceiver_ffn_multiplier: int = 4,
+        mask_projection_init_std: float | None = None,
+        num_mask_classes: int = 17,
+        mask_class_names: list[str] | None = None,
+        num_groups: int = 18,
+        group_names: list[str] | None = None,
+        codes_per_group: int = 32,
+        code_dim: int = 64,
+        region_code_start_id: int = 151669,
+        use_region_codebook: bool = True,
+        mask_decoder: str = "perceiver",
+        region_state_offset: int = 0,
+        bce_loss_weight: float = 1.0,
+        dice_loss_weight: float = 1.0,
+        class_loss_weight: float = 1.0,
+        no_object_weight: float = 0.1,
+        commitment_loss_weight: float = 0.25,
+        auxiliary_loss: bool = False,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _sub_config(text_config, PRESETS["8b"]["text_config"])
+        self.vision_config = _sub_config(vision_config, PRESETS["8b"]["vision_config"])
+        self.image_size = image_size if image_size is not None else getattr(self.vision_config, "image_size", 224)
+        self.image_token_id = image_token_id
+        self.vision_feature_layer = vision_feature_layer
+        self.use_region_embeddings = use_region_embeddings
+        self.num_region_queries = num_region_queries
+        self.perceiver_num_stages = perceiver_num_stages
+        self.perceiver_num_heads = perceiver_num_heads
+        self.perceiver_head_dim = perceiver_head_dim
+        self.perceiver_ffn_multiplier = perceiver_ffn_multiplier
+        self.mask_projection_init_std = mask_projection_init_std
+        self.num_mask_classes = num_mask_classes
+        self.mask_class_names = mask_class_names
+        self.num_groups = num_groups
+        self.group_names = group_names if group_names is not None else [f"group {k}" for k in range(num_groups)]
+        self.codes_per_group = codes_per_group
+        self.code_dim = code_dim
+        self.region_code_start_id = region_code_start_id
+        self.use_region_codebook = use_region_codebook
+        self.mask_decoder = mask_decoder
+        self.region_state_offset = region_state_offset
+        self.bce_loss_weight = bce_loss_weight
+        self.dice_loss_weight = dice_loss_weight
+        self.class_loss_weight = class_loss_weight
+        self.no_object_weight = no_object_weight
+        self.commitment_loss_weight = commitment_loss_weight
+        self.auxiliary_loss = auxiliary_loss
+        self.initializer_range = initializer_range
+        self.auto_map = dict(AUTO_MAP)
+        if tie_word_embeddings is None:
+            tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        kwargs.pop("auto_map", None)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self._refuse_contradictions()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MedSightConfig":
+        """A configuration by name: `tiny` (tests), `nano` (trained on a laptop), `8b` (the published model).
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(sorted(PRESETS))}")
+        return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
+
+    @property
+    def vision_hidden_size(self) -> int:
+        """d, channels of the chosen feature map."""
+        return _feature_map(self)[0]
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(h, w) of the chosen feature map."""
+        side = self.image_size // _feature_map(self)[1]
+        return side, side
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        """(height, width) of mask logits: the patch grid, doubled by every perceiver stage."""
+        h, w = self.patch_grid
+        return h * 2**self.perceiver_num_stages, w * 2**self.perceiver_num_stages
+
+    @property
+    def image_seq_length(self) -> int:
+        """Rows that one image takes in the language model: h*w patch rows, then N region rows."""
+        h, w = self.patch_grid
+        return h * w + (self.num_region_queries if self.use_region_embeddings else 0)
+
+    @property
+    def num_region_codes(self) -> int:
+        """K*M, region codes in the vocabulary."""
+        return self.num_groups * self.codes_per_group
+
+    def region_code_token(self, group: int, index: int) -> str:
+        """The token's spelling for code `index` (m) of group `group` (k), both counted from 0."""
+        if not (0 <= group < self.num_groups and 0 <= index < self.codes_per_group):
+            raise ValueError(
+                f"no code {index} of group {group}: there are {self.num_groups} groups of {self.codes_per_group} codes"
+            )
+        return f"[C{group}_{index}]" if self.use_region_codebook else SEG_TOKEN
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save config.json and, beside it, the code that loads the folder where this package is not installed."""
+        super().save_pretrained(save_directory)
+        write_remote_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    def _refuse_contradictions(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        width, stride, layers = _feature_map(self)
+        first, codes, vocab = self.region_code_start_id, self.num_region_codes, self.text_config.vocab_size
+        own_size = getattr(self.vision_config, "image_size", None)
+        if (
+            self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+            and own_size != self.image_size
+        ):
+            raise ValueError(
+                f"image_size={self.image_size} contradicts vision_config.image_size={own_size}: "
+                "this encoder's position table fixes its input size"
+            )
+        if not -layers <= self.vision_feature_layer < layers:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer} contradicts the encoder, "
+                f"which has {layers} hidden states (allowed: {-layers} to {layers - 1})"
+            )
+        if self.image_size % stride:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of the encoder's stride of {stride} pixels: "
+                f"masks would be shifted. Nearest: {self.image_size // stride * stride}"
+            )
+        if width % 4:
+            raise ValueError(
+                f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs"
+            )
+        if not self.use_region_codebook and (self.num_groups, self.codes_per_group) != (1, 1):
+            raise ValueError(
+                f"use_region_codebook=False means one {SEG_TOKEN} token, but num_groups={self.num_groups} and "
+                f"codes_per_group={self.codes_per_group}: both must be 1"
+            )
+        if len(self.group_names) != self.num_groups:
+            raise ValueError(f"group_names has {len(self.group_names)} entries but num_groups={self.num_groups}")
+        if self.mask_class_names is not None and len(self.mask_class_names) != self.num_mask_classes:
+            raise ValueError(
+                f"mask_class_names has {len(self.mask_class_names)} entries "
+                f"but num_mask_classes={self.num_mask_classes}"
+            )
+        if first < 0 or first + codes > vocab:
+            raise ValueError(
+                f"region codes take ids {first} to {first + codes - 1} (region_code_start_id={first}, "
+                f"{self.num_groups} groups of {self.codes_per_group}) but text_config.vocab_size={vocab}"
+            )
+        if first <= self.image_token_id < first + codes or not 0 <= self.image_token_id < vocab:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} must be in the vocabulary (text_config.vocab_size={vocab}) "
+                f"and outside the region codes ({first} to {first + codes - 1})"
+            )
+        if self.mask_decoder not in MASK_DECODERS:
+            raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
+        if self.region_state_offset not in (0, -1):
+            raise ValueError(f"region_state_offset={self.region_state_offset}: choose 0 (the code's own state) or -1")
+
+
+def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+    if value is None:
+        value = default
+    if isinstance(value, dict):
+        value = copy.deepcopy(value)
+        return AutoConfig.for_model(value.pop("model_type"), **value)
+    return value
+
+
+def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
+    """(channels, pixels a cell, number of hidden states) of the encoder's chosen hidden state."""
+    vision, layer = config.vision_config, config.vision_feature_layer
+    if hasattr(vision, "hidden_size") and hasattr(vision, "patch_size"):
+        return vision.hidden_size, int(vision.patch_size), vision.num_hidden_layers + 1
+    if vision.model_type == "resnet":
+        widths = [vision.embedding_size, *vision.hidden_sizes]
+        strides = [4] + [
+            4 * 2 ** (stage + bool(vision.downsample_in_first_stage)) for stage in range(len(vision.hidden_sizes))
+        ]
+    elif hasattr(vision, "hidden_sizes") and hasattr(vision, "patch_size"):
+        widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
+        strides = [vision.patch_size] + [vision.patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
+    else:
+        raise ValueError(
+            f"vision_config.model_type={vision.model_type!r} is not an encoder that yields a feature grid: "
+            "use CLIP, SigLIP, DINOv2, ResNet or ConvNeXt"
+        )
+    if not -len(widths) <= layer < len(widths):
+        return widths[-1], strides[-1], len(widths)
+    return widths[layer], strides[layer], len(widths)

@@ -1,0 +1,252 @@
+"""From whatever a caller names an image by to an array of 8-bit pixels, or to an error that names the culprit.
+
+Ranges. 8-bit pixels stay as they are. Other integers (16-bit scans) and floats are 8-bit values where they lie in
+[0, 255]; floats that all lie in [0, 1] are multiplied by 255; any other range is stretched linearly, its smallest
+value to 0 and its largest to 255, over all colour channels together. So a 16-bit scan is neither clipped nor nearly
+black, whatever part of the 65,536 levels it uses; a caller who wants a window sets it before.
+"""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Below Pillow's own limit for files (178,956,970), so that one rule holds for files, lazily opened images and arrays.
+MAX_IMAGE_PIXELS = 2**27
+_CHANNELS = (1, 2, 3, 4)
+_SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
+_SIXTEEN_BIT_OR_MORE = ("I", "F")
+
+
+def load_image(source: str | os.PathLike) -> Image.Image:
+    """Read an image file, completely, in its own mode (a 16-bit scan stays 16-bit), turned upright if EXIF says so.
+
+    Args:
+        source: path of a file, an http(s) address, or a base64 string (`data:image/...` or bare).
+
+    Returns:
+        The decoded image; its first frame where there are several (a warning says so).
+
+    Raises:
+        ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than
+            `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
+    """
+    name = _shorten(os.fspath(source)) or "the empty path"
+    opened = _open(source, name)
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1 and opened.format != "MPO":
+        logger.warning(f"{name} holds {frames} frames: only the first is used")
+    decode(opened, name)
+    try:
+        ImageOps.exif_transpose(opened, in_place=True)
+    except Exception as error:
+        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
+    return opened
+
+
+def decode(image: Image.Image, name: str) -> None:
+    """Decode the pixels of a Pillow image, if that has not happened yet, after a look at its size.
+
+    Args:
+        name: what to call the image in an error.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    _check_size(image.height, image.width, name)
+    try:
+        image.load()
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: its pixels cannot be decoded ({error})") from error
+
+
+def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_last: bool | None = None) -> np.ndarray:
+    """Pixels of one image, by the range rule of this module.
+
+    Grey is repeated into three channels; alpha (also a palette's, or a transparent colour) is composited on black.
+
+    Args:
+        image: Pillow image of any mode, or a numpy array or torch tensor of 1 to 4 channels (grey, grey and alpha,
+            RGB, RGBA), channels first or last, or without a channel axis.
+        name: what to call the image in an error.
+        convert_rgb: whether to make three channels of it; `False` leaves channels as they are.
+        rescale: whether the pixels are to be scaled from 0..255 later. If not, floats are taken as they are.
+        channels_last: where the channel axis is; by default, where an axis of 1 or 3 entries is, or else of 2 or 4
+            (the first, if both are).
+
+    Returns:
+        (height, width, channels), uint8, or float32 for floats if not `rescale`.
+
+    Raises:
+        ValueError: for anything else, a NaN or an infinity, no pixels, or more than `MAX_IMAGE_PIXELS`.
+    """
+    if isinstance(image, Image.Image):
+        decode(image, name)
+        if image.mode not in _SIXTEEN_BIT_OR_MORE and not image.mode.startswith("I;16"):
+            return _colour_pixels(image, name, convert_rgb)
+        pixels = np.asarray(image)[:, :, None]
+    else:
+        pixels = _channels_last(_as_numpy(image, name), name, channels_last)
+    _check_size(pixels.shape[0], pixels.shape[1], name)
+    if not convert_rgb:
+        return _to_eight_bit(pixels, name, rescale)
+    alpha = pixels[:, :, -1:] if pixels.shape[2] in (2, 4) else None
+    colour = _to_eight_bit(pixels if alpha is None else pixels[:, :, :-1], name, rescale)
+    if alpha is not None:
+        composed = colour * _opacity(alpha, name)
+        colour = composed.round().astype(np.uint8) if colour.dtype == np.uint8 else composed.astype(np.float32)
+    return np.repeat(colour, 3, axis=2) if colour.shape[2] == 1 else colour
+
+
+def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
+    """A (height, width) array as a Pillow image of the same range: transformers wants arrays to have a channel axis.
+
+    Raises:
+        ValueError: if it has no pixels or does not hold numbers.
+    """
+    pixels = _as_numpy(image, name)
+    _check_size(pixels.shape[0], pixels.shape[1], name)
+    if pixels.dtype in (np.bool_, np.uint8, np.uint16):
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 4 and pixels.dtype != np.uint32:
+        return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.int32))
+    return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32))
+
+
+def _open(source: str | os.PathLike, name: str) -> Image.Image:
+    try:
+        return Image.open(_file(source, name))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image, or its header is damaged: Pillow cannot identify it") from error
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read as an image ({error})") from error
+
+
+def _file(source: str | os.PathLike, name: str) -> Any:
+    """What Pillow can open: a path that exists, or the bytes behind an address or a base64 string."""
+    if os.path.isdir(source):
+        raise ValueError(f"{name} is a folder: an image file was expected")
+    if os.path.isfile(source):
+        if os.path.getsize(source) == 0:
+            raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
+        return os.fspath(source)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        from huggingface_hub import get_session
+
+        response = get_session().get(source, follow_redirects=True, timeout=30)
+        response.raise_for_status()
+        return BytesIO(response.content)
+    if isinstance(source, str) and (len(source) >= _SHORTEST_BASE64 or source.startswith("data:image/")):
+        text = source.partition(",")[2] if source.startswith("data:image/") else source
+        try:
+            return BytesIO(base64.b64decode("".join(text.split()), validate=True))
+        except (binascii.Error, ValueError):
+            pass
+    raise ValueError(f"{name}: there is no such file, and it is neither an http(s) address nor a base64 image")
+
+
+def _colour_pixels(image: Image.Image, name: str, convert_rgb: bool) -> np.ndarray:
+    """Pixels of a Pillow image of at most 8 bits a channel."""
+    if not convert_rgb:
+        return _to_eight_bit(np.atleast_3d(np.asarray(image)), name, rescale=True)
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        return np.asarray(image.convert("RGB"))
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode}, which cannot be converted to RGB ({error})") from error
+
+
+def _as_numpy(image: Any, name: str) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float().numpy() if image.dtype == torch.bfloat16 else image.numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name}: expected a Pillow image, an array, a tensor or a path, got {type(image).__name__}")
+    if image.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected numbers, got an array of {image.dtype}")
+    return image
+
+
+def _channels_last(pixels: np.ndarray, name: str, channels_last: bool | None) -> np.ndarray:
+    if pixels.ndim == 2:
+        return pixels[:, :, None]
+    if pixels.ndim != 3:
+        raise ValueError(f"{name}: expected 2 or 3 axes, got an array of shape {pixels.shape}")
+    if 0 in pixels.shape:
+        raise ValueError(f"{name} has no pixels: an array of shape {pixels.shape}")
+    if channels_last is None:
+        colour = 0 if pixels.shape[0] in (1, 3) else 2 if pixels.shape[2] in (1, 3) else None
+        channels_last = colour == 2 or (colour is None and pixels.shape[0] not in _CHANNELS)
+        if colour == 0 and pixels.shape[2] in (1, 3):
+            logger.warning_once(
+                f"{name}: in shape {pixels.shape} either the first or the last axis may hold the channels; the first "
+                "is taken unless `input_data_format` says otherwise."
+            )
+    if not channels_last:
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.shape[2] not in _CHANNELS:
+        raise ValueError(
+            f"{name}: expected 1 to 4 channels, first or last, got {pixels.shape[2]} of {pixels.shape[:2]} pixels"
+        )
+    return pixels
+
+
+def _to_eight_bit(pixels: np.ndarray, name: str, rescale: bool) -> np.ndarray:
+    """The range rule at the top of this module."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.bool_:
+        return pixels * np.uint8(255)
+    floating = pixels.dtype.kind == "f"
+    if floating and not np.isfinite(pixels).all():
+        bad = np.count_nonzero(~np.isfinite(pixels))
+        raise ValueError(f"{name}: expected finite pixels, got {bad} of {pixels.size} NaN or infinite")
+    if floating and not rescale:
+        return pixels.astype(np.float32)
+    low, high = float(pixels.min()), float(pixels.max())
+    values = pixels.astype(np.float32 if pixels.dtype.itemsize <= 2 else np.float64)
+    if floating and low >= 0 and high <= 1:
+        values *= 255
+    elif low < 0 or high > 255:
+        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    return values.round().astype(np.uint8)
+
+
+def _opacity(alpha: np.ndarray, name: str) -> np.ndarray:
+    """Alpha in [0, 1]: integers against their type's largest value, floats as they are, or against 255 if above 1."""
+    if alpha.dtype == np.bool_:
+        return alpha.astype(np.float64)
+    if alpha.dtype.kind in "iu":
+        return alpha.clip(0) / np.iinfo(alpha.dtype).max
+    if not np.isfinite(alpha).all():
+        raise ValueError(f"{name}: expected finite opacities in the alpha channel, got NaN or infinite ones")
+    return (alpha / 255 if alpha.max() > 1 else alpha).clip(0, 1)
+
+
+def _check_size(height: int, width: int, name: str) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} has no pixels: its height and width are {height} and {width}")
+    if height * width > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{name} has {height:,} x {width:,} pixels (height x width): at most {MAX_IMAGE_PIXELS:,} in total are "
+            "read. Scale it down first"
+        )
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,138 @@
+"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+
+def mask_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy averaged over pixels, one value a mask: (n, ...), (n, ...) -> (n,), float32."""
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").flatten(1).mean(1)
+
+
+def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Dice loss 1 - (2 Σpg + 1) / (Σp + Σg + 1) on sigmoids: (n, ...), (n, ...) -> (n,), float32."""
+    probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
+    overlap = (probabilities * targets).sum(1)
+    return 1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)
+
+
+def resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Masks (n, H, W), boolean or in [0, 1], to (n, *size) float32; a pixel becomes the share of it that is
+    covered."""
+    masks = masks.float()
+    if masks.shape[-2:] == size or len(masks) == 0:
+        return masks.reshape(len(masks), *size)
+    return F.interpolate(masks[:, None], size=size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+
+
+class HungarianMatcher(nn.Module):
+    """Pairs region queries with regions at the least cost: mask BCE + Dice - class probability, weighted."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.bce_weight = config.bce_loss_weight
+        self.dice_weight = config.dice_loss_weight
+        self.class_weight = config.class_loss_weight
+
+    @torch.no_grad()
+    def forward(
+        self,
+        masks_queries_logits: torch.Tensor,
+        class_queries_logits: torch.Tensor,
+        mask_labels: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Args:
+            masks_queries_logits: (batch, queries, H, W).
+            class_queries_logits: (batch, queries, classes + 1).
+            mask_labels: a tensor (n_i, H, W) in [0, 1] a sample.
+            class_labels: a tensor (n_i,) of class ids a sample.
+
+        Returns:
+            A pair (query indices, region indices) a sample, min(queries, n_i) long, on the CPU.
+        """
+        pairs = []
+        for masks, classes, targets, labels in zip(
+            masks_queries_logits, class_queries_logits, mask_labels, class_labels, strict=True
+        ):
+            logits, targets = masks.flatten(1).float(), targets.flatten(1).float()
+            pixels = logits.shape[1]
+            # BCE of every query with every region: softplus(x) - x * target, summed as one matrix product.
+            bce = (F.softplus(logits).sum(1)[:, None] - logits @ targets.T) / pixels
+            probabilities = logits.sigmoid()
+            dice = 1 - (2 * probabilities @ targets.T + 1) / (probabilities.sum(1)[:, None] + targets.sum(1)[None] + 1)
+            likelihood = classes.float().softmax(-1)[:, labels]
+            cost = self.bce_weight * bce + self.dice_weight * dice - self.class_weight * likelihood
+            query_index, region_index = linear_sum_assignment(cost.cpu().numpy())
+            pairs.append((torch.as_tensor(query_index), torch.as_tensor(region_index)))
+        return pairs
+
+
+class RegionPerceiverLoss(nn.Module):
+    """λ1 BCE + λ2 Dice over matched pairs, plus cross-entropy over all queries with a light 'no object' class."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.matcher = HungarianMatcher(config)
+        self.bce_weight = config.bce_loss_weight
+        self.dice_weight = config.dice_loss_weight
+        self.class_weight = config.class_loss_weight
+        self.no_object = config.num_mask_classes
+        self.no_object_weight = config.no_object_weight
+
+    def forward(
+        self,
+        masks_queries_logits: torch.Tensor,
+        class_queries_logits: torch.Tensor,
+        mask_labels: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Loss (scalar, float32) and the pairs used; arguments as for [`HungarianMatcher`], masks of any size.
+
+        Args:
+            pairs: take these instead of matching anew.
+        """
+        device = masks_queries_logits.device
+        size = tuple(masks_queries_logits.shape[-2:])
+        mask_labels = [resize_masks(masks.to(device), size) for masks in mask_labels]
+        class_labels = [labels.to(device) for labels in class_labels]
+        if pairs is None:
+            pairs = self.matcher(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
+
+        classes = torch.full(class_queries_logits.shape[:2], self.no_object, device=device)
+        chosen_logits, chosen_targets = [], []
+        for i, (queries, regions) in enumerate(pairs):
+            queries, regions = queries.to(device), regions.to(device)
+            classes[i, queries] = class_labels[i][regions]
+            chosen_logits.append(masks_queries_logits[i, queries])
+            chosen_targets.append(mask_labels[i][regions])
+        weights = torch.ones(self.no_object + 1, device=device)
+        weights[self.no_object] = self.no_object_weight
+        loss = self.class_weight * F.cross_entropy(
+            class_queries_logits.float().transpose(1, 2), classes, weight=weights
+        )
+
+        logits, targets = torch.cat(chosen_logits), torch.cat(chosen_targets)
+        if len(logits) == 0:
+            return loss + 0 * masks_queries_logits.float().sum(), pairs
+        bce, dice = mask_bce(logits, targets).mean(), mask_dice(logits, targets).mean()
+        return loss + self.bce_weight * bce + self.dice_weight * dice, pairs
+
+
+def code_mask_loss(mask_logits: list[torch.Tensor], mask_labels: list[torch.Tensor]) -> torch.Tensor:
+    """BCE + Dice of decoded codes, mask i the target of code i, averaged over all real masks of the batch.
+
+    Args:
+        mask_logits: a tensor (codes, H, W) a sample, at least one code in all.
+        mask_labels: a tensor (codes, h, w) in [0, 1] a sample, of any size.
+    """
+    size = tuple(mask_logits[0].shape[-2:])
+    targets = torch.cat([resize_masks(masks.to(mask_logits[0].device), size) for masks in mask_labels])
+    logits = torch.cat(mask_logits)
+    return (mask_bce(logits, targets) + mask_dice(logits, targets)).mean()

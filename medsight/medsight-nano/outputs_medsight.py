@@ -1,0 +1,110 @@
+"""What the model's methods return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MedSightRegionOutput(ModelOutput):
+    """What is seen in images, before any language. B images, h*w patches of width d, N region queries, H = 2^L h.
+
+    Args:
+        patch_features (`torch.FloatTensor` of shape `(B, h*w, d)`): I, the encoder's chosen hidden state without CLS.
+        region_embeddings (`torch.FloatTensor` of shape `(B, N, d)`): Q_r.
+        image_features (`torch.FloatTensor` of shape `(B, H, W, d)`): I_r, the perceiver's final map.
+        masks_queries_logits (`torch.FloatTensor` of shape `(B, N, H, W)`): a mask a query, before the sigmoid.
+        class_queries_logits (`torch.FloatTensor` of shape `(B, N, classes + 1)`): a class a query, 'no object' last.
+        group_logits (`torch.FloatTensor` of shape `(B, K)`): code group of the image.
+        auxiliary_logits (`list[dict]`): mask and class logits of the earlier stages, with `config.auxiliary_loss`.
+    """
+
+    patch_features: torch.FloatTensor | None = None
+    region_embeddings: torch.FloatTensor | None = None
+    image_features: torch.FloatTensor | None = None
+    masks_queries_logits: torch.FloatTensor | None = None
+    class_queries_logits: torch.FloatTensor | None = None
+    group_logits: torch.FloatTensor | None = None
+    auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
+
+
+@dataclass
+class MedSightModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(images, image_seq_length, hidden)`): image blocks as the
+            language model read them.
+        region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    region_features: MedSightRegionOutput | None = None
+
+
+@dataclass
+class MedSightCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, scalar): sum of the losses below that were asked for.
+        logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`).
+        lm_loss (`torch.FloatTensor`): next-token cross-entropy, with `labels`.
+        mask_loss (`torch.FloatTensor`): BCE + Dice of the masks decoded from region codes, with `mask_labels`.
+        perceiver_loss (`torch.FloatTensor`): matched mask and class loss of the region queries, with `class_labels`.
+        codebook_loss (`torch.FloatTensor`): VQ, reconstruction and perceiver loss through the codes, with
+            `group_labels`.
+        group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
+        mask_logits (`tuple[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
+        past_key_values, hidden_states, attentions, image_hidden_states: as in transformers.
+        region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    mask_loss: torch.FloatTensor | None = None
+    perceiver_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    group_loss: torch.FloatTensor | None = None
+    mask_logits: list[torch.FloatTensor] | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    region_features: MedSightRegionOutput | None = None
+
+
+@dataclass
+class MedSightDecodedRegions(ModelOutput):
+    """Masks of the region codes in a batch of texts; one list entry a row, ragged.
+
+    Args:
+        mask_logits (`list[torch.FloatTensor]`): `(codes, H, W)` a row, before the sigmoid, at the model's mask size.
+        region_codes (`list[torch.LongTensor]`): `(codes,)` token ids a row.
+        region_scores (`list[torch.FloatTensor]`): `(codes,)` a row, in [0, 1]: the probability that the language model
+            gave the code, times the mean probability of the mask inside itself (0 for an empty mask).
+    """
+
+    mask_logits: list[torch.FloatTensor] | None = None
+    region_codes: list[torch.LongTensor] | None = None
+    region_scores: list[torch.FloatTensor] | None = None
+
+
+@dataclass
+class MedSightGenerateOutput(GenerateDecoderOnlyOutput):
+    """transformers' output of greedy search and sampling, and [`MedSightDecodedRegions`] of the generated codes."""
+
+    mask_logits: list[torch.FloatTensor] | None = None
+    region_codes: list[torch.LongTensor] | None = None
+    region_scores: list[torch.FloatTensor] | None = None
+
+
+@dataclass
+class MedSightGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """transformers' output of beam search, and [`MedSightDecodedRegions`] of the generated codes."""
+
+    mask_logits: list[torch.FloatTensor] | None = None
+    region_codes: list[torch.LongTensor] | None = None
+    region_scores: list[torch.FloatTensor] | None = None

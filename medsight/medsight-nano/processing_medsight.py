@@ -1,0 +1,345 @@
+"""The processor of MedSIGHT: images and conversations into tensors, tokens and mask logits into grounded answers."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .remote_code_medsight import AUTO_MAP, write_remote_code
+
+from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
+from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
+from .image_processing_medsight import flatten_images
+from .region_codes_medsight import IMAGE_TOKEN, parse_region_code, split_at_codes
+
+
+class MedSightProcessor(ProcessorMixin):
+    r"""Image processor and tokenizer in one, with a chat template.
+
+    Call it with `images=` and `text=` whose `<|image_pad|>` placeholders are as many as the images (each becomes
+    `image_seq_length` of them), or hand messages to `apply_chat_template`. Text given to the call is a finished
+    prompt: what is spelled like a token there is one. Text in messages is not: there a user cannot write a turn
+    marker, an image placeholder or a region code.
+
+    Args:
+        image_processor ([`MedSightImageProcessor`]): pixels and masks.
+        tokenizer ([`PreTrainedTokenizerBase`]): Qwen3's, or any other with `<|image_pad|>` and the region codes added.
+        chat_template (`str`, *optional*): Jinja template; [`CHAT_TEMPLATE`] by default.
+        image_seq_length (`int`): rows of one image in the language model, the config's `image_seq_length`.
+        group_names (`list[str]`, *optional*): what the code groups stand for, the config's `group_names`.
+
+    Raises:
+        ValueError: if the tokenizer has no image placeholder, or `image_seq_length` is below 1.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_seq_length: int = 596,
+        group_names: list[str] | None = None,
+    ) -> None:
+        super().__init__(
+            image_processor, tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template
+        )
+        self.image_token = IMAGE_TOKEN
+        if self.image_token not in tokenizer.get_added_vocab():
+            raise ValueError(f"the tokenizer has no added token {self.image_token}, which stands for an image")
+        if image_seq_length < 1:
+            raise ValueError(f"image_seq_length={image_seq_length}: an image takes at least one row")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_seq_length = image_seq_length
+        self.group_names = group_names
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """What one placeholder becomes: as many placeholders as an image has rows."""
+        return self.image_token * self.image_seq_length
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+        """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
+        images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        if images is not None:
+            nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
+            if nested and not all(isinstance(entry, list) for entry in images):
+                raise ValueError(
+                    "images mixes single images and lists: give a flat list, or one list of images a text"
+                )
+            images = [list(flatten_images(e)) for e in images] if nested else list(flatten_images(images))
+            if not any(len(entry) if nested else True for entry in images):
+                images = None
+        return images, *others
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Hold the number of images against the number of placeholders.
+
+        Raises:
+            ValueError: if they differ, saying where; or for videos and audio.
+        """
+        if kwargs.get("videos") is not None or kwargs.get("audio") is not None:
+            raise ValueError("MedSIGHT takes images and text only, no videos and no audio")
+        if text is not None and all(isinstance(sample, str) for sample in text):
+            self._check_image_counts(images, text)
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As [`ProcessorMixin.apply_chat_template`], with the text of messages kept from becoming control tokens.
+
+        In every turn but the assistant's, anything spelled like an added token (turn marker, image placeholder, region
+        code, ...) reads the same but is ordinary text; in the assistant's turns region codes stay codes, but turn
+        markers and placeholders do not (see [`neutralise_conversations`]). The caller's messages are not changed.
+        `enable_thinking=True` leaves out the empty think block that a fresh model's template writes.
+
+        Raises:
+            ValueError: if a text cannot be told apart from a control token, or for images as in a call.
+        """
+        conversation = neutralise_conversations(conversation, self.tokenizer, self.image_token)
+        arguments = {"chat_template": chat_template, "tokenize": tokenize, "return_dict": return_dict, **kwargs}
+        masked = return_assistant_tokens_mask and tokenize and return_dict
+        if not masked or hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
+            return super().apply_chat_template(
+                conversation,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                processor_kwargs=dict(processor_kwargs or {}),
+                **arguments,
+            )
+        return self._apply_masked_chat_template(conversation, dict(processor_kwargs or {}), arguments)
+
+    def post_process_masks(
+        self,
+        mask_logits: Any,
+        original_sizes: Any,
+        threshold: float = 0.5,
+        fit: str | None = None,
+        size: int | dict[str, int] | None = None,
+    ) -> list[torch.Tensor]:
+        """Boolean masks at the images' own sizes: see [`MedSightImageProcessor.post_process_masks`]."""
+        return self.image_processor.post_process_masks(mask_logits, original_sizes, threshold, fit=fit, size=size)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Text of generated sequences, region codes included.
+
+        Args:
+            generated_outputs: what `generate` returned: a ModelOutput with `sequences`, or the (rows, length) token
+                ids.
+            skip_special_tokens: whether to leave out turn markers, padding and the like. Region codes are not special.
+            kwargs: for the tokenizer's `decode`.
+        """
+        sequences = getattr(generated_outputs, "sequences", generated_outputs)
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def post_process_grounded_answer(
+        self,
+        outputs: Any,
+        inputs: Any,
+        skip_special_tokens: bool = True,
+        threshold: float = 0.5,
+        fit: str | None = None,
+        size: int | dict[str, int] | None = None,
+    ) -> list[GroundedAnswer]:
+        """Answers with their regions: clean text, and for every code its words, mask, box, area and score.
+
+        Args:
+            outputs: what `generate` returned, `sequences` with `mask_logits`, `region_codes` and `region_scores` (an
+                entry a sequence); or what `decode_regions` returned, which has no `sequences`: then the text is that
+                of `inputs`, and every code in it counts.
+            inputs: what the processor returned for the prompts: `input_ids`, `attention_mask`, and `original_sizes` if
+                there were images. Sequence r answers prompt r // k, k being the number of returned sequences.
+            skip_special_tokens: whether to leave out turn markers, padding and the like.
+            threshold: probability above which a pixel is inside.
+            fit, size: what the pixels were made with, where the call set its own.
+
+        Returns:
+            An answer a sequence. Masks are on the CPU.
+
+        Raises:
+            ValueError: if outputs and inputs do not belong together, naming the sequence and the counts.
+        """
+        if isinstance(outputs, torch.Tensor):
+            raise ValueError("outputs is a plain tensor: generate gives masks with return_dict_in_generate=True only")
+        prompts = torch.as_tensor(inputs["input_ids"]).cpu()
+        generated = outputs.get("sequences")
+        sequences = prompts if generated is None else torch.as_tensor(generated).cpu()
+        if len(sequences) % len(prompts):
+            raise ValueError(
+                f"outputs has {len(sequences)} sequences, no multiple of the {len(prompts)} prompts in inputs"
+            )
+        sizes = self._original_sizes_by_prompt(prompts, inputs.get("original_sizes"))
+        attended = inputs.get("attention_mask")
+        answers = []
+        for row, sequence in enumerate(sequences):
+            prompt = row // (len(sequences) // len(prompts))
+            if generated is not None:
+                places = torch.arange(prompts.shape[1], len(sequence))
+            else:
+                places = torch.arange(len(sequence))
+                places = places if attended is None else places[torch.as_tensor(attended)[row].cpu().bool()]
+            ids = sequence[places].tolist()
+            pieces, codes, raw_text = split_at_codes(self.tokenizer, ids, skip_special_tokens)
+            image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
+            images = [int(image_rows[: places[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
+            token_ids = [ids[i] for i in codes]
+            logits, scores = self._masks_of_row(outputs, row, token_ids, has_images=bool(sizes[prompt]))
+            masks: list[torch.Tensor | None] = [None] * len(codes)
+            for image, size_of_image in enumerate(sizes[prompt] if logits is not None else ()):
+                own = [i for i, other in enumerate(images) if other == image]
+                resized = self.post_process_masks([logits[own]], [size_of_image], threshold, fit=fit, size=size)[0]
+                for i, mask in zip(own, resized.cpu(), strict=True):
+                    masks[i] = mask
+            text, spans = tidy_answer(pieces)
+            regions = [
+                self._region(token_ids[i], text, spans[i], images[i], masks[i], scores[i]) for i in range(len(codes))
+            ]
+            answers.append(GroundedAnswer(text=text, raw_text=raw_text, regions=regions))
+        return answers
+
+    def to_dict(self) -> dict[str, Any]:
+        # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
+        names = ("AutoProcessor", "AutoImageProcessor")
+        return {**super().to_dict(), "auto_map": {name: AUTO_MAP[name] for name in names}}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save tokenizer, settings and chat template and, beside them, the code that loads the folder anywhere."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        write_remote_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+        return files
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Rows and patches of images of the given (height, width): every image takes the same (asked for by vLLM)."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    def _check_image_counts(self, images: Any, text: Sequence[str]) -> None:
+        wanted = [sample.count(self.image_token) for sample in text]
+        if images is None or not any(isinstance(entry, list) for entry in images):
+            given = 0 if images is None else len(images)
+            if sum(wanted) != given:
+                raise ValueError(
+                    f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
+                    f"but {given or 'no'} images were given"
+                )
+            return
+        given_by_text = [len(entry) for entry in images]
+        if wanted != given_by_text:
+            wrong = [i for i, pair in enumerate(zip(wanted, given_by_text, strict=False)) if pair[0] != pair[1]]
+            raise ValueError(
+                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {given_by_text}"
+                + (f"; text {wrong[0]} is the first that differs" if wrong else "; the numbers of texts differ")
+            )
+
+    def _apply_masked_chat_template(
+        self, conversation: Any, processor_kwargs: dict, arguments: dict[str, Any]
+    ) -> BatchFeature:
+        """`assistant_masks` where transformers (5.17) does not reckon with the growth of placeholders."""
+        from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
+
+        template = arguments["chat_template"]
+        if isinstance(self.chat_template, dict):
+            template = self.chat_template.get(template or "default", template)
+        template = template or self.chat_template
+        known = _get_template_variables(template)
+        named = ("tools", "documents", "add_generation_prompt", "continue_final_message")
+        signature = ("chat_template", "tokenize", "return_dict", "return_tensors", "load_audio_from_video", *named)
+        for name in [name for name in arguments if name not in known and name not in signature]:
+            processor_kwargs[name] = arguments.pop(name)
+        processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        if arguments.get("continue_final_message"):
+            raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask")
+        return_tensors = arguments.pop("return_tensors", None)
+        out = super().apply_chat_template(conversation, processor_kwargs=processor_kwargs, **arguments)
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            **{k: v for k, v in arguments.items() if k in known or k in named},
+        }
+        batch = conversation if isinstance(conversation[0], list) else [conversation]
+        _, spans = render_jinja_template(batch, chat_template=template, return_assistant_tokens_mask=True, **variables)
+        offsets, replaced = out.pop("offset_mapping"), out.pop("text_replacement_offsets", None)
+        out["assistant_masks"] = [
+            _assistant_mask(row, spans[i], replaced[i] if replaced else []) for i, row in enumerate(offsets)
+        ]
+        return out.convert_to_tensors(return_tensors)
+
+    def _original_sizes_by_prompt(self, prompts: torch.Tensor, original_sizes: Any) -> list[list[tuple[int, int]]]:
+        """The (height, width) of each prompt's images, which stand in `original_sizes` one after the other."""
+        sizes = [(int(height), int(width)) for height, width in original_sizes] if original_sizes is not None else []
+        rows = (prompts == self.image_token_id).sum(dim=1)
+        if int((rows % self.image_seq_length).sum()) or int(rows.sum()) != len(sizes) * self.image_seq_length:
+            raise ValueError(
+                f"inputs has {rows.tolist()} image rows, prompt by prompt, and {len(sizes)} original_sizes: expected "
+                f"{self.image_seq_length} rows an image"
+            )
+        counts = (rows // self.image_seq_length).tolist()
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return [sizes[start : start + count] for start, count in zip(starts, counts, strict=True)]
+
+    def _masks_of_row(
+        self, outputs: Any, row: int, token_ids: list[int], has_images: bool
+    ) -> tuple[Any, list[float | None]]:
+        """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
+        named, logits, scores = (outputs.get(name) for name in ("region_codes", "mask_logits", "region_scores"))
+        if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
+            raise ValueError(f"sequence {row} holds the region codes {token_ids}, but region_codes says {named[row]}")
+        if logits is not None:
+            logits = torch.as_tensor(logits[row])
+            if len(logits) != len(token_ids) and (len(logits) or has_images):
+                raise ValueError(f"sequence {row} holds {len(token_ids)} region codes, but {len(logits)} mask_logits")
+        scores = [] if scores is None else torch.as_tensor(scores[row]).tolist()
+        return logits, scores or [None] * len(token_ids)
+
+    def _region(
+        self,
+        token_id: int,
+        text: str,
+        span: tuple[int, int] | None,
+        image: int,
+        mask: torch.Tensor | None,
+        score: float | None,
+    ) -> GroundedRegion:
+        code = self.tokenizer.convert_ids_to_tokens(token_id)
+        group, index = parse_region_code(code)
+        return GroundedRegion(
+            code=code,
+            token_id=token_id,
+            group=group,
+            code_index=index,
+            group_name=self.group_names[group] if self.group_names and group < len(self.group_names) else None,
+            phrase=None if span is None else text[slice(*span)],
+            span=span,
+            image_index=image if image >= 0 else None,
+            mask=mask,
+            box=None if mask is None else mask_box(mask),
+            area=0 if mask is None else int(mask.sum()),
+            score=score,
+        )
+
+
+def _assistant_mask(offsets: Any, spans: Sequence[Sequence[int]], replaced: Sequence[dict]) -> list[int]:
+    """1 for every token that overlaps an assistant's span; spans count characters before placeholders grew."""
+    moved = []
+    for span in spans:
+        shift = [sum(len(r["replacement"]) - len(r["text"]) for r in replaced if r["span"][1] <= end) for end in span]
+        moved.append((span[0] + shift[0], span[1] + shift[1]))
+    return [int(any(start < last and end > first for first, last in moved)) for start, end in offsets]

@@ -1,0 +1,124 @@
+"""Region codes in a tokenizer: `[C{k}_{m}]` is code m of group k, `[SEG]` the one code without a codebook."""
+
+import re
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+
+SEG_TOKEN = "[SEG]"
+IMAGE_TOKEN = "<|image_pad|>"
+
+# Qwen3's added tokens in the order of their ids, 151643 to 151668, and whether each is a special one.
+QWEN3_ADDED_TOKENS = (
+    ("<|endoftext|>", True),
+    ("<|im_start|>", True),
+    ("<|im_end|>", True),
+    ("<|object_ref_start|>", True),
+    ("<|object_ref_end|>", True),
+    ("<|box_start|>", True),
+    ("<|box_end|>", True),
+    ("<|quad_start|>", True),
+    ("<|quad_end|>", True),
+    ("<|vision_start|>", True),
+    ("<|vision_end|>", True),
+    ("<|vision_pad|>", True),
+    (IMAGE_TOKEN, True),
+    ("<|video_pad|>", True),
+    ("<tool_call>", False),
+    ("</tool_call>", False),
+    ("<|fim_prefix|>", False),
+    ("<|fim_middle|>", False),
+    ("<|fim_suffix|>", False),
+    ("<|fim_pad|>", False),
+    ("<|repo_name|>", False),
+    ("<|file_sep|>", False),
+    ("<tool_response>", False),
+    ("</tool_response>", False),
+    ("<think>", False),
+    ("</think>", False),
+)
+
+_CODE = re.compile(r"\[C(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\]")
+
+
+def parse_region_code(token: str) -> tuple[int, int]:
+    """Group and code index, both counted from 0, of a region code's spelling; (0, 0) for `[SEG]`.
+
+    Raises:
+        ValueError: if `token` is not a region code.
+    """
+    if token == SEG_TOKEN:
+        return 0, 0
+    match = _CODE.fullmatch(token)
+    if match is None:
+        raise ValueError(f"{token!r} is not a region code: expected [C<group>_<index>] or {SEG_TOKEN}")
+    return int(match[1]), int(match[2])
+
+
+def region_code_tokens(num_groups: int, codes_per_group: int, use_region_codebook: bool = True) -> list[str]:
+    """The spellings of all codes, row-major: group 0's codes first."""
+    if not use_region_codebook:
+        return [SEG_TOKEN]
+    return [f"[C{group}_{index}]" for group in range(num_groups) for index in range(codes_per_group)]
+
+
+def add_region_codes(
+    tokenizer: PreTrainedTokenizerBase, num_groups: int, codes_per_group: int, use_region_codebook: bool = True
+) -> int:
+    """Append the codes to a tokenizer as ordinary added tokens, which `skip_special_tokens=True` keeps.
+
+    A tokenizer that has exactly these codes already, row-major and without a gap, is left as it is.
+
+    Returns:
+        The id of the first code.
+
+    Raises:
+        ValueError: if it has some of them, or other codes, or the same ones in another order.
+    """
+    tokens = region_code_tokens(num_groups, codes_per_group, use_region_codebook)
+    vocabulary = tokenizer.get_vocab()
+    present = sorted(
+        (vocabulary[token], token) for token in vocabulary if token == SEG_TOKEN or _CODE.fullmatch(token)
+    )
+    if present:
+        first = present[0][0]
+        if present != [(first + offset, token) for offset, token in enumerate(tokens)]:
+            (_, one), (last, other) = present[0], present[-1]
+            raise ValueError(
+                f"the tokenizer already has {len(present)} region codes, {one} (id {first}) to {other} (id {last}): "
+                f"they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
+            )
+        return first
+    first = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    if ids != list(range(first, first + len(tokens))):
+        raise ValueError(f"the tokenizer gave the region codes ids {ids[0]} to {ids[-1]}, expected a row from {first}")
+    return first
+
+
+def region_code_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The ids of a tokenizer's region codes and their spellings."""
+    added = tokenizer.get_added_vocab()
+    return {added[token]: token for token in added if token == SEG_TOKEN or _CODE.fullmatch(token)}
+
+
+def split_at_codes(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool
+) -> tuple[list[str], list[int], str]:
+    """Take generated ids apart at their region codes.
+
+    Returns:
+        The text before the first code, between codes, ..., after the last; the codes' places in `ids`; the whole text.
+    """
+    names = region_code_ids(tokenizer)
+    codes = [i for i, token_id in enumerate(ids) if token_id in names]
+    ends = [*codes, len(ids)]
+    pieces = [tokenizer.decode(ids[: ends[0]], skip_special_tokens=skip_special_tokens)]
+    for start, end in zip(codes, ends[1:], strict=True):
+        # Decoded together with its code, because some tokenizers drop the first space of what they decode.
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
+        pieces.append(text.removeprefix(names[ids[start]]))
+    whole = pieces[0] + "".join(names[ids[i]] + piece for i, piece in zip(codes, pieces[1:], strict=True))
+    return pieces, codes, whole

@@ -1,0 +1,250 @@
+"""The region perceiver: learnable region queries and an upsampled feature map that attend to each other (paper,
+section 3)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class RegionPerceiverOutput(ModelOutput):
+    """
+    Args:
+        region_embeddings (`torch.FloatTensor` of shape `(batch, queries, d)`): Q_r, the queries after the last stage.
+        image_features (`torch.FloatTensor` of shape `(batch, H, W, d)`): I_r, the map after the last stage, H = 2^L h.
+        masks_queries_logits (`torch.FloatTensor` of shape `(batch, queries, H, W)`): mask logits.
+        class_queries_logits (`torch.FloatTensor` of shape `(batch, queries, classes + 1)`): class logits, 'no object'
+            last.
+        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`): the two logits of the initial step and of every stage
+            but the last.
+    """
+
+    region_embeddings: torch.FloatTensor | None = None
+    image_features: torch.FloatTensor | None = None
+    masks_queries_logits: torch.FloatTensor | None = None
+    class_queries_logits: torch.FloatTensor | None = None
+    auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, in the form of transformers' attention interface: (batch, heads, length, width) in."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def sine_position_encoding(
+    height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """2-D sine position encoding of shape `(height, width, dim)`: dim/2 features for y, then dim/2 for x.
+
+    Coordinates count from 1 and are divided by (the last + 1e-6) times 2π; temperature 10000; sin on even features,
+        cos on odd.
+    """
+    half = dim // 2
+    frequency = 10000 ** (2 * (torch.arange(half, device=device) // 2).float() / half)
+
+    def one_axis(length: int) -> torch.Tensor:
+        position = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * (2 * math.pi)
+        angle = position[:, None] / frequency
+        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=-1).flatten(1)
+
+    rows = one_axis(height)[:, None].expand(height, width, half)
+    columns = one_axis(width)[None].expand(height, width, half)
+    return torch.cat((rows, columns), dim=-1).to(dtype)
+
+
+class CrossAttention(nn.Module):
+    """Cross-attention with a LayerNorm on each side and linear maps without biases."""
+
+    is_causal = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        dim, inner = config.vision_hidden_size, config.perceiver_num_heads * config.perceiver_head_dim
+        self.config = config
+        self.head_dim = config.perceiver_head_dim
+        self.scaling = self.head_dim**-0.5
+        self.norm_queries = nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`hidden_states` (batch, n, d) attend to `context` (batch, m, d) where `visible` (batch, n or 1, m) is true.
+
+        A row that sees nothing attends uniformly.
+        """
+        context = self.norm_context(context)
+        query = self._split_heads(self.to_q(self.norm_queries(hidden_states)))
+        key, value = (self._split_heads(part) for part in self.to_kv(context).chunk(2, dim=-1))
+
+        mask = None
+        if visible is not None:
+            # Equal scores make attention uniform in every backend, where a row of very negative ones would not.
+            sees_any = visible.any(dim=-1, keepdim=True)
+            query = query * sees_any[:, None].to(query.dtype)
+            hidden = (sees_any & ~visible)[:, None].expand(-1, 1, query.shape[2], -1)
+            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+            mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+
+        implementation = self.config._attn_implementation
+        if mask is not None and implementation not in ("eager", "sdpa"):
+            implementation = "sdpa"  # flash and flex kernels take no dense mask
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
+        return self.to_out(output.flatten(2))
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class AttentionBlock(nn.Module):
+    """Cross-attention, residual, LayerNorm."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.attention = CrossAttention(config)
+        self.norm = nn.LayerNorm(config.vision_hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.norm(hidden_states + self.attention(hidden_states, context, visible))
+
+
+class FeedForwardBlock(nn.Module):
+    """LayerNorm, Linear, GELU, Linear, residual, LayerNorm."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        dim = config.vision_hidden_size
+        self.norm_in = nn.LayerNorm(dim)
+        self.linear_1 = nn.Linear(dim, dim * config.perceiver_ffn_multiplier, bias=False)
+        self.linear_2 = nn.Linear(dim * config.perceiver_ffn_multiplier, dim, bias=False)
+        self.norm_out = nn.LayerNorm(dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        update = self.linear_2(F.gelu(self.linear_1(self.norm_in(hidden_states))))
+        return self.norm_out(hidden_states + update)
+
+
+class SegmentationHead(nn.Module):
+    """Mask logits as the product of projected queries and the map; class logits from the queries themselves."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.mask_projection = nn.Linear(config.vision_hidden_size, config.vision_hidden_size)
+        self.class_predictor = nn.Linear(config.vision_hidden_size, config.num_mask_classes + 1)
+
+    def forward(self, queries: torch.Tensor, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """queries (batch, n, d), map (batch, H, W, d) -> masks (batch, n, H, W), classes (batch, n, classes + 1)."""
+        height, width = image_features.shape[1:3]
+        masks = self.mask_projection(queries) @ image_features.flatten(1, 2).transpose(1, 2)
+        return masks.unflatten(-1, (height, width)), self.class_predictor(queries)
+
+
+class RegionPerceiverStage(GradientCheckpointingLayer):
+    """Upsampling with a convolution (ConvAdapter), then two-way cross-attention between queries and map."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        dim = config.vision_hidden_size
+        self.adapter = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.region_to_image = AttentionBlock(config)
+        self.region_feed_forward = FeedForwardBlock(config)
+        self.image_to_region = AttentionBlock(config)
+        self.image_feed_forward = FeedForwardBlock(config)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        image_features: torch.Tensor,
+        previous_masks: torch.Tensor,
+        query_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        features = F.interpolate(image_features.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear")
+        features = self.adapter(features).permute(0, 2, 3, 1)
+        height, width, dim = features.shape[1:]
+        features = features + sine_position_encoding(height, width, dim, features.device, features.dtype)
+
+        masks = F.interpolate(previous_masks.detach().float(), scale_factor=2, mode="bilinear")
+        visible = (masks.sigmoid() >= 0.5).flatten(2)
+        pixels = features.flatten(1, 2)
+        queries = self.region_feed_forward(self.region_to_image(queries, pixels, visible))
+        known = None if query_mask is None else query_mask[:, None]
+        pixels = self.image_feed_forward(self.image_to_region(pixels, queries, known))
+        return queries, pixels.unflatten(1, (height, width))
+
+
+class RegionPerceiver(nn.Module):
+    """Refines a grid of patch features to region embeddings and masks.
+
+    The same module serves twice: with its own learnable queries it finds regions, with queries made from region codes
+        it
+    decodes their masks.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.return_auxiliary_logits = config.auxiliary_loss
+        self.region_queries = nn.Parameter(torch.empty(1, config.num_region_queries, config.vision_hidden_size))
+        self.initial_attention = AttentionBlock(config)
+        self.initial_feed_forward = FeedForwardBlock(config)
+        self.stages = nn.ModuleList(RegionPerceiverStage(config) for _ in range(config.perceiver_num_stages))
+        self.segmentation_head = SegmentationHead(config)
+
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        queries: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
+    ) -> RegionPerceiverOutput:
+        """
+        Args:
+            patch_features: (batch, h, w, d), a grid of encoder features.
+            queries: (batch, n, d), what to ask for; the learnable region queries by default.
+            query_mask: (batch, n), false at queries that only pad a batch.
+        """
+        height, width, dim = patch_features.shape[1:]
+        features = patch_features + sine_position_encoding(
+            height, width, dim, patch_features.device, patch_features.dtype
+        )
+        if queries is None:
+            queries = self.region_queries.expand(len(patch_features), -1, -1)
+        queries = self.initial_feed_forward(self.initial_attention(queries, features.flatten(1, 2)))
+        logits = [self.segmentation_head(queries, features)]
+        for stage in self.stages:
+            queries, features = stage(queries, features, logits[-1][0], query_mask)
+            logits.append(self.segmentation_head(queries, features))
+        *auxiliary, (masks, classes) = logits
+        return RegionPerceiverOutput(
+            region_embeddings=queries,
+            image_features=features,
+            masks_queries_logits=masks,
+            class_queries_logits=classes,
+            auxiliary_logits=[{"masks_queries_logits": m, "class_queries_logits": c} for m, c in auxiliary]
+            if self.return_auxiliary_logits
+            else None,
+        )

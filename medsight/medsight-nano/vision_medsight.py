@@ -1,0 +1,39 @@
+"""What the rest of the model reads from the image encoder: a grid of features and a summary for the group
+classifier."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def encode_image(
+    vision_tower: nn.Module, pixel_values: torch.Tensor, config: Any, **kwargs: Any
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Run the encoder and take hidden state `config.vision_feature_layer`.
+
+    Args:
+        pixel_values: (batch, 3, H, W), H = W = `config.image_size`.
+
+    Returns:
+        The encoder's own output, the feature grid (batch, h, w, d), and a summary (batch, d): the CLS row, or the mean
+        of the grid where the encoder has none.
+
+    Raises:
+        ValueError: for pixel values of another shape.
+    """
+    expected = (3, config.image_size, config.image_size)
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, {', '.join(map(str, expected))})"
+        )
+    height, width = config.patch_grid
+    kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
+    outputs = vision_tower(pixel_values.to(vision_tower.dtype), **kwargs)
+    hidden = outputs.hidden_states[config.vision_feature_layer]
+    if hidden.ndim == 4:
+        grid = hidden.permute(0, 2, 3, 1)
+        return outputs, grid, grid.mean(dim=(1, 2))
+    prefix = hidden.shape[1] - height * width
+    grid = hidden[:, prefix:].unflatten(1, (height, width))
+    return outputs, grid, hidden[:, 0] if prefix else hidden.mean(dim=1)
