@@ -13,7 +13,8 @@ from .region_codes_in_text_medsight import count_images, is_region_code, locate_
 
 
 class RegionCodeConstraint(LogitsProcessor):
-    """Keeps region codes to allowed groups, and on request does not let an answer end without one.
+    """Keeps region codes to allowed groups and image placeholders out of answers, and on request lets no answer end
+    without a code.
 
     Args:
         config: a `MedSightConfig`.
@@ -46,6 +47,7 @@ class RegionCodeConstraint(LogitsProcessor):
         allowed = allowed.repeat_interleave(len(scores) // len(allowed), dim=0)
         scores = scores.clone()
         scores[:, first:last] = scores[:, first:last].masked_fill(~allowed, -torch.inf)
+        scores[:, self.config.image_token_id] = -torch.inf  # it would be part of an image that nobody gave
         if not self.force_region:
             return scores
 
@@ -118,23 +120,19 @@ class MedSightGenerationMixin(GenerationMixin):
         if prompt is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_padding(prompt, setting("pad_token_id"), setting("eos_token_id"))
 
-        # A written placeholder would count as part of an image that nobody gave.
-        kwargs["suppress_tokens"] = [*(setting("suppress_tokens") or []), self.config.image_token_id]
         allowed = self._allowed_groups(prompt, regions, allowed_groups)
         if force_region and not bool(allowed.any(dim=1).all()):
             raise ValueError("force_region=True needs an image in every row of the prompt")
-        if force_region or not bool(allowed.all()):
-            constraint = RegionCodeConstraint(
-                self.config,
-                allowed,
-                end_ids=torch.as_tensor(setting("eos_token_id") if setting("eos_token_id") is not None else [])
-                .reshape(-1)
-                .tolist(),
-                prompt_length=0 if prompt is None else prompt.shape[1],
-                force_region=force_region,
-                max_length=self._length_limit(prompt, setting),
-            )
-            logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
+        end_ids = setting("eos_token_id") if setting("eos_token_id") is not None else []
+        constraint = RegionCodeConstraint(
+            self.config,
+            allowed,
+            end_ids=torch.as_tensor(end_ids).reshape(-1).tolist(),
+            prompt_length=0 if prompt is None else prompt.shape[1],
+            force_region=force_region,
+            max_length=self._length_limit(prompt, setting),
+        )
+        logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
 
         outputs = super().generate(inputs, generation_config, logits_processor, **kwargs)
         if not hasattr(outputs, "sequences"):

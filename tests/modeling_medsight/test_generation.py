@@ -459,6 +459,15 @@ def test_the_image_is_encoded_once(model: Any, config: MedSightConfig) -> None:
     hook.remove()
 
 
+def test_an_assistant_looks_once_and_draws_no_masks(model: Any, config: MedSightConfig) -> None:
+    assistant, looks = make_model(config, seed=1), []
+    assistant.model.region_perceiver.register_forward_hook(lambda *_: looks.append(1))
+    code = config.region_code_start_id
+    out = say(model, make_batch(config, ["ttIt"]), [[1, code, 2, code, 3, code, 4, 5]], assistant_model=assistant)
+    assert out.region_codes[0].tolist() == [code] * 3
+    assert looks == [1]
+
+
 def test_masks_cost_one_forward_over_what_was_generated(model: Any, config: MedSightConfig) -> None:
     read: list[int] = []
 

