@@ -8,6 +8,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ["configuration_medsight", "modeling_medsight", "processing_medsight", "medsight"]
+# `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.
+TRAINING = ["medsight.training", "medsight.training.data"]
 
 version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
 if version is None:
@@ -26,7 +28,15 @@ runtime = [
     "pillow>=11",
 ]
 extras = {
-    "train": ["accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "trl>=1.0"],
+    "train": [
+        "accelerate>=1.10",
+        "datasets>=4.7",
+        "peft>=0.18",
+        "pyyaml>=6",
+        "tensorboard>=2.16",
+        "tqdm>=4.60",
+        "trl>=1.0",
+    ],
     "eval": ["evaluate>=0.4.6"],
     "medical": ["pydicom>=3.0", "nibabel>=5.2"],
     "app": ["gradio>=6"],
@@ -42,8 +52,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=PACKAGES,
-    package_data={"medsight": ["medsight-nano/*"]},
+    packages=PACKAGES + TRAINING,
+    package_dir={"medsight.training": "training"},
+    package_data={
+        "medsight": ["medsight-nano/*"],
+        "medsight.training": ["configs/*.yaml", "configs/ablations/*.yaml", "accelerate/*.yaml"],
+        "medsight.training.data": ["*.yaml"],
+    },
     python_requires=">=3.10",
     install_requires=runtime,
     extras_require=extras,

@@ -18,8 +18,10 @@ from medsight import __version__
 
 COMMANDS = {
     "predict": ("medsight.predict", "answer a prompt about an image, with a mask for every region the answer cites"),
+    "train": ("medsight.train", "train a model by a recipe, through all stages, going on where a run stopped"),
     "convert": ("medsight.convert", "turn published checkpoint files into one folder that loads anywhere"),
     "init": ("medsight.init", "assemble a fresh model from a language model, an image encoder and a groups file"),
+    "data": ("medsight.data", "check training data, or write grounded conversations from images with masks"),
 }
 
 

@@ -8,7 +8,7 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
-from .outputs_medsight import MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
+from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
 from .region_codes_in_text_medsight import count_images, is_region_code, locate_codes
 
 
@@ -284,10 +284,10 @@ class MedSightGenerationMixin(GenerationMixin):
 
         cache = None
         if not bool((sequences[:, start:] == self.config.image_token_id).any()):
-            cache = _beginning_of_cache(outputs.get("past_key_values"), len(prompt), copies, start)
+            cache = _beginning_of_cache(outputs.get(CACHE_NAME), len(prompt), copies, start)
         position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if cache is not None:
-            passed = {"past_key_values": cache, "use_cache": True}
+            passed = {CACHE_NAME: cache, "use_cache": True}
         else:
             start = 0
             index = torch.cat([block.repeat(copies) for block in _images_of_rows(prompt, self.config)])

@@ -1,136 +1,102 @@
-"""Stage 1: image encoder and region perceiver, on masks alone.
+"""Stage 1: the region perceiver, on masks alone (and the image encoder with it, where nothing is pretrained).
 
-Two tasks share the perceiver. With its own region queries it finds regions, matched to the masks (the published task).
-With a learnt embedding a class in their place it segments the classes asked for, with nothing to match. The second is
-what decoding a region code will be, gives every query a target from the first step, and so learns many times faster.
-The class embeddings serve in training only.
+medsight train CONFIG.yaml --stage perceiver
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from modeling_medsight.loss_medsight import mask_bce, mask_dice, resize_masks
-from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
-from modeling_medsight.region_perceiver_medsight import RegionPerceiverOutput
-from modeling_medsight.vision_medsight import encode_image
-
-from .data import Augmenter, Sample, sampling_weights
-from .optimisation import Optimisation, train_only
+from .data.collators import RegionCollator
+from .data.items import Items, RegionItems
+from .stage import Stage, StageSettings, batch_to, dice, ratio
 
 
-@dataclass(frozen=True)
-class PerceiverStage:
+@dataclass
+class PerceiverSettings(StageSettings):
     """Settings of stage 1.
 
     Attributes:
-        steps, batch_size, learning_rate, muon_learning_rate, weight_decay, warmup: see `Optimisation`.
-        set_power: sets are drawn in proportion to their size to this power.
-        matching_share: share of the steps that also train the region queries by matching.
-        auxiliary_weight: weight of the masks of every stage before the last.
-        most_classes: most classes asked of an image at once.
+        train_encoder: train the image encoder too.
+        matched_share: with class queries, share of the images that train the region queries too; the others ask for
+            classes alone, which costs half.
+        most_asked: most classes that an image is asked for at once.
     """
 
-    steps: int
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 3e-3
-    weight_decay: float = 0.02
-    warmup: int = 150
-    set_power: float = 0.6
-    matching_share: float = 0.34
-    auxiliary_weight: float = 0.5
-    most_classes: int = 8
+    train_encoder: bool = False
+    matched_share: float = 1.0
+    most_asked: int = 8
 
 
-def class_queries(embedding: nn.Embedding, asked: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class ids a sample to padded queries (B, Q, d) and their mask (B, Q), true where a class is asked."""
-    width = max(len(classes) for classes in asked)
-    ids = torch.zeros(len(asked), width, dtype=torch.long)
-    known = torch.zeros(len(asked), width, dtype=torch.bool)
-    for row, classes in enumerate(asked):
-        ids[row, : len(classes)] = torch.tensor(classes)
-        known[row, : len(classes)] = True
-    return embedding(ids), known
+class PerceiverStage(Stage):
+    """Trains R by Hungarian-matched masks and classes; its own metrics are oracle-matched Dice and class accuracy."""
+
+    key, folder, reads, Settings = "perceiver", "1_perceiver", "regions", PerceiverSettings
+
+    def trains(self) -> tuple[str, ...]:
+        encoder = ("model.vision_tower.",) if self.settings.train_encoder else ()
+        return (*encoder, "model.region_perceiver.")
+
+    def items(self, rows: Any, training: bool, **common: Any) -> Items:
+        share = self.settings.matched_share if training else 1.0
+        return RegionItems(rows, self.places, most_asked=self.settings.most_asked, matched_share=share, **common)
+
+    def collator(self) -> RegionCollator:
+        return RegionCollator(class_queries=self.config.use_class_queries)
+
+    def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        regions = model.get_region_features(batch["pixel_values"])
+        result = {"dice": 0.0, "right": 0.0, "masks": 0.0, "class_dice": 0.0}
+        for row, (targets, classes) in enumerate(zip(batch["mask_labels"], batch["class_labels"], strict=True)):
+            if not len(targets):
+                continue
+            targets = targets >= 0.5
+            pairs = pairwise_dice(regions.masks_queries_logits[row] > 0, targets)
+            queries, wanted = linear_sum_assignment(-pairs.cpu().numpy())
+            predicted = regions.class_queries_logits[row][queries].argmax(-1)
+            result["dice"] += float(pairs[queries, wanted].sum())
+            result["right"] += float((predicted == classes[wanted]).sum())
+            result["masks"] += len(targets)
+        if self.config.use_class_queries:
+            for masks, targets in zip(
+                ask_classes(model, regions, batch["class_labels"]), batch["mask_labels"], strict=True
+            ):
+                result["class_dice"] += float(dice(masks > 0, targets >= 0.5).sum())
+        return result
+
+    def summarise(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
+        figures = {"dice": ratio(totals, "dice", "masks"), "class_accuracy": ratio(totals, "right", "masks")}
+        if self.config.use_class_queries:
+            figures["class_query_dice"] = ratio(totals, "class_dice", "masks")
+        return figures
+
+    def example(self, model: nn.Module, sample: dict[str, Any]) -> tuple[list[torch.Tensor], list[str]]:
+        batch = batch_to(self.collator()([sample]), model.device)
+        regions = model.get_region_features(batch["pixel_values"])
+        logits = regions.class_queries_logits[0].softmax(-1)
+        found = [i for i in range(len(logits)) if int(logits[i].argmax()) != self.config.num_mask_classes]
+        names = self.config.mask_class_names or [f"class {i}" for i in range(self.config.num_mask_classes)]
+        masks = [regions.masks_queries_logits[0][i] > 0 for i in found]
+        return masks, [f"{names[int(logits[i].argmax())]} {float(logits[i].max()):.2f}" for i in found]
 
 
-def draw_classes(count: int, most: int, generator: torch.Generator) -> list[int]:
-    """A random subset of `count` masks, at least one and at most `most`, in random order."""
-    number = int(torch.randint(1, min(most, count) + 1, (1,), generator=generator))
-    return torch.randperm(count, generator=generator)[:number].tolist()
+def pairwise_dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Dice of every boolean mask (q, H, W) with every target (n, H, W): (q, n)."""
+    masks, targets = masks.flatten(1).float(), targets.flatten(1).float()
+    return 2 * masks @ targets.T / (masks.sum(1)[:, None] + targets.sum(1)[None]).clamp(min=1)
 
 
-def train_perceiver(
-    model: MedSightForConditionalGeneration,
-    embedding: nn.Embedding,
-    samples: list[Sample],
-    augmenter: Augmenter,
-    normalise: nn.Module,
-    settings: PerceiverStage,
-) -> None:
-    """Train encoder, perceiver and `embedding`, the class queries (classes, d), in place."""
-    config, perceiver = model.config, model.model.region_perceiver
-    class_ids = {name: index for index, name in enumerate(config.mask_class_names)}
-    samples = [sample for sample in samples if sample.record.masks]
-    labels = [torch.tensor([class_ids[target] for target in sample.record.targets]) for sample in samples]
-    weights = sampling_weights([sample.record for sample in samples], settings.set_power)
-    parameters = train_only(model, ("model.vision_tower.", "model.region_perceiver."))
-    perceiver.return_auxiliary_logits = True
-    optimisation = Optimisation(
-        "stage 1 perceiver",
-        [*parameters, ("class_queries", embedding.weight)],
-        settings.steps,
-        settings.learning_rate,
-        settings.muon_learning_rate,
-        settings.weight_decay,
-        settings.warmup,
+def ask_classes(model: nn.Module, regions: Any, classes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Mask logits (n_i, H, W) that the queries of the given classes (n_i,) find in each image."""
+    perceiver, config = model.model.region_perceiver, model.config
+    width = max(1, *(len(some) for some in classes))
+    ids = torch.stack([torch.cat((some, some.new_zeros(width - len(some)))) for some in classes])
+    known = (
+        torch.arange(width, device=ids.device) < torch.tensor([len(s) for s in classes], device=ids.device)[:, None]
     )
-    generator = augmenter.generator
-    for _ in range(settings.steps):
-        drawn = torch.multinomial(weights, settings.batch_size, replacement=True, generator=generator).tolist()
-        pixels, masks = augmenter([samples[index] for index in drawn])
-        masks = [resize_masks(mask, config.mask_size) for mask in masks]
-        pixel_values = normalise(pixels).contiguous(memory_format=torch.channels_last)
-        grid = encode_image(model.model.vision_tower, pixel_values, config)[1]
-
-        chosen = [draw_classes(len(labels[index]), settings.most_classes, generator) for index in drawn]
-        queries, known = class_queries(embedding, [labels[i][c].tolist() for i, c in zip(drawn, chosen, strict=True)])
-        output = perceiver(grid, queries=queries, query_mask=known)
-        targets = torch.cat([mask[c] for mask, c in zip(masks, chosen, strict=True)])
-        stages = [*(stage["masks_queries_logits"] for stage in output.auxiliary_logits), output.masks_queries_logits]
-        losses = [_mask_loss(logits[known], targets) for logits in stages]
-        conditioned = losses[-1] + settings.auxiliary_weight * sum(losses[:-1])
-        parts = {"class_masks": losses[-1]}
-
-        loss = conditioned
-        if torch.rand(1, generator=generator).item() < settings.matching_share:
-            matched = _matching_loss(
-                model, perceiver(grid), masks, [labels[i] for i in drawn], settings.auxiliary_weight
-            )
-            parts["matching"] = matched
-            loss = loss + matched
-        optimisation.step(loss, **parts)
-    perceiver.return_auxiliary_logits = config.auxiliary_loss
-
-
-def _mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    targets = resize_masks(targets, tuple(logits.shape[-2:]))
-    return (mask_bce(logits, targets) + mask_dice(logits, targets)).mean()
-
-
-def _matching_loss(
-    model: MedSightForConditionalGeneration,
-    output: RegionPerceiverOutput,
-    masks: list[torch.Tensor],
-    labels: list[torch.Tensor],
-    auxiliary_weight: float,
-) -> torch.Tensor:
-    """The perceiver's loss of the region queries; earlier stages keep the last one's pairs: a query has one target."""
-    loss, pairs = model.perceiver_loss(output.masks_queries_logits, output.class_queries_logits, masks, labels)
-    for stage in output.auxiliary_logits[1:]:
-        earlier = model.perceiver_loss(
-            stage["masks_queries_logits"], stage["class_queries_logits"], masks, labels, pairs
-        )[0]
-        loss = loss + auxiliary_weight * earlier
-    return loss
+    grid = regions.patch_features.unflatten(1, config.patch_grid)
+    masks = perceiver(grid, queries=perceiver.class_queries[ids], query_mask=known).masks_queries_logits
+    return [rows[: len(some)] for rows, some in zip(masks, classes, strict=True)]

@@ -1,155 +1,207 @@
-"""Stage 3a: the region codebook and the group classifier, on the frozen perceiver's region embeddings."""
+"""Stage 3a: the region codebook and the group classifier, on the frozen perceiver's region embeddings.
+
+medsight train CONFIG.yaml --stage codebook
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from modeling_medsight.loss_medsight import mask_bce, mask_dice
-from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
-
-from .optimisation import Optimisation, train_only
-from .views import View
-
-
-@dataclass(frozen=True)
-class CodebookStage:
-    """Settings of stage 3a; codes that `revive_every` steps left unused are moved onto regions of their group."""
-
-    steps: int
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.0
-    weight_decay: float = 0.0
-    warmup: int = 20
-    revive_every: int = 50
-    kmeans_rounds: int = 10
+from .data.collators import RegionCollator
+from .data.items import Items, RegionItems
+from .stage import Stage, StageSettings, dice, in_batches, ratio
 
 
-def train_codebook(
-    model: MedSightForConditionalGeneration, views: list[View], settings: CodebookStage, generator: torch.Generator
-) -> None:
-    """Train codes, W_q, W_m and the group classifier in place, then start the code rows as P_vt(W_m(code)).
+@dataclass
+class CodebookSettings(StageSettings):
+    """Settings of stage 3a.
 
-    Only regions that a mask was matched with are quantised: a code is to stand for a region, not for a query that
-    found nothing. The perceiver's loss on the reconstruction uses the pairs that the continuous embeddings got.
+    Attributes:
+        kmeans_images: training images whose regions the codes start from, as centres of k-means; 0 leaves them random.
+        kmeans_rounds: rounds of k-means.
+        revive_every: steps after which codes that no region took are moved onto regions of their group; 0 is never.
+        revive_until: share of the steps after which no code is moved any more.
+        revive_images: training images that dead codes are moved onto regions of.
     """
-    config, core = model.config, model.model
-    codebook, perceiver = core.codebook, core.region_perceiver
-    class_ids = {name: index for index, name in enumerate(config.mask_class_names)}
-    parameters = train_only(model, ("model.codebook.", "model.group_classifier."))
-    with_regions = [view for view in views if (view.queries >= 0).any()]
-    _start_codes_by_kmeans(model, with_regions, settings.kmeans_rounds, generator)
-    optimisation = Optimisation(
-        "stage 3a codebook",
-        parameters,
-        settings.steps,
-        settings.learning_rate,
-        settings.muon_learning_rate,
-        settings.weight_decay,
-        settings.warmup,
-    )
-    used = torch.zeros(config.num_groups, config.codes_per_group, dtype=torch.long)
-    for step in range(1, settings.steps + 1):
-        drawn = torch.randint(len(with_regions), (settings.batch_size,), generator=generator).tolist()
-        batch = [with_regions[index] for index in drawn]
-        patches = torch.stack([view.patch_features for view in batch])
-        groups = torch.tensor([view.record.group for view in batch])
-        with torch.no_grad():
-            image_features = perceiver(patches.unflatten(1, config.patch_grid)).image_features
-        rows, queries, targets, classes = [], [], [], []
-        for row, view in enumerate(batch):
-            for index, (target, query) in enumerate(zip(view.record.targets, view.queries.tolist(), strict=True)):
-                if query >= 0:
-                    rows.append(row)
-                    queries.append(query)
-                    targets.append(view.masks[index].float() / 255)
-                    classes.append(class_ids[target])
-        regions = torch.stack([batch[row].region_embeddings[query] for row, query in zip(rows, queries, strict=True)])
-        region_groups = groups[rows]
-        quantized = codebook(regions[:, None], region_groups)
-        used.index_put_((region_groups, quantized.code_indices[:, 0]), torch.ones_like(region_groups), accumulate=True)
 
-        reconstructed, head = quantized.reconstructed_regions[:, 0], perceiver.segmentation_head
-        logits = torch.einsum("nd,nhwd->nhw", head.mask_projection(reconstructed), image_features[rows])
-        masks = torch.stack(targets)
-        through_codes = (mask_bce(logits, masks) + mask_dice(logits, masks)).mean()
-        through_codes = through_codes + F.cross_entropy(head.class_predictor(reconstructed), torch.tensor(classes))
-        group_loss = F.cross_entropy(core.group_classifier(patches.mean(1)), groups)
-        loss = quantized.vq_loss + quantized.reconstruction_loss + through_codes + group_loss
-        optimisation.step(
-            loss,
-            vq=quantized.vq_loss,
-            reconstruction=quantized.reconstruction_loss,
-            through_codes=through_codes,
-            group=group_loss,
+    kmeans_images: int = 4096
+    kmeans_rounds: int = 10
+    revive_every: int = 50
+    revive_until: float = 0.5
+    revive_images: int = 256
+
+
+class CodebookStage(Stage):
+    """Trains codes, W_q, W_m and the group classifier; scored by usage, reconstruction and masks through the codes."""
+
+    key, folder, reads, Settings = "codebook", "3a_codebook", "regions", CodebookSettings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.used = torch.zeros(self.config.num_groups, self.config.codes_per_group, dtype=torch.long)
+        self.train_items: Items | None = None
+
+    def trains(self) -> tuple[str, ...]:
+        return ("model.codebook.", "model.group_classifier.")
+
+    def items(self, rows: Any, training: bool, **common: Any) -> Items:
+        items = RegionItems(rows, self.places, **common)
+        if training:
+            self.train_items = RegionItems(rows, self.places, seed=self.seed, skip_errors=items.skip_errors)
+        return items
+
+    def collator(self) -> RegionCollator:
+        return RegionCollator(groups=True)
+
+    @torch.no_grad()
+    def start(self, model: nn.Module, items: Items) -> None:
+        """Codes start as centres of k-means over the regions of their group."""
+        if not self.settings.kmeans_images:
+            return
+        vectors, groups = self._regions_of(model, self._spread(self.settings.kmeans_images))
+        codes = model.model.codebook.codes
+        generator = torch.Generator().manual_seed(self.seed)
+        for group in groups.unique().tolist():
+            points = vectors[groups == group]
+            codes[group] = kmeans(points, codes.shape[1], self.settings.kmeans_rounds, generator).to(codes)
+
+    def after_forward(self, outputs: Any) -> None:
+        taken = outputs.quantized_codes.cpu()
+        self.used.index_put_((taken[:, 0], taken[:, 1]), torch.ones(len(taken), dtype=torch.long), accumulate=True)
+
+    @torch.no_grad()
+    def after_step(self, trainer: Any) -> None:
+        """Revive dead codes: move each onto a region of its group."""
+        step, every = trainer.state.global_step, self.settings.revive_every
+        if not every or step % every or step > self.settings.revive_until * trainer.state.max_steps:
+            return
+        used = trainer.accelerator.reduce(self.used.to(trainer.args.device).float(), reduction="sum").cpu()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        generator = torch.Generator().manual_seed(self.seed + step)
+        chosen = torch.randint(len(self.train_items), (self.settings.revive_images,), generator=generator).tolist()
+        vectors, groups = self._regions_of(model, chosen)
+        codes = model.model.codebook.codes
+        for group in groups.unique().tolist():
+            points = vectors[groups == group]
+            dead = (used[group] == 0).nonzero()[:, 0]
+            drawn = torch.randint(len(points), (len(dead),), generator=generator)
+            codes[group, dead.to(codes.device)] = points[drawn].to(codes)
+        if trainer.accelerator.num_processes > 1:
+            torch.distributed.broadcast(codes.data, src=0)
+        self.used.zero_()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"used": self.used}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.used = state["used"]
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> nn.Module:
+        start_code_rows(model)
+        return model
+
+    def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        regions = model.get_region_features(batch["pixel_values"])
+        groups = batch["group_labels"]
+        quantized = model.quantize_regions(regions.region_embeddings, groups)
+        logits = model.model.region_perceiver.segmentation_head(
+            quantized.reconstructed_regions, regions.image_features
+        )[0]
+        pairs = model.perceiver_loss.matcher(
+            regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
         )
-        if step % settings.revive_every == 0 and step <= settings.steps // 2:
-            _revive_dead_codes(model, with_regions, used, generator)
-            used.zero_()
-    start_code_rows(model)
-    report_usage(model, with_regions)
+        used = torch.zeros_like(self.used, dtype=torch.float32, device=model.device)
+        result = {"used": used, "regions": 0, "error": 0.0, "dice": 0.0, "images": len(groups)}
+        for row, (queries, targets) in enumerate(pairs):
+            taken = quantized.code_indices[row][queries]
+            used.index_put_(
+                (groups[row].expand(len(taken)), taken), torch.ones_like(taken, dtype=used.dtype), accumulate=True
+            )
+            wanted, given = regions.region_embeddings[row][queries], quantized.reconstructed_regions[row][queries]
+            result["error"] += float((wanted.float() - given.float()).square().mean(-1).sum())
+            result["dice"] += float(dice(logits[row][queries] > 0, batch["mask_labels"][row][targets] >= 0.5).sum())
+            result["regions"] += len(queries)
+        result["right_groups"] = (regions.group_logits.argmax(-1) == groups).sum()
+        return result
+
+    def summarise(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
+        used = totals["used"]
+        seen = used[used.sum(1) > 0]
+        share = seen / seen.sum(1, keepdim=True)
+        perplexity = torch.exp(-(share * share.clamp(min=1e-9).log()).sum(1))
+        figures = {
+            "live_codes": float((seen > 0).float().mean()),
+            "code_perplexity": float(perplexity.mean()),
+            "reconstruction": ratio(totals, "error", "regions"),
+            "dice_through_codes": ratio(totals, "dice", "regions"),
+            "group_accuracy": ratio(totals, "right_groups", "images"),
+        }
+        for group, row in enumerate(used):
+            if row.sum():
+                name = self.config.group_names[group]
+                figures[f"live_codes/{name}"] = float((row > 0).float().mean())
+                one = row / row.sum()
+                figures[f"code_perplexity/{name}"] = float(torch.exp(-(one * one.clamp(min=1e-9).log()).sum()))
+        return figures
+
+    def example(self, model: nn.Module, sample: dict[str, Any]) -> tuple[list[torch.Tensor], list[str]]:
+        device = model.device
+        regions = model.get_region_features(sample["pixel_values"][None].to(device))
+        quantized = model.quantize_regions(regions.region_embeddings, torch.tensor([sample["group"]], device=device))
+        head = model.model.region_perceiver.segmentation_head
+        logits = head(quantized.reconstructed_regions, regions.image_features)[0]
+        masks, labels = [sample["mask_labels"].to(device)], [sample["class_labels"].to(device)]
+        ((queries, _),) = model.perceiver_loss.matcher(
+            regions.masks_queries_logits, regions.class_queries_logits, masks, labels
+        )
+        indices = quantized.code_indices[0][queries].tolist()
+        return [logits[0][i] > 0 for i in queries], [
+            self.config.region_code_token(sample["group"], m) for m in indices
+        ]
+
+    def _spread(self, count: int) -> range:
+        """Up to `count` items, evenly over the training set."""
+        size = len(self.train_items)
+        return range(0, size, max(1, size // count))
+
+    def _regions_of(self, model: nn.Module, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_q of the matched regions of training images, (n, d_c), and the group of each, (n,), on the CPU."""
+        training = model.training
+        model.eval()
+        vectors, groups = [], []
+        for batch in in_batches(self.train_items, chosen, self.collator(), 16, model.device):
+            regions = model.get_region_features(batch["pixel_values"])
+            pairs = model.perceiver_loss.matcher(
+                regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
+            )
+            for row, (queries, _) in enumerate(pairs):
+                vectors.append(model.model.codebook.encode(regions.region_embeddings[row][queries]).cpu())
+                groups.append(batch["group_labels"][row].cpu().expand(len(queries)))
+        model.train(training)
+        return torch.cat(vectors), torch.cat(groups)
+
+
+def kmeans(points: torch.Tensor, count: int, rounds: int, generator: torch.Generator) -> torch.Tensor:
+    """Centres (count, d) of unit-length points (n, d), themselves of unit length; n may be below count."""
+    start = torch.randint(len(points), (count,), generator=generator)
+    centres = points[start] + 1e-3 * torch.randn(count, points.shape[1], generator=generator)
+    for _ in range(rounds):
+        nearest = torch.cdist(points, centres).argmin(1)
+        for index in nearest.unique().tolist():
+            centres[index] = F.normalize(points[nearest == index].mean(0), dim=0)
+    return centres
 
 
 @torch.no_grad()
-def start_code_rows(model: MedSightForConditionalGeneration) -> None:
+def start_code_rows(model: nn.Module) -> None:
     """Set every code's row of the vocabulary to P_vt(W_m(code))."""
     config, core = model.config, model.model
     rows = core.vision_to_text_projector(core.codebook.decode(core.codebook.code_table())).flatten(0, 1)
     where = slice(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
     core.get_input_embeddings().weight[where] = rows
-    if not config.tie_word_embeddings:
+    if model.lm_head.weight is not core.get_input_embeddings().weight:
         model.lm_head.weight[where] = rows
-
-
-@torch.no_grad()
-def report_usage(model: MedSightForConditionalGeneration, views: list[View]) -> dict[str, tuple[float, float]]:
-    """Share of live codes and perplexity a group, over the regions that have a mask; printed and returned."""
-    vectors, groups = _encoded_regions(model, views)
-    table, usage = model.model.codebook.code_table(), {}
-    for group in groups.unique().tolist():
-        nearest = torch.cdist(vectors[groups == group], table[group]).argmin(1)
-        share = torch.bincount(nearest, minlength=len(table[group])).float()
-        share = share / share.sum()
-        perplexity = torch.exp(-(share * share.clamp(min=1e-9).log()).sum()).item()
-        usage[model.config.group_names[group]] = ((share > 0).float().mean().item(), perplexity)
-    text = ", ".join(f"{name} {100 * live:.0f}%/{perplexity:.1f}" for name, (live, perplexity) in usage.items())
-    print(f"codes in use / perplexity: {text}", flush=True)
-    return usage
-
-
-@torch.no_grad()
-def _encoded_regions(model: MedSightForConditionalGeneration, views: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_q of every matched region, (n, d_c), and the group of each, (n,)."""
-    regions = [view.region_embeddings[view.queries[view.queries >= 0]] for view in views]
-    groups = [torch.full((len(region),), view.record.group) for region, view in zip(regions, views, strict=True)]
-    return model.model.codebook.encode(torch.cat(regions)), torch.cat(groups)
-
-
-@torch.no_grad()
-def _start_codes_by_kmeans(
-    model: MedSightForConditionalGeneration, views: list[View], rounds: int, generator: torch.Generator
-) -> None:
-    vectors, groups = _encoded_regions(model, views)
-    codes = model.model.codebook.codes
-    for group in groups.unique().tolist():
-        points = vectors[groups == group]
-        start = torch.randint(len(points), (codes.shape[1],), generator=generator)
-        centres = points[start] + 1e-3 * torch.randn(codes.shape[1:], generator=generator)
-        for _ in range(rounds):
-            nearest = torch.cdist(points, centres).argmin(1)
-            for index in nearest.unique().tolist():
-                centres[index] = F.normalize(points[nearest == index].mean(0), dim=0)
-        codes[group] = centres
-
-
-@torch.no_grad()
-def _revive_dead_codes(
-    model: MedSightForConditionalGeneration, views: list[View], used: torch.Tensor, generator: torch.Generator
-) -> None:
-    vectors, groups = _encoded_regions(model, views)
-    for group in groups.unique().tolist():
-        points = vectors[groups == group]
-        dead = (used[group] == 0).nonzero()[:, 0]
-        drawn = torch.randint(len(points), (len(dead),), generator=generator)
-        model.model.codebook.codes[group, dead] = points[drawn]

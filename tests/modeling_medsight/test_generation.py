@@ -10,6 +10,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 
 from configuration_medsight import MedSightConfig
 from modeling_medsight import MedSightForConditionalGeneration
+from modeling_medsight.outputs_medsight import CACHE_NAME
 from tests.tiny_checkpoint import byte_tokenizer
 
 from .configurations import CONFIGURATIONS, make_batch, make_config, make_model, row_of_batch
@@ -244,8 +245,8 @@ def test_without_a_dictionary_there_are_just_the_sequences(model: Any, config: M
 def test_all_that_transformers_own_output_has_is_there(model: Any, config: MedSightConfig) -> None:
     wanted = {"output_scores": True, "output_logits": True, "output_hidden_states": True}
     for settings, fields in (
-        ({}, ("sequences", "scores", "logits", "hidden_states", "past_key_values")),
-        ({"num_beams": 2}, ("sequences", "sequences_scores", "beam_indices", "scores", "past_key_values")),
+        ({}, ("sequences", "scores", "logits", "hidden_states", CACHE_NAME)),
+        ({"num_beams": 2}, ("sequences", "sequences_scores", "beam_indices", "scores", CACHE_NAME)),
     ):
         out = generate(model, make_batch(config, ["tIt"]), **wanted, **settings)
         for field in (*fields, "mask_logits", "region_codes", "region_scores"):

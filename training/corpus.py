@@ -1,0 +1,172 @@
+"""The rows that a run trains on: sources read, split, annotated; and what makes two runs' data the same."""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .data.groups import Groups
+from .recipe import AnnotationSettings, Recipe
+
+
+ANNOTATIONS = "annotations"
+
+
+@dataclass
+class Corpus:
+    """Rows by purpose.
+
+    Attributes:
+        training, validation: images with masks.
+        groups: code groups.
+        classes: names of the mask classes.
+    """
+
+    recipe: Recipe
+    training: Any
+    validation: Any
+    groups: Groups
+    classes: list[str]
+
+    def split(self, name: str) -> Any:
+        """The region rows of `training` or `validation`."""
+        return self.training if name == "training" else self.validation
+
+
+def read_corpus(recipe: Recipe) -> Corpus:
+    """Read the region sources of a recipe: rows only, no picture.
+
+    Raises:
+        OSError, ValueError: as `load_source`; or the sources are none, or have no validation split though one is asked.
+    """
+    from datasets import concatenate_datasets
+
+    from .data.biomedparse import split_validation
+    from .data.sources import Source, load_source
+
+    parts = [load_source(Source.from_mapping(entry)) for entry in recipe.data.regions]
+    if not parts:
+        raise ValueError("data.regions is empty: stages 1 and 3a need images with masks")
+    rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    training, validation = split_validation(rows, recipe.data.validation_fraction, recipe.seed)
+    if recipe.data.groups:
+        groups = Groups(recipe.data.groups)
+    else:
+        groups = Groups.of_pairs(zip(rows["modality"], rows["site"], strict=True))
+    classes = recipe.data.classes or sorted({target for some in rows["targets"] for target in some})
+    return Corpus(recipe, training, validation, groups, classes)
+
+
+def corpus_conversations(corpus: Corpus) -> Any:
+    """The corpus' own text as conversations without images: for stage 0, and for a preset's tokenizer.
+
+    Made from the training rows alone, with the wordings of the first annotation; and the words of `data.text`.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    from .data.schema import CONVERSATION_FEATURES
+    from .data.sources import Source, load_source
+    from .data.wording import ConversationMaker, Vocabulary, corpus_texts
+
+    recipe = corpus.recipe
+    settings = next(iter(recipe.annotations.values()), AnnotationSettings())
+    maker = ConversationMaker(
+        load_wordings(settings),
+        Vocabulary.from_rows(corpus.training, corpus.groups),
+        random.Random(recipe.seed),
+        max_regions=settings.max_regions,
+    )
+    rows = [
+        {
+            "id": f"text-{number}",
+            "images": [],
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}],
+            "masks": [],
+            "targets": [],
+        }
+        for number, (question, reply) in enumerate(corpus_texts(maker, corpus.training, recipe.data.text_rounds))
+    ]
+    empty = dict.fromkeys(("dataset", "modality", "site", "split", "patient"))
+    made = Dataset.from_list([{**empty, **row} for row in rows], features=CONVERSATION_FEATURES)
+    return concatenate_datasets([made, *(load_source(Source.from_mapping(entry)) for entry in recipe.data.text)])
+
+
+def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str) -> Any:
+    """The conversations of a stage: annotated ones from the run's folder, others from their sources.
+
+    Raises:
+        ValueError: a name is neither an annotation nor a source of conversations, or there are no names.
+    """
+    from datasets import concatenate_datasets
+
+    from .data.conversations import split_validation
+    from .data.sources import Source, load_source
+    from .recipe import refuse_unknown
+
+    recipe = corpus.recipe
+    refuse_unknown(names, [*recipe.annotations, *recipe.data.conversations], "data of a stage")
+    if not names:
+        raise ValueError("a language stage needs data: names of annotations or of data.conversations")
+    parts = []
+    for name in names:
+        if name in recipe.annotations:
+            parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
+        else:
+            rows = load_source(Source.from_mapping(recipe.data.conversations[name]))
+            both = split_validation(rows, recipe.data.validation_fraction, recipe.seed)
+            parts.append(both[0] if split == "training" else both[1])
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, folder: Path) -> None:
+    """Write the conversations of one annotation, training and validation, where they are not there yet."""
+    from .data.annotation import annotate
+
+    recipe, settings = corpus.recipe, corpus.recipe.annotations[name]
+    for split in ("training", "validation"):
+        target = folder / ANNOTATIONS / name / split
+        if target.is_dir() or not len(corpus.split(split)):
+            continue
+        annotate(
+            corpus.split(split),
+            model,
+            processor,
+            corpus.groups,
+            target,
+            per_image=settings.per_image if split == "training" else 1,
+            plain_share=settings.plain_share,
+            max_regions=settings.max_regions,
+            wordings=load_wordings(settings),
+            seed=recipe.seed,
+            on_error=recipe.data.on_error,
+        )
+
+
+def load_wordings(settings: AnnotationSettings) -> Any:
+    """The wordings that an annotation names, or the shipped ones."""
+    from .data.templates import Wordings
+
+    return Wordings.load(settings.templates) if settings.templates else Wordings.load()
+
+
+def fingerprint(rows: Any) -> str:
+    """A sha256 of which files and words a data set has: its rows without pictures' bytes, and the sizes of files."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(_described(row), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"path", "bytes"}:
+        path, content = value["path"], value["bytes"]
+        if content is not None:
+            return hashlib.sha256(content).hexdigest()
+        file = Path(path)
+        # the last three parts: the same data under another root is the same
+        return ["/".join(file.parts[-3:]), file.stat().st_size if file.is_file() else None]
+    if isinstance(value, dict):
+        return {key: _described(entry) for key, entry in value.items()}
+    return [_described(entry) for entry in value] if isinstance(value, list) else value

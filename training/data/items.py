@@ -1,0 +1,227 @@
+"""Rows to samples: pictures decoded, placed as in inference, augmented together with their masks.
+
+A sample depends on its row, the seed and its draw number alone: not on worker processes, on what was drawn before, or
+on whether the run was interrupted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from modeling_medsight.loss_medsight import resize_masks
+
+from .augmentation import Augmenter
+from .conversations import code_images
+from .groups import Groups
+from .pictures import read_mask, read_picture
+from .schema import IMAGE_MARKER
+
+
+MIXER = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: neighbouring draws get unrelated seeds
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """In place of a sample that could not be read, where a recipe says `on_error: skip`."""
+
+    reason: str
+
+
+class Places:
+    """How pixels and masks get onto the model's canvas, and what classes and groups are called.
+
+    Args:
+        processor: a `MedSightProcessor`.
+        config: the model's `MedSightConfig`.
+        groups: code groups.
+    """
+
+    def __init__(self, processor: Any, config: Any, groups: Groups) -> None:
+        self.processor, self.config, self.groups = processor, config, groups
+        self.image_processor = processor.image_processor
+        self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
+        self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
+        self.std = torch.tensor(self.image_processor.image_std).view(3, 1, 1)
+
+    def group(self, row: dict[str, Any]) -> int:
+        """The code group of a row; 0 without a codebook."""
+        if not self.config.use_region_codebook:
+            return 0
+        return self.groups.index(row["modality"], row["site"])
+
+    def class_of(self, target: str, name: str) -> int:
+        """The mask class of a target; `name` is the file to blame where it has none."""
+        if target not in self.classes:
+            raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
+        return self.classes[target]
+
+    def pixels(self, picture: Any) -> torch.Tensor:
+        """(3, S, S), normalised, as in inference."""
+        return self.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    def masks(self, masks: Sequence[np.ndarray]) -> torch.Tensor:
+        """(n, S, S) in [0, 1] on the same canvas."""
+        side = self.config.image_size
+        if not len(masks):
+            return torch.zeros(0, side, side)
+        return self.image_processor.preprocess_masks(np.stack(masks), output_size=(side, side))
+
+    def augment(
+        self,
+        augmenter: Augmenter | None,
+        pixels: torch.Tensor,
+        masks: torch.Tensor,
+        group: int,
+        targets: Sequence[str],
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and masks, moved together; brightness changes before normalisation, as a camera's would."""
+        if augmenter is not None:
+            picture = (pixels * self.std + self.mean).clamp(0, 1)
+            picture, masks = augmenter(picture, masks, group=group, targets=targets, generator=generator)
+            pixels = (picture - self.mean) / self.std
+        return pixels, resize_masks(masks, self.config.mask_size)
+
+
+class Items(Dataset):
+    """Samples of rows by draw number; row = draw mod number of rows.
+
+    Args:
+        rows: a map-style `datasets.Dataset` in one of the two schemas.
+        places: canvas, classes and groups.
+        augmenter: what moves and recolours pictures; none for validation.
+        seed: of the augmentation and of what a sample draws.
+        skip_errors: give a `Skipped` for a broken row in place of raising.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        places: Places,
+        augmenter: Augmenter | None = None,
+        seed: int = 0,
+        skip_errors: bool = False,
+    ) -> None:
+        self.rows, self.places, self.augmenter = rows, places, augmenter
+        self.seed, self.skip_errors = seed, skip_errors
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: int) -> dict[str, Any] | Skipped:
+        return self.sample(self.rows[draw % len(self.rows)], draw)
+
+    def sample(self, row: dict[str, Any], draw: int) -> dict[str, Any] | Skipped:
+        """The sample of a row, with the chance of draw number `draw`.
+
+        Raises:
+            OSError, ValueError: a broken picture or mask, naming the file.
+        """
+        generator = torch.Generator().manual_seed((self.seed * MIXER + draw * (MIXER >> 1) + 1) % 2**63)
+        try:
+            return self._sample(row, generator)
+        except (OSError, ValueError) as error:
+            if not self.skip_errors:
+                raise
+            return Skipped(str(error))
+
+    def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class RegionItems(Items):
+    """Samples for the perceiver and the codebook: an image with all its masks.
+
+    Args:
+        most_asked: most classes that an image's class queries are asked for at once.
+        matched_share: chance of an image to train the region queries besides the class queries.
+    """
+
+    def __init__(self, *args: Any, most_asked: int = 8, matched_share: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.most_asked, self.matched_share = most_asked, matched_share
+
+    def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        places, name = self.places, name_of(row["image"])
+        picture = read_picture(row["image"])
+        masks = places.masks([read_mask(entry, picture.size) for entry in row["masks"]])
+        classes = torch.tensor([places.class_of(target, name) for target in row["targets"]], dtype=torch.long)
+        group = places.group(row)
+        pixels, masks = places.augment(self.augmenter, places.pixels(picture), masks, group, row["targets"], generator)
+        count = (
+            0
+            if not len(masks)
+            else int(torch.randint(1, min(self.most_asked, len(masks)) + 1, (1,), generator=generator))
+        )
+        return {
+            "pixel_values": pixels,
+            "mask_labels": masks,
+            "class_labels": classes,
+            "group": group,
+            "asked": torch.randperm(len(masks), generator=generator)[:count],
+            "chance": torch.rand(1, generator=generator).item(),
+            "matched": self.matched_share,
+            "file": name,
+        }
+
+
+class ConversationItems(Items):
+    """Samples for the language stages: a conversation, its images, and the masks of the codes that it cites.
+
+    Pictures are never mirrored here: a text may name a side.
+
+    Args:
+        mask_share: chance of a conversation to have its codes decoded to masks.
+        text_only: leave images, codes and masks out (stage 0).
+    """
+
+    def __init__(self, *args: Any, mask_share: float = 1.0, text_only: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mask_share, self.text_only = mask_share, text_only
+
+    def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        name = name_of(row["images"][0]) if row["images"] else f"conversation {row['id']}"
+        if self.text_only:
+            messages = [
+                {**turn, "content": turn["content"].replace(IMAGE_MARKER, "").strip()} for turn in row["messages"]
+            ]
+            return {"messages": messages, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
+        places = self.places
+        pictures = [read_picture(entry) for entry in row["images"]]
+        masks = [
+            read_mask(entry, self._size_of_mask(row, index, pictures)) for index, entry in enumerate(row["masks"])
+        ]
+        classes = [places.classes.get(target, -1) for target in row["targets"]]
+        if len(pictures) == 1:
+            pixels, placed = places.augment(
+                self.augmenter, places.pixels(pictures[0]), places.masks(masks), -1, row["targets"], generator
+            )
+            all_pixels = [pixels]
+        else:
+            all_pixels = [places.pixels(picture) for picture in pictures]
+            placed = resize_masks(places.masks(masks) if masks else torch.zeros(0, 1, 1), places.config.mask_size)
+        decoded = torch.rand(1, generator=generator).item() < self.mask_share
+        return {
+            "messages": row["messages"],
+            "pixel_values": all_pixels,
+            "mask_labels": placed if decoded or not len(placed) else None,
+            "code_classes": torch.tensor(classes, dtype=torch.long),
+            "file": name,
+        }
+
+    @staticmethod
+    def _size_of_mask(row: dict[str, Any], index: int, pictures: Sequence[Any]) -> tuple[int, int]:
+        if not pictures:
+            raise ValueError(f"conversation {row['id']}: it has masks but no image")
+        return pictures[0].size if len(pictures) == 1 else pictures[code_images(row["messages"])[index]].size
+
+
+def name_of(entry: Any) -> str:
+    """The file of an undecoded picture."""
+    if isinstance(entry, dict):
+        return entry.get("path") or "a picture inside a dataset"
+    return str(entry)

@@ -1,0 +1,106 @@
+"""Images and masks of training data, decoded wholly or refused with the name of their file."""
+
+import os
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, decode, load_image, to_array
+
+
+# What a row holds for a picture, as `datasets.Image(decode=False)` yields it, or the path alone.
+PictureEntry = Mapping[str, Any] | str | os.PathLike
+
+
+class MaskSizeError(ValueError):
+    """A mask is not of the size of its image."""
+
+
+class EmptyMaskError(ValueError):
+    """A mask has no pixel inside."""
+
+
+def picture_name(entry: PictureEntry) -> str:
+    """What an error calls a picture: its path, or where its bytes came from."""
+    if isinstance(entry, Mapping):
+        return entry.get("path") or "a picture without a name"
+    return os.fspath(entry)
+
+
+def read_picture(entry: PictureEntry, name: str | None = None) -> Image.Image:
+    """Decode an image wholly, in its own mode (a 16-bit scan stays 16-bit), turned upright if EXIF says so.
+
+    Args:
+        entry: `{"path": ..., "bytes": ...}`, of which the bytes count where there are any, or a path.
+        name: what an error calls it; its path by default.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, truncated, damaged or no image at all, has too many pixels, or holds NaN or infinity.
+    """
+    name = name or picture_name(entry)
+    content = entry.get("bytes") if isinstance(entry, Mapping) else None
+    if content is not None:
+        image = _from_bytes(content, name)
+    else:
+        path = entry.get("path") if isinstance(entry, Mapping) else entry
+        if not path:
+            raise ValueError(f"{name}: expected the path or the bytes of a picture, got neither")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{name}: no such image file")
+        image = load_image(Path(path))
+    if image.mode == "F":
+        to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
+    return image
+
+
+def _from_bytes(content: bytes, name: str) -> Image.Image:
+    if not content:
+        raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
+    try:
+        image = Image.open(BytesIO(content))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{name} is not an image, or its header is damaged ({error})") from error
+    decode(image, name)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:
+        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
+    return image
+
+
+def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = None) -> np.ndarray:
+    """Decode a mask; every pixel that is not 0 (not black, where it has colours) is inside.
+
+    Args:
+        entry: as for `read_picture`.
+        size: (width, height) of its image in pixels, as `PIL.Image.Image.size` is.
+        name: what an error calls it; its path by default.
+
+    Returns:
+        (height, width), bool, with at least one pixel inside.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MaskSizeError, EmptyMaskError: the mask is of another size than its image, or has no pixel inside.
+        ValueError: as `read_picture`.
+    """
+    name = name or picture_name(entry)
+    image = read_picture(entry, name)
+    if image.size != tuple(size):
+        raise MaskSizeError(
+            f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"
+        )
+    if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
+        mask = np.asarray(image) != 0
+    else:
+        mask = to_array(image, name, convert_rgb=True, rescale=True).any(axis=2)
+    if not mask.any():
+        raise EmptyMaskError(f"{name}: the mask is empty; a structure that is not in the image has no mask")
+    return mask

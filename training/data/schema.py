@@ -1,0 +1,39 @@
+"""What every reader yields, whatever the layout on disk: rows of one of two kinds, for the library `datasets`.
+
+Pictures stay undecoded, `{"path": ..., "bytes": ...}`, until a sample is drawn: nothing is loaded whole, and an error can
+name the file.
+"""
+
+from datasets import Features, Image, List, Value
+
+
+_PICTURE = Image(decode=False)
+_ORIGIN = {name: Value("string") for name in ("dataset", "modality", "site", "split", "patient")}
+
+# One image with all its masks, a row; for stages 1 and 3a.
+REGION_FEATURES = Features(
+    {
+        "image": _PICTURE,
+        "masks": List(_PICTURE),
+        "targets": List(Value("string")),  # what each mask shows, in the order of the masks
+        "absent": List(Value("string")),  # structures that are known not to be in the image
+        "finding": Value("string"),  # e.g. "benign", or none
+        "label_origin": Value("string"),  # "expert", "model", ..., or none
+        **_ORIGIN,
+    }
+)
+
+# One conversation about one or more images, a row; for stages 2, 3b and 4.
+CONVERSATION_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "images": List(_PICTURE),
+        # "<image>" in a user's content stands for the next of the images; region codes stand in assistants' contents
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "masks": List(_PICTURE),  # mask i is the target of the i-th region code
+        "targets": List(Value("string")),  # what each mask shows, in the order of the masks; "" where unknown
+        **_ORIGIN,
+    }
+)
+
+IMAGE_MARKER = "<image>"

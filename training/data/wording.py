@@ -1,0 +1,367 @@
+"""Conversations about region rows: a question drawn from the wordings of templates.yaml, an answer from the row.
+
+Where an answer cites a region it holds a numbered slot; the code is put in when the perceiver and the codebook have
+given the image's masks their codes (see `annotate`).
+
+Answers to "where is" name the side of the *picture*: what is trained on them must not be flipped or turned afterwards.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .groups import Groups
+from .templates import Wordings, matches
+
+
+MAX_REGIONS = 5  # as published (paper, unified tuning)
+SYNONYM_SHARE = 0.35  # of the prompts that name a structure which has synonyms
+LISTED_SHARE = 0.6  # of the absent structures asked for, where the image's own row lists some
+# Of a picture's fifths two are upper, one is between, two are lower; two left, one between, two right.
+POSITIONS = "upper left, upper middle, upper right, left, centre, right, lower left, lower middle, lower right".split(
+    ", "
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about one image and its answer.
+
+    Attributes:
+        intent: what is asked, as templates.yaml names it; "absent" where what is asked for is not there.
+        prompt: the user's words.
+        answer: the assistant's words, `{0}`, `{1}`, ... where the code of `regions[i]` is cited; other braces doubled.
+        regions: the masks cited, as indices into the row's masks, in the order of their codes.
+        absent: the structure that the answer says is not in the image, if it says so of one.
+    """
+
+    intent: str
+    prompt: str
+    answer: str
+    regions: tuple[int, ...] = ()
+    absent: str | None = None
+
+    def text(self, codes: Sequence[str]) -> str:
+        """The answer with region codes in it, one a region.
+
+        Raises:
+            ValueError: for another number of codes than of regions.
+        """
+        if len(codes) != len(self.regions):
+            raise ValueError(f"{len(codes)} codes for {len(self.regions)} regions of the answer {self.answer!r}")
+        return self.answer.format(*codes)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which targets the images of each group can show.
+
+    Attributes:
+        groups: the groups.
+        targets: for each group, in the order of `groups.names`, the targets that any of its images has a mask of.
+    """
+
+    groups: Groups
+    targets: tuple[frozenset[str], ...]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], groups: Groups) -> "Vocabulary":
+        """Read `modality`, `site` and `targets` of region rows once, streaming; pictures are not touched.
+
+        Raises:
+            ValueError: for a row that no group matches.
+        """
+        if hasattr(rows, "select_columns"):
+            rows = rows.select_columns(["modality", "site", "targets"])
+        targets: list[set[str]] = [set() for _ in groups.names]
+        for row in rows:
+            targets[groups.index(row["modality"], row["site"])].update(row["targets"])
+        return cls(groups, tuple(map(frozenset, targets)))
+
+    def unrelated_targets(self, group: int, wordings: Wordings) -> list[list[str]]:
+        """Targets that only groups unrelated to this one can show, in a list for each of those groups."""
+        near: set[str] = set()
+        far = []
+        for name, targets in zip(self.groups.names, self.targets, strict=True):
+            if wordings.related(self.groups.names[group], name):
+                near |= targets
+            else:
+                far.append(targets)
+        return [sorted(targets - near) for targets in far if targets - near]
+
+
+class ConversationMaker:
+    """Draws questions about region rows and answers them from what the rows say.
+
+    A structure is called absent only where the row lists it, or where no group that can show it is related to the
+    image's group. Where a structure has more masks than `max_regions`, it is not asked for.
+
+    Args:
+        wordings: see [`Wordings`].
+        vocabulary: see [`Vocabulary`].
+        generator: source of all choices; may be replaced between two turns.
+        prompts: draw from the prompts for "training", or from the "held_out" ones, which training never sees.
+        max_regions: most codes in an answer.
+
+    Raises:
+        ValueError: for another `prompts`, or `max_regions` below 1.
+    """
+
+    def __init__(
+        self,
+        wordings: Wordings,
+        vocabulary: Vocabulary,
+        generator: random.Random,
+        *,
+        prompts: Literal["training", "held_out"] = "training",
+        max_regions: int = MAX_REGIONS,
+    ) -> None:
+        if prompts not in ("training", "held_out"):
+            raise ValueError(f"prompts={prompts!r}: expected 'training' or 'held_out'")
+        if max_regions < 1:
+            raise ValueError(f"max_regions={max_regions}: expected at least 1")
+        self.wordings, self.groups, self.generator = wordings, vocabulary.groups, generator
+        self.prompts = wordings.prompts if prompts == "training" else wordings.held_out_prompts
+        self.max_regions = max_regions
+        self.elsewhere = [vocabulary.unrelated_targets(k, wordings) for k in range(len(vocabulary.targets))]
+
+    def grounded(self, row: Mapping[str, Any], places: Sequence[str]) -> Turn:
+        """A question whose answer cites regions, or says that there is nothing to cite.
+
+        Where a row allows none (no mask, and nothing is known to be absent), a plain one.
+
+        Args:
+            row: a row of `REGION_FEATURES`; its pictures are not read.
+            places: `position_in_words` of each of its masks.
+        """
+        regions, absent = self._citable(row), self._absent_targets(row)
+        possible = {
+            "segment_one": bool(regions),
+            "segment_several": sum(sorted(map(len, regions.values()))[:2]) <= self.max_regions and len(regions) > 1,
+            "segment_all": bool(regions) and len(row["targets"]) <= self.max_regions,
+            "where_is": any(len(masks) == 1 for masks in regions.values()),
+            "is_there": bool(regions),
+            "diagnose": bool(self._signs(row, regions)) or (self._is_normal(row) and bool(row["absent"])),
+            "absent": bool(absent),
+        }
+        weights = {name: weight for name, weight in self.wordings.weights["grounded"].items() if possible[name]}
+        if not any(weights.values()):
+            return self.plain(row)
+        intent = self._draw(weights)
+        if intent == "absent":
+            return self._absent(row, absent)
+        if intent == "where_is":
+            return self._where_is(row, regions, places)
+        return getattr(self, f"_{intent}")(row, regions)
+
+    def plain(self, row: Mapping[str, Any]) -> Turn:
+        """A question whose answer needs no region: caption, modality, body site, an absent structure."""
+        weights, absent = dict(self.wordings.weights["plain"]), self._absent_targets(row)
+        if not absent:
+            del weights["absent"]
+        intent = self._draw(weights)
+        if intent == "absent":
+            return self._absent(row, absent)
+        if intent != "caption":
+            return self._turn(row, intent, intent, {})
+        for answer, targets in (("caption", row["targets"]), ("caption_without_targets", row["absent"])):
+            if targets:
+                words = _literal(enumerate_words(sorted(set(targets))))
+                return self._turn(row, "caption", answer, {"targets": words})
+        return self._turn(row, "caption", "caption_bare", {})
+
+    def _citable(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """The masks of each target that an answer may cite, by target in alphabetical order."""
+        regions: dict[str, list[int]] = {target: [] for target in sorted(set(row["targets"]))}
+        for index, target in enumerate(row["targets"]):
+            regions[target].append(index)
+        return {target: masks for target, masks in regions.items() if len(masks) <= self.max_regions}
+
+    def _absent_targets(self, row: Mapping[str, Any]) -> list[list[str]]:
+        """Structures that are surely not in the image: those that the row lists, then those of unrelated groups."""
+        elsewhere = self.elsewhere[self.groups.index(row["modality"], row["site"])]
+        known = set(row["targets"])
+        lists = [[target for target in targets if target not in known] for targets in elsewhere]
+        if row["absent"] and (not any(lists) or self.generator.random() < LISTED_SHARE):
+            return [list(row["absent"])]
+        return [targets for targets in lists if targets]
+
+    def _is_normal(self, row: Mapping[str, Any]) -> bool:
+        return bool(row["finding"]) and matches(row["finding"], self.wordings.findings["normal"])
+
+    def _signs(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> list[str]:
+        """Targets that show the row's finding: those that name it, else abnormal ones, else the only one there is."""
+        if not row["finding"] or self._is_normal(row):
+            return []
+        named = [target for target in regions if _names(target, row["finding"])]
+        abnormal = [target for target in regions if matches(target, self.wordings.findings["abnormal"])]
+        signs = named or abnormal or (list(regions) if len(set(row["targets"])) == 1 else [])
+        return signs if sum(len(regions[target]) for target in signs) <= self.max_regions else []
+
+    def _draw(self, weights: Mapping[str, float]) -> str:
+        return self.generator.choices(list(weights), list(weights.values()))[0]
+
+    def _called(self, target: str, row: Mapping[str, Any]) -> str:
+        """How a user may call a target: a synonym only if no other structure of the image goes by it too."""
+        synonyms = self.wordings.synonyms
+        taken = {name for other in set(row["targets"]) - {target} for name in (other, *synonyms.get(other, ()))}
+        names = [name for name in synonyms.get(target, ()) if name not in taken]
+        return self.generator.choice(names) if names and self.generator.random() < SYNONYM_SHARE else target
+
+    def _turn(
+        self,
+        row: Mapping[str, Any],
+        prompt: str,
+        answer: str,
+        words: Mapping[str, str],
+        asked: Mapping[str, str] | None = None,
+        **rest: Any,
+    ) -> Turn:
+        """Fill in a prompt with `asked`, and an answer with `words`, in which only slots have single braces."""
+        modality = self.wordings.modality(row["modality"])
+        article = with_article(modality)
+        picture = {"modality": modality, "a_modality": article, "site": row["site"]}
+        picture["A_modality"] = article[0].upper() + article[1:]
+        question = self.generator.choice(self.prompts[prompt]).format(**picture, **(asked or {}))
+        literal = {name: _literal(word) for name, word in picture.items()}
+        reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, **words)
+        return Turn(**{"intent": prompt, "prompt": question, "answer": reply, **rest})
+
+    def _segment_one(
+        self, row: Mapping[str, Any], regions: Mapping[str, list[int]], intent: str = "segment_one"
+    ) -> Turn:
+        target = self.generator.choice(list(regions))
+        cited, masks = _cite({target: regions[target]})
+        return self._turn(row, intent, intent, {"cited": cited}, _asked(self._called(target, row)), regions=masks)
+
+    def _is_there(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
+        return self._segment_one(row, regions, "is_there")
+
+    def _where_is(self, row: Mapping[str, Any], regions: Mapping[str, list[int]], places: Sequence[str]) -> Turn:
+        target = self.generator.choice([target for target, masks in regions.items() if len(masks) == 1])
+        cited, masks = _cite({target: regions[target]})
+        words = {"cited": cited, "place": places[masks[0]]}
+        return self._turn(row, "where_is", "where_is", words, _asked(self._called(target, row)), regions=masks)
+
+    def _segment_several(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
+        wanted = self.generator.randint(2, min(self.max_regions, len(regions)))
+        chosen = self._fitting(self.generator.sample(list(regions), len(regions)), regions)[:wanted]
+        if len(chosen) < 2:
+            chosen = self._fitting(sorted(regions, key=lambda target: len(regions[target])), regions)[:2]
+        names = [self._called(target, row) if self.generator.random() < 0.5 else target for target in chosen]
+        joined = enumerate_words(names) if self.generator.random() < 0.7 else ", ".join(names)
+        cited, masks = _cite({target: regions[target] for target in chosen})
+        return self._turn(
+            row, "segment_several", "segment_several", {"cited": cited}, {"targets": joined}, regions=masks
+        )
+
+    def _fitting(self, targets: Sequence[str], regions: Mapping[str, list[int]]) -> list[str]:
+        """Those of the targets, in order, whose masks can be cited together."""
+        chosen, count = [], 0
+        for target in targets:
+            if count + len(regions[target]) <= self.max_regions:
+                chosen.append(target)
+                count += len(regions[target])
+        return chosen
+
+    def _segment_all(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
+        cited, masks = _cite(regions)
+        return self._turn(row, "segment_all", "segment_all", {"cited": cited}, regions=masks)
+
+    def _diagnose(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
+        signs = self._signs(row, regions)
+        if not signs:
+            target = self.generator.choice(row["absent"])
+            return self._turn(row, "diagnose", "absent", {"target": _literal(target)}, absent=target)
+        cited, masks = _cite({target: regions[target] for target in signs})
+        if len(signs) == 1 and _names(signs[0], row["finding"]):
+            codes = enumerate_words([f"{{{slot}}}" for slot in range(len(masks))])
+            words = {"finding": _literal(signs[0]), "codes": codes}
+            return self._turn(row, "diagnose", "diagnose", words, regions=masks)
+        words = {"finding": _literal(row["finding"]), "cited": cited}
+        return self._turn(row, "diagnose", "diagnose_by_target", words, regions=masks)
+
+    def _absent(self, row: Mapping[str, Any], absent: Sequence[Sequence[str]]) -> Turn:
+        # A group first: else one group of many organs would teach that organs are absent.
+        target = self.generator.choice(self.generator.choice(absent))
+        # A synonym such as "lesion" may be said of something else in the image, unless the row rules that out.
+        name = self._called(target, row) if target in row["absent"] else target
+        prompt = self._draw(self.wordings.weights["absent"])
+        words = {"target": _literal(target)}
+        return self._turn(row, prompt, "absent", words, _asked(name), intent="absent", absent=target)
+
+
+def position_in_words(mask: np.ndarray) -> str:
+    """Where a mask's centre of gravity lies in its picture: one of `POSITIONS`.
+
+    Args:
+        mask: (H, W), boolean or >= 0.
+
+    Raises:
+        ValueError: for an empty mask.
+    """
+    weights = np.asarray(mask, dtype=np.float64)
+    total, (height, width) = weights.sum(), weights.shape
+    if not total > 0:
+        raise ValueError("an empty mask is nowhere: expected at least one pixel inside")
+    y = float(weights.sum(1) @ (np.arange(height) + 0.5) / total / height)
+    x = float(weights.sum(0) @ (np.arange(width) + 0.5) / total / width)
+    return POSITIONS[3 * ((y >= 0.4) + (y > 0.6)) + (x >= 0.4) + (x > 0.6)]
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def with_article(words: str) -> str:
+    """ "a CT image", "an ultrasound image", "an MRI": by the first letter, in an abbreviation by its name."""
+    spelled_out = re.match(r"[A-Z](?![a-z])", words) is not None
+    vowels = "AEFHILMNORSX" if spelled_out else "AEIOUaeiou"
+    return f"{'an' if words[:1] in vowels else 'a'} {words}"
+
+
+def corpus_texts(
+    maker: ConversationMaker, rows: Iterable[Mapping[str, Any]], rounds: int = 1
+) -> Iterator[tuple[str, str]]:
+    """Questions and answers of the corpus without images and without codes, for training the language model alone.
+
+    A grounded and a plain pair for every row and round; positions are drawn by lot, since no picture is read.
+
+    Raises:
+        ValueError: as [`Groups.index`] and [`Wordings.modality`].
+    """
+    from processing_medsight.grounded_answer_medsight import tidy_answer
+
+    if hasattr(rows, "remove_columns"):
+        rows = rows.remove_columns(["image", "masks"])
+    for _ in range(rounds):
+        for row in rows:
+            places = [maker.generator.choice(POSITIONS) for _ in row["targets"]]
+            for turn in (maker.grounded(row, places), maker.plain(row)):
+                pieces = re.split(r"(?<!\{)\{\d+\}(?!\})", turn.answer)
+                yield turn.prompt, tidy_answer([piece.format() for piece in pieces])[0]
+
+
+def _literal(text: str) -> str:
+    """Text that str.format leaves as it is."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _names(target: str, finding: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(finding)}(?!\w)", target, flags=re.IGNORECASE) is not None
+
+
+def _asked(name: str) -> dict[str, str]:
+    return {"target": name, "a_target": with_article(name)}
+
+
+def _cite(regions: Mapping[str, Sequence[int]]) -> tuple[str, tuple[int, ...]]:
+    """ "liver {0}, spleen {1}", and the masks in the order of their slots."""
+    masks = [(target, index) for target, indices in regions.items() for index in indices]
+    cited = ", ".join(f"{_literal(target)} {{{slot}}}" for slot, (target, _) in enumerate(masks))
+    return cited, tuple(index for _, index in masks)

@@ -1,0 +1,68 @@
+"""Pictures of what the model makes of a few validation items, at every evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from medsight.overlay import draw_overlay
+
+from .data.items import Items, Skipped
+from .stage import Stage
+
+
+class ExamplePictures(TrainerCallback):
+    """Draws `count` validation items, evenly over the split: what was wanted, and what the model gives.
+
+    Files `step-N-i.png` in `folder`; pictures in TensorBoard too, where it is reported to.
+    """
+
+    def __init__(self, stage: Stage, items: Items, folder: Path, count: int) -> None:
+        self.stage, self.items, self.folder = stage, items, folder
+        self.chosen = range(0, len(items), max(1, len(items) // count))[:count]
+
+    @torch.no_grad()
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or args.world_size > 1:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        training = model.training
+        model.eval()
+        for number, index in enumerate(self.chosen):
+            sample = self.items[index]
+            if isinstance(sample, Skipped) or not len(sample["pixel_values"]):
+                continue
+            picture = self.draw(model, sample)
+            picture.save(self.folder / f"step-{state.global_step:06d}-{number}.png")
+        model.train(training)
+
+    def draw(self, model: Any, sample: dict[str, Any]) -> Any:
+        """One item, wanted regions on the left and given ones on the right, as a PIL image."""
+        from PIL import Image
+
+        places, wanted = self.stage.places, [] if sample["mask_labels"] is None else list(sample["mask_labels"])
+        pixels = (
+            sample["pixel_values"] if isinstance(sample["pixel_values"], torch.Tensor) else sample["pixel_values"][-1]
+        )
+        array = ((pixels * places.std + places.mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        image = Image.fromarray(array)
+        size = (image.height, image.width)
+        masks, labels = self.stage.example(model, sample)
+        sides = [
+            draw_overlay(image, at_size(wanted, size), ["wanted"] * len(wanted)),
+            draw_overlay(image, at_size(masks, size), labels[: len(masks)]),
+        ]
+        joined = Image.new("RGB", (sum(side.width for side in sides), max(side.height for side in sides)), "white")
+        joined.paste(sides[0], (0, 0))
+        joined.paste(sides[1], (sides[0].width, 0))
+        return joined
+
+
+def at_size(masks: Any, size: tuple[int, int]) -> list[Any]:
+    """Masks (H, W), boolean or in [0, 1], as boolean arrays of another size."""
+    result = []
+    for mask in masks:
+        resized = torch.nn.functional.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0]
+        result.append((resized >= 0.5).cpu().numpy())
+    return result

@@ -1,0 +1,469 @@
+"""A run: the stages of a recipe one after the other, in one folder, going on where it was stopped.
+
+OUTPUT/recipe.yaml, environment.json, data.json     what was run, with what, on what
+OUTPUT/stages/start/                                the model before any training
+OUTPUT/stages/1_perceiver/checkpoint-N/             to resume from
+OUTPUT/stages/1_perceiver/model/, finished.json     the stage's result; its presence means finished
+OUTPUT/annotations/NAME/{training,validation}/      conversations with region codes
+OUTPUT/model/                                       the result
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import GenerationConfig, TrainingArguments, set_seed
+
+from configuration_medsight.configuration_medsight import MedSightConfig
+from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
+from processing_medsight.processing_medsight import MedSightProcessor
+
+from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, fingerprint, read_corpus
+from .data.augmentation import Augmentation, Augmenter, sided_groups
+from .data.items import ConversationItems, Items, Places
+from .data.sampler import DrawSampler, set_weights
+from .examples import ExamplePictures
+from .fresh_model import fresh_model
+from .recipe import Recipe, build, convert, differences, refuse_unknown
+from .stage import Stage, StageSettings
+from .stage_0_language_model import LanguageModelStage
+from .stage_1_perceiver import PerceiverStage
+from .stage_2_vision_to_text import VisionToTextStage
+from .stage_3a_codebook import CodebookStage
+from .stage_3b_text_to_vision import TextToVisionStage
+from .stage_4_unified import UnifiedStage
+from .trainer import STEPS_FILE, StageTrainer, checkpoints, sft_trainer_class
+
+
+STAGES: dict[str, type[Stage]] = {
+    stage.key: stage
+    for stage in (
+        LanguageModelStage,
+        PerceiverStage,
+        VisionToTextStage,
+        CodebookStage,
+        TextToVisionStage,
+        UnifiedStage,
+    )
+}
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
+DEFAULTS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "steps",
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "logging_steps": 20,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.01},
+    "report_to": "none",
+    "dataloader_num_workers": 0,
+}
+FIXED = {
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "label_names": [],
+    "prediction_loss_only": True,
+    "ddp_find_unused_parameters": False,
+    "average_tokens_across_devices": False,
+}
+
+
+def train(recipe: Recipe, stage: str | None = None) -> Path:
+    """Run all stages of a recipe that are not finished, or one of them.
+
+    Args:
+        stage: key of the only stage to run; the ones before it must be finished or left out.
+
+    Returns:
+        The folder of the result: the whole run's, or the stage's.
+
+    Raises:
+        OSError: files are missing, or the disk is full; the last good checkpoint is untouched.
+        ValueError: a setting, an item or a loss is bad, naming it; or the folder holds a run of another recipe.
+    """
+    settings = stage_settings(recipe)
+    if stage is not None:
+        refuse_unknown([stage], settings, "--stage")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    output = Path(recipe.output)
+    state = PartialState()
+    on_main(lambda: open_folder(output, recipe))
+    corpus = read_corpus(recipe)
+    on_main(lambda: describe_data(output, corpus))
+    previous = start_folder(recipe, corpus, output)
+    for key in settings:
+        if stage is not None and key != stage and not finished(output, key):
+            if list(settings).index(key) < list(settings).index(stage):
+                raise ValueError(f"stage {key} comes before {stage} and is not finished: run it first")
+            break
+        if not finished(output, key):
+            run_stage(STAGES[key], settings[key], recipe, corpus, previous, output)
+        elif state.is_main_process:
+            print(f"stage {STAGES[key].folder} is finished: {stage_folder(output, key) / 'model'}", flush=True)
+        previous = stage_folder(output, key) / "model"
+        if key == stage:
+            return previous
+    on_main(lambda: save_result(previous, output / "model", recipe))
+    return output / "model"
+
+
+def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, Any]]]:
+    """For each stage of the recipe, in order, its own settings and the fields of `TrainingArguments`.
+
+    Raises:
+        ValueError: an unknown stage or key, naming the nearest known one.
+    """
+    refuse_unknown(recipe.stages, STAGES, "stages")
+    result = {}
+    for key, kind in STAGES.items():
+        values = recipe.stages.get(key)
+        if values is None:
+            continue
+        own = [entry.name for entry in dataclasses.fields(kind.Settings)]
+        arguments = {
+            entry.name: entry for entry in dataclasses.fields(arguments_class(values.get("trainer", "trainer")))
+        }
+        known = [*own, *(name for name in arguments if name not in FIXED and name != "output_dir")]
+        refuse_unknown(recipe.training, known, "training")
+        refuse_unknown(values, known, f"stages.{key}")
+        chosen = {**DEFAULTS, **recipe.training, **values}
+        settings = build(kind.Settings, {k: v for k, v in chosen.items() if k in own}, f"stages.{key}")
+        passed = {
+            name: convert(arguments[name].type, value, f"stages.{key}: {name}")
+            for name, value in chosen.items()
+            if name not in own
+        }
+        result[key] = (settings, passed)
+    if not result:
+        raise ValueError(f"the recipe has no stages: choose some of {', '.join(STAGES)}")
+    return result
+
+
+def arguments_class(trainer: str) -> type[TrainingArguments]:
+    """`TrainingArguments`, or TRL's for its SFTTrainer."""
+    if trainer == "trainer":
+        return TrainingArguments
+    if trainer != "sft":
+        raise ValueError(f"trainer={trainer!r}: choose trainer or sft")
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+def stage_folder(output: Path, key: str) -> Path:
+    return output / "stages" / STAGES[key].folder
+
+
+def finished(output: Path, key: str) -> bool:
+    """Whether a stage's result is there; its model and this mark appear together."""
+    return (stage_folder(output, key) / "finished.json").is_file()
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Do something on the main process alone; all wait, and all raise if it fails."""
+    state = PartialState()
+    result: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            result[0] = work()
+        except (OSError, ValueError) as error:
+            if state.num_processes == 1:
+                raise
+            result[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(result)
+        if result[1] is not None:
+            raise result[1]
+    return result[0]
+
+
+def open_folder(output: Path, recipe: Recipe) -> None:
+    """Make the run's folder, or go on in it if it holds a run of the same recipe.
+
+    Raises:
+        ValueError: the folder holds another run (with the differences), or something else.
+    """
+    file = output / "recipe.yaml"
+    now = recipe.to_dict()
+    if file.is_file():
+        lines = differences(yaml.safe_load(file.read_text(encoding="utf-8")), now)
+        if lines:
+            raise ValueError(
+                f"{output} holds a run of another recipe; go on with the same one, or choose another output. "
+                f"It differs in {'; '.join(lines)}"
+            )
+        return
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no run: choose another output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "environment.json", environment())
+    write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what a run depends on."""
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    from medsight import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "medsight": __version__,
+        "python": platform.python_version(),
+        "device": device,
+        "processes": PartialState().num_processes,
+        **{package: of(package) for package in PACKAGES},
+    }
+
+
+def describe_data(output: Path, corpus: Corpus) -> None:
+    """Write the data's fingerprints; a run goes on only on the same data.
+
+    Raises:
+        ValueError: the data are not what the run began with.
+    """
+    described = {
+        name: {"rows": len(corpus.split(name)), "sha256": fingerprint(corpus.split(name))}
+        for name in ("training", "validation")
+    }
+    file = output / "data.json"
+    if not file.is_file():
+        write_json(file, described)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if before != described:
+        lines = differences(before, described)
+        raise ValueError(f"the data have changed since {output} began: {'; '.join(lines)}; choose another output")
+
+
+def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
+    """The folder of the model before any training: the recipe's, or a fresh one made from a preset."""
+    if recipe.model.folder is not None:
+        folder = Path(recipe.model.folder)
+        from medsight.checkpoint import check_checkpoint
+
+        check_checkpoint(folder)
+        return folder
+    folder = output / "stages" / "start"
+
+    def make() -> None:
+        if not folder.is_dir():
+            set_seed(recipe.seed)
+            model, processor = fresh_model(recipe, corpus.groups, corpus.classes, corpus_conversations(corpus))
+            save_folder(model, processor, folder)
+
+    on_main(make)
+    return folder
+
+
+def run_stage(
+    kind: type[Stage],
+    settings: tuple[StageSettings, dict[str, Any]],
+    recipe: Recipe,
+    corpus: Corpus,
+    start: Path,
+    output: Path,
+) -> None:
+    """Train one stage from the folder of the model before it, resuming from its last whole checkpoint."""
+    own, passed = settings
+    folder = output / "stages" / kind.folder
+    on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    model, processor = load_folder(start, recipe, own)
+    places = Places(processor, model.config, corpus.groups)
+    stage = kind(own, places, recipe.seed)
+    last = checkpoints(folder)
+    if not last:
+        on_main(lambda: (folder / STEPS_FILE).unlink(missing_ok=True))
+    for name in own.data:
+        if name in recipe.annotations:
+            on_main(lambda name=name: annotate_regions(corpus, name, model.eval(), processor, output))
+    training = stage_items(stage, recipe, corpus, output, "training")
+    validation = stage_items(stage, recipe, corpus, output, "validation")
+    arguments = training_arguments(folder, own, passed, recipe)
+    if not len(validation):
+        arguments.eval_strategy = type(arguments.eval_strategy)("no")
+    set_seed(recipe.seed)
+    if not last:
+        stage.start(model, training)
+    model = stage.prepare(model)
+    trainer_class = StageTrainer if own.trainer == "trainer" else sft_trainer_class()
+    collator = stage.collator()
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        stage=stage,
+        sampler=sampler(training, own, arguments, recipe.seed),
+        train_dataset=training,
+        eval_dataset=validation if len(validation) else None,
+        data_collator=collator,
+        processing_class=processor if own.trainer == "sft" else None,
+    )
+    if own.example_images and len(validation):
+        trainer.add_callback(ExamplePictures(stage, validation, folder / "examples", own.example_images))
+    result = trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    metrics = {**result.metrics, **(trainer.evaluate() if len(validation) else {})}
+    model = stage.finish(trainer.accelerator.unwrap_model(trainer.model))
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    on_main(lambda: finish_stage(folder, model, processor, state, metrics))
+
+
+def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
+    """Save a stage's model and mark the stage as finished."""
+    if (folder / "model").is_dir():
+        shutil.rmtree(folder / "model")  # of a run that was killed between the model and the mark
+    save_folder(model, processor, folder / "model", state)
+    write_json(folder / "finished.json", {"metrics": metrics})
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+def stage_items(stage: Stage, recipe: Recipe, corpus: Corpus, output: Path, split: str) -> Items:
+    """The training or validation samples of a stage."""
+    if stage.key == "language_model":
+        rows = hold_out_text(corpus_conversations(corpus), recipe, split)
+    elif stage.reads == "regions":
+        rows = corpus.split(split)
+        rows = rows.select([i for i, targets in enumerate(rows["targets"]) if targets])
+    else:
+        rows = conversation_rows(corpus, stage.settings.data, output, split)
+    augmenter = None
+    if split == "training" and stage.settings.augment and stage.key != "language_model":
+        values = dict(recipe.augmentation)
+        if stage.reads == "conversations":
+            values["flip"] = "none"  # a text may name a side
+        strengths = build(Augmentation, values, "augmentation")
+        sided = sided_groups(corpus.training, corpus.groups)
+        augmenter = Augmenter(strengths, sided, strengths.orientation_free_groups(corpus.groups))
+    skip = recipe.data.on_error == "skip"
+    return stage.items(rows, split == "training", augmenter=augmenter, seed=recipe.seed, skip_errors=skip)
+
+
+def hold_out_text(rows: Any, recipe: Recipe, split: str) -> Any:
+    """Every n-th conversation of the corpus' text is for validation."""
+    if not recipe.data.validation_fraction:
+        return rows if split == "training" else rows.select([])
+    every = max(2, round(1 / recipe.data.validation_fraction))
+    return rows.select([i for i in range(len(rows)) if (i % every == 0) == (split == "validation")])
+
+
+def sampler(items: Items, settings: StageSettings, arguments: TrainingArguments, seed: int) -> DrawSampler:
+    """The order of a stage's training draws."""
+    lengths = None
+    if settings.group_by_length and isinstance(items, ConversationItems):
+        lengths = [sum(len(turn["content"]) for turn in messages) for messages in items.rows["messages"]]
+    weights = set_weights([name or "" for name in items.rows["dataset"]], settings.set_power)
+    size = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
+    return DrawSampler(len(items), seed, weights, lengths, size)
+
+
+def training_arguments(
+    folder: Path, settings: StageSettings, passed: dict[str, Any], recipe: Recipe
+) -> TrainingArguments:
+    """The stage's `TrainingArguments`; what the trainer here depends on is fixed."""
+    values = {**passed, **FIXED, "output_dir": str(folder)}
+    values.setdefault("seed", recipe.seed)
+    if not torch.cuda.is_available():
+        values.setdefault("use_cpu", True)
+        values.setdefault("dataloader_pin_memory", False)
+    if settings.trainer == "sft":
+        values |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        values.setdefault("gradient_checkpointing", False)
+    return arguments_class(settings.trainer)(**values)
+
+
+def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[Any, MedSightProcessor]:
+    """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration."""
+    processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
+    config = MedSightConfig.from_pretrained(folder, local_files_only=True)
+    for name, value in recipe.model.config.items():
+        if not hasattr(config, name):
+            refuse_unknown([name], config.to_dict(), "model.config")
+        setattr(config, name, value)
+    config.refuse_contradictions()
+    options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
+    if getattr(settings, "method", "full") == "qlora":
+        options |= quantised(options["dtype"])
+    model = MedSightForConditionalGeneration.from_pretrained(folder, config=config, local_files_only=True, **options)
+    processor.image_seq_length = config.image_seq_length  # an ablation may leave the region rows out
+    return model, processor
+
+
+def quantised(dtype: torch.dtype) -> dict[str, Any]:
+    """Loading options for QLoRA: the language model's linear layers in 4 bits, all else as it is."""
+    from transformers import BitsAndBytesConfig
+
+    kept = ["vision_tower", "region_perceiver", "codebook", "group_classifier", "lm_head"]
+    kept += ["vision_to_text_projector", "text_to_vision_projector"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=kept,
+    )
+    return {"quantization_config": config}
+
+
+def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> None:
+    """Write a checkpoint folder, which appears whole or not at all."""
+    partial = folder.with_name(f".saving-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=state)
+        processor.save_pretrained(partial)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} could not be written ({error})") from error
+    os.replace(partial, folder)
+
+
+def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
+    """The result of a whole run: the last stage's model, stored in `save_dtype`, answering greedily by default."""
+    if folder.is_dir():
+        return
+    model = MedSightForConditionalGeneration.from_pretrained(last, local_files_only=True, dtype=torch.float32)
+    processor = MedSightProcessor.from_pretrained(last, local_files_only=True)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=160,
+        do_sample=False,
+        return_dict_in_generate=True,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    dtype = getattr(torch, recipe.model.save_dtype)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    stored = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    # A small model is stored in half the bytes and still computes in float32.
+    model.config.dtype = torch.float32 if recipe.model.dtype == "float32" else dtype
+    save_folder(model, processor, folder, stored)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,152 @@
+"""What a stage is: which parameters it trains, on which batches, and how it is scored while it trains."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .data.collators import Collator
+from .data.items import Items, Places
+
+
+@dataclass
+class StageSettings:
+    """Settings of every stage, beside all fields of `TrainingArguments`.
+
+    Attributes:
+        data: names of the conversations that a language stage reads (keys of `annotations` or `data.conversations`).
+        trainer: `trainer`, or `sft` for TRL's SFTTrainer (stages 2 and 4).
+        muon_learning_rate: above 0, inner matrices and kernels take Muon at this rate.
+        set_power: sets are drawn in proportion to their size to this power; with 1 every item once an epoch.
+        group_by_length: bring conversations of like length together.
+        augment: move and recolour the training pictures.
+        eval_batches: validation batches an evaluation; all by default.
+        example_images: validation items drawn as pictures at every evaluation.
+    """
+
+    data: list[str] = field(default_factory=list)
+    trainer: str = "trainer"
+    muon_learning_rate: float = 0.0
+    set_power: float = 1.0
+    group_by_length: bool = False
+    augment: bool = True
+    eval_batches: int | None = None
+    example_images: int = 4
+
+
+class Stage:
+    """One stage of the progressive training; subclasses say what differs.
+
+    Args:
+        settings: an instance of `Settings`.
+        places: canvas, classes, groups, processor and config.
+        seed: source of what the stage itself draws.
+    """
+
+    key: ClassVar[str]
+    folder: ClassVar[str]
+    reads: ClassVar[str]  # "regions" or "conversations"
+    Settings: ClassVar[type[StageSettings]] = StageSettings
+
+    def __init__(self, settings: Any, places: Places, seed: int) -> None:
+        self.settings, self.places, self.seed = settings, places, seed
+        self.config, self.processor = places.config, places.processor
+
+    def trains(self) -> tuple[str, ...]:
+        """Prefixes of the names of the parameters that train."""
+        raise NotImplementedError
+
+    def items(self, rows: Any, training: bool, **common: Any) -> Items:
+        """The dataset of rows; `common` goes to `Items`."""
+        raise NotImplementedError
+
+    def collator(self) -> Collator:
+        """What makes batches of the items' samples."""
+        raise NotImplementedError
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Freeze all that does not train; may wrap the model."""
+        train_only(model, self.trains())
+        return model
+
+    def start(self, model: nn.Module, items: Items) -> None:
+        """Before the first step of a run that does not resume."""
+
+    def after_forward(self, outputs: Any) -> None:
+        """After every forward pass in training."""
+
+    def after_step(self, trainer: Any) -> None:
+        """After every optimizer step."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """After the last step: the model to save."""
+        return model
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold besides weights, optimizer, schedule and random numbers."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave."""
+
+    def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """Sums and counts of one validation batch."""
+        raise NotImplementedError
+
+    def summarise(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Figures from the totals of `score` over the validation split."""
+        raise NotImplementedError
+
+    def example(self, model: nn.Module, sample: dict[str, Any]) -> tuple[list[torch.Tensor], list[str]]:
+        """What the model makes of a validation sample: masks (H, W) boolean, at the mask size, and a label a mask."""
+        raise NotImplementedError
+
+
+def train_only(model: nn.Module, prefixes: Iterable[str]) -> None:
+    """Freeze all parameters but those whose name starts with one of `prefixes`.
+
+    Raises:
+        ValueError: a prefix names no parameter.
+    """
+    prefixes = tuple(prefixes)
+    named = list(model.named_parameters(remove_duplicate=False))  # a tied head counts under both its names
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name, _ in named):
+            raise ValueError(f"no parameter of the model starts with {prefix!r}")
+    trained = {id(parameter) for name, parameter in named if name.startswith(prefixes)}
+    for _, parameter in named:
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Dice of boolean masks, (n, H, W), (n, H, W) -> (n,); 1 where both are empty."""
+    overlap = (masks & targets).flatten(1).sum(1).float()
+    total = (masks.flatten(1).sum(1) + targets.flatten(1).sum(1)).float()
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)
+
+
+def ratio(totals: dict[str, torch.Tensor], above: str, below: str) -> float:
+    """One total over another; NaN where nothing was counted."""
+    count = float(totals[below])
+    return float(totals[above]) / count if count else float("nan")
+
+
+def batch_to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """A batch with its tensors, also those in lists, on a device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return [moved(entry) for entry in value] if isinstance(value, list) else value
+
+    return {key: moved(value) for key, value in batch.items()}
+
+
+def in_batches(items: Items, indices: Sequence[int], collator: Collator, size: int, device: Any) -> Any:
+    """Batches of chosen items on a device, without their files' names."""
+    for start in range(0, len(indices), size):
+        batch = collator([items[index] for index in indices[start : start + size]])
+        batch.pop("files")
+        yield batch_to(batch, device)

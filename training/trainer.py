@@ -1,0 +1,281 @@
+"""What all stages share beyond transformers' Trainer: losses averaged over the whole batch however it is cut, losses
+logged one by one, a stop at a loss that is not finite, checkpoints that appear whole or not at all, and own metrics.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .optimisation import muon_with_adamw
+from .stage import Stage
+
+
+LOSSES = (
+    *("lm_loss", "mask_loss", "alignment_loss", "perceiver_loss", "class_query_loss"),
+    *("codebook_loss", "vq_loss", "reconstruction_loss", "group_loss"),
+)
+CHECKPOINT = "checkpoint-"
+STATE_FILE = "stage_state.safetensors"
+STEPS_FILE = "steps.jsonl"
+
+
+class NotFiniteError(ValueError):
+    """A loss is NaN or infinite."""
+
+
+class StageMixin:
+    """Put before a Trainer class: trains one `Stage`.
+
+    Every loss of a step is a sum over all its samples divided by a count over all its samples, whatever the batch is
+    cut into: micro-batches, processes. Each step's losses stand in `steps.jsonl`; after a resume the file goes on where
+    the checkpoint was.
+
+    Args:
+        stage: what is trained and how it is scored.
+        sampler: order of the training draws; none for streams.
+    """
+
+    def __init__(self, *args: Any, stage: Stage, sampler: Sampler | None = None, **kwargs: Any) -> None:
+        self.stage, self.sampler = stage, sampler
+        self.counts: dict[str, float] = {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.window: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+        # The losses are scaled here, for accumulation too: Trainer must not divide them again.
+        self.model_accepts_loss_kwargs = True
+        self.frozen = [m for m in self.model.modules() if not any(p.requires_grad for p in m.parameters())]
+
+    # Data
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        return self.sampler
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
+        """One step's batches, and the numbers over all processes that its losses are averages of."""
+        batches = []
+        for _ in range(num_batches):
+            with contextlib.suppress(StopIteration):
+                batches.append(next(epoch_iterator))
+        names = ("tokens", "masks", "images", "asked", "codes")
+        queries = self.stage.config.num_region_queries
+        counts = [count_terms(batch, queries) for batch in batches]
+        totals = torch.tensor([sum(c[name] for c in counts) for name in names], dtype=torch.float64)
+        totals = self.accelerator.reduce(totals.to(device).float(), reduction="sum").tolist()
+        self.counts = {name: max(1.0, total) for name, total in zip(names, totals, strict=True)}
+        return batches, torch.tensor(self.counts["tokens"], device=device)
+
+    # Loss and step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, masks included; raises NotFiniteError naming the files of a batch."""
+        inputs = dict(inputs)
+        files = inputs.pop("files", [])
+        for module in self.frozen:
+            module.training = False  # a frozen encoder's batch statistics stay, too
+        if "labels" in inputs:
+            inputs["num_items_in_batch"] = num_items_in_batch
+        outputs = model(**inputs, loss_counts=self.counts)
+        loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            parts = {name: float(outputs[name]) for name in LOSSES if outputs.get(name) is not None}
+            raise NotFiniteError(
+                f"stage {self.stage.folder}, step {self.state.global_step + 1}: the loss is {float(loss)} ({parts}); "
+                f"the batch holds {', '.join(files)}. The last checkpoint is untouched"
+            )
+        for name in ("loss", *LOSSES):
+            if outputs.get(name) is not None:
+                self.sums[name] = self.sums.get(name, 0) + outputs[name].detach().float()
+        self.stage.after_forward(outputs)
+        # Gradients are averaged over processes, where the counts already span them.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as `TrainingArguments` says, or Muon with AdamW where the stage has a `muon_learning_rate`."""
+        if self.optimizer is None and self.stage.settings.muon_learning_rate:
+            self.optimizer = muon_with_adamw(
+                self.model,
+                self.stage.settings.muon_learning_rate,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                (self.args.adam_beta1, self.args.adam_beta2),
+            )
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sums:
+            sums = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum").tolist()
+            self.window.append({"step": self.state.global_step, **dict(zip(self.sums, sums, strict=True))})
+            self.sums = {}
+            self.stage.after_step(self)
+        if self.control.should_log or self.control.should_save:
+            self._write_steps()
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _write_steps(self) -> None:
+        self.unlogged = [*getattr(self, "unlogged", []), *self.window]
+        if self.is_world_process_zero() and self.window:
+            with open(Path(self.args.output_dir) / STEPS_FILE, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.window)
+        self.window = []
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log, with the mean of every loss since the last one."""
+        steps, self.unlogged = getattr(self, "unlogged", []), []
+        if steps and "loss" in logs:
+            for name in steps[-1]:
+                if name != "step":
+                    given = [step[name] for step in steps if name in step]
+                    logs[name] = sum(given) / len(given)
+        skipped = getattr(self.data_collator, "skipped", 0)
+        if skipped:
+            logs["skipped_items"] = skipped
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write `checkpoint-N` under another name, then rename it: a checkpoint is whole or not there."""
+        output = Path(self.args.output_dir)
+        name = f"{CHECKPOINT}{self.state.global_step}"
+        if (output / name).is_dir():
+            return  # the same step of a resumed run: the same content
+        staging = output / f".saving-{name}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                state = {key: value.cpu() for key, value in self.stage.state().items()}
+                if state:
+                    save_file(state, staging / name / STATE_FILE)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"checkpoint {output / name} could not be written ({error}); the one before is untouched"
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync_tree(staging / name)
+            os.replace(staging / name, output / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            limit = self.args.save_total_limit
+            for old in checkpoints(output)[: -limit if limit else None][: None if limit else 0]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return getattr(self, "_staging", None) or super()._get_output_dir(trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = Path(resume_from_checkpoint) / STATE_FILE
+        if state.is_file():
+            self.stage.load_state(load_file(state))
+        if self.is_world_process_zero():
+            cut_steps(Path(self.args.output_dir) / STEPS_FILE, int(str(resume_from_checkpoint).rsplit("-", 1)[1]))
+
+    # Scores
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stage's own metrics: counts summed over batches and processes, then turned into figures."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        totals: dict[str, torch.Tensor] = {}
+        samples = 0
+        for number, batch in enumerate(dataloader):
+            if self.stage.settings.eval_batches is not None and number >= self.stage.settings.eval_batches:
+                break
+            batch = self._prepare_inputs(batch)
+            samples += len(batch.pop("files"))
+            with self.compute_loss_context_manager():
+                for name, value in self.stage.score(model, batch).items():
+                    totals[name] = totals.get(name, 0) + torch.as_tensor(value, device=self.args.device).double()
+        totals = {name: self.accelerator.reduce(value.float(), reduction="sum") for name, value in totals.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.stage.summarise(totals).items()}
+        model.train()
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
+
+
+class StageTrainer(StageMixin, Trainer):
+    """transformers' Trainer for a stage."""
+
+
+def sft_trainer_class() -> type:
+    """TRL's SFTTrainer for a stage. Its own loss reads the base model alone and would leave the masks out."""
+    from trl import SFTTrainer
+
+    return type("StageSFTTrainer", (StageMixin, SFTTrainer), {"__doc__": "TRL's SFTTrainer for a stage."})
+
+
+def count_terms(batch: dict[str, Any], num_queries: int) -> dict[str, float]:
+    """The numbers of things that the losses of one micro-batch are averages over."""
+    counts = dict.fromkeys(("tokens", "masks", "images", "asked", "codes"), 0.0)
+    masks = batch.get("mask_labels") or []
+    if "labels" in batch:
+        counts["tokens"] = float((batch["labels"][:, 1:] != -100).sum())
+        counts["masks"] = float(sum(len(some) for some in masks if some is not None))
+        counts["codes"] = float(sum(int((some >= 0).sum()) for some in batch.get("code_class_labels", [])))
+        return counts
+    matched = batch.get("matched_images")
+    rows = range(len(masks)) if matched is None else matched.tolist()
+    counts["masks"] = float(sum(min(len(masks[row]), num_queries) for row in rows))
+    counts["images"] = float(len(rows))
+    counts["asked"] = float(sum(len(some) for some in batch.get("asked_regions", masks)))
+    return counts
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a stage, oldest first."""
+    found = [path for path in folder.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+
+
+def cut_steps(path: Path, step: int) -> None:
+    """Drop the steps after `step` from a log that a killed run wrote further than its last checkpoint."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that the kill cut short
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have the system write a folder's files to the disk before it is renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
