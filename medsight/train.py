@@ -6,8 +6,9 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `medsight train`."""
     parser.epilog = (
-        "A run goes on where it stopped: finished stages are recognised, a killed one resumes from its last checkpoint. "
-        "Over several processes: accelerate launch --config_file training/accelerate/ddp.yaml -m medsight.cli train CONFIG"
+        "A run goes on where it stopped: finished stages are recognised, a killed one resumes from its last "
+        "checkpoint. Over several processes: "
+        "accelerate launch --config_file training/accelerate/ddp.yaml -m medsight.cli train CONFIG"
     )
     parser.add_argument(
         "config", metavar="CONFIG", help="recipe (YAML file), or the name of a shipped one, such as nano"

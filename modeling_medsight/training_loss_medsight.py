@@ -22,6 +22,7 @@ class TrainingLossMixin:
     config: Any
     model: Any
     perceiver_loss: Any
+    training: bool
 
     def _perceive(
         self,
@@ -215,8 +216,8 @@ class TrainingLossMixin:
             empty = hidden.new_zeros(0, *self.config.mask_size)
             return [empty for _ in counts], 0 * self.model.text_to_vision_projector(hidden[:, -1]).float().sum()
         require(pixel_values=regions)
-        masks = list(self.model.decode_codes(hidden, codes, regions).split(counts))
-        return masks, code_mask_loss(masks, given, loss_counts.get("masks"))
+        decoded = list(self.model.decode_codes(hidden, codes, regions).split(counts))
+        return decoded, code_mask_loss(decoded, given, loss_counts.get("masks"))
 
     def _alignment_loss(
         self,

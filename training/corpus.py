@@ -39,7 +39,7 @@ def read_corpus(recipe: Recipe) -> Corpus:
     """Read the region sources of a recipe: rows only, no picture.
 
     Raises:
-        OSError, ValueError: as `load_source`; or the sources are none, or have no validation split though one is asked.
+        OSError, ValueError: as `load_source`; or there are no sources, or nothing can be held out though it is asked.
     """
     from datasets import concatenate_datasets
 

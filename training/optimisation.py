@@ -25,6 +25,8 @@ class MuonWithAdamW(torch.optim.AdamW):
     Parameters of one shape are orthogonalised together: in a small model the calls cost more than the arithmetic.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.95, **kwargs: Any) -> None:
         super().__init__([{"muon": False, "momentum": momentum, **group} for group in groups], **kwargs)
 
@@ -74,7 +76,9 @@ def muon_with_adamw(
 ) -> MuonWithAdamW:
     """The optimizer of a model's trainable parameters; vectors, lookup tables and the first and last layers (see
     `FOR_ADAMW`) go to AdamW, and vectors do not decay."""
-    matrices, tables, vectors = [], [], []
+    matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             outer = any(part in name for part in FOR_ADAMW)

@@ -64,6 +64,7 @@ class DataSettings:
         text_rounds: conversations a region image that stage 0 reads besides.
         validation_fraction: share of patients held out of every set for validation.
         on_error: `stop` at a broken item, or `skip`: count and log it; never replace it.
+        keep_in_memory: decode every picture and mask once and keep it, for data sets that fit.
         groups: code group -> patterns of "modality/site"; by default a group a pair that the regions have.
         classes: mask classes, a target each; by default all targets of the regions.
     """
@@ -74,6 +75,7 @@ class DataSettings:
     text_rounds: int = 4
     validation_fraction: float = 0.1
     on_error: str = "stop"
+    keep_in_memory: bool = False
     groups: dict[str, list[str]] | None = None
     classes: list[str] | None = None
 

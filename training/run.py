@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -285,14 +286,14 @@ def run_stage(
     folder = output / "stages" / kind.folder
     on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     model, processor = load_folder(start, recipe, own)
-    places = Places(processor, model.config, corpus.groups)
+    places = Places(processor, model.config, corpus.groups, recipe.data.keep_in_memory)
     stage = kind(own, places, recipe.seed)
     last = checkpoints(folder)
     if not last:
         on_main(lambda: (folder / STEPS_FILE).unlink(missing_ok=True))
     for name in own.data:
         if name in recipe.annotations:
-            on_main(lambda name=name: annotate_regions(corpus, name, model.eval(), processor, output))
+            on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
     training = stage_items(stage, recipe, corpus, output, "training")
     validation = stage_items(stage, recipe, corpus, output, "validation")
     arguments = training_arguments(folder, own, passed, recipe)

@@ -3,6 +3,8 @@
 medsight train CONFIG.yaml --stage text_to_vision
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -39,7 +41,7 @@ def vocabularies(model: nn.Module) -> list[nn.Parameter]:
     return [embeddings] if model.lm_head.weight is embeddings else [embeddings, model.lm_head.weight]
 
 
-def train_code_rows_only(weight: nn.Parameter, config: object) -> RemovableHandle:
+def train_code_rows_only(weight: nn.Parameter, config: Any) -> RemovableHandle:
     """Zero the gradient of every row but the region codes': with a fresh optimizer the words then stay as they are."""
     first, count = config.region_code_start_id, config.num_region_codes
     rows = torch.zeros(len(weight), 1, dtype=torch.bool)

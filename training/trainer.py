@@ -35,12 +35,12 @@ class NotFiniteError(ValueError):
     """A loss is NaN or infinite."""
 
 
-class StageMixin:
-    """Put before a Trainer class: trains one `Stage`.
+class StageTrainer(Trainer):
+    """transformers' Trainer for one `Stage`; put before another Trainer class, that one for a `Stage`.
 
     Every loss of a step is a sum over all its samples divided by a count over all its samples, whatever the batch is
-    cut into: micro-batches, processes. Each step's losses stand in `steps.jsonl`; after a resume the file goes on where
-    the checkpoint was.
+    cut into: micro-batches, processes. Each step's losses stand in `steps.jsonl`; after a resume the file goes on
+    where the checkpoint was.
 
     Args:
         stage: what is trained and how it is scored.
@@ -106,6 +106,7 @@ class StageMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as `TrainingArguments` says, or Muon with AdamW where the stage has a `muon_learning_rate`."""
+        self.optimizer: Any
         if self.optimizer is None and self.stage.settings.muon_learning_rate:
             self.optimizer = muon_with_adamw(
                 self.model,
@@ -223,15 +224,11 @@ class StageMixin:
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
 
 
-class StageTrainer(StageMixin, Trainer):
-    """transformers' Trainer for a stage."""
-
-
 def sft_trainer_class() -> type:
     """TRL's SFTTrainer for a stage. Its own loss reads the base model alone and would leave the masks out."""
     from trl import SFTTrainer
 
-    return type("StageSFTTrainer", (StageMixin, SFTTrainer), {"__doc__": "TRL's SFTTrainer for a stage."})
+    return type("StageSFTTrainer", (StageTrainer, SFTTrainer), {"__doc__": "TRL's SFTTrainer for a stage."})
 
 
 def count_terms(batch: dict[str, Any], num_queries: int) -> dict[str, float]:

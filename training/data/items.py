@@ -4,7 +4,7 @@ A sample depends on its row, the seed and its draw number alone: not on worker p
 on whether the run was interrupted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from modeling_medsight.loss_medsight import resize_masks
 from .augmentation import Augmenter
 from .conversations import code_images
 from .groups import Groups
-from .pictures import read_mask, read_picture
+from .pictures import picture_name, read_mask, read_picture
 from .schema import IMAGE_MARKER
 
 
@@ -38,10 +38,12 @@ class Places:
         processor: a `MedSightProcessor`.
         config: the model's `MedSightConfig`.
         groups: code groups.
+        keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
     """
 
-    def __init__(self, processor: Any, config: Any, groups: Groups) -> None:
+    def __init__(self, processor: Any, config: Any, groups: Groups, keep_in_memory: bool = False) -> None:
         self.processor, self.config, self.groups = processor, config, groups
+        self.kept: dict[str, Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
         self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
@@ -62,6 +64,32 @@ class Places:
     def pixels(self, picture: Any) -> torch.Tensor:
         """(3, S, S), normalised, as in inference."""
         return self.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    def load_image(self, entry: Any) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Pixels of an undecoded picture, placed, and its own (width, height)."""
+
+        def load() -> tuple[torch.Tensor, tuple[int, int]]:
+            picture = read_picture(entry)
+            return self.pixels(picture), picture.size
+
+        return self._once(entry, load)
+
+    def load_masks(self, entries: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Undecoded masks, placed, (n, S, S); `sizes` are the (width, height) of their pictures."""
+        side = self.config.image_size
+        placed = [
+            self._once(entry, lambda entry=entry, size=size: self.masks([read_mask(entry, size)])[0])
+            for entry, size in zip(entries, sizes, strict=True)
+        ]
+        return torch.stack(placed) if placed else torch.zeros(0, side, side)
+
+    def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
+        path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else None
+        if self.kept is None or path is None:
+            return load()
+        if path not in self.kept:
+            self.kept[path] = load()
+        return self.kept[path]
 
     def masks(self, masks: Sequence[np.ndarray]) -> torch.Tensor:
         """(n, S, S) in [0, 1] on the same canvas."""
@@ -146,12 +174,12 @@ class RegionItems(Items):
         self.most_asked, self.matched_share = most_asked, matched_share
 
     def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        places, name = self.places, name_of(row["image"])
-        picture = read_picture(row["image"])
-        masks = places.masks([read_mask(entry, picture.size) for entry in row["masks"]])
+        places, name = self.places, picture_name(row["image"])
+        pixels, size = places.load_image(row["image"])
+        masks = places.load_masks(row["masks"], [size] * len(row["masks"]))
         classes = torch.tensor([places.class_of(target, name) for target in row["targets"]], dtype=torch.long)
         group = places.group(row)
-        pixels, masks = places.augment(self.augmenter, places.pixels(picture), masks, group, row["targets"], generator)
+        pixels, masks = places.augment(self.augmenter, pixels, masks, group, row["targets"], generator)
         count = (
             0
             if not len(masks)
@@ -184,44 +212,32 @@ class ConversationItems(Items):
         self.mask_share, self.text_only = mask_share, text_only
 
     def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        name = name_of(row["images"][0]) if row["images"] else f"conversation {row['id']}"
+        name = picture_name(row["images"][0]) if row["images"] else f"conversation {row['id']}"
         if self.text_only:
             messages = [
                 {**turn, "content": turn["content"].replace(IMAGE_MARKER, "").strip()} for turn in row["messages"]
             ]
             return {"messages": messages, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
         places = self.places
-        pictures = [read_picture(entry) for entry in row["images"]]
-        masks = [
-            read_mask(entry, self._size_of_mask(row, index, pictures)) for index, entry in enumerate(row["masks"])
-        ]
-        classes = [places.classes.get(target, -1) for target in row["targets"]]
-        if len(pictures) == 1:
-            pixels, placed = places.augment(
-                self.augmenter, places.pixels(pictures[0]), places.masks(masks), -1, row["targets"], generator
+        loaded = [places.load_image(entry) for entry in row["images"]]
+        owners = code_images(row["messages"])
+        if len(owners) != len(row["masks"]) or -1 in owners:
+            raise ValueError(
+                f"{name}: conversation {row['id']} cites {len(owners)} codes, has {len(row['masks'])} masks"
             )
+        masks = places.load_masks(row["masks"], [loaded[owner][1] for owner in owners])
+        classes = [places.classes.get(target, -1) for target in row["targets"]]
+        all_pixels = [pixels for pixels, _ in loaded]
+        if len(loaded) == 1:
+            pixels, masks = places.augment(self.augmenter, all_pixels[0], masks, -1, row["targets"], generator)
             all_pixels = [pixels]
         else:
-            all_pixels = [places.pixels(picture) for picture in pictures]
-            placed = resize_masks(places.masks(masks) if masks else torch.zeros(0, 1, 1), places.config.mask_size)
+            masks = resize_masks(masks, places.config.mask_size)
         decoded = torch.rand(1, generator=generator).item() < self.mask_share
         return {
             "messages": row["messages"],
             "pixel_values": all_pixels,
-            "mask_labels": placed if decoded or not len(placed) else None,
+            "mask_labels": masks if decoded or not len(masks) else None,
             "code_classes": torch.tensor(classes, dtype=torch.long),
             "file": name,
         }
-
-    @staticmethod
-    def _size_of_mask(row: dict[str, Any], index: int, pictures: Sequence[Any]) -> tuple[int, int]:
-        if not pictures:
-            raise ValueError(f"conversation {row['id']}: it has masks but no image")
-        return pictures[0].size if len(pictures) == 1 else pictures[code_images(row["messages"])[index]].size
-
-
-def name_of(entry: Any) -> str:
-    """The file of an undecoded picture."""
-    if isinstance(entry, dict):
-        return entry.get("path") or "a picture inside a dataset"
-    return str(entry)

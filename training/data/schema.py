@@ -1,7 +1,7 @@
 """What every reader yields, whatever the layout on disk: rows of one of two kinds, for the library `datasets`.
 
-Pictures stay undecoded, `{"path": ..., "bytes": ...}`, until a sample is drawn: nothing is loaded whole, and an error can
-name the file.
+Pictures stay undecoded, `{"path": ..., "bytes": ...}`, until a sample is drawn: nothing is loaded whole, and an error
+can name the file.
 """
 
 from datasets import Features, Image, List, Value
