@@ -155,7 +155,8 @@ class MedSightConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MedSightConfig":
-        """A configuration by name: `tiny` (tests), `nano` (trained on a laptop), `8b` (the published model).
+        """A configuration by name: `tiny` (tests), `nano` (trained on a laptop), `small` (Qwen3-0.6B and CLIP
+        ViT-B/16), `8b` (the published model).
 
         Raises:
             ValueError: for an unknown name.

@@ -28,6 +28,31 @@ PRESETS: dict[str, dict[str, Any]] = {
             "hidden_act": "quick_gelu",
         },
     },
+    "small": {
+        "text_config": {
+            "model_type": "qwen3",
+            "vocab_size": 152256,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_act": "quick_gelu",
+        },
+    },
     "tiny": {
         "text_config": {
             "model_type": "qwen3",

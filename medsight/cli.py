@@ -18,6 +18,10 @@ from medsight import __version__
 
 COMMANDS = {
     "predict": ("medsight.predict", "answer a prompt about an image, with a mask for every region the answer cites"),
+    "evaluate": ("medsight.evaluate", "score a checkpoint, or saved predictions, on a benchmark by named protocols"),
+    "compare": ("medsight.compare", "paired differences between two evaluations over the same rows"),
+    "codes": ("medsight.codes", "which structures each region code stands for, with a contact sheet a code"),
+    "benchmark": ("medsight.benchmark", "make a benchmark from images with masks"),
     "train": ("medsight.train", "train a model by a recipe, through all stages, going on where a run stopped"),
     "convert": ("medsight.convert", "turn published checkpoint files into one folder that loads anywhere"),
     "init": ("medsight.init", "assemble a fresh model from a language model, an image encoder and a groups file"),

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", action="store_true", help="print parameters, memory and steps of every stage, and train nothing"
     )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="with --plan: how many devices it is for (default: WORLD_SIZE, or 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         from medsight.training.plan import plan
 
-        print(plan(recipe))
+        print(plan(recipe, args.devices))
         return
     from medsight.training.run import train
 

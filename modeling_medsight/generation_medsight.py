@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
 from .region_codes_in_text_medsight import count_images, is_region_code, locate_codes
@@ -100,6 +101,8 @@ class MedSightGenerationMixin(GenerationMixin):
         settings = generation_config if generation_config is not None else self.generation_config
         if settings.is_assistant:  # drafts for another model, which gives the masks
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
+        if kwargs.get("synced_gpus") is None and self._is_sharded():
+            kwargs["synced_gpus"] = True
 
         def setting(name: str) -> Any:
             value = kwargs.get(name)
@@ -137,7 +140,8 @@ class MedSightGenerationMixin(GenerationMixin):
         outputs = super().generate(inputs, generation_config, logits_processor, **kwargs)
         if not hasattr(outputs, "sequences"):
             return outputs
-        decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions)
+        synced = bool(kwargs.get("synced_gpus"))
+        decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions, synced)
         kind = (
             MedSightGenerateBeamOutput
             if isinstance(outputs, GenerateBeamDecoderOnlyOutput)
@@ -216,6 +220,14 @@ class MedSightGenerationMixin(GenerationMixin):
                     "and masks would not belong to the text"
                 )
 
+    def _is_sharded(self) -> bool:
+        """Whether parameters are spread over processes, which then must all make the same passes."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in self.modules())
+
     @staticmethod
     def _mask_of_padding(prompt: torch.Tensor, pad_id: Any, end_ids: Any) -> torch.Tensor:
         """The attention mask that transformers infers where none is given: padding is the pad token, unless it also
@@ -262,16 +274,23 @@ class MedSightGenerationMixin(GenerationMixin):
         return allowed & (images > 0)[:, None]
 
     def _decode_generated(
-        self, outputs: Any, prompt: torch.Tensor | None, attention_mask: torch.Tensor | None, regions: Any
+        self,
+        outputs: Any,
+        prompt: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        regions: Any,
+        synced: bool,
     ) -> MedSightDecodedRegions:
         """Masks of generated codes: one teacher-forced pass over what was generated, on the prompt's part of the
-        cache."""
+        cache. With `synced` also where nothing was cited: another process may wait for its share of the weights."""
         sequences = outputs.sequences
         if (
             prompt is None
             or regions is None
             or not bool(is_region_code(sequences[:, prompt.shape[1] :], self.config).any())
         ):
+            if synced:
+                self.lm_head(self.model(input_ids=sequences[:, -1:], use_cache=False).last_hidden_state)
             return self._no_regions(len(sequences))
 
         prompt_length, copies = prompt.shape[1], len(sequences) // len(prompt)

@@ -68,7 +68,8 @@ class HungarianMatcher(nn.Module):
             dice = 1 - (2 * probabilities @ targets.T + 1) / (probabilities.sum(1)[:, None] + targets.sum(1)[None] + 1)
             likelihood = classes.float().softmax(-1)[:, labels]
             cost = self.bce_weight * bce + self.dice_weight * dice - self.class_weight * likelihood
-            query_index, region_index = linear_sum_assignment(cost.cpu().numpy())
+            # Where logits are not finite any pairs will do: the loss says so.
+            query_index, region_index = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
             pairs.append((torch.as_tensor(query_index), torch.as_tensor(region_index)))
         return pairs
 

@@ -190,6 +190,10 @@ class MedSightModel(MedSightPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], image_embeds)
         elif input_ids is not None and input_ids.shape[1] > 1:
             torch_compilable_check(~placeholders.any(), "the text has image placeholders but no images were given")
+            if self.training:
+                # Every trained parameter stays in the graph, as in `_mask_loss`, also where a batch has no images.
+                nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
+                inputs_embeds = inputs_embeds + 0 * self.vision_to_text_projector(nothing).sum()
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -150,23 +150,24 @@ class TrainingLossMixin:
             queries = torch.cat([found for found, _ in pairs])
             total = loss_counts.get("masks", len(queries))
         rows, queries = rows.to(embeddings.device), queries.to(embeddings.device)
-        if not len(rows):
-            nothing = 0 * sum(parameter.sum() for parameter in self.model.codebook.parameters()).float()
-            return nothing, nothing, nothing, rows.new_zeros(0, 2)
-        quantized = self.model.codebook(embeddings[rows, queries][:, None], group_labels[rows])
-        reconstructed = embeddings.index_put((rows, queries), quantized.reconstructed_regions[:, 0])
-        head = self.model.region_perceiver.segmentation_head
+        if len(rows):
+            quantized = self.model.codebook(embeddings[rows, queries][:, None], group_labels[rows])
+            reconstructed = embeddings.index_put((rows, queries), quantized.reconstructed_regions[:, 0])
+            share = len(rows) / max(1, total)
+            vq_loss, reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share
+            indices = quantized.code_indices[:, 0]
+        else:
+            vq_loss = reconstruction_loss = 0 * sum(p.sum() for p in self.model.codebook.parameters()).float()
+            reconstructed, indices = embeddings, queries
         through_codes = self.perceiver_loss(
-            *head(reconstructed, regions.image_features),
+            *self.model.region_perceiver.segmentation_head(reconstructed, regions.image_features),
             mask_labels,
             class_labels,
             pairs,
             loss_counts.get("masks"),
             loss_counts.get("images"),
         )[0]
-        share = len(rows) / max(1, total)
-        codes = torch.stack((group_labels[rows], quantized.code_indices[:, 0]), dim=1)
-        return quantized.vq_loss * share, quantized.reconstruction_loss * share, through_codes, codes
+        return vq_loss, reconstruction_loss, through_codes, torch.stack((group_labels[rows], indices), dim=1)
 
     def _grounding_losses(
         self,

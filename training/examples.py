@@ -15,7 +15,7 @@ from .stage import Stage
 class ExamplePictures(TrainerCallback):
     """Draws `count` validation items, evenly over the split: what was wanted, and what the model gives.
 
-    Files `step-N-i.png` in `folder`; pictures in TensorBoard too, where it is reported to.
+    Files `step-N-i.png` in `folder`.
     """
 
     def __init__(self, stage: Stage, items: Items, folder: Path, count: int) -> None:

@@ -32,8 +32,9 @@ class ModelSettings:
     """Where the model comes from: a named configuration, trained from nothing, or a folder.
 
     Attributes:
-        preset: name of a `MedSightConfig` preset; its tokenizer is trained on the corpus' own text.
-        folder: a checkpoint folder, as `medsight init` and `medsight convert` write, in place of a preset.
+        preset: name of a `MedSightConfig` preset; its tokenizer is trained on the corpus' own text. With a folder, it
+            is only what `--plan` reads while the folder is not there yet.
+        folder: a checkpoint folder, as `medsight init` and `medsight convert` write, to start from.
         config: fields of `MedSightConfig` to change (the ablations among them). With a folder, only those that leave
             the shape of its weights.
         tokenizer_size: entries of a preset's byte-level BPE before added tokens and region codes.
@@ -149,8 +150,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 raise ValueError(f"--set {override}: {parent} in {path} is not a mapping")
         place[last] = yaml.safe_load(value)
     recipe = build(Recipe, values, str(path))
-    if (recipe.model.preset is None) == (recipe.model.folder is None):
-        raise ValueError(f"{path}: model: give exactly one of preset and folder")
+    if recipe.model.preset is None and recipe.model.folder is None:
+        raise ValueError(f"{path}: model: give a preset, to train from nothing, or a folder")
     if recipe.data.on_error not in ("stop", "skip"):
         raise ValueError(f"{path}: data.on_error={recipe.data.on_error!r}: choose stop or skip")
     if not 0 <= recipe.data.validation_fraction < 1:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
         ValueError: a setting, an item or a loss is bad, naming it; or the folder holds a run of another recipe.
     """
     settings = stage_settings(recipe)
+    refuse_unknown(recipe.model.config, set(signature(MedSightConfig).parameters) - {"kwargs"}, "model.config")
+    if recipe.model.folder is not None and recipe.model.config.keys() & MedSightConfig.sub_configs.keys():
+        raise ValueError("model.config: text_config and vision_config are the folder's own; leave them out")
     if stage is not None:
         refuse_unknown([stage], settings, "--stage")
     if recipe.threads:
@@ -392,15 +396,18 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
     """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration."""
     processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
-    for name, value in recipe.model.config.items():
-        if not hasattr(config, name):
-            refuse_unknown([name], config.to_dict(), "model.config")
-        setattr(config, name, value)
+    for name in recipe.model.config.keys() - config.sub_configs.keys():
+        setattr(config, name, recipe.model.config[name])
     config.refuse_contradictions()
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
     if getattr(settings, "method", "full") == "qlora":
         options |= quantised(options["dtype"])
-    model = MedSightForConditionalGeneration.from_pretrained(folder, config=config, local_files_only=True, **options)
+    try:
+        model = MedSightForConditionalGeneration.from_pretrained(
+            folder, config=config, local_files_only=True, **options
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: its weights do not fit model.config={recipe.model.config} ({error})") from error
     processor.image_seq_length = config.image_seq_length  # an ablation may leave the region rows out
     return model, processor
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .data.collators import Collator
 from .data.items import Items, Places
@@ -118,6 +119,20 @@ def train_only(model: nn.Module, prefixes: Iterable[str]) -> None:
     trained = {id(parameter) for name, parameter in named if name.startswith(prefixes)}
     for _, parameter in named:
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules to keep out of training: all without a parameter that trains, but for whole transformer layers.
+
+    Such a layer holds no statistics and draws nothing itself, and only in training is it checkpointed, as it must be
+    where gradients flow through it to something before it that trains.
+    """
+    return [
+        module
+        for module in model.modules()
+        if not any(parameter.requires_grad for parameter in module.parameters())
+        and not isinstance(module, GradientCheckpointingLayer)
+    ]
 
 
 def dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import nn
 
 from .data.collators import RegionCollator
@@ -42,6 +44,7 @@ class CodebookStage(Stage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.used = torch.zeros(self.config.num_groups, self.config.codes_per_group, dtype=torch.long)
+        self.used_here = torch.zeros_like(self.used)  # by this process, in the step that runs
         self.train_items: Items | None = None
 
     def trains(self) -> tuple[str, ...]:
@@ -61,36 +64,39 @@ class CodebookStage(Stage):
         """Codes start as centres of k-means over the regions of their group."""
         if not self.settings.kmeans_images:
             return
-        vectors, groups = self._regions_of(model, self._spread(self.settings.kmeans_images))
         codes = model.model.codebook.codes
-        generator = torch.Generator().manual_seed(self.seed)
-        for group in groups.unique().tolist():
-            points = vectors[groups == group]
-            codes[group] = kmeans(points, codes.shape[1], self.settings.kmeans_rounds, generator).to(codes)
+        if PartialState().is_main_process:
+            vectors, groups = self._regions_of(model, self._spread(self.settings.kmeans_images))
+            generator = torch.Generator().manual_seed(self.seed)
+            for group in groups.unique().tolist():
+                points = vectors[groups == group]
+                codes[group] = kmeans(points, codes.shape[1], self.settings.kmeans_rounds, generator).to(codes)
+        take_from_main(codes)
 
     def after_forward(self, outputs: Any) -> None:
         taken = outputs.quantized_codes.cpu()
-        self.used.index_put_((taken[:, 0], taken[:, 1]), torch.ones(len(taken), dtype=torch.long), accumulate=True)
+        self.used_here.index_put_(tuple(taken.T), torch.ones(len(taken), dtype=torch.long), accumulate=True)
 
     @torch.no_grad()
     def after_step(self, trainer: Any) -> None:
         """Revive dead codes: move each onto a region of its group."""
+        self.used += trainer.accelerator.reduce(self.used_here.to(trainer.args.device), reduction="sum").cpu()
+        self.used_here.zero_()
         step, every = trainer.state.global_step, self.settings.revive_every
         if not every or step % every or step > self.settings.revive_until * trainer.state.max_steps:
             return
-        used = trainer.accelerator.reduce(self.used.to(trainer.args.device).float(), reduction="sum").cpu()
         model = trainer.accelerator.unwrap_model(trainer.model)
-        generator = torch.Generator().manual_seed(self.seed + step)
-        chosen = torch.randint(len(self.train_items), (self.settings.revive_images,), generator=generator).tolist()
-        vectors, groups = self._regions_of(model, chosen)
         codes = model.model.codebook.codes
-        for group in groups.unique().tolist():
-            points = vectors[groups == group]
-            dead = (used[group] == 0).nonzero()[:, 0]
-            drawn = torch.randint(len(points), (len(dead),), generator=generator)
-            codes[group, dead.to(codes.device)] = points[drawn].to(codes)
-        if trainer.accelerator.num_processes > 1:
-            torch.distributed.broadcast(codes.data, src=0)
+        if PartialState().is_main_process:
+            generator = torch.Generator().manual_seed(self.seed + step)
+            chosen = torch.randint(len(self.train_items), (self.settings.revive_images,), generator=generator).tolist()
+            vectors, groups = self._regions_of(model, chosen)
+            for group in groups.unique().tolist():
+                points = vectors[groups == group]
+                dead = (self.used[group] == 0).nonzero()[:, 0]
+                drawn = torch.randint(len(points), (len(dead),), generator=generator)
+                codes[group, dead.to(codes.device)] = points[drawn].to(codes)
+        take_from_main(codes)
         self.used.zero_()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -194,6 +200,13 @@ def kmeans(points: torch.Tensor, count: int, rounds: int, generator: torch.Gener
         for index in nearest.unique().tolist():
             centres[index] = F.normalize(points[nearest == index].mean(0), dim=0)
     return centres
+
+
+def take_from_main(values: torch.Tensor) -> None:
+    """Give every process the values that the main process has."""
+    state = PartialState()
+    if state.num_processes > 1:
+        values.copy_(broadcast(values.to(state.device)))
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import Trainer
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .optimisation import muon_with_adamw
-from .stage import Stage
+from .stage import Stage, frozen_modules
 
 
 LOSSES = (
@@ -33,6 +33,16 @@ STEPS_FILE = "steps.jsonl"
 
 class NotFiniteError(ValueError):
     """A loss is NaN or infinite."""
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins: a data loader that several processes go on with in mid-epoch does not."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class StageTrainer(Trainer):
@@ -53,9 +63,11 @@ class StageTrainer(Trainer):
         self.sums: dict[str, torch.Tensor] = {}
         self.window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        if sampler is not None:
+            self.add_callback(SamplerEpoch(sampler))
         # The losses are scaled here, for accumulation too: Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
-        self.frozen = [m for m in self.model.modules() if not any(p.requires_grad for p in m.parameters())]
+        self.frozen = frozen_modules(self.model)
 
     # Data
 
@@ -196,6 +208,29 @@ class StageTrainer(Trainer):
 
     # Scores
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This process' share of the validation items: every n-th, none twice, as many batches as every other has.
+
+        `scored` says how many of the batches count; a last one may be there for company alone: where parameters are
+        sharded, all processes make the same passes.
+        """
+        items, size = self.eval_dataset if eval_dataset is None else eval_dataset, self.args.per_device_eval_batch_size
+        limit = self.stage.settings.eval_batches
+        count = len(items) if limit is None else min(len(items), limit * size)
+        shares = [list(range(first, count, self.args.world_size)) for first in range(self.args.world_size)]
+        own = shares[self.args.process_index]
+        batches = [own[start : start + size] for start in range(0, len(own), size)]
+        scored, most = len(batches), -(-len(shares[0]) // size)
+        loader = DataLoader(
+            items,
+            batch_sampler=batches + [[0]] * (most - scored),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        loader.scored = scored
+        return loader
+
     @torch.no_grad()
     def evaluation_loop(
         self,
@@ -211,15 +246,18 @@ class StageTrainer(Trainer):
         totals: dict[str, torch.Tensor] = {}
         samples = 0
         for number, batch in enumerate(dataloader):
-            if self.stage.settings.eval_batches is not None and number >= self.stage.settings.eval_batches:
-                break
             batch = self._prepare_inputs(batch)
-            samples += len(batch.pop("files"))
+            size = len(batch.pop("files"))
             with self.compute_loss_context_manager():
-                for name, value in self.stage.score(model, batch).items():
-                    totals[name] = totals.get(name, 0) + torch.as_tensor(value, device=self.args.device).double()
+                scores = self.stage.score(model, batch)
+            counts = number < dataloader.scored
+            samples += size if counts else 0
+            for name, value in scores.items():
+                value = torch.as_tensor(value, device=self.args.device).double()
+                totals[name] = totals.get(name, 0) + (value if counts else torch.zeros_like(value))
         totals = {name: self.accelerator.reduce(value.float(), reduction="sum") for name, value in totals.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.stage.summarise(totals).items()}
+        samples = int(self.accelerator.reduce(torch.tensor(samples, device=self.args.device), reduction="sum"))
         model.train()
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
 
@@ -228,7 +266,15 @@ def sft_trainer_class() -> type:
     """TRL's SFTTrainer for a stage. Its own loss reads the base model alone and would leave the masks out."""
     from trl import SFTTrainer
 
-    return type("StageSFTTrainer", (StageTrainer, SFTTrainer), {"__doc__": "TRL's SFTTrainer for a stage."})
+    class StageSFTTrainer(StageTrainer, SFTTrainer):
+        """TRL's SFTTrainer for one `Stage`. It takes rows of `datasets` only: samples are drawn from them after."""
+
+        def __init__(self, *args: Any, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
+            rows = None if eval_dataset is None else eval_dataset.rows
+            super().__init__(*args, train_dataset=train_dataset.rows, eval_dataset=rows, **kwargs)
+            self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+
+    return StageSFTTrainer
 
 
 def count_terms(batch: dict[str, Any], num_queries: int) -> dict[str, float]:

@@ -63,6 +63,11 @@ class MedSightConfig(PreTrainedConfig):
         no_object_weight (`float`): weight of the 'no object' class in the class loss.
         commitment_loss_weight (`float`): weight of the commitment term of the codebook's loss.
         auxiliary_loss (`bool`): supervise every perceiver stage, not the last alone.
+        use_class_queries (`bool`): learn a query a mask class beside the region queries. Asked for a class, a query
+            has its target from the first step, with nothing to match, which is what decoding a code will be: small
+            models learn to segment many times faster. The states of codes are then drawn to these queries.
+        alignment_loss_weight (`float`): weight of that last loss.
+        quantize_unmatched_regions (`bool`): whether region queries that found nothing take part in learning codes.
         initializer_range (`float`): standard deviation of newly made language-side weights.
 
     Raises:
@@ -102,6 +107,9 @@ class MedSightConfig(PreTrainedConfig):
         no_object_weight: float = 0.1,
         commitment_loss_weight: float = 0.25,
         auxiliary_loss: bool = False,
+        use_class_queries: bool = False,
+        alignment_loss_weight: float = 1.0,
+        quantize_unmatched_regions: bool = True,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool | None = None,
         **kwargs: Any,
@@ -134,17 +142,21 @@ class MedSightConfig(PreTrainedConfig):
         self.no_object_weight = no_object_weight
         self.commitment_loss_weight = commitment_loss_weight
         self.auxiliary_loss = auxiliary_loss
+        self.use_class_queries = use_class_queries
+        self.alignment_loss_weight = alignment_loss_weight
+        self.quantize_unmatched_regions = quantize_unmatched_regions
         self.initializer_range = initializer_range
         self.auto_map = dict(AUTO_MAP)
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         kwargs.pop("auto_map", None)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-        self._refuse_contradictions()
+        self.refuse_contradictions()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MedSightConfig":
-        """A configuration by name: `tiny` (tests), `nano` (trained on a laptop), `8b` (the published model).
+        """A configuration by name: `tiny` (tests), `nano` (trained on a laptop), `small` (Qwen3-0.6B and CLIP
+        ViT-B/16), `8b` (the published model).
 
         Raises:
             ValueError: for an unknown name.
@@ -200,7 +212,8 @@ class MedSightConfig(PreTrainedConfig):
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
-    def _refuse_contradictions(self) -> None:
+    def refuse_contradictions(self) -> None:
+        """Raise ValueError, naming both values, where two settings contradict each other; construction calls it."""
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

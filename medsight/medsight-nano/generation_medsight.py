@@ -7,13 +7,15 @@ import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .outputs_medsight import MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
+from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
 from .region_codes_in_text_medsight import count_images, is_region_code, locate_codes
 
 
 class RegionCodeConstraint(LogitsProcessor):
-    """Keeps region codes to allowed groups, and on request does not let an answer end without one.
+    """Keeps region codes to allowed groups and image placeholders out of answers, and on request lets no answer end
+    without a code.
 
     Args:
         config: a `MedSightConfig`.
@@ -46,6 +48,7 @@ class RegionCodeConstraint(LogitsProcessor):
         allowed = allowed.repeat_interleave(len(scores) // len(allowed), dim=0)
         scores = scores.clone()
         scores[:, first:last] = scores[:, first:last].masked_fill(~allowed, -torch.inf)
+        scores[:, self.config.image_token_id] = -torch.inf  # it would be part of an image that nobody gave
         if not self.force_region:
             return scores
 
@@ -98,6 +101,8 @@ class MedSightGenerationMixin(GenerationMixin):
         settings = generation_config if generation_config is not None else self.generation_config
         if settings.is_assistant:  # drafts for another model, which gives the masks
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
+        if kwargs.get("synced_gpus") is None and self._is_sharded():
+            kwargs["synced_gpus"] = True
 
         def setting(name: str) -> Any:
             value = kwargs.get(name)
@@ -118,28 +123,25 @@ class MedSightGenerationMixin(GenerationMixin):
         if prompt is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_padding(prompt, setting("pad_token_id"), setting("eos_token_id"))
 
-        # A written placeholder would count as part of an image that nobody gave.
-        kwargs["suppress_tokens"] = [*(setting("suppress_tokens") or []), self.config.image_token_id]
         allowed = self._allowed_groups(prompt, regions, allowed_groups)
         if force_region and not bool(allowed.any(dim=1).all()):
             raise ValueError("force_region=True needs an image in every row of the prompt")
-        if force_region or not bool(allowed.all()):
-            constraint = RegionCodeConstraint(
-                self.config,
-                allowed,
-                end_ids=torch.as_tensor(setting("eos_token_id") if setting("eos_token_id") is not None else [])
-                .reshape(-1)
-                .tolist(),
-                prompt_length=0 if prompt is None else prompt.shape[1],
-                force_region=force_region,
-                max_length=self._length_limit(prompt, setting),
-            )
-            logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
+        end_ids = setting("eos_token_id") if setting("eos_token_id") is not None else []
+        constraint = RegionCodeConstraint(
+            self.config,
+            allowed,
+            end_ids=torch.as_tensor(end_ids).reshape(-1).tolist(),
+            prompt_length=0 if prompt is None else prompt.shape[1],
+            force_region=force_region,
+            max_length=self._length_limit(prompt, setting),
+        )
+        logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
 
         outputs = super().generate(inputs, generation_config, logits_processor, **kwargs)
         if not hasattr(outputs, "sequences"):
             return outputs
-        decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions)
+        synced = bool(kwargs.get("synced_gpus"))
+        decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions, synced)
         kind = (
             MedSightGenerateBeamOutput
             if isinstance(outputs, GenerateBeamDecoderOnlyOutput)
@@ -218,6 +220,14 @@ class MedSightGenerationMixin(GenerationMixin):
                     "and masks would not belong to the text"
                 )
 
+    def _is_sharded(self) -> bool:
+        """Whether parameters are spread over processes, which then must all make the same passes."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in self.modules())
+
     @staticmethod
     def _mask_of_padding(prompt: torch.Tensor, pad_id: Any, end_ids: Any) -> torch.Tensor:
         """The attention mask that transformers infers where none is given: padding is the pad token, unless it also
@@ -264,16 +274,23 @@ class MedSightGenerationMixin(GenerationMixin):
         return allowed & (images > 0)[:, None]
 
     def _decode_generated(
-        self, outputs: Any, prompt: torch.Tensor | None, attention_mask: torch.Tensor | None, regions: Any
+        self,
+        outputs: Any,
+        prompt: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        regions: Any,
+        synced: bool,
     ) -> MedSightDecodedRegions:
         """Masks of generated codes: one teacher-forced pass over what was generated, on the prompt's part of the
-        cache."""
+        cache. With `synced` also where nothing was cited: another process may wait for its share of the weights."""
         sequences = outputs.sequences
         if (
             prompt is None
             or regions is None
             or not bool(is_region_code(sequences[:, prompt.shape[1] :], self.config).any())
         ):
+            if synced:
+                self.lm_head(self.model(input_ids=sequences[:, -1:], use_cache=False).last_hidden_state)
             return self._no_regions(len(sequences))
 
         prompt_length, copies = prompt.shape[1], len(sequences) // len(prompt)
@@ -286,10 +303,10 @@ class MedSightGenerationMixin(GenerationMixin):
 
         cache = None
         if not bool((sequences[:, start:] == self.config.image_token_id).any()):
-            cache = _beginning_of_cache(outputs.get("past_key_values"), len(prompt), copies, start)
+            cache = _beginning_of_cache(outputs.get(CACHE_NAME), len(prompt), copies, start)
         position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if cache is not None:
-            passed = {"past_key_values": cache, "use_cache": True}
+            passed = {CACHE_NAME: cache, "use_cache": True}
         else:
             start = 0
             index = torch.cat([block.repeat(copies) for block in _images_of_rows(prompt, self.config)])

@@ -68,7 +68,8 @@ class HungarianMatcher(nn.Module):
             dice = 1 - (2 * probabilities @ targets.T + 1) / (probabilities.sum(1)[:, None] + targets.sum(1)[None] + 1)
             likelihood = classes.float().softmax(-1)[:, labels]
             cost = self.bce_weight * bce + self.dice_weight * dice - self.class_weight * likelihood
-            query_index, region_index = linear_sum_assignment(cost.cpu().numpy())
+            # Where logits are not finite any pairs will do: the loss says so.
+            query_index, region_index = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
             pairs.append((torch.as_tensor(query_index), torch.as_tensor(region_index)))
         return pairs
 
@@ -92,11 +93,15 @@ class RegionPerceiverLoss(nn.Module):
         mask_labels: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        num_masks: float | None = None,
+        num_images: float | None = None,
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Loss (scalar, float32) and the pairs used; arguments as for [`HungarianMatcher`], masks of any size.
 
         Args:
             pairs: take these instead of matching anew.
+            num_masks, num_images: matched masks and images to average over, where this call sees a part of a batch;
+                its own by default.
         """
         device = masks_queries_logits.device
         size = tuple(masks_queries_logits.shape[-2:])
@@ -112,27 +117,33 @@ class RegionPerceiverLoss(nn.Module):
             classes[i, queries] = class_labels[i][regions]
             chosen_logits.append(masks_queries_logits[i, queries])
             chosen_targets.append(mask_labels[i][regions])
+        logits, targets = torch.cat(chosen_logits), torch.cat(chosen_targets)
+        num_masks = len(logits) if num_masks is None else num_masks
+        num_queries = classes.shape[1] * (len(classes) if num_images is None else num_images)
         weights = torch.ones(self.no_object + 1, device=device)
         weights[self.no_object] = self.no_object_weight
-        loss = self.class_weight * F.cross_entropy(
-            class_queries_logits.float().transpose(1, 2), classes, weight=weights
+        class_loss = F.cross_entropy(
+            class_queries_logits.float().transpose(1, 2), classes, weight=weights, reduction="sum"
         )
-
-        logits, targets = torch.cat(chosen_logits), torch.cat(chosen_targets)
+        loss = self.class_weight * class_loss / (num_masks + self.no_object_weight * (num_queries - num_masks))
         if len(logits) == 0:
             return loss + 0 * masks_queries_logits.float().sum(), pairs
-        bce, dice = mask_bce(logits, targets).mean(), mask_dice(logits, targets).mean()
-        return loss + self.bce_weight * bce + self.dice_weight * dice, pairs
+        mask_loss = self.bce_weight * mask_bce(logits, targets) + self.dice_weight * mask_dice(logits, targets)
+        return loss + mask_loss.sum() / num_masks, pairs
 
 
-def code_mask_loss(mask_logits: list[torch.Tensor], mask_labels: list[torch.Tensor]) -> torch.Tensor:
+def code_mask_loss(
+    mask_logits: list[torch.Tensor], mask_labels: list[torch.Tensor], num_masks: float | None = None
+) -> torch.Tensor:
     """BCE + Dice of decoded codes, mask i the target of code i, averaged over all real masks of the batch.
 
     Args:
         mask_logits: a tensor (codes, H, W) a sample, at least one code in all.
         mask_labels: a tensor (codes, h, w) in [0, 1] a sample, of any size.
+        num_masks: masks to average over, where this call sees a part of a batch; its own by default.
     """
     size = tuple(mask_logits[0].shape[-2:])
     targets = torch.cat([resize_masks(masks.to(mask_logits[0].device), size) for masks in mask_labels])
     logits = torch.cat(mask_logits)
-    return (mask_bce(logits, targets) + mask_dice(logits, targets)).mean()
+    losses = mask_bce(logits, targets) + mask_dice(logits, targets)
+    return losses.sum() / (len(losses) if num_masks is None else num_masks)

@@ -4,7 +4,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -16,8 +15,9 @@ from .configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
 from .generation_medsight import MedSightGenerationMixin
-from .loss_medsight import RegionPerceiverLoss, code_mask_loss
+from .loss_medsight import RegionPerceiverLoss
 from .outputs_medsight import (
+    CACHE_NAME,
     MedSightCausalLMOutputWithPast,
     MedSightDecodedRegions,
     MedSightModelOutputWithPast,
@@ -25,6 +25,7 @@ from .outputs_medsight import (
 )
 from .region_codes_in_text_medsight import CodeLocations, locate_codes
 from .region_perceiver_medsight import RegionPerceiver
+from .training_loss_medsight import TrainingLossMixin, refuse_uneven_labels, require
 from .vision_medsight import encode_image
 
 
@@ -50,7 +51,7 @@ class MedSightPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["RegionPerceiverStage"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -69,6 +70,8 @@ class MedSightPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, RegionPerceiver):
             init.normal_(module.region_queries)
+            if module.class_queries is not None:
+                init.normal_(module.class_queries)
         if isinstance(module, RegionCodebook):
             init.normal_(module.codes)
         if isinstance(module, (RegionPerceiver, RegionCodebook, Projector)):
@@ -146,6 +149,7 @@ class MedSightModel(MedSightPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MedSightModelOutputWithPast:
         """
@@ -153,6 +157,7 @@ class MedSightModel(MedSightPreTrainedModel):
             input_ids: (batch, length), image blocks as runs of `config.image_token_id`.
             pixel_values: (images, 3, H, W), all images of the batch in the order of their blocks.
             image_embeds: (images, image_seq_length, hidden), in place of `pixel_values`: what `project_regions` gives.
+            cache: what transformers calls `past_key_values` since 5.24; either name is taken.
 
         Raises:
             ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is
@@ -185,19 +190,23 @@ class MedSightModel(MedSightPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], image_embeds)
         elif input_ids is not None and input_ids.shape[1] > 1:
             torch_compilable_check(~placeholders.any(), "the text has image placeholders but no images were given")
+            if self.training:
+                # Every trained parameter stays in the graph, as in `_mask_loss`, also where a batch has no images.
+                nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
+                inputs_embeds = inputs_embeds + 0 * self.vision_to_text_projector(nothing).sum()
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache if past_key_values is None else past_key_values},
             **kwargs,
         )
         return MedSightModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
             image_hidden_states=image_embeds,
             region_features=regions,
         )
@@ -239,13 +248,18 @@ class MedSightModel(MedSightPreTrainedModel):
 
     def _see(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, MedSightRegionOutput]:
         encoder_output, grid, summary = encode_image(self.vision_tower, pixel_values, self.config, **kwargs)
-        perceived = self.region_perceiver(grid)
-        return encoder_output, MedSightRegionOutput(
-            patch_features=grid.flatten(1, 2), group_logits=self.group_classifier(summary), **perceived
+        return encoder_output, self.perceive(grid, summary)
+
+    def perceive(self, grid: torch.Tensor, summary: torch.Tensor) -> MedSightRegionOutput:
+        """What the region queries and the group classifier find in encoded images: see `encode_image`."""
+        return MedSightRegionOutput(
+            patch_features=grid.flatten(1, 2),
+            group_logits=self.group_classifier(summary),
+            **self.region_perceiver(grid),
         )
 
 
-class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerationMixin):
+class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedModel, MedSightGenerationMixin):
     """MedSIGHT with a language modelling head: reads images, answers in words, and gives a mask for every region
     code."""
 
@@ -297,7 +311,12 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         mask_labels: list[torch.Tensor] | None = None,
         class_labels: list[torch.LongTensor] | None = None,
         group_labels: torch.LongTensor | None = None,
+        code_class_labels: list[torch.LongTensor] | None = None,
+        asked_regions: list[torch.LongTensor] | None = None,
+        matched_images: torch.LongTensor | None = None,
+        loss_counts: dict[str, float] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MedSightCausalLMOutputWithPast:
         """
@@ -308,15 +327,25 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         Args:
             labels: (batch, length), next-token targets, -100 where there is none.
             mask_labels: a tensor (n_i, H, W) a sample, boolean or in [0, 1], of any size. With text, mask j is the
-                target of the j-th region code in row i. Without, the regions of image i.
+                target of the j-th region code in row i; `None` leaves the masks of row i undecoded. Without, the
+                regions of image i.
             class_labels: a tensor (n_i,) an image, the class of each region.
             group_labels: (images,), the code group of each image.
+            code_class_labels: with text and class queries: a tensor (codes,) a row, the class of each cited code's
+                region, -1 where it is not known.
+            asked_regions: with class queries: indices into an image's masks whose classes are asked for; all by
+                default.
+            matched_images: indices of the images whose regions are found by region queries; all by default.
+            loss_counts: `masks`, `images`, `asked` classes and `codes` that the losses are averages over; by default
+                those of this call. `num_items_in_batch` is the same for `labels`.
 
         Raises:
             ValueError: if the mask labels of a sample do not match its codes, or a needed input is missing.
         """
         if input_ids is None and inputs_embeds is None:
-            return self._perceive(pixel_values, mask_labels, class_labels, group_labels)
+            return self._perceive(
+                pixel_values, mask_labels, class_labels, group_labels, asked_regions, matched_images, loss_counts or {}
+            )
 
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
@@ -324,7 +353,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             **kwargs,
@@ -333,29 +362,34 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep, :])
 
-        lm_loss = mask_loss = perceiver_loss = mask_logits = None
+        lm_loss = perceiver_loss = None
         if labels is not None:
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **of_loss
             )
-        if mask_labels is not None:
-            mask_logits, mask_loss = self._mask_loss(input_ids, hidden, outputs.region_features, mask_labels)
+        mask_logits, mask_loss, alignment_loss = self._grounding_losses(
+            input_ids, hidden, outputs.region_features, mask_labels, code_class_labels, loss_counts or {}
+        )
         if class_labels is not None:
-            self._require(mask_labels=mask_labels, pixel_values=pixel_values)
-            perceiver_loss = self._perceiver_loss(outputs.region_features, mask_labels, class_labels)[0]
-        losses = [loss for loss in (lm_loss, mask_loss, perceiver_loss) if loss is not None]
+            require(mask_labels=mask_labels, pixel_values=pixel_values)
+            refuse_uneven_labels(pixel_values, mask_labels, class_labels)
+            perceiver_loss = self._perceiver_loss(
+                outputs.region_features, mask_labels, class_labels, loss_counts or {}
+            )[0]
+        losses = [loss for loss in (lm_loss, mask_loss, alignment_loss, perceiver_loss) if loss is not None]
         return MedSightCausalLMOutputWithPast(
             loss=sum(losses) if losses else None,
             logits=logits,
             lm_loss=lm_loss,
             mask_loss=mask_loss,
+            alignment_loss=alignment_loss,
             perceiver_loss=perceiver_loss,
             mask_logits=mask_logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             region_features=outputs.region_features,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
     @torch.no_grad()
@@ -383,85 +417,6 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, use_cache=False, **kwargs
         )
         return self._decoded_regions(input_ids, codes, outputs.last_hidden_state, outputs.region_features)
-
-    def _perceive(
-        self,
-        pixel_values: torch.Tensor | None,
-        mask_labels: list[torch.Tensor] | None,
-        class_labels: list[torch.Tensor] | None,
-        group_labels: torch.Tensor | None,
-    ) -> MedSightCausalLMOutputWithPast:
-        """Losses of the perceiver and of the codebook, from pixel values alone."""
-        self._require(pixel_values=pixel_values, mask_labels=mask_labels, class_labels=class_labels)
-        regions = self.get_region_features(pixel_values, return_dict=True)
-        perceiver_loss, pairs = self._perceiver_loss(regions, mask_labels, class_labels)
-        codebook_loss = group_loss = None
-        if group_labels is not None:
-            group_loss = F.cross_entropy(regions.group_logits.float(), group_labels)
-            quantized = self.quantize_regions(regions.region_embeddings, group_labels)
-            if self.training:
-                head = self.model.region_perceiver.segmentation_head
-                masks, classes = head(quantized.reconstructed_regions, regions.image_features)
-                through_codes = self.perceiver_loss(masks, classes, mask_labels, class_labels, pairs[-1])[0]
-                codebook_loss = quantized.vq_loss + quantized.reconstruction_loss + through_codes
-        losses = [loss for loss in (perceiver_loss, codebook_loss, group_loss) if loss is not None]
-        return MedSightCausalLMOutputWithPast(
-            loss=sum(losses),
-            perceiver_loss=perceiver_loss,
-            codebook_loss=codebook_loss,
-            group_loss=group_loss,
-            region_features=regions,
-        )
-
-    def _perceiver_loss(
-        self, regions: MedSightRegionOutput, mask_labels: list[torch.Tensor], class_labels: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list]:
-        """The perceiver's loss and the pairs matched in each supervised stage, the last stage last."""
-        images = len(regions.masks_queries_logits)
-        if len(mask_labels) != images or len(class_labels) != images:
-            raise ValueError(
-                f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {images} images: "
-                "give one entry an image"
-            )
-        for i, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
-            if len(masks) != len(classes):
-                raise ValueError(f"image {i} has {len(masks)} mask_labels but {len(classes)} class_labels")
-        stages: list[Any] = [*(regions.auxiliary_logits or []), regions]
-        results = [
-            self.perceiver_loss(
-                stage["masks_queries_logits"], stage["class_queries_logits"], mask_labels, class_labels
-            )
-            for stage in stages
-        ]
-        return sum(loss for loss, _ in results) / len(results), [pairs for _, pairs in results]
-
-    def _mask_loss(
-        self,
-        input_ids: torch.Tensor | None,
-        hidden: torch.Tensor,
-        regions: MedSightRegionOutput | None,
-        mask_labels: list[torch.Tensor],
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Masks of the cited codes, a tensor a sample, and their loss."""
-        self._require(input_ids=input_ids)
-        counts = [len(masks) for masks in mask_labels]
-        if len(counts) != len(input_ids):
-            raise ValueError(
-                f"{len(counts)} mask_labels for {len(input_ids)} samples: "
-                "give one entry a sample, empty if it cites no code"
-            )
-        codes = locate_codes(input_ids, self.config, counts=counts if torch.compiler.is_compiling() else None)
-        for row, (cited, given) in enumerate(zip(codes.counts, counts, strict=True)):
-            if cited != given:
-                raise ValueError(f"sample {row} cites {cited} region codes but has {given} mask_labels")
-        if not sum(counts):
-            # Every trained parameter stays in the graph, so that data-parallel training need not search for unused
-            # ones.
-            empty = hidden.new_zeros(0, *self.config.mask_size)
-            return [empty for _ in counts], 0 * self.model.text_to_vision_projector(hidden[:, -1]).float().sum()
-        self._require(pixel_values=regions)
-        masks = list(self.model.decode_codes(hidden, codes, regions).split(counts))
-        return masks, code_mask_loss(masks, mask_labels)
 
     def _decoded_regions(
         self,
@@ -494,9 +449,3 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             region_codes=[empty.long() for _ in range(rows)],
             region_scores=[empty.float() for _ in range(rows)],
         )
-
-    @staticmethod
-    def _require(**inputs: Any) -> None:
-        missing = [name for name, value in inputs.items() if value is None]
-        if missing:
-            raise ValueError(f"missing {', '.join(missing)}: this loss needs it")

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+
+# What transformers calls the key-value cache: `past_key_values`, and `cache` since 5.24.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -45,7 +49,7 @@ class MedSightModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MedSightCausalLMOutputWithPast(ModelOutput):
+class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.FloatTensor`, scalar): sum of the losses below that were asked for.
@@ -53,25 +57,32 @@ class MedSightCausalLMOutputWithPast(ModelOutput):
         lm_loss (`torch.FloatTensor`): next-token cross-entropy, with `labels`.
         mask_loss (`torch.FloatTensor`): BCE + Dice of the masks decoded from region codes, with `mask_labels`.
         perceiver_loss (`torch.FloatTensor`): matched mask and class loss of the region queries, with `class_labels`.
+        class_query_loss (`torch.FloatTensor`): BCE + Dice of the masks of the classes' own queries, where the model
+            has these.
+        alignment_loss (`torch.FloatTensor`): distance of codes' states to the queries of their classes, with
+            `code_class_labels`.
         codebook_loss (`torch.FloatTensor`): VQ, reconstruction and perceiver loss through the codes, with
-            `group_labels`.
+            `group_labels`, in training only.
+        vq_loss, reconstruction_loss (`torch.FloatTensor`): its first two parts.
+        quantized_codes (`torch.LongTensor` of shape `(regions, 2)`): group and index of the code that each region
+            took.
         group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
         mask_logits (`tuple[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
-        past_key_values, hidden_states, attentions, image_hidden_states: as in transformers.
+        past_key_values (`cache` since transformers 5.24), hidden_states, attentions, image_hidden_states: as there.
         region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     lm_loss: torch.FloatTensor | None = None
     mask_loss: torch.FloatTensor | None = None
+    alignment_loss: torch.FloatTensor | None = None
     perceiver_loss: torch.FloatTensor | None = None
+    class_query_loss: torch.FloatTensor | None = None
+    vq_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
+    quantized_codes: torch.LongTensor | None = None
     group_loss: torch.FloatTensor | None = None
     mask_logits: list[torch.FloatTensor] | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     region_features: MedSightRegionOutput | None = None
 

@@ -202,14 +202,16 @@ class RegionPerceiver(nn.Module):
     """Refines a grid of patch features to region embeddings and masks.
 
     The same module serves twice: with its own learnable queries it finds regions, with queries made from region codes
-        it
-    decodes their masks.
+    it decodes their masks.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.return_auxiliary_logits = config.auxiliary_loss
         self.region_queries = nn.Parameter(torch.empty(1, config.num_region_queries, config.vision_hidden_size))
+        self.class_queries = None
+        if config.use_class_queries:
+            self.class_queries = nn.Parameter(torch.empty(config.num_mask_classes, config.vision_hidden_size))
         self.initial_attention = AttentionBlock(config)
         self.initial_feed_forward = FeedForwardBlock(config)
         self.stages = nn.ModuleList(RegionPerceiverStage(config) for _ in range(config.perceiver_num_stages))

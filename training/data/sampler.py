@@ -12,12 +12,16 @@ MEGABATCH = 50
 class DrawSampler(Sampler[int]):
     """Yields draw numbers; the row is the draw number modulo the number of rows, so that each draw has its own chance.
 
+    Rows come in passes, each an order of all of them, or are drawn by `weights`. An epoch is a pass rounded up to
+    whole steps: its last step takes the first rows of the next pass, where the next epoch goes on. So a step is the
+    same samples for any number of processes and micro-batches, and no row is ever a pass ahead of another.
+
     Args:
-        size: number of rows; an epoch has as many draws.
+        size: number of rows.
         seed: source of the order.
-        weights: (size,) chance of each row, drawn with replacement; without them every row is drawn once, shuffled.
-        lengths: (size,) length of each row: rows of like length come together, in megabatches of 50 batches.
-        batch_size: samples a batch, for `lengths`.
+        weights: (size,) chance of each row, drawn with replacement; without them rows come in passes.
+        lengths: (size,) length of each row: rows of like length come together, in megabatches of 50 steps.
+        batch_size: samples a step, over all processes and micro-batches.
     """
 
     def __init__(
@@ -36,18 +40,29 @@ class DrawSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return -(-self.size // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        first = self.epoch * len(self)
+        generator = self._generator(self.epoch)
         if self.weights is None:
-            order = torch.randperm(self.size, generator=generator).tolist()
+            order = self._of_passes(first)
         else:
-            order = torch.multinomial(self.weights, self.size, replacement=True, generator=generator).tolist()
+            order = torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
         if self.lengths is not None:
             order = self._by_length(order, generator)
-        for position, row in enumerate(order):
-            yield (self.epoch * self.size + position) * self.size + row
+        for position, row in enumerate(order, start=first):
+            yield position * self.size + row
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+
+    def _of_passes(self, first: int) -> list[int]:
+        """The rows of an epoch's draws, which begin with draw `first` of all passes."""
+        passes = range(first // self.size, -(-(first + len(self)) // self.size))
+        orders = [torch.randperm(self.size, generator=self._generator(number)).tolist() for number in passes]
+        rows = [row for order in orders for row in order]
+        return rows[first % self.size :][: len(self)]
 
     def _by_length(self, order: list[int], generator: torch.Generator) -> list[int]:
         """Longest first within a megabatch; then whole batches are shuffled, the longest staying first: memory that
@@ -56,13 +71,11 @@ class DrawSampler(Sampler[int]):
         parts = [order[start : start + step] for start in range(0, len(order), step)]
         ranked = [row for part in parts for row in sorted(part, key=lambda row: -self.lengths[row])]
         batches = [ranked[start : start + self.batch_size] for start in range(0, len(ranked), self.batch_size)]
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         batches = [batches[index] for index in shuffled]
-        longest = max(range(len(batches)), key=lambda index: self.lengths[batches[index][0]], default=0)
-        if batches:
-            batches[0], batches[longest] = batches[longest], batches[0]
-        return [row for batch in [*batches, *last] for row in batch]
+        longest = max(range(len(batches)), key=lambda index: self.lengths[batches[index][0]])
+        batches[0], batches[longest] = batches[longest], batches[0]
+        return [row for batch in batches for row in batch]
 
 
 def set_weights(sets: Sequence[str], power: float) -> torch.Tensor | None:

@@ -1,0 +1,10 @@
+"""Evaluation: benchmarks, batched answers with masks, named protocols, and a report.
+
+benchmarks   declarations (benchmarks.yaml): where the files are, how a row becomes a prompt, which protocol
+items        rows of a data set as items: prompt, pictures, reference answer, reference masks
+predictions  predictions.jsonl: one answer a line, masks as COCO RLE
+runner       a checkpoint's answers to the items, batched, resumable, over several processes
+scoring      a score a row, by the metrics of medsight.metrics
+summary      means with intervals, by data set, modality and target
+report       report.html, one self-contained page
+"""

@@ -1,0 +1,136 @@
+"""Benchmarks as small declarations: where the files are, how a row becomes a prompt, which protocol scores it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+DECLARATIONS = Path(__file__).with_name("benchmarks.yaml")
+TASKS = ("vqa", "segment", "diagnose")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One declaration; benchmarks.yaml says what each field is for.
+
+    Raises:
+        ValueError: the task is unknown, or the task's protocol is missing.
+    """
+
+    name: str
+    title: str
+    task: str
+    layout: str
+    split: str
+    files: Sequence[str]
+    protocol: Mapping[str, str]
+    prompt: str
+    get: str
+    intent: str | None = None
+    expected_rows: int | None = None
+    expected_shards: int | None = None
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        from medsight.evaluation.items import READERS
+
+        if self.task not in TASKS:
+            raise ValueError(f"benchmark {self.name}: task {self.task!r}, expected one of {', '.join(TASKS)}")
+        if self.layout not in READERS:
+            raise ValueError(f"benchmark {self.name}: layout {self.layout!r}, expected one of {', '.join(READERS)}")
+        wanted = {"vqa": {"answers"}, "segment": {"masks"}, "diagnose": {"answers", "masks"}}[self.task]
+        if set(self.protocol) != wanted:
+            raise ValueError(
+                f"benchmark {self.name}: a {self.task} task needs a protocol of {' and '.join(sorted(wanted))}, "
+                f"got one of {', '.join(self.protocol) or 'nothing'}"
+            )
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether rows have reference masks."""
+        return self.task != "vqa"
+
+    def check_present(self, path: Path) -> None:
+        """Makes sure that the files are there.
+
+        Raises:
+            FileNotFoundError: none of them is; the one line says what to download, from where, into which folder.
+        """
+        if path.is_file() or any(next(path.glob(pattern), None) is not None for pattern in self.files):
+            return
+        raise FileNotFoundError(f"benchmark {self.name}: {path} holds none of its files; get {self.get}, into {path}")
+
+
+def load_benchmark(name: str) -> Benchmark:
+    """A shipped benchmark by its name, or the only one that a YAML file declares.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no benchmark has that name, or a declaration is wrong; the message names it.
+    """
+    if name.endswith((".yaml", ".yml")):
+        declared = load_declarations(Path(name))
+        if len(declared) != 1:
+            raise ValueError(f"{name}: expected one benchmark, found {len(declared)} ({', '.join(declared)})")
+        return next(iter(declared.values()))
+    declared = load_declarations()
+    if name not in declared:
+        raise ValueError(f"benchmark {name!r} is unknown: {', '.join(declared)}, or a YAML file with a declaration")
+    return declared[name]
+
+
+def load_declarations(path: Path = DECLARATIONS) -> dict[str, Benchmark]:
+    """All benchmarks that a file declares, by name.
+
+    Raises:
+        OSError, ValueError: see `load_benchmark`.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise ValueError(f"{path}: expected benchmark names, each with a mapping")
+    known = {field.name: field for field in dataclasses.fields(Benchmark) if field.name != "name"}
+    declared = {}
+    for name, entry in content.items():
+        unknown = sorted(set(entry) - set(known))
+        missing = sorted(
+            key for key, field in known.items() if field.default is dataclasses.MISSING and key not in entry
+        )
+        if unknown or missing:
+            wrong = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+            raise ValueError(f"{path}: benchmark {name}: {wrong}; the keys are {', '.join(known)}")
+        declared[str(name)] = Benchmark(name=str(name), **entry)
+    return declared
+
+
+def check_counts(benchmark: Benchmark, items: Sequence[Any], shards: int, allow: bool) -> str | None:
+    """Holds the number of rows and files against what the benchmark is known to have.
+
+    Args:
+        allow: whether another number is let through.
+
+    Returns:
+        What to say in the output of a number that was let through; None where all is as expected.
+
+    Raises:
+        ValueError: the number is another one, and that is not allowed.
+    """
+    wrong = []
+    if benchmark.expected_rows not in (None, len(items)):
+        wrong.append(f"{len(items):,} rows where {benchmark.expected_rows:,} are expected")
+    if benchmark.expected_shards not in (None, shards):
+        wrong.append(f"{shards} files where {benchmark.expected_shards} are expected")
+    if not wrong:
+        return None
+    found = f"benchmark {benchmark.name}: {' and '.join(wrong)}"
+    if not allow:
+        raise ValueError(
+            f"{found}, so scores would not be comparable; get the whole set, or say --allow-row-count to score it "
+            "with a note"
+        )
+    return f"{found}: not comparable with published scores"

@@ -1,0 +1,226 @@
+"""What each region code stands for: the structures whose masks it gets, and where its mask is hottest."""
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+if TYPE_CHECKING:
+    from medsight.training.data.groups import Groups
+
+CODES_FILE = "region_codes.json"
+TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
+# Black, purple, orange, yellow: rises evenly in lightness, so that it reads without colour too.
+HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
+
+
+@dataclass(order=True)
+class Example:
+    """One image in which a code was given to a mask; the surer ones sort later.
+
+    Attributes:
+        score: mean probability of the code's mask inside itself.
+        order: the lower, the earlier in the data, negative so that earlier ones win a tie.
+        picture: the image with the heat map over it, `TILE` pixels at most.
+        target: the structure.
+    """
+
+    score: float
+    order: int
+    picture: Image.Image = field(compare=False)
+    target: str = field(compare=False)
+
+
+@dataclass
+class CodeMeanings:
+    """What `describe_codes` found.
+
+    Attributes:
+        citations: (code, group's name, structure) of every reference mask.
+        examples: by code, the surest, best first.
+        images: how many were looked at.
+    """
+
+    citations: list[tuple[str, str, str]] = field(default_factory=list)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    images: int = 0
+
+
+def describe_codes(
+    model: Any,
+    processor: Any,
+    rows: Iterable[Mapping[str, Any]],
+    groups: "Groups",
+    examples: int = 8,
+    batch_size: int = 8,
+) -> CodeMeanings:
+    """Gives each reference mask its code, as training does, and keeps the surest masks that each code decodes to.
+
+    Args:
+        model, processor: of one checkpoint with a trained codebook, in evaluation mode.
+        rows: of `REGION_FEATURES`.
+        groups: the code groups, named and ordered as in the model's configuration.
+        examples: how many to keep a code.
+        batch_size: images at once.
+
+    Raises:
+        OSError, ValueError: an image or mask is missing or bad, an image has no group, or the model has no codes.
+    """
+    import torch
+
+    from medsight.training.data.region_codes import assign_codes
+
+    if not model.config.use_region_codebook:
+        raise ValueError("the model has no region codebook: its one code [SEG] stands for anything")
+    found = CodeMeanings()
+    kept: dict[str, list[Example]] = {}
+    named = {name: index for index, name in enumerate(model.config.mask_class_names or [])}
+    for batch in _batches((row for row in rows if row["masks"]), batch_size):
+        pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
+        owners = torch.tensor([groups.index(row["modality"], row["site"]) for row in batch])
+        known = all(target in named for row in batch for target in row["targets"])
+        classes = [torch.tensor([named[target] for target in row["targets"]]) for row in batch] if known else None
+        with torch.inference_mode():
+            regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
+            codes = assign_codes(model, regions, masks, classes, owners)
+            for i, row in enumerate(batch):
+                heat = code_masks(model, regions.image_features[i], int(owners[i]), codes[i])
+                picture = _picture(pixels[i], processor)
+                for code, target, probabilities in zip(codes[i].tolist(), row["targets"], heat, strict=True):
+                    name = model.config.region_code_token(int(owners[i]), code)
+                    found.citations.append((name, groups.names[int(owners[i])], target))
+                    inside = probabilities > 0.5
+                    score = float(probabilities[inside].mean()) if inside.any() else 0.0
+                    if len(kept.setdefault(name, [])) < examples or score > kept[name][0].score:
+                        tile = heat_map(picture, probabilities)
+                        example = Example(score, -len(found.citations), tile, target)
+                        (heapq.heappush if len(kept[name]) < examples else heapq.heappushpop)(kept[name], example)
+                found.images += 1
+    if not found.citations:
+        raise ValueError("no row has a mask, so no code can be described")
+    found.examples = {name: sorted(some, reverse=True) for name, some in kept.items()}
+    return found
+
+
+def code_masks(model: Any, image_features: Any, group: int, codes: Any) -> np.ndarray:
+    """The masks that codes of a group decode to in one image, through the codebook alone.
+
+    Args:
+        image_features: (H, W, d), the perceiver's map.
+        codes: (n,) long, indices within the group.
+
+    Returns:
+        (n, H, W) float32, probabilities.
+    """
+    base = model.model
+    vectors = base.codebook.code_table()[group][codes.to(model.device)]
+    queries = base.codebook.decode(vectors)[None]
+    logits = base.region_perceiver.segmentation_head(queries, image_features[None])[0][0]
+    return logits.float().sigmoid().cpu().numpy()
+
+
+def _batches(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    if size < 1:
+        raise ValueError(f"batch size {size}: expected at least 1")
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _placed(row: Mapping[str, Any], processor: Any, side: int) -> tuple[Any, Any]:
+    """An image and its masks on the model's canvas."""
+    from medsight.training.data.pictures import read_mask, read_picture
+
+    picture = read_picture(row["image"])
+    masks = np.stack([read_mask(entry, picture.size) for entry in row["masks"]])
+    images = processor.image_processor
+    return (
+        images(images=picture, return_tensors="pt")["pixel_values"][0],
+        images.preprocess_masks(masks, output_size=(side, side)),
+    )
+
+
+def _picture(pixels: Any, processor: Any) -> Image.Image:
+    """What the model saw, as an 8-bit picture."""
+    images = processor.image_processor
+    mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (images.image_mean, images.image_std))
+    array = ((pixels.numpy() * std + mean).clip(0, 1) * 255).round().astype(np.uint8)
+    picture = Image.fromarray(array.transpose(1, 2, 0))
+    picture.thumbnail((TILE, TILE))
+    return picture
+
+
+def heat_map(picture: Image.Image, probabilities: np.ndarray) -> Image.Image:
+    """A picture in grey with probabilities (H, W) over it as heat: where they are low, the picture shows."""
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32)
+    values = np.asarray(
+        Image.fromarray(probabilities.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+    )
+    place = values.clip(0, 1) * (len(HEAT) - 1)
+    below = np.floor(place).astype(int).clip(0, len(HEAT) - 2)
+    color = HEAT[below] + (place - below)[..., None] * (HEAT[below + 1] - HEAT[below])
+    opacity = 0.85 * values.clip(0, 1)[..., None]
+    return Image.fromarray((grey + opacity * (color - grey)).round().clip(0, 255).astype(np.uint8))
+
+
+def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image:
+    """The examples of one code on a white sheet, with the structure and the score below each."""
+    from medsight.overlay import shorten
+
+    large, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    rows = -(-len(examples) // COLUMNS)
+    columns = min(COLUMNS, max(2, len(examples)))
+    width = columns * (TILE + MARGIN) + MARGIN
+    top, cell = MARGIN + 24 + LINE + MARGIN, TILE + LINE + MARGIN
+    sheet = Image.new("RGB", (width, top + rows * cell), "white")
+    canvas = ImageDraw.Draw(sheet)
+    canvas.text((MARGIN, MARGIN), shorten(title, width - 2 * MARGIN, large), fill="black", font=large)
+    canvas.text((MARGIN, MARGIN + 24), shorten(subtitle, width - 2 * MARGIN, small), fill="#444", font=small)
+    for number, example in enumerate(examples):
+        left = MARGIN + number % COLUMNS * (TILE + MARGIN)
+        y = top + number // COLUMNS * cell
+        offset = (TILE - example.picture.width) // 2, (TILE - example.picture.height) // 2
+        canvas.rectangle((left, y, left + TILE - 1, y + TILE - 1), fill="black")
+        sheet.paste(example.picture, (left + offset[0], y + offset[1]))
+        text = shorten(f"{example.target}  {example.score:.2f}", TILE, small)
+        canvas.text((left, y + TILE + 2), text, fill="black", font=small)
+    return sheet
+
+
+def meanings_to_json(found: CodeMeanings, codes_per_group: Mapping[str, int], **origin: Any) -> dict[str, Any]:
+    """The content of region_codes.json: by code its group, count and structures with shares; by group the usage."""
+    from medsight.metrics.region_codes.region_codes import code_usage
+
+    usage = code_usage(found.citations, dict(codes_per_group))
+    codes = {
+        code: {"group": name, **meaning}
+        for name, group in usage["groups"].items()
+        for code, meaning in group["codes"].items()
+    }
+    groups = {
+        name: {key: value for key, value in group.items() if key != "codes"} for name, group in usage["groups"].items()
+    }
+    overall = {key: value for key, value in usage.items() if key != "groups"}
+    return {**origin, "images": found.images, "overall": overall, "groups": groups, "codes": codes}
+
+
+def read_meanings(folder: Path) -> dict[str, dict[str, float]]:
+    """For each described code of a checkpoint the structures that it stands for, with shares; empty if none are.
+
+    Raises:
+        ValueError: region_codes.json is damaged.
+    """
+    from medsight.checkpoint import read_json
+
+    path = folder / CODES_FILE
+    if not path.is_file():
+        return {}
+    codes = read_json(path).get("codes")
+    if not isinstance(codes, dict):
+        raise ValueError(f"{path}: expected an object 'codes'; write it again with medsight codes --overwrite")
+    return {code: entry["structures"] for code, entry in codes.items()}

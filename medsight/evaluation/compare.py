@@ -1,0 +1,157 @@
+"""Two evaluations over the same rows: paired differences, with intervals."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from medsight.evaluation.summary import BY, DIGITS, SCORES
+
+
+METRICS, ROWS = "metrics.json", "scores.jsonl"
+RATES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "negatives_right": lambda row: float(row["no_region"]) if row.get("absent") and "no_region" in row else None,
+}
+LABELS = {"negatives_right": "No mask where there is none"}
+
+
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What `medsight evaluate` wrote: metrics.json, and the rows of scores.jsonl by id.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    if not (folder / METRICS).is_file() or not (folder / ROWS).is_file():
+        raise FileNotFoundError(f"{folder} is no evaluation: it has no {METRICS} and {ROWS}; run medsight evaluate")
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}: {METRICS} or {ROWS} is damaged ({error}); evaluate again") from error
+    return metrics, {row["id"]: row for row in rows}
+
+
+def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
+    """How much better the first evaluation is than the second, over the rows that both score.
+
+    Args:
+        seed: of the bootstrap over pairs of rows.
+
+    Returns:
+        `a`, `b` (names), `benchmark`, `protocol`, `n`; `scores` {score: {a, b, difference, low, high, n, better,
+        equal, worse, unpaired}} where unpaired rows have a score in one of the two alone; `macro` {score: the same
+        over modalities}; `by` {field: {value: {score: ...}}}.
+
+    Raises:
+        OSError: a folder is no evaluation.
+        ValueError: the two are of different benchmarks, data, prompts or protocols.
+    """
+    (one, rows_a), (other, rows_b) = read_evaluation(first), read_evaluation(second)
+    for name, a, b in (
+        ("benchmarks", one["benchmark"], other["benchmark"]),
+        ("protocols", one["protocol"], other["protocol"]),
+        ("data or prompts", one["run"]["data"]["sha256"], other["run"]["data"]["sha256"]),
+    ):
+        if a != b:
+            raise ValueError(f"{first} and {second} are evaluations of different {name}: {a} and {b}")
+    if set(rows_a) != set(rows_b):
+        raise ValueError(f"{first} and {second} do not have the same rows; evaluate again")
+    pairs = [(rows_a[identity], rows_b[identity]) for identity in rows_a]
+    values = SCORES | RATES
+    present = [name for name in values if any(values[name](row) is not None for pair in pairs for row in pair)]
+    result: dict[str, Any] = {
+        "a": one["system"],
+        "b": other["system"],
+        "benchmark": one["benchmark"],
+        "title": one["title"],
+        "protocol": one["protocol"],
+        "n": len(pairs),
+        "scores": {name: found for name in present if (found := difference(pairs, values[name], seed))},
+        "macro": {name: found for name in present if (found := difference(pairs, values[name], seed, "modality"))},
+        "by": {},
+        "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
+    }
+    for field in BY[one["task"]]:
+        inside: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        for pair in pairs:
+            inside[str(pair[0][field])].append(pair)
+        result["by"][field] = {
+            value: {name: found for name in present if (found := difference(some, values[name], seed))}
+            for value, some in sorted(inside.items())
+        }
+    return result
+
+
+def difference(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    value: Callable[[Mapping[str, Any]], float | None],
+    seed: int,
+    macro_by: str | None = None,
+) -> dict[str, Any] | None:
+    """The paired difference of one score; None where no row has it in both."""
+    from medsight.metrics.intervals import paired_difference
+
+    scored = [(value(a), value(b), str(a[macro_by]) if macro_by else "") for a, b in pairs]
+    both = [(a, b, group) for a, b, group in scored if a is not None and b is not None]
+    if not both:
+        return None
+    a, b, groups = (list(column) for column in zip(*both, strict=True))
+    chosen: dict[str, Any] = {"groups": groups, "statistic": "macro"} if macro_by else {}
+    found = paired_difference(a, b, seed=seed, **chosen)
+    return {
+        "a": round(_mean(a, groups), DIGITS),
+        "b": round(_mean(b, groups), DIGITS),
+        "difference": round(found.value, DIGITS),
+        "low": None if found.low is None else round(found.low, DIGITS),
+        "high": None if found.high is None else round(found.high, DIGITS),
+        "n": len(both),
+        "better": sum(x > y for x, y, _ in both),
+        "equal": sum(x == y for x, y, _ in both),
+        "worse": sum(x < y for x, y, _ in both),
+        "unpaired": sum((a is None) != (b is None) for a, b, _ in scored),
+    }
+
+
+def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
+    """The unweighted mean over groups of the means within them; one group gives the mean."""
+    inside: dict[str, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        inside[group].append(value)
+    return fmean(fmean(some) for some in inside.values())
+
+
+def comparison_text(result: Mapping[str, Any]) -> str:
+    """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
+    from medsight.evaluation.report import LABELS as SCORE_LABELS
+    from medsight.prediction import align
+
+    labels = {**SCORE_LABELS, **LABELS}
+    lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]
+    for kind, scores in (("micro", result["scores"]), ("macro", result["macro"])):
+        for name, found in scores.items():
+            scale, digits = (1, 1) if name.endswith("_mm") else (100, 1)
+            if kind == "macro" and name == "negatives_right":
+                continue
+            ends = [found["low"], found["high"]]
+            spread = "–" if None in ends else " to ".join(f"{scale * end:+.{digits}f}" for end in ends)
+            clear = None not in ends and (ends[0] > 0 or ends[1] < 0)
+            lines.append(
+                (
+                    f"{labels[name]}, {kind}",
+                    f"{scale * found['a']:.{digits}f}",
+                    f"{scale * found['b']:.{digits}f}",
+                    f"{scale * found['difference']:+.{digits}f}",
+                    spread,
+                    "*" if clear else "",
+                    *(f"{found[key]:,}" for key in ("better", "equal", "worse", "n")),
+                )
+            )
+    unpaired = max((found["unpaired"] for found in result["scores"].values()), default=0)
+    head = f"{result['title']}: A = {result['a']}, B = {result['b']}, {result['n']:,} rows"
+    note = "\n* the interval leaves out 0. Better and worse: rows where A has the higher and the lower figure."
+    if unpaired:
+        note += f"\n{unpaired:,} rows have a score in one of the two alone, and are left out of that line."
+    return f"{head}\n\n{align(lines)}\n{note}"

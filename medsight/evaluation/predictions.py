@@ -1,0 +1,236 @@
+"""predictions.jsonl: one answer a line, with its codes and its masks as COCO run-length encodings.
+
+Any system can write such a file. A line is a JSON object with `id` (the item's) and `answer`; and, where regions are
+cited, `masks` (COCO RLE at the reference's size: {"size": [height, width], "counts": text}), with `codes`, `groups`,
+`phrases` and `scores` of the same length where the system has them.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+
+# Characters 48 ('0') to 111 ('o') carry five bits and a sign of continuation each; a run takes at most seven.
+_COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        id: of the item.
+        answer: clean text, without region codes.
+        raw_text: as generated, codes included; the answer where the system has none.
+        masks: COCO RLE, one a cited region.
+        codes, groups, phrases, scores: of each mask, where the system knows them.
+    """
+
+    id: str
+    answer: str
+    raw_text: str = ""
+    masks: Sequence[Mapping[str, Any]] = ()
+    codes: Sequence[str] = ()
+    groups: Sequence[str | None] = ()
+    phrases: Sequence[str | None] = ()
+    scores: Sequence[float | None] = ()
+
+    @classmethod
+    def from_mapping(cls, record: Any, place: str) -> "Prediction":
+        """The prediction that a line holds; masks stay encoded and are checked when they are decoded.
+
+        Raises:
+            ValueError: a field is missing or of the wrong kind; the message begins with `place`.
+        """
+        if not isinstance(record, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {type(record).__name__}")
+        for name in ("id", "answer"):
+            if not isinstance(record.get(name), str):
+                raise ValueError(f"{place}: expected text in {name!r}, got {record.get(name)!r}")
+        given: dict[str, Any] = {"id": record["id"], "answer": record["answer"]}
+        given["raw_text"] = record.get("raw_text") or record["answer"]
+        for name in ("masks", "codes", "groups", "phrases", "scores"):
+            value = [] if record.get(name) is None else record[name]
+            if not isinstance(value, list):
+                raise ValueError(f"{place}: expected a list in {name!r}, got {type(value).__name__}")
+            given[name] = tuple(value)
+        for name in ("codes", "groups", "phrases", "scores"):
+            if given[name] and len(given[name]) != len(given["masks"]):
+                raise ValueError(f"{place}: {len(given[name])} {name} for {len(given['masks'])} masks")
+        return cls(**given)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A boolean (height, width) mask as COCO RLE: {"size": [height, width], "counts": text}."""
+    from pycocotools import mask as coco
+
+    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def decode_mask(encoded: Any, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The boolean (height, width) mask of a COCO RLE, whose counts are text or a list of run lengths.
+
+    Decoded here, because pycocotools reads past the end of damaged counts.
+
+    Args:
+        name: what an error calls it.
+        size: the (height, width) that it must have.
+
+    Raises:
+        ValueError: it is malformed, its runs do not fill its size, or its size is another one.
+    """
+    if not isinstance(encoded, Mapping) or set(encoded) != {"size", "counts"}:
+        raise ValueError(f"{name}: expected COCO RLE with size and counts, got {_shown(encoded)}")
+    shape, counts = encoded["size"], encoded["counts"]
+    if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_count(side) and side for side in shape)):
+        raise ValueError(f"{name}: expected size [height, width] of at least 1 each, got {_shown(shape)}")
+    height, width = shape
+    if isinstance(counts, list):
+        runs = counts if all(map(_is_count, counts)) else None
+    else:
+        runs = _runs(counts) if isinstance(counts, str) and _COUNTS.fullmatch(counts) else None
+    if runs is None or min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise ValueError(f"{name}: malformed RLE: its runs do not fill {height} x {width} pixels ({_shown(counts)})")
+    if size is not None and (height, width) != tuple(size):
+        raise ValueError(
+            f"{name}: the mask is {height} x {width} pixels (height x width), its reference {size[0]} x {size[1]}"
+        )
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _runs(counts: str) -> list[int]:
+    """Run lengths of COCO's compressed counts: five bits a character, differences from the third run on."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode("ascii"):
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            if bits & 0x10:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+class PredictionWriter:
+    """Appends predictions to a file, each on the disk before the next is made, so that a kill loses none.
+
+    A last line that a kill cut short is dropped when the file is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        drop_partial_line(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, predictions: Iterable[Prediction]) -> None:
+        """Append these, and wait until they are on the disk."""
+        for prediction in predictions:
+            self._file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "PredictionWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut what follows the last line end of a file, if there is such a file."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
+    """Each line's place and prediction.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no prediction; the message names file and line.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{place}: not a JSON object ({error})") from error
+                yield place, Prediction.from_mapping(record, place)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 text ({error})") from error
+
+
+@dataclass
+class Problems:
+    """What is wrong with predictions, by kind, each a list of ids (with a reason, where one helps).
+
+    Attributes:
+        missing: items without a prediction. extra: predictions of no item. duplicate: ids predicted more than once.
+        masks: masks that are malformed or not of the reference's size. empty: answers without a word.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    duplicate: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+    def refused(self) -> dict[str, list[str]]:
+        """Those that stop the scoring unless they are accepted; an empty answer is scored as it is."""
+        return {kind: ids for kind, ids in asdict(self).items() if ids and kind != "empty"}
+
+    def to_text(self, shown: int = 5) -> str:
+        """Counts, and the first few of each kind."""
+        parts = []
+        for kind, ids in self.refused().items():
+            some = "; ".join(ids[:shown]) + ("; …" if len(ids) > shown else "")
+            parts.append(f"{len(ids):,} {kind} ({some})")
+        return ", ".join(parts)
+
+
+def match_predictions(
+    ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]]
+) -> tuple[dict[str, Prediction], Problems]:
+    """The first prediction of each item, and what does not match."""
+    problems, known = Problems(), set(ids)
+    found: dict[str, Prediction] = {}
+    for place, prediction in predictions:
+        if prediction.id not in known:
+            problems.extra.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
+        elif prediction.id in found:
+            problems.duplicate.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
+        else:
+            found[prediction.id] = prediction
+            if not prediction.answer.strip():
+                problems.empty.append(prediction.id)
+    problems.missing = [identity for identity in ids if identity not in found]
+    return found, problems

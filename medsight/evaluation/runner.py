@@ -1,0 +1,314 @@
+"""A checkpoint's answers to the items of a benchmark: batched, resumable, over as many processes as were launched.
+
+Greedy decoding, in double precision on the CPU and in single on a GPU unless asked otherwise: so an answer and its
+masks do not depend on what else is in the batch, and one process and several give the same file.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medsight.evaluation.items import Item
+from medsight.evaluation.predictions import (
+    Prediction,
+    PredictionWriter,
+    drop_partial_line,
+    encode_mask,
+    read_predictions,
+)
+
+
+PREDICTIONS, RUN = "predictions.jsonl", "run.json"
+PART = "predictions.part-{:04d}.jsonl"
+PARTS = "predictions.part-*.jsonl"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+SCORE_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What decides on the answers.
+
+    Attributes:
+        max_new_tokens: an answer is cut there.
+        threshold: probability above which a pixel belongs to a mask.
+        dtype: precision; None takes float64 on the CPU and float32 elsewhere.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    max_new_tokens: int = 64
+    threshold: float = 0.5
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+class Processes:
+    """The processes that `accelerate launch` or `torchrun` started together; alone, without either."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState()
+        self.rank: int = self._state.process_index if self._state else 0
+        self.count: int = self._state.num_processes if self._state else 1
+
+    @property
+    def device(self) -> Any:
+        """The device of this process, where several share a machine's; None leaves the choice."""
+        return self._state.device if self._state else None
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._state:
+            self._state.wait_for_everyone()
+
+
+def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
+    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings."""
+    from medsight.checkpoint import weight_files
+
+    weights = sorted(weight_files(folder))
+    settings = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".jinja") and path.name not in ("region_codes.json",)
+    )
+    return {"weights_sha256": _sha256(weights), "settings_sha256": _sha256(settings)}
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> None:
+    """Makes the output folder that of this run, or finds that an earlier start of the same run left it.
+
+    Raises:
+        FileExistsError: it holds something else, or the predictions of another run.
+    """
+    previous = output / RUN
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output {output} is a file; name a folder")
+    if not previous.is_file():
+        if output.is_dir() and any(output.iterdir()):
+            raise FileExistsError(f"output folder {output} holds something else than an evaluation; name another one")
+    elif overwrite:
+        for path in (*output.glob(PARTS), output / PREDICTIONS):
+            path.unlink(missing_ok=True)
+    else:
+        before = json.loads(previous.read_text(encoding="utf-8"))
+        differing = [key for key in described if before.get(key) != described[key]]
+        if differing:
+            raise FileExistsError(
+                f"output folder {output} holds an evaluation with another {', '.join(differing)}; name another "
+                "folder, or add --overwrite to start again"
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(previous, described)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def answer_items(
+    items: Sequence[Item],
+    model: Any,
+    processor: Any,
+    output: Path,
+    settings: RunSettings,
+    batch_size: int = 8,
+    processes: Processes | None = None,
+    progress: bool = True,
+) -> Path:
+    """Answers every item that the folder has no answer to yet, and writes predictions.jsonl in the items' order.
+
+    Args:
+        model, processor: of one checkpoint, on the device and in the precision to run with.
+        output: a folder from `prepare_output`.
+        batch_size: items at once.
+        processes: those that share the items; each writes a part, and the first merges them.
+
+    Returns:
+        The path of predictions.jsonl.
+
+    Raises:
+        OSError: an image is missing.
+        ValueError: an image cannot be read, or `batch_size` is below 1; the message names it.
+    """
+    from tqdm import tqdm
+
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: expected at least 1")
+    processes = processes or Processes()
+    merged = output / PREDICTIONS
+    if processes.rank == 0:
+        for path in (merged, *output.glob(PARTS)):
+            drop_partial_line(path)
+    processes.wait()
+    done = {prediction.id for _, prediction in _written(output)}
+    processes.wait()  # nobody writes before everybody has read
+    todo = [item for item in items if item.id not in done]
+    mine = todo[processes.rank :: processes.count]
+    path = merged if processes.count == 1 else output / PART.format(processes.rank)
+    bar = tqdm(
+        total=len(items),
+        initial=len(items) - len(todo),
+        unit="row",
+        desc="answering",
+        disable=not progress or processes.rank > 0,
+        file=sys.stderr,
+    )
+    with PredictionWriter(path) as writer, bar:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            writer.write(answer_batch(batch, model, processor, settings))
+            bar.update(min(len(batch) * processes.count, bar.total - bar.n))
+    processes.wait()
+    if processes.rank == 0:
+        _merge(items, output)
+    processes.wait()
+    return merged
+
+
+def _written(output: Path) -> Iterator[tuple[str, Prediction]]:
+    for path in (output / PREDICTIONS, *sorted(output.glob(PARTS))):
+        if path.is_file():
+            yield from read_predictions(path)
+
+
+def _merge(items: Sequence[Item], output: Path) -> None:
+    """All parts as one file, in the order of the items."""
+    found = {prediction.id: prediction for _, prediction in _written(output)}
+    scratch = output / f".{PREDICTIONS}.new"
+    scratch.unlink(missing_ok=True)
+    with PredictionWriter(scratch) as writer:
+        writer.write(found[item.id] for item in items)
+    scratch.replace(output / PREDICTIONS)
+    for part in output.glob(PARTS):
+        part.unlink()
+
+
+def answer_batch(items: Sequence[Item], model: Any, processor: Any, settings: RunSettings) -> list[Prediction]:
+    """Greedy answers to some items, with their masks at the images' own sizes."""
+    import torch
+
+    messages = [[{"role": "user", "content": content_of(item)}] for item in items]
+    inputs = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device, dtype=model.dtype)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+        )
+    answers = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)
+    return [prediction_of(item, answer) for item, answer in zip(items, answers, strict=True)]
+
+
+def content_of(item: Item) -> list[dict[str, Any]]:
+    """A prompt as the parts of a message, each image where its marker stands.
+
+    Raises:
+        OSError, ValueError: an image is missing or cannot be read.
+    """
+    from medsight.training.data.pictures import read_picture
+    from medsight.training.data.schema import IMAGE_MARKER
+
+    texts = item.prompt.split(IMAGE_MARKER)
+    if len(texts) != len(item.images) + 1:
+        raise ValueError(f"item {item.id}: {len(texts) - 1} image markers in its prompt for {len(item.images)} images")
+    parts: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        if number:
+            parts.append({"type": "image", "image": read_picture(item.images[number - 1])})
+        if text.strip():
+            parts.append({"type": "text", "text": text.removeprefix("\n") if number == 1 else text})
+    return parts
+
+
+def prediction_of(item: Item, answer: Any) -> Prediction:
+    """A processor's grounded answer as a prediction."""
+    import numpy as np
+
+    regions = [region for region in answer.regions if region.mask is not None]
+    return Prediction(
+        id=item.id,
+        answer=answer.text,
+        raw_text=answer.raw_text,
+        masks=[encode_mask(np.asarray(region.mask, dtype=bool)) for region in regions],
+        codes=[region.code for region in regions],
+        groups=[region.group_name for region in regions],
+        phrases=[region.phrase for region in regions],
+        scores=[None if region.score is None else round(float(region.score), SCORE_DIGITS) for region in regions],
+    )
+
+
+def load_for_evaluation(
+    folder: Path, settings: RunSettings, device: str = "auto", own_device: Any = None
+) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint folder, placed and in the precision of the settings.
+
+    Args:
+        own_device: where several processes share a machine, this process's device.
+
+    Raises:
+        OSError, ValueError: see `medsight.predict.load_checkpoint` and `choose_device`.
+    """
+    import torch
+
+    from medsight.checkpoint import check_checkpoint
+    from medsight.predict import choose_device, load_checkpoint
+
+    check_checkpoint(folder)
+    place = own_device if own_device is not None and device == "auto" else choose_device(device)
+    # The short cuts of a GPU's single precision would let a batch's make-up show in the results.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model, processor = load_checkpoint(folder, settings.dtype or ("float64" if place.type == "cpu" else "float32"))
+    return model.to(place).eval(), processor
+
+
+def describe_run(**parts: Any) -> dict[str, Any]:
+    """What run.json holds: two runs with the same content give the same predictions."""
+    from medsight import __version__
+
+    settings = parts.pop("settings")
+    return {"medsight_version": __version__, **parts, **asdict(settings)}

@@ -1,0 +1,174 @@
+"""A score a row: answers by medical_vqa, masks by mask_dice, negatives by whether a mask is given."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsight.evaluation.items import Item
+from medsight.evaluation.predictions import Prediction, Problems, decode_mask
+
+
+if TYPE_CHECKING:
+    from medsight.evaluation.benchmarks import Benchmark
+
+MASK_FLAGS = ("threshold", "missing", "multi", "formula")
+MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How rows are scored.
+
+    Attributes:
+        answers: protocol of medical_vqa; None where answers are not scored.
+        masks: preset of mask_dice; None where masks are not scored, or by the flags.
+        flags: of mask_dice (threshold, missing, multi, formula, average), where no preset is meant.
+
+    Raises:
+        ValueError: a name or flag is unknown, or flags come beside a preset.
+    """
+
+    answers: str | None = None
+    masks: str | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from medsight.metrics.mask_dice.mask_counts import choose_protocol
+
+        choose_protocol(self.masks, **self.flags)
+
+    @property
+    def mask_protocol(self) -> Any:
+        """The `MaskProtocol` that the preset or the flags stand for."""
+        from medsight.metrics.mask_dice.mask_counts import choose_protocol
+
+        return choose_protocol(self.masks, **self.flags)
+
+    def to_dict(self, has_masks: bool) -> dict[str, Any]:
+        """For metrics.json: names, and every flag that they stand for."""
+        described: dict[str, Any] = {}
+        if self.answers is not None:
+            described["answers"] = self.answers
+        if has_masks:
+            described["masks"] = self.masks or "flags"
+            described["mask_flags"] = dict(vars(self.mask_protocol))
+        return described
+
+
+def score_rows(
+    items: Sequence[Item],
+    predictions: Mapping[str, Prediction],
+    benchmark: "Benchmark",
+    protocol: Protocol,
+    problems: Problems,
+    accept_problems: bool = False,
+) -> list[dict[str, Any]]:
+    """The scores of every item, in their order; an item without a prediction is scored as an empty answer.
+
+    Args:
+        problems: what `match_predictions` found; masks that are malformed or of another size are added.
+        accept_problems: score in spite of problems, bad masks as none; they stay counted and listed.
+
+    Returns:
+        A dict a row: `id`, origin, `target`, `absent`, `prompt`, `answer`, `reference`, `answer_type`, `answer_score`
+        and `answer_refused` (why there is no score); `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows
+        with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`.
+
+    Raises:
+        OSError, ValueError: a reference mask cannot be read; or there are problems, which are not accepted.
+    """
+    refuse(problems, accept_problems)
+    answers = _answer_scores(items, predictions, protocol) if protocol.answers is not None else None
+    rows = []
+    for number, item in enumerate(items):
+        prediction = predictions.get(item.id) or Prediction(item.id, "")
+        row: dict[str, Any] = {
+            **{name: getattr(item, name) for name in ("id", "dataset", "modality", "site", "patient")},
+            **{name: getattr(item, name) for name in ("label_origin", "target", "absent", "prompt")},
+            "answer": prediction.raw_text or prediction.answer,
+            "reference": item.answer,
+            "answer_type": item.answer_type,
+            "codes": list(prediction.codes),
+            "groups": list(prediction.groups),
+        }
+        if answers is not None:
+            row["answer_score"], row["answer_refused"] = answers[number]
+        if benchmark.has_masks:
+            row |= _mask_scores(item, prediction, protocol, problems)
+        rows.append(row)
+    refuse(problems, accept_problems)
+    return rows
+
+
+def refuse(problems: Problems, accept: bool) -> None:
+    """Raises ValueError, with counts and examples, where there are problems that are not accepted."""
+    if problems.refused() and not accept:
+        raise ValueError(
+            f"the predictions do not fit the benchmark: {problems.to_text()}; put them right, or add "
+            "--accept-problems to score missing rows and bad masks as nothing, the first of several, and no extra ones"
+        )
+
+
+def _answer_scores(
+    items: Sequence[Item], predictions: Mapping[str, Prediction], protocol: Protocol
+) -> list[tuple[float | None, str | None]]:
+    from medsight.metrics import load
+
+    result = load("medical_vqa").compute(
+        predictions=[predictions[item.id].answer if item.id in predictions else "" for item in items],
+        references=[item.answer for item in items],
+        answer_types=[item.answer_type for item in items],
+        options=[list(item.options) for item in items],
+        protocol=protocol.answers,
+    )
+    return list(zip(result["scores"], result["reasons"], strict=True))
+
+
+def reference_masks(item: Item) -> list[np.ndarray]:
+    """An item's reference masks, boolean (height, width), at the image's size.
+
+    Raises:
+        OSError, ValueError: a mask or the image is missing, damaged, of another size, or empty.
+    """
+    from medsight.training.data.pictures import read_mask, read_picture
+
+    if not item.masks:
+        return []
+    size = read_picture(item.images[0]).size
+    return [read_mask(entry, size) for entry in item.masks]
+
+
+def predicted_masks(
+    prediction: Prediction, size: tuple[int, int] | None, problems: Problems | None = None
+) -> list[np.ndarray]:
+    """A prediction's masks, boolean (height, width); bad ones are left out and noted in `problems`."""
+    masks = []
+    for index, encoded in enumerate(prediction.masks):
+        try:
+            masks.append(decode_mask(encoded, f"mask {index + 1}", size))
+        except ValueError as error:
+            if problems is not None:
+                problems.masks.append(f"{prediction.id}: {error}")
+    return masks
+
+
+def _mask_scores(item: Item, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:
+    from medsight.metrics.mask_dice.mask_counts import score_item
+
+    references = reference_masks(item)
+    shown = predicted_masks(prediction, references[0].shape if references else None, problems)
+    row: dict[str, Any] = {
+        "n_masks": len(shown),
+        "n_references": len(references),
+        "no_region": not shown,
+        "false_mask": item.absent and any(bool(mask.any()) for mask in shown),
+        **dict.fromkeys(MASK_SCORES),
+        "mask_refused": None,
+    }
+    if item.absent:
+        return row
+    flags: dict[str, Any] = {name: protocol.flags.get(name) for name in MASK_FLAGS}
+    scores = score_item(shown, references, preset=protocol.masks, **flags, spacing_mm=item.spacing_mm)
+    return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}

@@ -1,0 +1,158 @@
+"""metrics.json: means of rows' scores with bootstrap intervals, by data set, modality and target."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from medsight.evaluation.benchmarks import Benchmark
+
+DIGITS = 6
+Row = Mapping[str, Any]
+# What is scored, by its name in metrics.json: the value of a row, None where the row has none.
+SCORES: dict[str, Callable[[Row], float | None]] = {
+    "answer": lambda row: row.get("answer_score"),
+    "closed_accuracy": lambda row: row.get("answer_score") if row["answer_type"] == "CLOSED" else None,
+    "open_recall": lambda row: row.get("answer_score") if row["answer_type"] == "OPEN" else None,
+    "dice": lambda row: row.get("dice"),
+    "iou": lambda row: row.get("iou"),
+    "hd95_mm": lambda row: row.get("hd95_mm"),
+    "surface_dice": lambda row: row.get("surface_dice"),
+}
+TASK_SCORES = {
+    "vqa": ("answer", "closed_accuracy", "open_recall"),
+    "segment": ("dice", "iou", "hd95_mm", "surface_dice"),
+    "diagnose": ("answer", "dice", "iou", "hd95_mm", "surface_dice"),
+}
+BY = {
+    "vqa": ("dataset", "modality", "site", "answer_type"),
+    "segment": ("modality", "dataset", "target"),
+    "diagnose": ("modality", "dataset", "reference"),
+}
+
+
+def estimate(rows: Sequence[Row], score: str, seed: int, macro_by: str | None = None) -> dict[str, Any] | None:
+    """A mean over rows (or the unweighted mean over groups of them) with its 95% bootstrap interval.
+
+    Args:
+        macro_by: field of the rows whose values are the groups.
+
+    Returns:
+        `value`, `low` and `high` (None where nothing varies), `n` rows; None where no row has the score.
+    """
+    scored = [(row, value) for row in rows if (value := SCORES[score](row)) is not None]
+    groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
+    return interval([value for _, value in scored], seed, groups)
+
+
+def interval(values: Sequence[float], seed: int, groups: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """A mean, over groups where they are given, with its interval, rounded; None over nothing."""
+    from medsight.metrics.intervals import bootstrap_interval
+
+    if not values:
+        return None
+    found = bootstrap_interval(values, groups, statistic="mean" if groups is None else "macro", seed=seed)
+    rounded = {name: None if end is None else round(end, DIGITS) for name, end in found._asdict().items()}
+    return {**rounded, "n": len(values)}
+
+
+def summarise(
+    rows: Sequence[Row], benchmark: "Benchmark", seed: int = 0, codes_per_group: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """All figures of metrics.json that follow from the rows' scores.
+
+    Args:
+        seed: of the bootstrap, which takes rows as independent.
+        codes_per_group: the size of the codebook, where it is known.
+    """
+    names = [name for name in TASK_SCORES[benchmark.task] if any(SCORES[name](row) is not None for row in rows)]
+    scores = {
+        name: {"micro": estimate(rows, name, seed), "macro": estimate(rows, name, seed, macro_by="modality")}
+        for name in names
+    }
+    by = {
+        field: {
+            value: {"n": len(some)} | {name: found for name in names if (found := estimate(some, name, seed))}
+            for value, some in _grouped(rows, field)
+        }
+        for field in BY[benchmark.task]
+    }
+    result: dict[str, Any] = {
+        "n": len(rows),
+        "patients": len({(row["dataset"], row["patient"]) for row in rows if row["patient"]}) or None,
+        "macro_over": "modality",
+        "scores": scores,
+        "by": by,
+        "counts": {
+            "closed": sum(row["answer_type"] == "CLOSED" for row in rows),
+            "open": sum(row["answer_type"] == "OPEN" for row in rows),
+            "by_modality": dict(Counter(row["modality"] for row in rows)),
+            "label_origin": dict(Counter(row["label_origin"] or "unknown" for row in rows)),
+        },
+        "refused": _refusals(rows),
+    }
+    if benchmark.has_masks:
+        result |= _mask_figures(rows, seed, codes_per_group)
+    return result
+
+
+def _grouped(rows: Sequence[Row], field: str) -> Iterator[tuple[str, list[Row]]]:
+    inside: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        inside[str(row[field])].append(row)
+    yield from sorted(inside.items())
+
+
+def _refusals(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Rows without a score, by reason: none is dropped silently."""
+    counted = {}
+    for kind in ("answer_refused", "mask_refused"):
+        reasons = Counter(row[kind] for row in rows if row.get(kind))
+        if reasons:
+            counted[kind.removesuffix("_refused")] = dict(reasons)
+    return counted
+
+
+def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
+    present = [row for row in rows if not row["absent"]]
+    absent = [row for row in rows if row["absent"]]
+    figures: dict[str, Any] = {
+        "present": {
+            "n": len(present),
+            "no_region_rate": _rate(present, "no_region", seed),
+            "masks_per_answer": _mean([row["n_masks"] for row in present]),
+            "references_per_row": _mean([row["n_references"] for row in present]),
+        },
+        "negatives": {
+            "n": len(absent),
+            "no_region_rate": _rate(absent, "no_region", seed),
+            "false_mask_rate": _rate(absent, "false_mask", seed),
+        },
+    }
+    if any(row["codes"] for row in rows):
+        figures["codes"] = _codes(rows, codes_per_group)
+    return figures
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), DIGITS) if values else None
+
+
+def _rate(rows: Sequence[Row], field: str, seed: int) -> dict[str, Any] | None:
+    return interval([float(row[field]) for row in rows], seed)
+
+
+def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
+    """What region_codes says of the codes that the answers cite."""
+    from medsight.metrics import load
+
+    named = all(group is not None for row in rows for group in row["groups"])
+    return load("region_codes").compute(
+        predictions=[row["codes"] for row in rows],
+        absent=[row["absent"] for row in rows],
+        reference_counts=[None if row["absent"] else row["n_references"] for row in rows],
+        structures=[None if row["absent"] else [row["target"] or "-"] * len(row["codes"]) for row in rows],
+        groups=[row["groups"] if named else None for row in rows],
+        codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
+    )

@@ -1,0 +1,171 @@
+"""Dice, IoU, HD95 and surface Dice over a benchmark, by named presets, from one record an item and no mask.
+
+`score_item` turns an item's masks into a record, this metric takes means of records:
+
+    records = [score_item(predicted, references, preset="medsight") for predicted, references in answers]
+    metric.compute(items=records, groups=modalities, preset="medsight")
+"""
+
+from collections import Counter
+from typing import Any
+
+import datasets
+import evaluate
+
+from .mask_counts import PRESETS, MaskProtocol, choose_protocol, dice, score_item
+
+
+__all__ = ["PRESETS", "MaskDice", "MaskProtocol", "choose_protocol", "score_item"]
+
+DESCRIPTION = """\
+Scores segmentation masks by named presets: Dice, IoU, HD95 and surface Dice, over items and over groups of them."""
+INPUTS = """
+Args:
+    items: list of records of `score_item`.
+    groups: list of str, such as the modality; needed where the average is macro.
+    preset: "medsight", "medplib", "citrus" or "biomedparse", the one that the items were scored by; else None and
+    threshold, missing, multi, formula: held against the flags that the items were scored by, where given.
+    average: "micro" (default) or "macro", which `dice` is.
+Returns:
+    dice, by the protocol's average; dice_micro and iou_micro, means over items; dice_macro and iou_macro, unweighted
+    means over groups; dice_pooled, 2 I / (P + G) of all pixels; hd95_mm with hd95_items, surface_dice with
+    surface_dice_items and tolerance_mm, means over the items that have one; n, scored, refused and refusals
+    {reason: count}; thresholded, items whose masks came as floats; no_mask_rate, masks_per_answer and
+    references_per_item over all items; groups {name: the same of its items}; scores, Dice an item, None where it is
+    refused; preset and protocol. None stands for a mean over nothing.
+Examples:
+    >>> from medsight.metrics.mask_dice.mask_dice import score_item
+    >>> mask = numpy.eye(4, dtype=bool)
+    >>> metric = evaluate.load("medsight/metrics/mask_dice")
+    >>> metric.compute(items=[score_item([mask], [mask], preset="medplib")], preset="medplib")["dice"]
+    1.0
+"""
+CITATION = """\
+@article{nikolov2018deep,
+  title={Deep learning to achieve clinically applicable segmentation of head and neck anatomy for radiotherapy},
+  author={Nikolov, Stanislav and others}, journal={arXiv:1809.04430}, year={2018}}
+"""
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def summarize(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means and counts of some records."""
+    scored = [item for item in items if item["dice"] is not None]
+    distances = [item["hd95_mm"] for item in items if item["hd95_mm"] is not None]
+    surfaces = [item["surface_dice"] for item in items if item["surface_dice"] is not None]
+    pixels = [sum(item[name] for item in scored) for name in ("intersection", "predicted_area", "reference_area")]
+    return {
+        "dice_micro": _mean([item["dice"] for item in scored]),
+        "iou_micro": _mean([item["iou"] for item in scored]),
+        "dice_pooled": dice(*pixels) if scored else None,
+        "hd95_mm": _mean(distances),
+        "hd95_items": len(distances),
+        "surface_dice": _mean(surfaces),
+        "surface_dice_items": len(surfaces),
+        "n": len(items),
+        "scored": len(scored),
+        "refused": len(items) - len(scored),
+        "refusals": dict(Counter(item["reason"] for item in items if item["reason"] is not None)),
+        "thresholded": sum(item["thresholded"] for item in items),
+        "no_mask_rate": _mean([float(item["n_predicted"] == 0) for item in items]),
+        "masks_per_answer": _mean([item["n_predicted"] for item in items]),
+        "references_per_item": _mean([item["n_references"] for item in items]),
+    }
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class MaskDice(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        number, count, text = (datasets.Value(kind) for kind in ("float64", "int64", "string"))
+        record = {
+            "dice": number,
+            "iou": number,
+            "hd95_mm": number,
+            "surface_dice": number,
+            "n_predicted": count,
+            "n_references": count,
+            "intersection": count,
+            "predicted_area": count,
+            "reference_area": count,
+            "reason": text,
+            "thresholded": datasets.Value("bool"),
+            "protocol": text,
+            "tolerance_mm": number,
+        }
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({"items": record, "groups": text}),
+            reference_urls=["https://arxiv.org/abs/1809.04430", "https://arxiv.org/abs/2606.06760"],
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add a batch of records, `items`, with `groups` where the average is macro.
+
+        Raises:
+            ValueError: there are not as many groups as items, or an item is no record of `score_item`.
+        """
+        items, groups = kwargs.pop("items", None), kwargs.pop("groups", None)
+        if predictions is not None or references is not None or items is None:
+            raise ValueError("expected items=[records of score_item], and groups=[str]; masks are not kept")
+        expected = list(self.features["items"])
+        for i, item in enumerate(items):
+            if not isinstance(item, dict) or set(item) != set(expected):
+                got = sorted(item) if isinstance(item, dict) else type(item).__name__
+                raise ValueError(f"item {i}: expected score_item's record ({', '.join(expected)}), got {got}")
+        groups = [""] * len(items) if groups is None else list(groups)
+        if len(groups) != len(items):
+            raise ValueError(f"groups: expected {len(items)}, as many as items, got {len(groups)}")
+        # evaluate refuses None for text; a reason is the one text that may be absent.
+        filled = [{**item, "reason": item["reason"] or ""} for item in items]
+        evaluate.Metric.add_batch(self, items=filled, groups=groups, **kwargs)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Means of the records given here, or added before.
+
+        Raises:
+            ValueError: there are none, they were scored by another protocol than asked for, or groups are missing.
+        """
+        items, groups = kwargs.pop("items", None), kwargs.pop("groups", None)
+        if items is not None or predictions is not None or references is not None:
+            self.add_batch(predictions=predictions, references=references, items=items, groups=groups)
+        if len(self) == 0:
+            raise ValueError("no items to score: add some, or pass items")
+        return evaluate.Metric.compute(self, **kwargs)
+
+    def _compute(
+        self, items: list[dict[str, Any]], groups: list[str], preset: str | None = None, **flags: Any
+    ) -> dict[str, Any]:
+        protocol = choose_protocol(preset, **flags)
+        checked = {"protocol"} if preset else {name for name, flag in flags.items() if flag is not None} - {"average"}
+        found = sorted({item["protocol"] for item in items})
+        if len(found) > 1 or len({item["tolerance_mm"] for item in items}) > 1:
+            raise ValueError(f"the items were scored by several protocols or tolerances: {'; '.join(found)}")
+        parts, wanted = found[0].split(), str(protocol).split()
+        differing = [part for part in wanted if part not in parts and (preset or part.split("=")[0] in checked)]
+        if differing:
+            raise ValueError(f"expected items scored by {' '.join(differing)}, got {found[0]}")
+        if protocol.average == "macro" and "" in groups:
+            raise ValueError("the macro average needs groups, a name for each item")
+        items = [{**item, "reason": item["reason"] or None} for item in items]
+        by_group = {
+            name: summarize([item for item, group in zip(items, groups, strict=True) if group == name])
+            for name in sorted(set(groups) - {""})
+        }
+        result = summarize(items)
+        for name in ("dice", "iou"):
+            means = [group[f"{name}_micro"] for group in by_group.values()]
+            result[f"{name}_macro"] = _mean([mean for mean in means if mean is not None])
+        return {
+            "dice": result[f"dice_{protocol.average}"],
+            **result,
+            "tolerance_mm": items[0]["tolerance_mm"],
+            "groups": by_group,
+            "scores": [item["dice"] for item in items],
+            "preset": preset,
+            "protocol": f"{found[0]} average={protocol.average}",
+        }

@@ -1,0 +1,286 @@
+"""Answers to medical visual questions, scored by named protocols.
+
+Sources: LLaVA-Med (Li et al., 2023, arXiv 2306.00890; `llava/eval`), whose numbers MedSIGHT and MedPLIB follow;
+OmniMedVQA (Hu et al., 2024, arXiv 2402.09181); MMMU (Yue et al., 2024, arXiv 2311.16502).
+"""
+
+from collections import Counter
+from difflib import SequenceMatcher
+from typing import Any
+
+import datasets
+import evaluate
+
+from .answer_words import normalize, strict_words
+
+
+CLOSED = "CLOSED"
+OPEN = "OPEN"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+DESCRIPTION = """\
+Scores answers to medical visual questions: accuracy of closed questions, recall of open ones, by a named protocol."""
+INPUTS = """
+Args:
+    predictions: list of str, the answers.
+    references: list of str, the right answers; for `first-letter` the letter, or the option itself.
+    answer_types: list of "CLOSED" or "OPEN"; all closed where left out under a protocol of choices.
+    options: list of lists of str (or None), what could be chosen from; needed by the protocols of choices.
+    groups: list of str, such as the modality; adds a mean a group and the unweighted mean over groups.
+    protocol: "llava-med" (default), "strict", "multiple-choice" or "first-letter".
+Returns:
+    protocol; closed_accuracy, open_recall, overall (mean over all items) and macro (unweighted mean over groups), each
+    from 0 to 1 and over the scored items, None where there are none; counts {closed, open}; scored; refused, refusals
+    {reason: count} and refused_as_wrong {closed_accuracy, open_recall, overall}; groups {name: {n, score, refused}};
+    scores, a float an item, None where it is refused; reasons, a str where it is refused, else None.
+Examples:
+    >>> metric = evaluate.load("medsight/metrics/medical_vqa")
+    >>> metric.compute(predictions=["Yes, it is."], references=["yes"], answer_types=["CLOSED"])["closed_accuracy"]
+    1.0
+"""
+CITATION = """\
+@inproceedings{li2023llavamed,
+  title={LLaVA-Med: Training a Large Language-and-Vision Assistant for Biomedicine in One Day},
+  author={Li, Chunyuan and Wong, Cliff and Zhang, Sheng and Usuyama, Naoto and Liu, Haotian and Yang, Jianwei and
+    Naumann, Tristan and Poon, Hoifung and Gao, Jianfeng},
+  booktitle={Advances in Neural Information Processing Systems}, year={2023}}
+"""
+
+
+class Refused(ValueError):
+    """An item that its protocol cannot score; the message is the reason."""
+
+
+def llava_med_open(prediction: str, reference: str) -> float:
+    """Recall over bags of words, TP / (TP + FN); 0 where either has no word.
+
+    TP counts the *prediction's* occurrences of words that also stand in the reference, FN the reference's occurrences
+    of words absent from the prediction: repeating a right word raises the score. (`calculate_f1score`, LLaVA-Med; it
+    normalises a second time what was normalised already.)
+    """
+    predicted = Counter(normalize(normalize(prediction)).split())
+    wanted = Counter(normalize(normalize(reference)).split())
+    hits = sum(count for word, count in predicted.items() if word in wanted)
+    misses = sum(count for word, count in wanted.items() if word not in predicted)
+    return hits / (hits + misses) if hits else 0.0
+
+
+def llava_med_closed(prediction: str, reference: str) -> float:
+    """1 if the normalised prediction holds the letters "yes" or "no", and the normalised reference as a substring.
+
+    So "no" is found in "normal", and an answer such as "left" is wrong even where it is the reference. This is
+    MedSIGHT's version; LLaVA-Med's own leaves a wrong answer with yes or no out of the mean.
+    """
+    answer = normalize(prediction)
+    return float(("yes" in answer or "no" in answer) and normalize(reference) in answer)
+
+
+def strict_open(prediction: str, reference: str) -> float:
+    """Recall over bags of words with the reference's counts, sum of min(prediction, reference) over the reference's.
+
+    Repeating a word gains nothing.
+
+    Raises:
+        Refused: the reference has no word.
+    """
+    predicted, wanted = Counter(strict_words(prediction)), Counter(strict_words(reference))
+    if not wanted:
+        raise Refused("the reference has no word")
+    return sum((predicted & wanted).values()) / sum(wanted.values())
+
+
+def strict_closed(prediction: str, reference: str) -> float:
+    """1 if the reference's words stand in the prediction as whole words, one after the other.
+
+    Raises:
+        Refused: the reference is yes or no and the prediction holds both, or the reference has no word.
+    """
+    predicted, wanted = strict_words(prediction), strict_words(reference)
+    if not wanted:
+        raise Refused("the reference has no word")
+    if wanted in (["yes"], ["no"]) and "yes" in predicted and "no" in predicted:
+        raise Refused("the answer holds both yes and no")
+    return float(any(predicted[i : i + len(wanted)] == wanted for i in range(len(predicted))))
+
+
+def multiple_choice(prediction: str, reference: str, options: list[str] | None) -> float:
+    """1 if prediction and reference are most like the same option, by `difflib.SequenceMatcher(option, text).ratio()`.
+
+    Case counts, the first option wins a tie, an answer like none of them is wrong (OmniMedVQA).
+
+    Raises:
+        Refused: there are no options, or the reference is like none of them.
+    """
+    if not options:
+        raise Refused("no options to choose from")
+    right = _most_similar(options, reference)
+    if right is None:
+        raise Refused("the reference is like none of the options")
+    return float(_most_similar(options, prediction) == right)
+
+
+def first_letter(prediction: str, reference: str, options: list[str] | None) -> float:
+    """1 if the first allowed letter is the reference's (MMMU): A for the first option, B for the second, and so on.
+
+    A letter counts where it is a capital and stands alone ("B", "(B)", "Answer: B."), or is all that the answer holds;
+    an answer without one is wrong.
+
+    Raises:
+        Refused: there are no options, or the reference is neither an allowed letter nor an option.
+    """
+    if not options:
+        raise Refused("no options to choose from")
+    allowed = LETTERS[: len(options)]
+    right = reference.strip()
+    if len(right) != 1 or right not in allowed:
+        if reference not in options:
+            raise Refused("the reference is neither an allowed letter nor an option")
+        right = LETTERS[options.index(reference)]
+    words = "".join(character if character.isalnum() else " " for character in prediction).split()
+    if len(words) == 1:
+        words = [words[0].upper()]
+    return float(next((word for word in words if len(word) == 1 and word in allowed), None) == right)
+
+
+def _most_similar(options: list[str], text: str) -> int | None:
+    ratios = [SequenceMatcher(None, option, text).ratio() for option in options]
+    return ratios.index(max(ratios)) if max(ratios) > 0 else None
+
+
+WORD_PROTOCOLS = {
+    "llava-med": {CLOSED: llava_med_closed, OPEN: llava_med_open},
+    "strict": {CLOSED: strict_closed, OPEN: strict_open},
+}
+CHOICE_PROTOCOLS = {"multiple-choice": multiple_choice, "first-letter": first_letter}
+OPTIONAL: dict[str, Any] = {"answer_types": "", "options": None, "groups": ""}
+PROTOCOLS = (*WORD_PROTOCOLS, *CHOICE_PROTOCOLS)
+
+
+def score_answer(
+    prediction: str, reference: str, answer_type: str, options: list[str] | None = None, protocol: str = "llava-med"
+) -> float:
+    """The score of one answer, from 0 to 1.
+
+    Raises:
+        Refused: the protocol cannot score it.
+        ValueError: the protocol or the answer type is unknown.
+    """
+    if answer_type not in (CLOSED, OPEN):
+        raise ValueError(f"answer type {answer_type!r}: expected CLOSED or OPEN")
+    if protocol in CHOICE_PROTOCOLS:
+        return CHOICE_PROTOCOLS[protocol](prediction, reference, options)
+    if protocol in WORD_PROTOCOLS:
+        return WORD_PROTOCOLS[protocol][answer_type](prediction, reference)
+    raise ValueError(f"protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+
+
+def _mean(scores: list[float]) -> float | None:
+    return sum(scores) / len(scores) if scores else None
+
+
+def _by_type(scores: list[tuple[str, float]]) -> dict[str, float | None]:
+    return {
+        "closed_accuracy": _mean([score for kind, score in scores if kind == CLOSED]),
+        "open_recall": _mean([score for kind, score in scores if kind == OPEN]),
+        "overall": _mean([score for _, score in scores]),
+    }
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class MedicalVqa(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": text,
+                    "references": text,
+                    "answer_types": text,
+                    "options": datasets.Sequence(text),
+                    "groups": text,
+                }
+            ),
+            reference_urls=[
+                "https://github.com/microsoft/LLaVA-Med",
+                "https://github.com/OpenGVLab/Multi-Modality-Arena",
+            ],
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add a batch of answers, with answer_types, options and groups where the protocol needs them.
+
+        Raises:
+            ValueError: the inputs are of unequal lengths, or not text.
+        """
+        if predictions is None or references is None:
+            raise ValueError("predictions and references: expected a list of str each")
+        size = len(predictions)
+        columns = {"references": references}
+        for name, absent in OPTIONAL.items():
+            given = kwargs.pop(name, None)
+            columns[name] = [absent] * size if given is None else list(given)
+        for name, column in columns.items():
+            if len(column) != size:
+                raise ValueError(f"{name}: expected {size} items, as many as predictions, got {len(column)}")
+        for name, column in {"predictions": predictions, **columns}.items():
+            wrong = [i for i, one in enumerate(column) if name != "options" and not isinstance(one, str)]
+            if wrong:
+                raise ValueError(f"{name}: expected str, got {column[wrong[0]]!r} in item {wrong[0]}")
+        evaluate.Metric.add_batch(self, predictions=predictions, **columns, **kwargs)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Score the answers given here, or added before.
+
+        Raises:
+            ValueError: there are none, an answer type or the protocol is unknown, or the lengths differ.
+        """
+        optional = {name: kwargs.pop(name, None) for name in OPTIONAL}
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references, **optional)
+        if len(self) == 0:
+            raise ValueError("no answers to score: add some, or pass predictions and references")
+        return evaluate.Metric.compute(self, **kwargs)
+
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        answer_types: list[str],
+        options: list[list[str] | None],
+        groups: list[str],
+        protocol: str = "llava-med",
+    ) -> dict[str, Any]:
+        scores: list[float | None] = []
+        reasons: list[str | None] = []
+        kinds = [kind or (CLOSED if protocol in CHOICE_PROTOCOLS else "") for kind in answer_types]
+        for i, row in enumerate(zip(predictions, references, kinds, options, strict=True)):
+            try:
+                scores.append(score_answer(*row, protocol=protocol))
+                reasons.append(None)
+            except Refused as reason:
+                scores.append(None)
+                reasons.append(str(reason))
+            except ValueError as error:
+                raise ValueError(f"item {i}: {error}") from error
+        scored = [(kind, score) for kind, score in zip(kinds, scores, strict=True) if score is not None]
+        by_group: dict[str, dict[str, Any]] = {}
+        for name in sorted(set(groups) - {""}):
+            own = [score for group, score in zip(groups, scores, strict=True) if group == name]
+            kept = [score for score in own if score is not None]
+            by_group[name] = {"n": len(own), "score": _mean(kept), "refused": len(own) - len(kept)}
+        return {
+            "protocol": protocol,
+            **_by_type(scored),
+            "macro": _mean([group["score"] for group in by_group.values() if group["score"] is not None]),
+            "counts": {"closed": kinds.count(CLOSED), "open": kinds.count(OPEN)},
+            "scored": len(scored),
+            "refused": len(scores) - len(scored),
+            "refusals": dict(Counter(reason for reason in reasons if reason is not None)),
+            "refused_as_wrong": _by_type([(kind, score or 0.0) for kind, score in zip(kinds, scores, strict=True)]),
+            "groups": by_group,
+            "scores": scores,
+            "reasons": reasons,
+        }

@@ -1,0 +1,229 @@
+"""Declarations, and the layouts that are read as items."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medsight.evaluation.benchmarks import Benchmark, check_counts, load_benchmark, load_declarations
+from medsight.evaluation.items import Item, fingerprint, read_items
+
+
+EXPECTED_ROWS = {"vqa-rad": 451, "slake-en": 1061, "pathvqa": 6719, "mmmu-med": 150, "mecovqa-g": 4142}
+
+
+def read(name: str, path: Path, **options: Any) -> list[Item]:
+    return read_items(load_benchmark(name), path, **options)[0]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_published_sizes_are_declared() -> None:
+    declared = load_declarations()
+    assert {name: declared[name].expected_rows for name in EXPECTED_ROWS} == EXPECTED_ROWS
+    assert declared["omnimedvqa"].expected_shards == 7
+
+
+@pytest.mark.parametrize("name", load_declarations())
+def test_a_set_that_is_not_there_gives_one_line_with_its_source_and_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        read(name, tmp_path)
+    message = str(error.value)
+    assert str(tmp_path) in message and f"benchmark {name}" in message and "\n" not in message
+    assert load_benchmark(name).get in message
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'vqarad' is unknown: segmentation, .*vqa-rad"):
+        load_benchmark("vqarad")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"task": "guess"}, "task 'guess', expected one of vqa, segment, diagnose"),
+        ({"layout": "dicom"}, "layout 'dicom', expected one of biomedparse"),
+        ({"protocol": {"masks": "medsight"}}, "a vqa task needs a protocol of answers"),
+        ({"rows": 3}, "benchmark vqa-rad: unknown rows; the keys are title"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(declare: Callable[..., Path], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_benchmark(str(declare("vqa-rad", **changed)))
+
+
+def test_another_row_count_is_refused_unless_it_is_allowed(regions: Path) -> None:
+    benchmark = load_benchmark("segmentation")
+    items, shards = read_items(benchmark, regions)
+    with pytest.raises(ValueError, match="9 rows where 452 are expected.*--allow-row-count"):
+        check_counts(benchmark, items, shards, allow=False)
+    assert "not comparable" in str(check_counts(benchmark, items, shards, allow=True))
+
+
+def test_segmentation_has_a_row_an_image_and_structure_and_absent_ones(regions: Path) -> None:
+    items = read("segmentation", regions)
+    assert len(items) == 9
+    assert [item.id for item in items if item.absent] == ["set/test/4.png#cyst", "set/test/6.png#breast tumor"]
+    first = items[0]
+    assert (first.id, first.prompt) == ("set/test/0.png#liver", "<image>\nSegment the liver.")
+    assert (len(first.masks), first.modality, first.patient, first.spacing_mm) == (1, "CT", "p0", (2.0, 2.0))
+    assert items[4].spacing_mm is None
+
+
+def test_diagnosis_comes_from_the_finding_or_an_abnormal_name(regions: Path) -> None:
+    items = read("diagnose-then-segment", regions)
+    assert [(item.answer, len(item.masks), item.absent) for item in items] == [
+        *[("malignant breast tumor", 1, False)] * 3,
+        ("normal", 0, True),
+    ]
+
+
+def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
+    from medsight.training.data.templates import Wordings
+
+    plain, asked = read("segmentation", regions), read("segmentation", regions, held_out_prompts=True, seed=1)
+    assert [item.id for item in plain] == [item.id for item in asked]
+    trained = {
+        prompt.format(**{"target": "liver", "modality": "CT image", "a_modality": "", "site": "torso"})
+        for prompt in Wordings.load().prompts["segment_one"]
+        if "A_modality" not in prompt
+    }
+    assert asked[0].prompt.removeprefix("<image>\n") not in trained
+    assert asked == read("segmentation", regions, held_out_prompts=True, seed=1)
+    assert asked != read("segmentation", regions, held_out_prompts=True, seed=2)
+    with pytest.raises(ValueError, match="vqa-rad asks the data's own questions"):
+        from medsight.evaluation.items import held_out_wordings
+
+        held_out_wordings(load_benchmark("vqa-rad"))
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_place(regions: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = shutil.copytree(regions, tmp_path / "elsewhere" / "sets")
+    assert fingerprint(read("segmentation", copied)) == fingerprint(read("segmentation", regions))
+    image = copied / "set" / "test" / "0.png"
+    image.write_bytes(image.read_bytes() + b"x")
+    assert fingerprint(read("segmentation", copied)) != fingerprint(read("segmentation", regions))
+
+
+def test_vqa_rad_tells_closed_from_open(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+    rows = [
+        {"id": i, "image": "a.jpg", "question": f"Q{i}?", "answer": a, "answer_type": t, "split": s}
+        for i, (a, t, s) in enumerate(
+            [
+                ("yes", "CLOSED", "test"),
+                ("left lung", "OPEN", "test"),
+                ("axial", "CLOSED ", "test"),
+                ("no", "X", "train"),
+            ]
+        )
+    ]
+    write_lines(tmp_path / "questions.jsonl", rows)
+    items = read("vqa-rad", tmp_path)
+    assert [(item.id, item.answer_type) for item in items] == [("0", "CLOSED"), ("1", "OPEN"), ("2", "CLOSED")]
+    assert items[1].prompt == "<image>\nQ1?"
+
+
+def test_slake_takes_the_english_test_questions(tmp_path: Path) -> None:
+    rows = [
+        {
+            "qid": i,
+            "img_name": "x/source.jpg",
+            "question": "What?",
+            "answer": "CT",
+            "answer_type": "OPEN",
+            "q_lang": lang,
+            "modality": "CT",
+            "location": "Lung",
+        }
+        for i, lang in enumerate(("en", "zh"))
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (item,) = read("slake-en", tmp_path)
+    assert (item.id, item.modality, item.site, item.answer_type) == ("0", "CT", "Lung", "OPEN")
+
+
+def test_pathvqa_counts_yes_and_no_as_closed_and_names_rows_by_their_file(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": b"x", "path": None}, "question": "Q?", "answer": a} for a in ("yes", "liver")]
+    write_parquet(tmp_path / "data" / "test-00000.parquet", rows)
+    items = read("pathvqa", tmp_path)
+    assert [item.answer_type for item in items] == ["CLOSED", "OPEN"]
+    assert items[0].id == "data/test-00000.parquet, row 1"
+
+
+def test_omnimedvqa_keeps_its_options(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question_id": "q1",
+            "image_path": "Images/a.png",
+            "question": "Which?",
+            "gt_answer": "MRI",
+            "option_A": "CT",
+            "option_B": "MRI",
+            "modality_type": "MR",
+            "dataset": "Brain",
+        }
+    ]
+    folder = tmp_path / "QA_information" / "Open-access"
+    folder.mkdir(parents=True)
+    (folder / "Brain.json").write_text(json.dumps(rows))
+    (item,) = read("omnimedvqa", tmp_path)
+    assert (item.options, item.answer, item.modality, item.dataset) == (("CT", "MRI"), "MRI", "MR", "Brain")
+    assert "A. CT\nB. MRI\nAnswer this question" in item.prompt
+
+
+def test_mmmu_puts_images_where_the_question_names_them(tmp_path: Path) -> None:
+    row = {
+        "id": "v1",
+        "question": "Is <image 2> like <image 1>?",
+        "options": "['yes', \"it's not\"]",
+        "answer": "B",
+        "image_1": {"bytes": b"one", "path": "1.png"},
+        "image_2": {"bytes": b"two", "path": "2.png"},
+    }
+    write_parquet(tmp_path / "Pharmacy" / "validation-00000-of-00001.parquet", [row])
+    (item,) = read("mmmu-med", tmp_path)
+    assert item.prompt.startswith("Is <image> like <image>?\nA. yes\nB. it's not\n")
+    assert [image["bytes"] for image in item.images] == [b"two", b"one"]
+    assert (item.options, item.answer, item.dataset) == (("yes", "it's not"), "B", "Pharmacy")
+
+
+def test_mecovqa_reads_the_mask_of_the_answer_and_the_modality_of_the_name(tmp_path: Path) -> None:
+    row = {
+        "image": "images/ct_00--AMOS--case_1--x_3.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nSegment the liver."},
+            {"from": "gpt", "value": "Sure, <SEG>.<mask>masks/ct_00--AMOS--case_1--x_3--0001.png</mask>"},
+        ],
+    }
+    (tmp_path / "test.json").write_text(json.dumps([row]))
+    (item,) = read("mecovqa-g", tmp_path)
+    assert item.prompt == "<image>\nSegment the liver."
+    assert (item.modality, item.dataset, len(item.masks)) == ("ct", "AMOS", 1)
+    assert item.masks[0]["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
+
+
+def test_two_rows_of_one_id_are_refused(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png"}
+    (tmp_path / "x.json").write_text(json.dumps([row, row]))
+    with pytest.raises(ValueError, match="two rows have the id '1'"):
+        read("diagseg", tmp_path)
+
+
+def test_a_benchmark_knows_whether_it_has_masks() -> None:
+    declared: dict[str, Benchmark] = load_declarations()
+    assert {name for name, one in declared.items() if one.has_masks} == {
+        "segmentation",
+        "diagnose-then-segment",
+        "mecovqa-g",
+        "diagseg",
+    }

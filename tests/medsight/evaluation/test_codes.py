@@ -1,0 +1,111 @@
+"""`medsight codes`: what each code stands for."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight import cli
+from medsight.evaluation.codes import HEAT, code_masks, heat_map, read_meanings
+from tests.tiny_checkpoint import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def named_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("named") / "tiny"
+    names = ["CT torso", "ultrasound breast", *(f"group {index}" for index in range(2, 40))]
+    from configuration_medsight import MedSightConfig
+
+    return save_tiny_checkpoint(folder, group_names=names[: MedSightConfig.from_preset("tiny").num_groups])
+
+
+@pytest.fixture
+def checkpoint(named_checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(named_checkpoint, tmp_path / "model")
+
+
+def codes(checkpoint: Path, data: Path, *options: str) -> int:
+    arguments = ["--model", checkpoint, "--data", data, "--split", "test", "--device", "cpu"]
+    return cli.main(["codes", *map(str, arguments), *options])
+
+
+def test_every_mask_is_counted_under_its_code_and_structure(
+    checkpoint: Path, regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert codes(checkpoint, regions, "--output", str(tmp_path / "sheets"), "--examples", "2") == 0
+    printed = capsys.readouterr().out
+    content = json.loads((checkpoint / "region_codes.json").read_text("utf-8"))
+    counted: Counter[tuple[str, str]] = Counter()
+    for entry in content["codes"].values():
+        assert sum(entry["structures"].values()) == pytest.approx(1)
+        for structure, share in entry["structures"].items():
+            counted[entry["group"], structure] += round(entry["n"] * share)
+    assert counted == {
+        ("CT torso", "liver"): 2,
+        ("CT torso", "spleen"): 2,
+        ("ultrasound breast", "malignant breast tumor"): 3,
+    }
+    assert content["groups"]["CT torso"]["citations"] == 4 and content["images"] == 5
+    assert {path.stem for path in (tmp_path / "sheets").iterdir()} == {code.strip("[]") for code in content["codes"]}
+    assert "CT torso" in printed and "codes in use" in printed
+    assert read_meanings(checkpoint)[next(iter(content["codes"]))]
+
+
+def test_an_earlier_description_stays_unless_it_may_be_replaced(
+    checkpoint: Path, regions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / "region_codes.json"
+    path.write_text("{}")
+    assert codes(checkpoint, regions) == 1
+    assert "described already; add --overwrite" in capsys.readouterr().err and path.read_text() == "{}"
+    assert codes(checkpoint, regions, "--overwrite") == 0
+    assert json.loads(path.read_text())["codes"]
+
+
+def test_a_bad_mask_leaves_the_checkpoint_as_it_was(
+    checkpoint: Path, regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(regions, tmp_path / "copied")
+    Image.new("1", (3, 3), 1).save(next((copied / "set" / "test_mask").iterdir()))
+    assert codes(checkpoint, copied, "--output", str(tmp_path / "sheets")) == 1
+    assert "the mask is 3x3 pixels" in capsys.readouterr().err
+    assert not (checkpoint / "region_codes.json").exists() and not (tmp_path / "sheets").exists()
+
+
+def test_data_of_a_group_that_the_model_has_not_is_refused(
+    checkpoint: Path, regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(regions, tmp_path / "copied")
+    manifest = copied / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"torso"', '"knee"'))
+    assert codes(checkpoint, copied) == 1
+    assert "no code group of the model is called 'CT knee'" in capsys.readouterr().err
+
+
+def test_a_code_decodes_to_the_mask_of_a_region_that_took_it(checkpoint: Path) -> None:
+    import torch
+
+    from medsight.predict import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoint, "float32")
+    model.eval()
+    pixels = torch.randn(1, 3, model.config.image_size, model.config.image_size)
+    with torch.no_grad():
+        regions = model.get_region_features(pixels)
+        taken = model.quantize_regions(regions.region_embeddings, torch.tensor([1]))
+        logits = model.model.region_perceiver.segmentation_head(taken.reconstructed_regions, regions.image_features)[0]
+        masks = code_masks(model, regions.image_features[0], 1, taken.code_indices[0])
+    assert np.allclose(masks, logits[0].sigmoid().numpy(), atol=1e-5)
+
+
+def test_heat_is_the_picture_where_there_is_none_and_bright_where_it_is_sure() -> None:
+    picture = Image.new("RGB", (8, 8), (90, 90, 90))
+    probabilities = np.zeros((8, 8), dtype=np.float32)
+    probabilities[:, 4:] = 1
+    drawn = np.asarray(heat_map(picture, probabilities)).astype(float)
+    assert np.array_equal(drawn[:, :3], np.full((8, 3, 3), 90))
+    assert np.allclose(drawn[:, 5:], 90 + 0.85 * (HEAT[-1] - 90), atol=1)

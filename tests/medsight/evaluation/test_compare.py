@@ -1,0 +1,87 @@
+"""`medsight compare`: paired differences over the same rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medsight import cli
+from medsight.evaluation.compare import compare
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path, write_lines: Callable[..., Path]) -> Callable[..., Path]:
+    """What `medsight evaluate` writes, as far as a comparison reads it."""
+
+    def write(name: str, dices: list[float | None], **changed: Any) -> Path:
+        folder = tmp_path / name
+        rows = [
+            {
+                "id": str(i), "modality": "CT" if i < 30 else "MRI", "dataset": "d", "target": "t", "patient": None,
+                "answer_type": None, "absent": dice is None, "no_region": dice is None, "dice": dice, "iou": None,
+            }
+            for i, dice in enumerate(dices)
+        ]  # fmt: skip
+        write_lines(folder / "scores.jsonl", rows)
+        metrics = {
+            "system": name, "benchmark": "segmentation", "title": "T", "task": "segment",
+            "protocol": {"masks": "medsight"}, "run": {"data": {"sha256": "x"}},
+        }  # fmt: skip
+        (folder / "metrics.json").write_text(json.dumps(metrics | changed))
+        return folder
+
+    return write
+
+
+def test_differences_are_paired(evaluation: Callable[..., Path]) -> None:
+    first = evaluation("a", [0.5 + 0.01 * (i % 10) for i in range(40)] + [None])
+    second = evaluation("b", [0.4 + 0.01 * (i % 10) for i in range(40)] + [None])
+    result = compare(first, second)
+    dice = result["scores"]["dice"]
+    # The rows vary by themselves, their difference does not.
+    assert (dice["difference"], dice["low"], dice["high"]) == (0.1, pytest.approx(0.1), pytest.approx(0.1))
+    assert (dice["a"], dice["b"], dice["n"], dice["better"], dice["worse"]) == (0.545, 0.445, 40, 40, 0)
+    assert result["scores"]["negatives_right"]["n"] == 1
+    assert set(result["by"]["modality"]) == {"CT", "MRI"} and result["by"]["modality"]["CT"]["dice"]["n"] == 30
+
+
+def test_macro_weighs_modalities_alike(evaluation: Callable[..., Path]) -> None:
+    first, second = evaluation("a", [0.6] * 30 + [0.2] * 10), evaluation("b", [0.5] * 30 + [0.5] * 10)
+    result = compare(first, second)
+    assert result["scores"]["dice"]["difference"] == pytest.approx((30 * 0.1 - 10 * 0.3) / 40)
+    assert result["macro"]["dice"]["difference"] == pytest.approx((0.1 - 0.3) / 2)
+
+
+def test_the_terminal_marks_what_leaves_out_zero(
+    evaluation: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first, second = evaluation("a", [0.6 + i % 2 / 10 for i in range(40)]), evaluation("b", [0.5] * 40)
+    output = tmp_path / "out.json"
+    assert cli.main(["compare", str(first), str(second), "--output", str(output)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Dice, micro"))
+    assert line.split()[2:5] == ["65.0", "50.0", "+15.0"] and " * " in line
+    assert json.loads(output.read_text()) == compare(first, second)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"benchmark": "vqa-rad"}, "different benchmarks: segmentation and vqa-rad"),
+        ({"protocol": {"masks": "citrus"}}, "different protocols"),
+        ({"run": {"data": {"sha256": "y"}}}, "different data or prompts"),
+    ],
+)
+def test_evaluations_that_cannot_be_paired_are_refused(
+    evaluation: Callable[..., Path], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(evaluation("a", [0.5] * 4), evaluation("b", [0.5] * 4, **changed))
+
+
+def test_other_rows_and_other_folders_are_refused(evaluation: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not have the same rows"):
+        compare(evaluation("a", [0.5] * 4), evaluation("b", [0.5] * 5))
+    with pytest.raises(FileNotFoundError, match="is no evaluation: it has no metrics.json"):
+        compare(tmp_path, tmp_path / "a")

@@ -1,0 +1,110 @@
+"""`medsight benchmark build-diagseg`, and the diagnoses that it finds."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medsight import cli
+from medsight.evaluation.benchmarks import load_benchmark
+from medsight.evaluation.diagseg import Diagnosis, diagnosis_of, read_table
+from medsight.evaluation.items import read_items
+
+
+@pytest.mark.parametrize(
+    ("targets", "finding", "expected"),
+    [
+        (["liver", "liver tumor"], None, Diagnosis("liver tumor", ("liver tumor",), (1,))),
+        (["liver", "cyst", "cyst"], "tumor", Diagnosis("tumor", ("cyst",), (1, 2))),
+        (["benign breast tumor"], "benign", Diagnosis("benign breast tumor", ("benign breast tumor",), (0,))),
+        (["lung", "lung opacity"], "Pneumocystis", Diagnosis("Pneumocystis", ("lung opacity",), (1,))),
+        (["skin lesion"], "melanoma", Diagnosis("melanoma", ("skin lesion",), (0,))),
+        (["liver", "spleen"], "hepatitis", Diagnosis("hepatitis", (), ())),
+        (["liver"], "Normal", Diagnosis("Normal", (), ())),
+        ([], "colitis", Diagnosis("colitis", (), ())),
+        (["liver", "spleen"], None, None),
+    ],
+)  # fmt: skip
+def test_a_diagnosis_and_the_masks_that_show_it(targets: list[str], finding: str | None, expected: Any) -> None:
+    assert diagnosis_of({"targets": targets, "absent": [], "finding": finding}) == expected
+
+
+def build(data: Path, output: Path, *options: str) -> int:
+    return cli.main(["benchmark", "build-diagseg", str(data), "--output", str(output), *options])
+
+
+def test_items_are_self_contained_and_can_be_evaluated(
+    regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(regions, tmp_path / "data")
+    assert build(copied, tmp_path / "out", "--question", "Diagnosis?") == 0
+    shutil.rmtree(copied)
+    items, _ = read_items(load_benchmark("diagseg"), tmp_path / "out")
+    assert [(item.answer, len(item.masks), item.absent) for item in items] == [
+        *[("malignant breast tumor", 1, False)] * 3,
+        ("normal", 0, True),
+    ]
+    assert {item.prompt for item in items} == {"<image>\nDiagnosis?"} and items[0].patient == "p2"
+    assert all(Path(entry["path"]).is_file() for item in items for entry in (*item.images, *item.masks))
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "4 items" in card and "| no diagnosis | 2 |" in card and "| malignant breast tumor | 3 |" in card
+    assert "left out, no diagnosis: 2" in capsys.readouterr().out
+
+
+def test_a_table_names_the_diagnoses(regions: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("image,diagnosis\nset/test/0.png,liver abscess\n2.png,carcinoma\n")
+    assert build(regions, tmp_path / "out", "--table", str(table)) == 0
+    records = json.loads((tmp_path / "out" / "diagseg.json").read_text())
+    assert [(record["qa_id"], record["short_answer"], len(record["mask_files"])) for record in records] == [
+        ("set/test/0.png", "liver abscess", 0),
+        ("set/test/2.png", "carcinoma", 1),
+    ]
+
+
+def test_a_patient_of_another_split_is_left_out(regions: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(regions, tmp_path / "data")
+    manifest = copied / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"group": "p5"', '"group": "p2"'))  # image 5 is a training image
+    assert build(copied, tmp_path / "out") == 0
+    records = json.loads((tmp_path / "out" / "diagseg.json").read_text())
+    assert [record["patient"] for record in records] == ["p3", "p4", "p6"]
+    assert "| patient also in another split | 1 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image,diagnosis\nx.png,tumor\n", "1 image.s. are no test images of .*first: x.png"),
+        ("image,finding\n0.png,tumor\n", "row 1: expected text in 'diagnosis'"),
+        ("image,diagnosis\n0.png, \n", "row 1: expected text in 'diagnosis'"),
+        ("image,diagnosis\n0.png,a\n0.png,b\n", "row 2: 0.png has a diagnosis already"),
+        ("image,diagnosis\n", "expected rows of image and diagnosis, found none"),
+    ],
+)
+def test_a_bad_table_is_refused_and_nothing_written(
+    regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    import re
+
+    table = tmp_path / "table.csv"
+    table.write_text(content)
+    assert build(regions, tmp_path / "out", "--table", str(table)) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_in_it_is_not_touched(
+    regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    assert build(regions, tmp_path / "out") == 1
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_json_lines_are_a_table_too(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+    assert read_table(write_lines(tmp_path / "t.jsonl", [{"image": "a", "diagnosis": "b"}])) == {"a": "b"}

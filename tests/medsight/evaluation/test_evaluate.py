@@ -1,0 +1,324 @@
+"""`medsight evaluate` from the command line: what is written, what is refused, figures that others can recompute."""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight.evaluation.predictions import encode_mask
+
+
+Evaluate = Callable[..., tuple[int, str]]
+
+
+def metrics_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "metrics.json").read_text("utf-8"))
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "scores.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def segmentation(declare: Callable[..., Path]) -> Path:
+    return declare("segmentation", expected_rows=9)
+
+
+@pytest.fixture
+def saved(regions: Path, tmp_path: Path, write_lines: Callable[..., Path]) -> Callable[..., Path]:
+    """Saved predictions that give each present structure its own reference mask, changed as asked."""
+    manifest = [json.loads(line) for line in (regions / "manifest.jsonl").read_text().splitlines()]
+
+    def write(change: Callable[[list[dict[str, Any]]], Any] = lambda records: None) -> Path:
+        records = []
+        for row in (row for row in manifest if row["split"] == "test"):
+            masks = []
+            if row["mask"]:
+                masks = [encode_mask(np.asarray(Image.open(regions / row["mask"]), dtype=bool))]
+            records.append({"id": f"{row['image']}#{row['target']}", "answer": f"{row['target']}.", "masks": masks})
+        change(records)
+        return write_lines(tmp_path / "saved" / "mine.jsonl", records)
+
+    return write
+
+
+def test_a_model_s_run_and_its_saved_predictions_give_the_same_figures(
+    evaluate: Evaluate, segmentation: Path, regions: Path, tmp_path: Path
+) -> None:
+    status, printed = evaluate(segmentation, regions, tmp_path / "a")
+    assert status == 0, printed
+    assert "protocol medsight (threshold 0.5" in printed
+    again = evaluate(segmentation, regions, tmp_path / "b", "--predictions", str(tmp_path / "a/predictions.jsonl"))
+    assert again[0] == 0, again[1]
+    first, second = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    assert first["run"].keys() >= {"checkpoint", "data", "dtype", "threshold", "codes_per_group"}
+    assert second["run"].pop("predictions_sha256")
+    assert first == second
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "predictions.jsonl", "scores.jsonl", "metrics.json", "report.html", "run.json",
+    }  # fmt: skip
+
+
+def test_the_right_masks_score_full_marks(
+    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(saved()))
+    assert status == 0, printed
+    metrics = metrics_of(tmp_path / "out")
+    assert {name: both["macro"]["value"] for name, both in metrics["scores"].items()} == {
+        "dice": 1.0, "iou": 1.0, "hd95_mm": 0.0, "surface_dice": 1.0,
+    }  # fmt: skip
+    assert metrics["scores"]["hd95_mm"]["micro"]["n"] == 4  # the CT rows, whose spacing is known
+    assert metrics["negatives"]["no_region_rate"]["value"] == 1.0 and metrics["negatives"]["n"] == 2
+    assert metrics["by"]["modality"]["CT"]["dice"]["n"] == 4
+    assert metrics["run"]["model"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda records: records.pop(3), "1 missing (set/test/1.png#spleen)"),
+        (lambda records: records.append({"id": "x", "answer": ""}), "1 extra (x (line 10))"),
+        (lambda records: records.append(records[0]), "1 duplicate (set/test/0.png#liver (line 10))"),
+        (
+            lambda records: records[2].update(masks=[encode_mask(np.ones((4, 4), dtype=bool))]),
+            "1 masks (set/test/1.png#liver: mask 1: the mask is 4 x 4 pixels (height x width), its reference 16 x 20)",
+        ),
+        (
+            lambda records: records[2].update(masks=[{"size": [16, 20], "counts": "zz"}]),
+            "1 masks (set/test/1.png#liver: mask 1: malformed RLE",
+        ),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused_unless_accepted(
+    evaluate: Evaluate,
+    segmentation: Path,
+    regions: Path,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    change: Callable[[list[dict[str, Any]]], Any],
+    problem: str,
+) -> None:
+    arguments = (segmentation, regions, tmp_path / "out", "--predictions", str(saved(change)))
+    status, printed = evaluate(*arguments)
+    assert status == 1 and problem in printed and "--accept-problems" in printed
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    status, printed = evaluate(*arguments, "--accept-problems")
+    assert status == 0, printed
+    metrics = metrics_of(tmp_path / "out")
+    kind = problem.split()[1]
+    assert metrics["problems"][kind]["count"] == 1 and metrics["n"] == 9
+    dices = [row["dice"] for row in rows_of(tmp_path / "out") if not row["absent"]]
+    assert dices.count(1.0) == (6 if kind in ("missing", "masks") else 7)
+    assert dices.count(0.0) == (1 if kind in ("missing", "masks") else 0)
+
+
+def test_an_empty_answer_is_scored_and_listed(
+    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = saved(lambda records: records[0].update(answer=" ", masks=[]))
+    assert evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(path))[0] == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["problems"] == {"empty": {"count": 1, "rows": ["set/test/0.png#liver"]}}
+    assert rows_of(tmp_path / "out")[0]["dice"] == 0.0
+
+
+def test_a_set_of_another_size_says_so_in_the_output(
+    evaluate: Evaluate, declare: Callable[..., Path], regions: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    arguments = (declare("segmentation"), regions, tmp_path / "out", "--predictions", str(saved()))
+    status, printed = evaluate(*arguments)
+    assert status == 1 and "9 rows where 452 are expected" in printed
+    status, printed = evaluate(*arguments, "--allow-row-count")
+    assert status == 0
+    assert any("not comparable" in note for note in metrics_of(tmp_path / "out")["notes"])
+    assert "not comparable" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_limit_keeps_the_first_rows_and_says_so(
+    evaluate: Evaluate, segmentation: Path, regions: Path, tmp_path: Path
+) -> None:
+    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--limit", "2")
+    assert status == 0 and "first 2 of 9 rows" in printed
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["set/test/0.png#liver", "set/test/0.png#spleen"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--masks", "medsite"), "--masks 'medsite': choose one of medsight"),
+        (("--masks", "medsight", "--threshold", "0.3"), "preset 'medsight' fixes threshold"),
+        (("--answers", "strict"), "benchmark segmentation has no answers to score"),
+        (("--limit", "0"), "--limit 0: expected at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(
+    evaluate: Evaluate, segmentation: Path, regions: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    status, printed = evaluate(segmentation, regions, tmp_path / "out", *options)
+    assert status == 1 and message in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_in_place_of_a_preset_stand_in_the_protocol(
+    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = ("--predictions", str(saved()), "--multi", "union", "--missing", "skip")
+    assert evaluate(segmentation, regions, tmp_path / "out", *options)[0] == 0
+    protocol = metrics_of(tmp_path / "out")["protocol"]
+    assert protocol["masks"] == "flags"
+    assert protocol["mask_flags"] == {
+        "threshold": 0.5, "missing": "skip", "multi": "union", "formula": "plain", "average": "micro",
+    }  # fmt: skip
+
+
+# What follows recomputes a benchmark's figures from the files, in plain Python and without any of the package's code.
+
+WORDS = "the a left right lung liver mass two 2 none 0 tumor no normal yes cyst".split()
+NUMBERS = {"two": "2", "none": "0"}
+
+
+def plain_words(text: str) -> list[str]:
+    words = [NUMBERS.get(word, word) for word in text.lower().replace(".", "").split()]
+    return [word for word in words if word not in ("a", "an", "the")]
+
+
+def plain_recall(prediction: str, reference: str) -> float:
+    given, wanted = plain_words(prediction), plain_words(reference)
+    hits = sum(word in wanted for word in given)
+    misses = sum(word not in given for word in wanted)
+    return hits / (hits + misses) if hits else 0.0
+
+
+def plain_pixels(runs: list[int]) -> set[int]:
+    """Places of the pixels inside, counted down the columns."""
+    inside, place = set(), 0
+    for number, run in enumerate(runs):
+        if number % 2:
+            inside |= set(range(place, place + run))
+        place += run
+    return inside
+
+
+def plain_runs(inside: set[int], total: int) -> list[int]:
+    runs, value, length = [], False, 0
+    for place in range(total):
+        if (place in inside) != value:
+            runs.append(length)
+            value, length = not value, 0
+        length += 1
+    return [*runs, length]
+
+
+def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
+    evaluate: Evaluate, declare: Callable[..., Path], tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    width, height, generator = 11, 7, random.Random(5)
+    items, predictions, expected = [], [], []
+    picture = tmp_path / "data" / "image.png"
+    picture.parent.mkdir()
+    Image.new("L", (width, height)).save(picture)
+    for number in range(1000):
+        modality = generator.choice(["CT", "MRI", "X-Ray"])
+        references = []
+        for part in range(generator.choice([0, 1, 1, 1, 2])):
+            inside = set(generator.sample(range(width * height), generator.randint(1, 40)))
+            mask = Image.new("1", (width, height))
+            for place in inside:
+                mask.putpixel((place // height, place % height), 1)
+            mask.save(tmp_path / "data" / f"mask-{number}-{part}.png")
+            references.append(inside)
+        answer = " ".join(generator.choices(WORDS, k=generator.randint(0, 6))) + generator.choice(["", "."])
+        reference = " ".join(generator.choices(WORDS, k=generator.randint(1, 3)))
+        shown = [
+            set(generator.sample(range(width * height), generator.randint(0, 40)))
+            for _ in range(generator.choice([0, 1, 1, 2, 3]))
+        ]
+        items.append(
+            {"qa_id": f"q{number}", "question": "What?", "short_answer": reference, "image_file": "image.png",
+             "mask_files": [f"mask-{number}-{part}.png" for part in range(len(references))], "modality": modality}
+        )  # fmt: skip
+        encoded = [{"size": [height, width], "counts": plain_runs(inside, width * height)} for inside in shown]
+        assert [plain_pixels(mask["counts"]) for mask in encoded] == shown
+        predictions.append({"id": f"q{number}", "answer": answer, "masks": encoded})
+        wanted = set().union(*references)
+        dices = [
+            (2 * len(inside & wanted) + 1e-8) / (len(inside) + len(wanted) + 1e-8) for inside in shown if references
+        ]
+        expected.append(
+            {
+                "modality": modality,
+                "recall": plain_recall(answer, reference),
+                "dice": (sum(dices) / len(dices) if dices else 0.0) if references else None,
+                "false": not references and any(shown),
+            }
+        )
+    (tmp_path / "data" / "items.json").write_text(json.dumps(items))
+    saved = write_lines(tmp_path / "saved.jsonl", predictions)
+    declared = declare("diagseg")
+    status, printed = evaluate(declared, tmp_path / "data", tmp_path / "out", "--predictions", str(saved))
+    assert status == 0, printed
+
+    rows = rows_of(tmp_path / "out")
+    for row, plain in zip(rows, expected, strict=True):
+        assert row["answer_score"] == pytest.approx(plain["recall"], abs=1e-12), row
+        assert row["dice"] == (None if plain["dice"] is None else pytest.approx(plain["dice"], abs=1e-12)), row
+    metrics = metrics_of(tmp_path / "out")
+    by_modality: dict[str, list[float]] = defaultdict(list)
+    for plain in expected:
+        if plain["dice"] is not None:
+            by_modality[plain["modality"]].append(plain["dice"])
+    means = {name: sum(some) / len(some) for name, some in by_modality.items()}
+    everything = [dice for some in by_modality.values() for dice in some]
+    dice = metrics["scores"]["dice"]
+    assert dice["micro"]["value"] == pytest.approx(sum(everything) / len(everything), abs=1e-6)
+    assert dice["macro"]["value"] == pytest.approx(sum(means.values()) / 3, abs=1e-6)
+    assert {name: found["dice"]["value"] for name, found in metrics["by"]["modality"].items()} == {
+        name: pytest.approx(mean, abs=1e-6) for name, mean in means.items()
+    }
+    recall = metrics["scores"]["answer"]["micro"]
+    assert (recall["n"], recall["value"]) == (1000, pytest.approx(sum(p["recall"] for p in expected) / 1000, abs=1e-6))
+    false = [plain["false"] for plain in expected if plain["dice"] is None]
+    assert metrics["negatives"]["false_mask_rate"]["value"] == pytest.approx(sum(false) / len(false), abs=1e-6)
+    for kind in ("micro", "macro"):
+        assert dice[kind]["low"] < dice[kind]["value"] < dice[kind]["high"]
+
+
+def test_questions_are_counted_and_scored_by_the_named_protocol(
+    evaluate: Evaluate,
+    declare: Callable[..., Path],
+    tmp_path: Path,
+    write_lines: Callable[..., Path],
+    draw_picture: Any,
+) -> None:
+    draw_picture(tmp_path / "data" / "a.png")
+    asked = [("yes", "CLOSED"), ("no", "CLOSED"), ("left lung", "OPEN"), ("no", "CLOSED")]
+    answers = ["Yes, it is.", "It looks normal.", "in the left", "yes and no"]
+    questions = [
+        {"id": i, "image": "a.png", "question": "Q?", "answer": a, "answer_type": t, "split": "test"}
+        for i, (a, t) in enumerate(asked)
+    ]
+    write_lines(tmp_path / "data" / "questions.jsonl", questions)
+    saved = write_lines(tmp_path / "saved.jsonl", [{"id": str(i), "answer": a} for i, a in enumerate(answers)])
+    declared = declare("vqa-rad", expected_rows=4)
+    results = {}
+    for protocol in ("llava-med", "strict"):
+        output = tmp_path / protocol
+        status, printed = evaluate(
+            declared, tmp_path / "data", output, "--predictions", str(saved), "--answers", protocol
+        )
+        assert status == 0, printed
+        results[protocol] = metrics_of(output)
+    # "no" is found in "normal" by the published protocol; the strict one refuses an answer that holds both.
+    assert [row["answer_score"] for row in rows_of(tmp_path / "llava-med")] == [1.0, 1.0, 0.5, 1.0]
+    assert [row["answer_score"] for row in rows_of(tmp_path / "strict")] == [1.0, 0.0, 0.5, None]
+    assert results["strict"]["refused"] == {"answer": {"the answer holds both yes and no": 1}}
+    assert results["llava-med"]["counts"]["closed"] == 3 and results["llava-med"]["counts"]["open"] == 1
+    assert results["llava-med"]["scores"]["closed_accuracy"]["micro"]["value"] == 1.0
+    assert results["strict"]["protocol"] == {"answers": "strict"}

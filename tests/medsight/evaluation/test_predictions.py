@@ -1,0 +1,105 @@
+"""predictions.jsonl: run-length encodings, appending, and what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medsight.evaluation.predictions import (
+    Prediction,
+    PredictionWriter,
+    decode_mask,
+    encode_mask,
+    match_predictions,
+    read_predictions,
+)
+
+
+def runs_by_hand(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed counts: column by column, the first run of zeros."""
+    runs, value, length = [], False, 0
+    for pixel in mask.T.reshape(-1).tolist():
+        if pixel == value:
+            length += 1
+        else:
+            runs.append(length)
+            value, length = pixel, 1
+    return [*runs, length]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_masks_come_back_and_agree_with_runs_counted_by_hand(share: float) -> None:
+    mask = np.random.default_rng(1).random((37, 53)) < share
+    encoded = encode_mask(mask)
+    assert encoded["size"] == [37, 53] and json.loads(json.dumps(encoded)) == encoded
+    assert np.array_equal(decode_mask(encoded, "it", (37, 53)), mask)
+    assert np.array_equal(decode_mask({"size": [37, 53], "counts": runs_by_hand(mask)}, "it"), mask)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        ("x", "expected COCO RLE"),
+        ({"size": [4, 4]}, "expected COCO RLE"),
+        ({"size": [4, 4], "counts": ""}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": "0140"}, "do not fill 4 x 4"),  # the library would read on into other memory
+        ({"size": [4, 4], "counts": "P"}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": "zz!"}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": "é"}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": [16, 1]}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": [20, -4]}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": [16.0]}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": 16}, "do not fill 4 x 4"),
+        ({"size": [0, 4], "counts": []}, "at least 1 each"),
+        ({"size": [4], "counts": "`0"}, "size .height, width"),
+        ({"size": [True, 16], "counts": "`0"}, "size .height, width"),
+    ],
+)
+def test_malformed_encodings_are_refused(encoded: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"row 7: .*{message}"):
+        decode_mask(encoded, "row 7")
+
+
+def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
+    with pytest.raises(ValueError, match="the mask is 4 x 4 pixels .height x width., its reference 4 x 5"):
+        decode_mask(encode_mask(np.ones((4, 4), dtype=bool)), "mask 1", (4, 5))
+
+
+def test_appending_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    with PredictionWriter(path) as writer:
+        writer.write([Prediction("a", "ä"), Prediction("b", "two")])
+    path.write_bytes(path.read_bytes()[:-9])
+    with PredictionWriter(path) as writer:
+        writer.write([Prediction("c", "three")])
+    assert [prediction.id for _, prediction in read_predictions(path)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not a JSON object"),
+        ("[]", "line 2: expected a JSON object, got list"),
+        ('{"answer": "x"}', "line 2: expected text in 'id'"),
+        ('{"id": "b", "answer": null}', "line 2: expected text in 'answer'"),
+        ('{"id": "b", "answer": "", "masks": {}}', "line 2: expected a list in 'masks'"),
+        ('{"id": "b", "answer": "", "codes": ["[C0_1]"]}', "line 2: 1 codes for 0 masks"),
+    ],
+)
+def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "saved.jsonl"
+    path.write_text('{"id": "a", "answer": "x"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_predictions(path))
+
+
+def test_missing_extra_duplicate_and_empty_rows_are_told_apart() -> None:
+    given = [("f, line 1", Prediction("a", "x")), ("f, line 2", Prediction("a", "y"))]
+    given += [("f, line 3", Prediction("z", "x")), ("f, line 4", Prediction("b", " "))]
+    found, problems = match_predictions(["a", "b", "c"], given)
+    assert (found["a"].answer, set(found)) == ("x", {"a", "b"})
+    assert (problems.missing, problems.extra, problems.duplicate) == (["c"], ["z (line 3)"], ["a (line 2)"])
+    assert problems.empty == ["b"] and "empty" not in problems.refused()
+    assert problems.to_text() == "1 missing (c), 1 extra (z (line 3)), 1 duplicate (a (line 2))"

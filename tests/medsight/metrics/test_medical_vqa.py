@@ -1,0 +1,272 @@
+"""Each protocol against hand-worked answers, its quirks by name, and against a slow implementation of its own."""
+
+import random
+from typing import Any
+
+import pytest
+
+from medsight.metrics import load
+from medsight.metrics.medical_vqa.answer_words import normalize, strict_words
+from medsight.metrics.medical_vqa.medical_vqa import Refused, score_answer
+
+
+def closed(prediction: str, reference: str, protocol: str = "llava-med") -> float:
+    return score_answer(prediction, reference, "CLOSED", protocol=protocol)
+
+
+def opened(prediction: str, reference: str, protocol: str = "llava-med") -> float:
+    return score_answer(prediction, reference, "OPEN", protocol=protocol)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Left  Lung", "left lung"),
+        ("two of ten, none", "2 of 10 0"),
+        ("dont", "don't"),
+        ("couldntve", "couldntve"),  # two apostrophes short: not in the list
+        ("couldn'tve", "couldn't've"),
+        ("somebody'd", "somebodyd"),
+        ("left,right", "left right"),
+        ("left,right, both", "leftright both"),
+        ("t2-weighted", "t2 weighted"),
+        ("t2-weighted - flair", "t2weighted flair"),
+        ("1,200/day", "1200day"),
+        ("about 3.5 cm.", "about 3.5 cm"),
+        (".5 cm", ".5 cm"),
+        ("e.g. liver", "eg liver"),
+        ("." * 33 + "x", ".x"),
+        ("(a) or [an]?", "or"),
+        ("", ""),
+        ("?!", ""),
+    ],
+)
+def test_llava_med_normalisation(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+
+
+def test_llava_med_recall_counts_the_answers_words() -> None:
+    assert opened("the left lung", "left lower lung") == pytest.approx(2 / 3)
+
+
+def test_llava_med_quirk_a_repeated_word_raises_recall() -> None:
+    assert opened("lung", "left lung") == 1 / 2
+    assert opened("lung lung lung", "left lung") == 3 / 4
+
+
+def test_llava_med_quirk_a_repeated_reference_word_counts_once_when_found() -> None:
+    assert opened("left", "left left right") == 1 / 2
+
+
+def test_llava_med_quirk_no_hits_normal() -> None:
+    assert closed("It looks normal.", "no") == 1.0
+
+
+def test_llava_med_quirk_a_closed_answer_without_yes_or_no_is_wrong() -> None:
+    assert closed("left", "left") == 0.0
+    assert closed("left, I know", "left") == 1.0
+
+
+def test_llava_med_quirk_an_answer_with_both_is_right() -> None:
+    assert closed("yes and no", "yes") == closed("yes and no", "no") == 1.0
+
+
+def test_llava_med_quirk_a_reference_of_articles_is_in_every_yes() -> None:
+    assert closed("yes", "a") == 1.0
+
+
+def test_strict_repeating_gains_nothing() -> None:
+    assert opened("lung lung lung", "left lung", "strict") == 1 / 2
+    assert opened("left", "left left right", "strict") == 1 / 3
+
+
+def test_strict_wants_whole_words() -> None:
+    assert closed("It looks normal.", "no", "strict") == 0.0
+    assert closed("No, it is normal.", "no", "strict") == 1.0
+    assert closed("left", "left", "strict") == 1.0
+    assert closed("upper left lobe", "left lobe", "strict") == 1.0
+    assert closed("left upper lobe", "left lobe", "strict") == 0.0
+
+
+def test_strict_refuses_an_answer_that_holds_both() -> None:
+    with pytest.raises(Refused, match="both yes and no"):
+        closed("Yes. No.", "yes", "strict")
+
+
+def test_strict_refuses_a_reference_without_a_word() -> None:
+    for answer_type in ("OPEN", "CLOSED"):
+        with pytest.raises(Refused, match="no word"):
+            score_answer("left", "the", answer_type, protocol="strict")
+
+
+def test_strict_words_keep_decimals_and_thousands_and_split_the_rest() -> None:
+    text = "The T2-weighted (3.5cm) 1,200 left,right can\u2019t dont"
+    assert strict_words(text) == ["t2", "weighted", "3.5", "cm", "1200", "left", "right", "can't", "don't"]
+
+
+def test_an_empty_answer_is_wrong_under_every_protocol() -> None:
+    for protocol in ("llava-med", "strict"):
+        assert closed("", "yes", protocol) == opened("", "lung", protocol) == 0.0
+    assert score_answer("", "B", "CLOSED", ["x", "y"], "first-letter") == 0.0
+    assert score_answer("", "y", "CLOSED", ["x", "y"], "multiple-choice") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("Lung", 1.0),
+        ("lung cancer", 1.0),
+        ("The answer is: Lung.", 1.0),
+        ("Liver", 0.0),
+        ("Liv", 0.0),
+        ("xyz", 0.0),
+    ],
+)
+def test_multiple_choice_takes_the_most_similar_option(prediction: str, expected: float) -> None:
+    assert score_answer(prediction, "Lung", "CLOSED", ["Liver", "Lung", "Kidney"], "multiple-choice") == expected
+
+
+def test_multiple_choice_quirk_case_counts_and_the_first_wins_a_tie() -> None:
+    assert score_answer("LUNG", "Lung", "CLOSED", ["LUNG opacity", "Lung"], "multiple-choice") == 0.0
+    assert score_answer("ab", "ab", "CLOSED", ["ax", "bx"], "multiple-choice") == 1.0
+    assert score_answer("ab", "bx", "CLOSED", ["ax", "bx"], "multiple-choice") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("B", 1.0),
+        ("b.", 1.0),
+        ("(B) Lung", 1.0),
+        ("Answer: B, not C", 1.0),
+        ("Answer: C, not B", 0.0),
+        ("E or B", 1.0),  # E is not allowed with three options
+        ("Because a lung is seen", 0.0),
+        ("A", 0.0),
+    ],
+)
+def test_first_letter_takes_the_first_allowed_letter(prediction: str, expected: float) -> None:
+    for reference in ("B", "Lung"):
+        assert score_answer(prediction, reference, "CLOSED", ["Liver", "Lung", "Kidney"], "first-letter") == expected
+
+
+def test_choices_are_refused_without_options_or_with_another_reference() -> None:
+    for protocol in ("first-letter", "multiple-choice"):
+        with pytest.raises(Refused, match="no options"):
+            score_answer("B", "B", "CLOSED", None, protocol)
+        with pytest.raises(Refused, match="no options"):
+            score_answer("B", "B", "CLOSED", [], protocol)
+    with pytest.raises(Refused, match="neither an allowed letter nor an option"):
+        score_answer("B", "D", "CLOSED", ["x", "y"], "first-letter")
+    with pytest.raises(Refused, match="like none"):
+        score_answer("x", "z", "CLOSED", ["x", "y"], "multiple-choice")
+
+
+def test_the_result_counts_means_groups_and_refusals() -> None:
+    result = load("medical_vqa").compute(
+        predictions=["yes", "yes no", "no", "lung", "left"],
+        references=["yes", "yes", "yes", "left lung", "left"],
+        answer_types=["CLOSED", "CLOSED", "CLOSED", "OPEN", "OPEN"],
+        groups=["CT", "CT", "CT", "CT", "MR"],
+        protocol="strict",
+    )
+    assert result["scores"] == [1.0, None, 0.0, 0.5, 1.0]
+    assert result["reasons"] == [None, "the answer holds both yes and no", None, None, None]
+    assert result["counts"] == {"closed": 3, "open": 2}
+    assert (result["scored"], result["refused"]) == (4, 1)
+    assert result["refusals"] == {"the answer holds both yes and no": 1}
+    assert (result["closed_accuracy"], result["open_recall"], result["overall"]) == (1 / 2, 3 / 4, 2.5 / 4)
+    assert result["refused_as_wrong"] == {"closed_accuracy": 1 / 3, "open_recall": 3 / 4, "overall": 2.5 / 5}
+    assert result["groups"]["CT"] == {"n": 4, "score": 0.5, "refused": 1}
+    assert result["macro"] == (0.5 + 1.0) / 2
+    assert result["protocol"] == "strict"
+
+
+def test_a_mean_over_nothing_is_none() -> None:
+    result = load("medical_vqa").compute(predictions=["yes"], references=["yes"], answer_types=["CLOSED"])
+    assert result["open_recall"] is None and result["macro"] is None and result["groups"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"references": ["yes"]}, "references: expected 2 items, as many as predictions, got 1"),
+        ({"answer_types": ["CLOSED"]}, "answer_types: expected 2"),
+        ({"answer_types": ["CLOSED", "closed"]}, "item 1: answer type 'closed': expected CLOSED or OPEN"),
+        ({"answer_types": None}, "item 0: answer type '': expected CLOSED or OPEN"),
+        ({"protocol": "vqav2"}, "protocol 'vqav2': choose one of llava-med, strict, multiple-choice, first-letter"),
+        ({"predictions": ["yes", None]}, "predictions: expected str, got None in item 1"),
+    ],
+)
+def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
+    given = {"predictions": ["yes", "no"], "references": ["yes", "no"], "answer_types": ["CLOSED", "CLOSED"]}
+    with pytest.raises(ValueError, match=message):
+        load("medical_vqa").compute(**(given | changed))
+
+
+def slow_normalise(text: str) -> str:
+    """The normalisation once more, a character at a time."""
+    lowered = text.lower()
+    thousands = False
+    for i in range(1, len(lowered) - 1):
+        thousands = thousands or (lowered[i] == "," and lowered[i - 1].isdigit() and lowered[i + 1].isdigit())
+    touching = set()
+    for i, character in enumerate(lowered):
+        if (i > 0 and lowered[i - 1] == " ") or (i + 1 < len(lowered) and lowered[i + 1] == " "):
+            touching.add(character)
+    without_marks = ""
+    for character in lowered:
+        if character in ';/[]"{}()=+\\_-><@`,?!':
+            without_marks += "" if thousands or character in touching else " "
+        else:
+            without_marks += character
+    without_stops, removed = "", 0
+    for i, character in enumerate(without_marks):
+        before_digit = i + 1 < len(without_marks) and without_marks[i + 1].isdigit()
+        if character == "." and not before_digit and removed < 32:
+            removed += 1
+        else:
+            without_stops += character
+    known = {"none": "0", "zero": "0", "one": "1", "two": "2", "ten": "10"}
+    words = []
+    for word in without_stops.split():
+        word = known.get(word, word)
+        if word in ("a", "an", "the"):
+            continue
+        words.append({"isnt": "isn't", "dont": "don't"}.get(word, word))
+    return " ".join(words)
+
+
+def slow_score(prediction: str, reference: str, answer_type: str) -> float:
+    answer, right = slow_normalise(prediction), slow_normalise(reference)
+    if answer_type == "CLOSED":
+        holds = {answer[i : i + n] for n in (2, 3, len(right)) for i in range(len(answer) - n + 1)}
+        return 1.0 if ("yes" in holds or "no" in holds) and right in holds else 0.0
+    said, wanted = slow_normalise(answer).split(), slow_normalise(right).split()
+    hits = 0
+    for word in said:
+        if word in wanted:
+            hits += 1
+    misses = 0
+    for word in wanted:
+        if word not in said:
+            misses += 1
+    return hits / (hits + misses) if hits else 0.0
+
+
+def test_a_thousand_made_up_answers_score_as_a_slow_implementation_scores_them() -> None:
+    draw = random.Random(4)
+    words = "yes no normal know left Left lung a the two none isnt dont 3.5 1,200 t2-weighted . , ( ) / ?".split()
+
+    def text(longest: int) -> str:
+        parts = (draw.choice(words) + draw.choice(["", " ", " "]) for _ in range(draw.randint(0, longest)))
+        return "".join(parts) + draw.choice(["", "."])
+
+    predictions = [text(14) for _ in range(1000)]
+    kinds = [draw.choice(["CLOSED", "OPEN"]) for _ in range(1000)]
+    references = [draw.choice(["yes", "no", "left"]) if kind == "CLOSED" else text(8) for kind in kinds]
+    expected = [slow_score(*row) for row in zip(predictions, references, kinds, strict=True)]
+    result = load("medical_vqa").compute(predictions=predictions, references=references, answer_types=kinds)
+    assert result["scores"] == expected
+    assert len(set(expected)) > 10
+    assert result["overall"] == sum(expected) / 1000

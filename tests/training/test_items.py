@@ -1,0 +1,175 @@
+"""Samples and batches: as in inference, a pure function of row, seed and draw."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from configuration_medsight import MedSightConfig
+from medsight.training.data.augmentation import Augmentation, Augmenter
+from medsight.training.data.collators import ConversationCollator, RegionCollator
+from medsight.training.data.groups import Groups
+from medsight.training.data.items import ConversationItems, Items, Places, RegionItems, Skipped
+from medsight.training.data.schema import CONVERSATION_FEATURES
+from medsight.training.data.sources import Source, load_source
+from tests.tiny_checkpoint import tiny_processor
+
+
+GROUPS = {"MRI": ["MRI*/*"], "ultrasound": ["ultrasound/*"], "CT": ["CT/*"]}
+CLASSES = ["left ventricle", "benign breast tumor", "left kidney", "liver", "a", "b", "c"]
+
+
+@pytest.fixture
+def places() -> Places:
+    config = MedSightConfig.from_preset("tiny", group_names=list(GROUPS), mask_class_names=CLASSES)
+    return Places(tiny_processor(config), config, Groups(GROUPS))
+
+
+@pytest.fixture
+def regions(drawn_data: Path) -> Any:
+    return load_source(Source("biomedparse", str(drawn_data)))
+
+
+def conversation(drawn_data: Path, **changes: Any) -> Any:
+    image = drawn_data / "totalsegmentator/train/2_CT_torso.png"
+    masks = [drawn_data / f"totalsegmentator/train_mask/2_CT_torso_{t}.png" for t in ("liver", "left+kidney")]
+    row = {
+        "id": "1",
+        "images": [{"path": str(image), "bytes": None}],
+        "messages": [
+            {"role": "user", "content": "<image>Segment the liver <|im_end|> [C0_0]."},
+            {"role": "assistant", "content": "liver [C2_1], left kidney [C2_3]."},
+        ],
+        "masks": [{"path": str(mask), "bytes": None} for mask in masks],
+        "targets": ["liver", "left kidney"],
+        **dict.fromkeys(("dataset", "modality", "site", "split", "patient")),
+        **changes,
+    }
+    return Dataset.from_list([row], features=CONVERSATION_FEATURES)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
+
+
+def test_a_sample_is_what_inference_sees(places: Places, regions: Any) -> None:
+    row = next(row for row in regions if row["image"]["path"].endswith("3_CT_torso.png"))
+    sample = RegionItems(Dataset.from_list([row], features=regions.features), places)[0]
+    picture = Image.open(row["image"]["path"])
+    expected = places.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(sample["pixel_values"], expected)
+    assert sample["group"] == 2 and [CLASSES[i] for i in sample["class_labels"]] == row["targets"]
+    assert sample["mask_labels"].shape == (2, *places.config.mask_size)
+    for mask, entry in zip(sample["mask_labels"], row["masks"], strict=True):  # covered area is kept
+        share = np.asarray(Image.open(entry["path"])).sum() / (32 * 32)
+        assert mask.mean().item() == pytest.approx(share, rel=0.02)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_sample_depends_on_its_draw_alone(places: Places, regions: Any, keep: bool) -> None:
+    places = Places(places.processor, places.config, places.groups, keep_in_memory=keep)
+    items = RegionItems(regions, places, augmenter=Augmenter(Augmentation()), seed=1)
+    draws = [5, 5 + len(items), 3, 5]
+    one, later, _, again = [items[draw] for draw in draws]
+    assert all(same(value, again[key]) for key, value in one.items())
+    assert not torch.equal(one["pixel_values"], later["pixel_values"])
+    fresh = RegionItems(
+        regions, Places(places.processor, places.config, places.groups), augmenter=items.augmenter, seed=1
+    )
+    assert all(same(value, fresh[5][key]) for key, value in one.items())
+    other = RegionItems(regions, places, augmenter=items.augmenter, seed=2)
+    assert not torch.equal(other[5]["pixel_values"], one["pixel_values"])
+
+
+def test_a_conversations_ids_and_labels_are_the_processors_own(places: Places, drawn_data: Path) -> None:
+    rows = conversation(drawn_data)
+    batch = ConversationCollator(places.processor)([ConversationItems(rows, places)[0]])
+    image = Image.open(rows[0]["images"][0]["path"])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Segment the liver <|im_end|> [C0_0]."}]
+    chat = [{"role": "user", "content": content}, dict(rows[0]["messages"][1])]
+    expected = places.processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    spoken = torch.as_tensor(expected["assistant_masks"]).bool()
+    assert torch.equal(batch["labels"] != -100, spoken) and bool(spoken.any())
+    first, codes = places.config.region_code_start_id, places.config.num_region_codes
+    cited = batch["input_ids"][(batch["input_ids"] >= first) & (batch["input_ids"] < first + codes)]
+    assert cited.tolist() == [first + 2 * 4 + 1, first + 2 * 4 + 3]  # what the user spelled is no code
+    assert len(batch["mask_labels"][0]) == 2
+
+
+def test_uneven_conversations_are_padded_and_keep_their_own_masks(places: Places, drawn_data: Path) -> None:
+    plain = [{"role": "user", "content": "<image>Hello?"}, {"role": "assistant", "content": "Hi."}]
+    samples = [
+        ConversationItems(conversation(drawn_data), places)[0],
+        ConversationItems(conversation(drawn_data, messages=plain, masks=[], targets=[]), places)[0],
+    ]
+    both = ConversationCollator(places.processor, class_labels=True)(samples)
+    for row, sample in enumerate(samples):
+        alone = ConversationCollator(places.processor, class_labels=True)([sample])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(both["input_ids"][row, :length], alone["input_ids"][0])
+        assert both["attention_mask"][row].tolist() == [1] * length + [0] * (both["labels"].shape[1] - length)
+        assert (both["labels"][row, length:] == -100).all()
+        assert torch.equal(both["mask_labels"][row], alone["mask_labels"][0])
+    assert [len(masks) for masks in both["mask_labels"]] == [2, 0]
+    assert [labels.tolist() for labels in both["code_class_labels"]] == [[3, 2], []]
+
+
+def test_several_images_keep_their_masks_apart(places: Places, drawn_data: Path) -> None:
+    other = drawn_data / "sunnybrook/train/1_MRI-cine_heart.png"
+    small = drawn_data / "other.png"
+    Image.open(other).resize((20, 10)).save(small)
+    mask = drawn_data / "other_mask.png"
+    Image.fromarray(np.ones((10, 20), dtype=bool)).save(mask)
+    turns = [
+        {"role": "user", "content": "<image>First."},
+        {"role": "assistant", "content": "liver [C2_1]."},
+        {"role": "user", "content": "<image>Second."},
+        {"role": "assistant", "content": "ventricle [C0_1]."},
+    ]
+    rows = conversation(drawn_data)
+    row = dict(rows[0])
+    row |= {"images": [*row["images"], {"path": str(small), "bytes": None}], "messages": turns}
+    row |= {"masks": [row["masks"][0], {"path": str(mask), "bytes": None}], "targets": ["liver", "left ventricle"]}
+    sample = ConversationItems(Dataset.from_list([row], features=rows.features), places)[0]
+    batch = ConversationCollator(places.processor)([sample])
+    assert batch["pixel_values"].shape[0] == 2
+    assert (batch["input_ids"] == places.config.image_token_id).sum() == 2 * places.config.image_seq_length
+
+
+def test_masks_that_do_not_match_codes_are_refused_by_name(places: Places, drawn_data: Path) -> None:
+    rows = conversation(drawn_data, masks=[], targets=[])
+    with pytest.raises(ValueError, match=r"2_CT_torso\.png.* cites 2 codes, has 0 masks"):
+        ConversationItems(rows, places)[0]
+    skipped = ConversationItems(rows, places, skip_errors=True)[0]
+    assert isinstance(skipped, Skipped) and "2_CT_torso.png" in skipped.reason
+    with pytest.raises(ValueError, match="every item of a batch is broken.*2_CT_torso"):
+        ConversationCollator(places.processor)([skipped])
+
+
+def test_region_batches_ask_classes_and_match_at_least_one_image(places: Places, regions: Any) -> None:
+    items: Items = RegionItems(regions, places, most_asked=1, matched_share=0.0)
+    samples = [items[draw] for draw in range(4)]
+    batch = RegionCollator(class_queries=True)(samples)
+    assert len(batch["matched_images"]) == 1
+    assert all(len(asked) <= 1 for asked in batch["asked_regions"])
+    grouped = RegionCollator(class_queries=True, groups=True)(samples)
+    assert grouped["group_labels"].tolist() == [sample["group"] for sample in samples]
+    assert "asked_regions" not in grouped and "matched_images" not in grouped
+
+
+def test_text_only_conversations_have_no_image(places: Places, drawn_data: Path) -> None:
+    sample = ConversationItems(conversation(drawn_data), places, text_only=True)[0]
+    batch = ConversationCollator(places.processor, label_prompts=True)([sample])
+    assert "pixel_values" not in batch and "mask_labels" not in batch
+    assert (batch["input_ids"] != places.config.image_token_id).all()
+    assert torch.equal(batch["labels"], batch["input_ids"])

@@ -1,0 +1,232 @@
+"""A whole run: its result, its files, what each stage may change, and going on after a stop."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from medsight.predict import Predictor
+from medsight.training.recipe import load_recipe
+from medsight.training.run import STAGES, train
+from medsight.training.trainer import StageTrainer, checkpoints
+from tests.training.tiny_run import only, steps_of, tiny_recipe, tiny_values
+
+
+FOLDERS = [stage.folder for stage in STAGES.values()]
+# What the paper trains in each stage; in a run from nothing the language model has a stage of its own.
+TRAINED = {
+    "0_language_model": ("model.language_model.", "lm_head."),
+    "1_perceiver": ("model.region_perceiver.",),
+    "2_vision_to_text": ("model.vision_to_text_projector.",),
+    "3a_codebook": ("model.codebook.", "model.group_classifier."),
+    "3b_text_to_vision": ("model.text_to_vision_projector.",),
+    "4_unified": (
+        *("model.language_model.", "lm_head."),
+        *("model.vision_to_text_projector.", "model.text_to_vision_projector."),
+    ),
+}
+ROWS = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_ends_in_a_folder_that_answers(unbroken: Path, drawn_data: Path) -> None:
+    prediction = Predictor(unbroken / "model")(next(drawn_data.rglob("0_CT_torso.png")), "Segment the liver.")
+    assert prediction.prompt == "Segment the liver."
+    assert sorted(path.name for path in unbroken.iterdir()) == [
+        *("annotations", "data.json", "environment.json", "model", "recipe.yaml", "stages")
+    ]
+    assert not list(unbroken.rglob("*.bin")) and not list(unbroken.rglob(".saving*"))
+
+
+def test_the_resolved_recipe_versions_and_data_are_saved(unbroken: Path, drawn_data: Path) -> None:
+    recipe = yaml.safe_load((unbroken / "recipe.yaml").read_text("utf-8"))
+    assert recipe["data"]["regions"][0]["path"] == str(drawn_data) and recipe["seed"] == 0
+    assert json.loads((unbroken / "environment.json").read_text("utf-8"))["torch"] == torch.__version__
+    data = json.loads((unbroken / "data.json").read_text("utf-8"))
+    assert data["training"]["rows"] + data["validation"]["rows"] == 19
+    assert len(data["training"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("number", range(6), ids=FOLDERS)
+def test_a_stage_trains_exactly_its_parameters(unbroken: Path, number: int) -> None:
+    stage = FOLDERS[number]
+    before = weights(unbroken / "stages" / (FOLDERS[number - 1] + "/model" if number else "start"))
+    after = weights(unbroken / "stages" / stage / "model")
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    of_stage = {name for name in after if name.startswith(TRAINED[stage])}
+    config = json.loads((unbroken / "model" / "config.json").read_text("utf-8"))
+    first = config["region_code_start_id"]
+    last = first + config["num_groups"] * config["codes_per_group"]
+    if stage in ("3a_codebook", "3b_text_to_vision"):  # the codes' rows start, or train; no word's row moves
+        assert ROWS <= changed
+        for name in ROWS:
+            others = torch.ones(len(after[name]), dtype=torch.bool)
+            others[first:last] = False
+            assert torch.equal(before[name][others], after[name][others])
+            assert not torch.equal(before[name][first:last], after[name][first:last])
+        changed -= ROWS
+    assert changed <= of_stage
+    # a row that no loss reaches in six steps may stay; a whole part may not
+    assert {name for name in of_stage if not name.endswith(("bias", "codes"))} - changed <= {
+        "model.region_perceiver.segmentation_head.class_predictor.weight"
+    }
+
+
+def test_every_stage_scores_itself_and_logs_its_losses_one_by_one(unbroken: Path) -> None:
+    expected = {
+        "0_language_model": ({"eval_perplexity"}, {"lm_loss"}),
+        "1_perceiver": ({"eval_dice", "eval_class_accuracy"}, {"perceiver_loss"}),
+        "2_vision_to_text": ({"eval_perplexity"}, {"lm_loss"}),
+        "3a_codebook": (
+            {"eval_live_codes", "eval_code_perplexity", "eval_reconstruction", "eval_dice_through_codes"},
+            {"perceiver_loss", "codebook_loss", "vq_loss", "reconstruction_loss", "group_loss"},
+        ),
+        "3b_text_to_vision": ({"eval_perplexity", "eval_dice_through_codes"}, {"lm_loss", "mask_loss"}),
+        "4_unified": ({"eval_answer_recall", "eval_dice_through_codes"}, {"lm_loss", "mask_loss"}),
+    }
+    for stage, (metrics, losses) in expected.items():
+        finished = json.loads((unbroken / "stages" / stage / "finished.json").read_text("utf-8"))
+        assert metrics <= finished["metrics"].keys()
+        steps = steps_of(unbroken, stage)
+        assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+        assert losses <= steps[0].keys()
+        parts = losses - {"vq_loss", "reconstruction_loss"}
+        for step in steps:
+            assert step["loss"] == pytest.approx(sum(step.get(name, 0) for name in parts), rel=1e-5)
+
+
+def test_examples_are_drawn_at_every_evaluation(unbroken: Path) -> None:
+    for stage in FOLDERS[1:]:
+        pictures = sorted(path.name for path in (unbroken / "stages" / stage / "examples").iterdir())
+        assert pictures == ["step-000003-0.png", "step-000006-0.png"]
+
+
+def test_code_rows_start_as_projected_codes(unbroken: Path) -> None:
+    from modeling_medsight import MedSightForConditionalGeneration
+
+    model = MedSightForConditionalGeneration.from_pretrained(unbroken / "stages" / "3a_codebook" / "model")
+    core, first = model.model, model.config.region_code_start_id
+    rows = core.vision_to_text_projector(core.codebook.decode(core.codebook.code_table())).flatten(0, 1)
+    for table in (model.get_input_embeddings().weight, model.lm_head.weight):
+        torch.testing.assert_close(table[first : first + len(rows)], rows)
+
+
+class Stopped(BaseException):
+    """As a kill: nothing of the run is told."""
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_a_run_stopped_in_every_stage_gives_the_losses_of_an_unbroken_one(
+    drawn_data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    stopped: set[str] = set()
+    step = StageTrainer.training_step
+
+    def stop_once(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == stop_at and self.stage.folder not in stopped:
+            stopped.add(self.stage.folder)
+            raise Stopped
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", stop_once)
+    recipe = tiny_recipe(drawn_data, tmp_path / "run")
+    for _ in range(len(FOLDERS)):
+        with pytest.raises(Stopped):
+            train(recipe)
+    train(recipe)
+    assert stopped == set(FOLDERS)
+    for stage in FOLDERS:
+        assert steps_of(tmp_path / "run", stage) == steps_of(unbroken, stage)
+    expected = weights(unbroken / "model")
+    given = weights(tmp_path / "run" / "model")
+    assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_finished_run_is_recognised(unbroken: Path, drawn_data: Path, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
+    train(tiny_recipe(drawn_data, unbroken))
+    assert "3a_codebook is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()} == before
+
+
+def test_stages_run_one_by_one_in_their_order(drawn_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(drawn_data, tmp_path / "run", stages=only("language_model", "perceiver"))
+    with pytest.raises(ValueError, match="stage language_model comes before perceiver"):
+        train(recipe, "perceiver")
+    folder = train(recipe, "language_model")
+    assert folder == tmp_path / "run" / "stages" / "0_language_model" / "model" and folder.is_dir()
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(ValueError, match="'perceivr'; did you mean 'perceiver'"):
+        train(recipe, "perceivr")
+
+
+def test_a_run_of_another_recipe_is_refused_with_the_difference(unbroken: Path, drawn_data: Path) -> None:
+    changed = {"perceiver": {"learning_rate": 0.5}}
+    with pytest.raises(ValueError, match=r"stages\.perceiver\.learning_rate: 0\.001 -> 0\.5"):
+        train(tiny_recipe(drawn_data, unbroken, stages=changed))
+    train(tiny_recipe(drawn_data, unbroken, training={"logging_steps": 7}))  # how it runs may change
+
+
+def test_changed_data_are_refused(drawn_data: Path, unbroken: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(drawn_data, tmp_path / "data")
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    values = tiny_values(data, run)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(data, run).to_dict()), encoding="utf-8")
+    lines = (data / "manifest.jsonl").read_text("utf-8").splitlines()
+    (data / "manifest.jsonl").write_text("\n".join(lines[:-2]), encoding="utf-8")
+    with pytest.raises(ValueError, match="the data have changed"):
+        train(tiny_recipe(data, run))
+    assert values["output"] == str(run)
+
+
+def test_a_folder_with_other_things_is_not_touched(drawn_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train(tiny_recipe(drawn_data, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_only_the_last_checkpoints_are_kept(drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[str]] = []
+    save = StageTrainer._save_checkpoint
+
+    def and_look(self: StageTrainer, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        kept.append([path.name for path in checkpoints(Path(self.args.output_dir))])
+
+    monkeypatch.setattr(StageTrainer, "_save_checkpoint", and_look)
+    train(tiny_recipe(drawn_data, tmp_path / "run", stages=only("language_model")))
+    assert kept[-1] == ["checkpoint-4", "checkpoint-6"]
+    assert not checkpoints(tmp_path / "run" / "stages" / "0_language_model")  # the finished model takes their place
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("trainer", ["trainer", "sft"])
+def test_stage_4_by_adapters_and_under_trl(
+    unbroken: Path, drawn_data: Path, tmp_path: Path, method: str, trainer: str
+) -> None:
+    settings = {"method": method, "trainer": trainer, "max_steps": 2, "mask_share": 1.0}
+    folder = unbroken / "stages" / "3b_text_to_vision" / "model"
+    changes = {"stages": {**only("unified"), "unified": settings}}
+    values = tiny_values(drawn_data, tmp_path / "run", **changes)
+    values["model"] = {"folder": str(folder)}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    result = train(load_recipe(path))
+    before, after = weights(folder), weights(result)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert all(name.startswith(TRAINED["4_unified"]) for name in changed)
+    parts = ["q_proj", "down_proj", "text_to_vision_projector.linear_1", "embed_tokens", "lm_head"]
+    assert [part for part in parts if not any(part in name for name in changed)] == []
+    assert any("norm" in name for name in changed) == (method == "full")
+    assert {"lm_loss", "mask_loss"} <= steps_of(tmp_path / "run", "4_unified")[0].keys()

@@ -1,0 +1,56 @@
+"""The order of training draws: a pure function of seed and epoch."""
+
+import pytest
+import torch
+
+from medsight.training.data.sampler import DrawSampler, set_weights
+
+
+def rows(sampler: DrawSampler, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    return [draw % sampler.size for draw in sampler]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_rows_come_in_passes_and_an_epoch_is_whole_steps(batch_size: int) -> None:
+    sampler = DrawSampler(10, seed=1, batch_size=batch_size)
+    drawn = [row for epoch in range(8) for row in rows(sampler, epoch)]
+    assert len(sampler) % batch_size == 0
+    for start in range(0, len(drawn) - 9, 10):
+        assert sorted(drawn[start : start + 10]) == list(range(10))
+    assert rows(sampler, 0) == rows(DrawSampler(10, seed=1, batch_size=batch_size), 0) != rows(sampler, 1)
+
+
+def test_no_two_draws_of_a_run_are_the_same() -> None:
+    sampler = DrawSampler(7, seed=0, weights=torch.tensor([0.5] + [0.1] * 6, dtype=torch.float64))
+    draws = []
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        draws += list(sampler)
+    assert len(set(draws)) == len(draws) == 140
+    assert 40 < sum(draw % 7 == 0 for draw in draws) < 100
+
+
+def test_rows_of_like_length_come_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 1000, (200,), generator=generator).tolist()
+    sampler = DrawSampler(200, seed=0, lengths=lengths, batch_size=4)
+    order = rows(sampler, 0)
+    assert sorted(order) == list(range(200))
+    batches = [[lengths[row] for row in order[start : start + 4]] for start in range(0, 200, 4)]
+    shuffled = rows(DrawSampler(200, seed=0, batch_size=4), 0)
+    spread = sum(max(batch) - min(batch) for batch in batches)
+    assert spread < 0.1 * sum(
+        max(lengths[row] for row in shuffled[s : s + 4]) - min(lengths[row] for row in shuffled[s : s + 4])
+        for s in range(0, 200, 4)
+    )
+    assert max(batches[0]) == max(lengths)
+
+
+def test_sets_are_drawn_by_their_size_to_a_power() -> None:
+    names = ["large"] * 9 + ["small"]
+    assert set_weights(names, 1) is None
+    even = set_weights(names, 0)
+    assert even[:9].sum() == pytest.approx(0.5) and even[9] == pytest.approx(0.5)
+    root = set_weights(names, 0.5)
+    assert root[9] == pytest.approx(1 / 4)

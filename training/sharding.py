@@ -1,0 +1,23 @@
+"""Parameters in shards over processes (FSDP2): what gathers them besides `forward`.
+
+Units of their own are the language model's layers alone (`training/accelerate/fsdp2.yaml`): every process passes
+through these in every step. All else is the root's, gathered once a pass, since processes differ in whether a batch
+shows an image or cites a code, and in a unit that only some of them enter these would wait forever.
+"""
+
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+
+METHODS = ("get_region_features", "get_image_features", "quantize_regions", "decode_regions", "generate")
+
+
+def gather_in_methods(model: nn.Module) -> None:
+    """Have the methods of a `MedSightForConditionalGeneration` under `fully_shard` gather its parameters, as `forward`
+    does. What they leave gathered (the root's) serves `model.model.region_perceiver` and `model.model.codebook` too.
+
+    A model that is not sharded stays as it is.
+    """
+    for name in METHODS:
+        if name not in vars(model):
+            register_fsdp_forward_method(model, name)
