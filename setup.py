@@ -7,7 +7,11 @@ from setuptools import setup
 
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["configuration_medsight", "modeling_medsight", "processing_medsight", "medsight"]
+METRICS = [f"medsight.metrics.{name}" for name in ("medical_vqa", "mask_dice", "region_codes")]
+PACKAGES = [
+    *("configuration_medsight", "modeling_medsight", "processing_medsight"),
+    *("medsight", "medsight.evaluation", "medsight.metrics", *METRICS),
+]
 # `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.
 TRAINING = ["medsight.training", "medsight.training.data"]
 
@@ -37,7 +41,10 @@ extras = {
         "tqdm>=4.60",
         "trl>=1.0",
     ],
-    "eval": ["evaluate>=0.4.6"],
+    "eval": [
+        *("evaluate>=0.4.6", "datasets>=4.7", "pyyaml>=6", "tqdm>=4.60", "accelerate>=1.10", "jinja2>=3.1"),
+        *("pycocotools>=2.0.10", "segmentationmetrics>=1.2,<2", "scipy>=1.11,<2"),
+    ],
     "medical": ["pydicom>=3.0", "nibabel>=5.2"],
     "app": ["gradio>=6"],
     "demo": ["mahotas>=1.4.13"],
@@ -56,6 +63,8 @@ setup(
     package_dir={"medsight.training": "training"},
     package_data={
         "medsight": ["medsight-nano/*"],
+        "medsight.evaluation": ["*.yaml", "*.jinja"],
+        **{name: ["README.md", "requirements.txt"] for name in METRICS},
         "medsight.training": ["configs/*.yaml", "configs/ablations/*.yaml", "accelerate/*.yaml"],
         "medsight.training.data": ["*.yaml"],
     },

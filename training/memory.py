@@ -44,7 +44,7 @@ def optimizer_bytes(model: nn.Module, muon_learning_rate: float, name: str) -> i
 
 
 def gathered_numbers(model: Any) -> int:
-    """Parameters outside of the language model's layers, which sharding wraps, and twice those of the largest layer."""
+    """Parameters outside of the language model's layers, which sharding wraps, and twice those of the largest."""
     modules = model.model.language_model.modules()
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]

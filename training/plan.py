@@ -162,7 +162,7 @@ def stage_plan(
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        sharded=None if isinstance(stage, TextToVisionStage) else sharded,
+        sharded=sharded if stage.shardable else None,
     )
 
 

@@ -50,6 +50,7 @@ class Stage:
     folder: ClassVar[str]
     reads: ClassVar[str]  # "regions" or "conversations"
     Settings: ClassVar[type[StageSettings]] = StageSettings
+    shardable = True  # whether it can train on parameters that are divided over processes
 
     def __init__(self, settings: Any, places: Places, seed: int) -> None:
         self.settings, self.places, self.seed = settings, places, seed

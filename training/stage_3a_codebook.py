@@ -40,6 +40,7 @@ class CodebookStage(Stage):
     """Trains codes, W_q, W_m and the group classifier; scored by usage, reconstruction and masks through the codes."""
 
     key, folder, reads, Settings = "codebook", "3a_codebook", "regions", CodebookSettings
+    shardable = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,6 +19,7 @@ class TextToVisionStage(GroundedStage):
     """
 
     key, folder = "text_to_vision", "3b_text_to_vision"
+    shardable = False
     hooks: list[RemovableHandle]
 
     def trains(self) -> tuple[str, ...]:

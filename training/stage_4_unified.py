@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .data.items import Places
 from .language import AnsweringStage, LanguageSettings
 
 
@@ -38,6 +39,10 @@ class UnifiedStage(AnsweringStage):
     """Trains the language model (or adapters on it), the codes' rows and both projectors."""
 
     key, folder, Settings = "unified", "4_unified", UnifiedSettings
+
+    def __init__(self, settings: Any, places: Places, seed: int) -> None:
+        super().__init__(settings, places, seed)
+        self.shardable = settings.method == "full"  # adapters are merged into whole weights at the end
 
     def trains(self) -> tuple[str, ...]:
         return ("model.language_model.", "lm_head.", *(f"model.{name}." for name in PROJECTORS))

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .optimisation import muon_with_adamw
+from .sharding import gather_in_methods
 from .stage import Stage, frozen_modules
 
 
@@ -63,6 +64,11 @@ class StageTrainer(Trainer):
         self.sums: dict[str, torch.Tensor] = {}
         self.window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        if not stage.shardable and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"stage {stage.folder} needs whole parameters in every process, which FSDP and DeepSpeed divide: run "
+                "it with training/accelerate/ddp.yaml, or in one process"
+            )
         if sampler is not None:
             self.add_callback(SamplerEpoch(sampler))
         # The losses are scaled here, for accumulation too: Trainer must not divide them again.
@@ -242,6 +248,8 @@ class StageTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The stage's own metrics: counts summed over batches and processes, then turned into figures."""
         model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            gather_in_methods(model)
         model.eval()
         totals: dict[str, torch.Tensor] = {}
         samples = 0

@@ -33,7 +33,7 @@ class Benchmark:
     notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        from medsight.evaluation.items import READERS
+        from medsight.evaluation.readers import READERS
 
         if self.task not in TASKS:
             raise ValueError(f"benchmark {self.name}: task {self.task!r}, expected one of {', '.join(TASKS)}")

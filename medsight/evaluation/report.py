@@ -1,23 +1,17 @@
 """report.html: one self-contained page, with nothing to fetch."""
 
-import base64
-import io
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from medsight import __version__
 from medsight.evaluation.items import Item
 from medsight.evaluation.predictions import Prediction
+from medsight.evaluation.report_cases import choose_cases
+from medsight.evaluation.report_codes import code_usage, confusion
 
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-CASES, PICTURE_SIDE, JPEG_QUALITY = 4, 512, 84
-TOP_CODES = 20
 LABELS = {
     "answer": "All questions",
     "closed_accuracy": "Closed accuracy",
@@ -73,10 +67,10 @@ def write_report(
         charts=_charts(metrics),
         tables=_tables(metrics),
         table_caption="Small print: 95% bootstrap intervals over rows, taken as independent even within a patient.",
-        cases=_cases(metrics, rows, items, predictions),
+        cases=choose_cases(main_score(metrics), rows, items, predictions),
         key=["reference", "answer"] if "negatives" in metrics else ["", "regions that the answer cites"],
         confusion=confusion(rows),
-        code_usage=_code_usage(metrics),
+        code_usage=code_usage(metrics),
         provenance=_provenance(metrics),
         version=__version__,
     )
@@ -257,188 +251,6 @@ def _tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _cell(score: str, figure: Mapping[str, Any]) -> dict[str, str]:
     number, spread = _number_and_range(score, figure)
     return {"text": number, "range": "" if spread == "–" else spread}
-
-
-def _cases(
-    metrics: Mapping[str, Any],
-    rows: Sequence[Row],
-    items: Sequence[Item],
-    predictions: Mapping[str, Prediction],
-) -> list[dict[str, Any]]:
-    """The worst, middle and best rows by the main score, of as many modalities as there are; and false masks."""
-    name = main_score(metrics)
-    field = {"dice": "dice", "answer": "answer_score"}[name]
-    called = "Score" if name == "answer" else LABELS[name]
-    ranked = sorted((row[field], index) for index, row in enumerate(rows) if row.get(field) is not None)
-    middle = ranked[len(ranked) // 2][0] if ranked else 0.0
-    orders = {
-        "Worst": ranked,
-        "Around the median": sorted(ranked, key=lambda entry: (abs(entry[0] - middle), entry[1])),
-        "Best": sorted(ranked, key=lambda entry: (-entry[0], entry[1])),
-    }
-    picked, taken = {}, set()
-    for title in ("Worst", "Best", "Around the median"):
-        free = [entry for entry in orders[title] if entry[1] not in taken]
-        picked[title] = _varied(free, rows)
-        taken |= {index for _, index in picked[title]}
-    picked = {title: picked[title] for title in orders}
-    groups = [
-        {"title": title, "cases": [_case(name, called, score, rows[i], items[i], predictions) for score, i in entries]}
-        for title, entries in picked.items()
-        if entries
-    ]
-    false = [index for index, row in enumerate(rows) if row.get("false_mask")][:CASES]
-    if false:
-        cases = [_case(name, called, None, rows[i], items[i], predictions) for i in false]
-        groups.append({"title": "A mask where there is nothing to find", "cases": cases})
-    return groups
-
-
-def _varied(ranked: Sequence[tuple[float, int]], rows: Sequence[Row]) -> list[tuple[float, int]]:
-    """Some of the first quarter of a ranking, one a modality before a second of any."""
-    seen: Counter[str] = Counter()
-    rounds = []
-    for place, (_, index) in enumerate(ranked[: max(CASES, len(ranked) // 4)]):
-        modality = rows[index]["modality"]
-        rounds.append((seen[modality], place))
-        seen[modality] += 1
-    return [ranked[place] for place in sorted(place for _, place in sorted(rounds)[:CASES])]
-
-
-def _case(
-    name: str, called: str, score: float | None, row: Row, item: Item, predictions: Mapping[str, Prediction]
-) -> dict[str, Any]:
-    picture = case_picture(item, predictions.get(item.id))
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=JPEG_QUALITY)
-    shown = " ".join(item.prompt.replace("<image>", " ").split())
-    return {
-        "picture": f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}",
-        "width": picture.width,
-        "height": picture.height,
-        "alt": f"{item.modality} image of {item.site}, {item.id}",
-        "score": "false mask" if score is None else f"{called} {_number(name, score)}",
-        "origin": " · ".join(part for part in (item.dataset, item.modality) if part != "-"),
-        "prompt": shown if len(shown) < 160 else f"{shown[:160]}…",
-        "answer": row["answer"] or "(empty answer)",
-        "reference": item.answer,
-    }
-
-
-def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
-    """An item's image with its reference in orange and the answer's masks, as one, in blue."""
-    from medsight.evaluation.scoring import predicted_masks, reference_masks
-    from medsight.overlay import draw_overlay
-    from medsight.predict import read_image
-    from medsight.training.data.pictures import read_picture
-
-    image = read_image(read_picture(item.images[0]))
-    size = (image.height, image.width)
-    if not item.masks and (prediction is None or not prediction.masks):
-        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        return image
-    nothing = np.zeros(size, dtype=bool)
-    references = np.logical_or.reduce([nothing, *reference_masks(item)])
-    answered = np.logical_or.reduce([nothing, *(predicted_masks(prediction, size) if prediction else [])])
-    drawn = draw_overlay(image, [references, answered], ["reference", "answer"])
-    # The page has one key for all pictures, so the overlay's own legend is cut off.
-    scale = max(max(image.size), PICTURE_SIDE) / max(image.size)
-    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    left = (drawn.width - width) // 2
-    drawn = drawn.crop((left, 0, left + width, height))
-    drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    return drawn
-
-
-def confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Groups of images (rows) against the group of the first code that the answer cites (columns), if any."""
-    counted: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        if "n_masks" in row and not row["absent"]:
-            cited = next((group for group in row["groups"] if group), None)
-            counted[f"{row['modality']} {row['site']}"][cited or "no code"] += 1
-    columns = sorted({name for some in counted.values() for name in some} - {"no code"})
-    if not columns:
-        return None
-    # The columns stand in the order of the rows that they belong to, so that right ones lie on a diagonal.
-    order = {name.lower(): index for index, name in enumerate(sorted(counted))}
-    columns.sort(key=lambda name: (_place(name, order), name))
-    if any(some["no code"] for some in counted.values()):
-        columns.append("no code")
-    return {
-        "columns": columns,
-        "rows": [
-            {
-                "name": name,
-                "cells": [
-                    {
-                        "text": some[column] or "",
-                        "share": round(some[column] / sum(some.values()), 3),
-                        "diagonal": belongs(name, column),
-                    }
-                    for column in columns
-                ],
-            }
-            for name, some in sorted(counted.items())
-        ],
-    }
-
-
-def _place(group: str, order: Mapping[str, int]) -> int:
-    return next((index for name, index in order.items() if belongs(name, group)), len(order))
-
-
-def belongs(origin: str, group: str) -> bool:
-    """Whether a group is called like images of "MODALITY SITE", or like these up to the modality's first hyphen."""
-    modality, _, site = origin.lower().partition(" ")
-    return group.lower() in (origin.lower(), f"{modality.split('-')[0]} {site}")
-
-
-def _code_usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    codes = metrics.get("codes")
-    if codes is None or not codes["usage"]["citations"]:
-        return None
-    sizes, usage = metrics["run"].get("codes_per_group") or {}, codes["usage"]
-    most = max(found["n"] for group in usage["groups"].values() for found in group["codes"].values())
-    groups = []
-    for name, group in usage["groups"].items():
-        if not group["citations"]:
-            continue
-        size = sizes.get(name, len(group["codes"]))
-        live = f"{group['live_codes']} of {size} codes" if name in sizes else f"{group['live_codes']} codes"
-        cells = [
-            {
-                "share": round((found["n"] / most) ** 0.5, 3),
-                "title": f"{code}: {found['n']} × ({_shares(found['structures'])})",
-            }
-            for code, found in group["codes"].items()
-        ]
-        cells += [{"share": 0, "title": "not cited"}] * (size - len(cells))
-        groups.append(
-            {
-                "name": name,
-                "detail": f"{group['citations']:,} cited · {live} · perplexity {group['perplexity']:.1f} · "
-                f"purity {group['purity']:.2f} · NMI {group['nmi']:.2f}",
-                "cells": cells,
-            }
-        )
-    cited = [
-        {"code": code, "group": name, "count": found["n"], "structures": _shares(found["structures"])}
-        for name, group in usage["groups"].items()
-        for code, found in group["codes"].items()
-    ]
-    cited.sort(key=lambda row: (-row["count"], row["code"]))
-    return {
-        "caption": "A square a code, darker where it is cited more often; its structures by pointing at it. Purity: "
-        "how alike a code's structures are; NMI: how much a code tells of the structure, within its group.",
-        "groups": groups,
-        "top": cited[:TOP_CODES],
-    }
-
-
-def _shares(structures: Mapping[str, float], shown: int = 3) -> str:
-    some = [f"{name} {100 * share:.0f}%" for name, share in list(structures.items())[:shown]]
-    return ", ".join([*some, *(["…"] if len(structures) > shown else [])])
 
 
 def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -89,7 +89,7 @@ def test_a_preset_is_not_changed_by_its_use() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'huge'.*8b, nano, tiny"):
+    with pytest.raises(ValueError, match="'huge'.*8b, nano, small, tiny"):
         MedSightConfig.from_preset("huge")
 
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -75,28 +74,6 @@ def test_a_step_is_the_same_draws_for_any_number_of_processes(
     assert [len(step) for step in whole] == [4, 4, 4]
     for cut in ((1, 1, 4), (2, 1, 2), (2, 2, 1), (4, 1, 1)):
         assert steps_of(sampler, *cut) == whole
-
-
-def test_no_row_is_a_pass_ahead_of_another_and_no_draw_comes_twice() -> None:
-    sampler = DrawSampler(11, seed=3, batch_size=4)
-    draws: list[int] = []
-    for epoch in range(11):
-        sampler.set_epoch(epoch)
-        draws += sampler
-    assert len(draws) == len(set(draws)) == 11 * 12
-    rows = [draw % 11 for draw in draws]
-    assert all(sorted(rows[start : start + 11]) == list(range(11)) for start in range(0, len(rows), 11))
-    assert rows[:11] != rows[11:22]
-
-
-def test_fewer_rows_than_a_step_come_again_under_other_draws() -> None:
-    draws = list(DrawSampler(3, seed=0, batch_size=8))
-    assert len(set(draws)) == 8
-    assert sorted(draw % 3 for draw in draws) in (
-        [0, 0, 0, 1, 1, 1, 2, 2],
-        [0, 0, 0, 1, 1, 2, 2, 2],
-        [0, 0, 1, 1, 1, 2, 2, 2],
-    )
 
 
 # Losses
@@ -274,7 +251,7 @@ def turns(question: str, reply: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a model to start from, and an empty cache."""
+    """Data, and a model to start from."""
     folder = tmp_path_factory.mktemp("distributed")
     draw_data(folder / "data")
     save_tiny_checkpoint(folder / "start", **SETTINGS)
@@ -326,9 +303,7 @@ def write_recipe(folder: Path, name: str, size: int, accumulation: int) -> Path:
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> Path:
     """The run of one process that takes a step's samples at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        train(load_recipe(write_recipe(folder, "one-process", size=4, accumulation=1)))
+    train(load_recipe(write_recipe(folder, "one-process", size=4, accumulation=1)))
     return folder / "one-process"
 
 
@@ -357,10 +332,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accumulated_parts_train_like_the_whole(
-    folder: Path, one_process: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+def test_accumulated_parts_train_like_the_whole(folder: Path, one_process: Path) -> None:
     train(load_recipe(write_recipe(folder, "accumulated", size=1, accumulation=4)))
     assert_same_run(folder / "accumulated", one_process)
     for key, counts in {"perceiver": 6, "codebook": 6, "unified": 12}.items():

@@ -141,7 +141,7 @@ def test_frozen_layers_that_gradients_flow_through_are_checkpointed() -> None:
 
 
 def test_sharding_divides_what_is_kept_and_never_stage_3b(tmp_path: Path) -> None:
-    stages = only("codebook", "text_to_vision")
+    stages = only("perceiver", "text_to_vision")
     recipe = tiny_recipe(tmp_path / "not there", tmp_path / "run", model={"folder": "not there"}, stages=stages)
     alone, many = stage_plans(recipe, 1)[0], stage_plans(recipe, 1000)[0]
     for one, some in zip(alone, many, strict=True):

@@ -6,6 +6,7 @@ on whether the run was interrupted.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,11 @@ class Places:
     def load_masks(self, entries: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Undecoded masks, placed, (n, S, S); `sizes` are the (width, height) of their pictures."""
         side = self.config.image_size
-        placed = [
-            self._once(entry, lambda entry=entry, size=size: self.masks([read_mask(entry, size)])[0])
-            for entry, size in zip(entries, sizes, strict=True)
-        ]
+
+        def load(entry: Any, size: tuple[int, int]) -> torch.Tensor:
+            return self.masks([read_mask(entry, size)])[0]
+
+        placed = [self._once(entry, partial(load, entry, size)) for entry, size in zip(entries, sizes, strict=True)]
         return torch.stack(placed) if placed else torch.zeros(0, side, side)
 
     def _once(self, entry: Any, load: Callable[[], Any]) -> Any:

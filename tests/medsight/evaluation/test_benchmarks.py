@@ -158,6 +158,7 @@ def test_pathvqa_counts_yes_and_no_as_closed_and_names_rows_by_their_file(tmp_pa
     items = read("pathvqa", tmp_path)
     assert [item.answer_type for item in items] == ["CLOSED", "OPEN"]
     assert items[0].id == "data/test-00000.parquet, row 1"
+    assert items[0].images[0]["bytes"] is items[1].images[0]["bytes"]  # a big set's images are held once
 
 
 def test_omnimedvqa_keeps_its_options(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from medsight.evaluation.predictions import encode_mask
-from medsight.evaluation.report import belongs, confusion
+from medsight.evaluation.report_cases import varied
+from medsight.evaluation.report_codes import belongs, confusion
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -156,12 +157,11 @@ def test_in_a_browser_it_has_no_errors_no_sideways_scroll_and_all_its_pictures(r
 
 
 def test_cases_are_varied_but_the_best_are_among_the_best() -> None:
-    from medsight.evaluation.report import _varied
-
     rows = [{"modality": "CT"}] * 20 + [{"modality": "MRI"}] * 12
     ranked = [(float(index), index) for index in range(32)]
-    assert [index for _, index in _varied(ranked, rows)] == [0, 1, 2, 3]  # MRI begins beyond the first quarter
-    assert [index for _, index in _varied(ranked[14:], rows)] == [14, 15, 16, 17]
-    assert [index for _, index in _varied(ranked[18:], rows)] == [18, 19, 20, 21]
+    assert [index for _, index in varied(ranked, rows)] == [0, 1, 2, 3]  # MRI begins beyond the first quarter
+    assert [index for _, index in varied(ranked[14:], rows)] == [14, 15, 16, 17]
+    assert [index for _, index in varied(ranked[18:], rows)] == [18, 19, 20, 21]
     mixed = [{"modality": name} for name in "aaaabbcd" * 4]
-    assert [index for _, index in _varied(ranked, mixed)] == [0, 4, 6, 7]
+    assert [index for _, index in varied(ranked, mixed)] == [0, 4, 6, 7]
+    assert [index for _, index in varied([(0.0, index) for index in range(32)], rows)] == [0, 1, 20, 21]

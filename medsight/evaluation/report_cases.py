@@ -1,0 +1,109 @@
+"""The cases of report.html: which rows are shown, and their pictures."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medsight.evaluation.items import Item
+from medsight.evaluation.predictions import Prediction
+
+
+CASES, PICTURE_SIDE, JPEG_QUALITY = 4, 512, 84
+Row = Mapping[str, Any]
+
+
+def choose_cases(
+    score: str,
+    rows: Sequence[Row],
+    items: Sequence[Item],
+    predictions: Mapping[str, Prediction],
+) -> list[dict[str, Any]]:
+    """The worst, middle and best rows by a score ("dice" or "answer"), varied in modality; and false masks."""
+    field, called = {"dice": ("dice", "Dice"), "answer": ("answer_score", "Score")}[score]
+    ranked = sorted((row[field], index) for index, row in enumerate(rows) if row.get(field) is not None)
+    middle = ranked[len(ranked) // 2][0] if ranked else 0.0
+    orders = {
+        "Worst": ranked,
+        "Around the median": sorted(ranked, key=lambda entry: (abs(entry[0] - middle), entry[1])),
+        "Best": sorted(ranked, key=lambda entry: (-entry[0], entry[1])),
+    }
+    picked, taken = {}, set()
+    for title in ("Worst", "Best", "Around the median"):
+        free = [entry for entry in orders[title] if entry[1] not in taken]
+        picked[title] = varied(free, rows)
+        taken |= {index for _, index in picked[title]}
+    picked = {title: picked[title] for title in orders}
+    groups = [
+        {"title": title, "cases": [_case(called, value, rows[i], items[i], predictions) for value, i in entries]}
+        for title, entries in picked.items()
+        if entries
+    ]
+    false = [index for index, row in enumerate(rows) if row.get("false_mask")][:CASES]
+    if false:
+        cases = [_case(called, None, rows[i], items[i], predictions) for i in false]
+        groups.append({"title": "A mask where there is nothing to find", "cases": cases})
+    return groups
+
+
+def varied(ranked: Sequence[tuple[float, int]], rows: Sequence[Row]) -> list[tuple[float, int]]:
+    """Some of the first quarter of a ranking and of its ties, one a modality before a second of any."""
+    seen: Counter[str] = Counter()
+    rounds = []
+    last = ranked[min(len(ranked), max(CASES, len(ranked) // 4)) - 1][0] if ranked else 0.0
+    for place, (score, index) in enumerate(ranked):
+        if place >= max(CASES, len(ranked) // 4) and score != last:
+            break
+        modality = rows[index]["modality"]
+        rounds.append((seen[modality], place))
+        seen[modality] += 1
+    return [ranked[place] for place in sorted(place for _, place in sorted(rounds)[:CASES])]
+
+
+def _case(
+    called: str, value: float | None, row: Row, item: Item, predictions: Mapping[str, Prediction]
+) -> dict[str, Any]:
+    picture = case_picture(item, predictions.get(item.id))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=JPEG_QUALITY)
+    shown = " ".join(item.prompt.replace("<image>", " ").split())
+    return {
+        "picture": f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}",
+        "width": picture.width,
+        "height": picture.height,
+        "alt": f"{item.modality} image of {item.site}, {item.id}",
+        "score": "false mask" if value is None else f"{called} {100 * value:.1f}",
+        "origin": " · ".join(part for part in (item.dataset, item.modality) if part != "-"),
+        "prompt": shown if len(shown) < 160 else f"{shown[:160]}…",
+        "answer": row["answer"] or "(empty answer)",
+        "reference": item.answer,
+    }
+
+
+def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
+    """An item's image with its reference in orange and the answer's masks, as one, in blue."""
+    from medsight.evaluation.scoring import predicted_masks, reference_masks
+    from medsight.overlay import draw_overlay
+    from medsight.predict import read_image
+    from medsight.training.data.pictures import read_picture
+
+    image = read_image(read_picture(item.images[0]))
+    size = (image.height, image.width)
+    if not item.masks and (prediction is None or not prediction.masks):
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        return image
+    nothing = np.zeros(size, dtype=bool)
+    references = np.logical_or.reduce([nothing, *reference_masks(item)])
+    answered = np.logical_or.reduce([nothing, *(predicted_masks(prediction, size) if prediction else [])])
+    drawn = draw_overlay(image, [references, answered], ["reference", "answer"])
+    # The page has one key for all pictures, so the overlay's own legend is cut off.
+    scale = max(max(image.size), PICTURE_SIDE) / max(image.size)
+    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+    left = (drawn.width - width) // 2
+    drawn = drawn.crop((left, 0, left + width, height))
+    drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return drawn

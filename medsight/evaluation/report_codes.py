@@ -1,0 +1,101 @@
+"""The region codes of report.html: which groups are cited for which images, and how often each code."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+TOP_CODES = 20
+Row = Mapping[str, Any]
+
+
+def confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Groups of images (rows) against the group of the first code that the answer cites (columns), if any."""
+    counted: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if "n_masks" in row and not row["absent"]:
+            cited = next((group for group in row["groups"] if group), None)
+            counted[f"{row['modality']} {row['site']}"][cited or "no code"] += 1
+    columns = sorted({name for some in counted.values() for name in some} - {"no code"})
+    if not columns:
+        return None
+    # The columns stand in the order of the rows that they belong to, so that right ones lie on a diagonal.
+    order = {name.lower(): index for index, name in enumerate(sorted(counted))}
+    columns.sort(key=lambda name: (_place(name, order), name))
+    if any(some["no code"] for some in counted.values()):
+        columns.append("no code")
+    return {
+        "columns": columns,
+        "rows": [
+            {
+                "name": name,
+                "cells": [
+                    {
+                        "text": some[column] or "",
+                        "share": round(some[column] / sum(some.values()), 3),
+                        "diagonal": belongs(name, column),
+                    }
+                    for column in columns
+                ],
+            }
+            for name, some in sorted(counted.items())
+        ],
+    }
+
+
+def _place(group: str, order: Mapping[str, int]) -> int:
+    return next((index for name, index in order.items() if belongs(name, group)), len(order))
+
+
+def belongs(origin: str, group: str) -> bool:
+    """Whether a group is called like images of "MODALITY SITE", or like these up to the modality's first hyphen."""
+    modality, _, site = origin.lower().partition(" ")
+    return group.lower() in (origin.lower(), f"{modality.split('-')[0]} {site}")
+
+
+def code_usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How often each code is cited and for what, by group; None without codes."""
+    codes = metrics.get("codes")
+    if codes is None or not codes["usage"]["citations"]:
+        return None
+    sizes, usage = metrics["run"].get("codes_per_group") or {}, codes["usage"]
+    most = max(found["n"] for group in usage["groups"].values() for found in group["codes"].values())
+    groups = []
+    for name, group in usage["groups"].items():
+        if not group["citations"]:
+            continue
+        size = sizes.get(name, len(group["codes"]))
+        live = f"{group['live_codes']} of {size} codes" if name in sizes else f"{group['live_codes']} codes"
+        cells = [
+            {
+                "share": round((found["n"] / most) ** 0.5, 3),
+                "title": f"{code}: {found['n']} × ({_shares(found['structures'])})",
+            }
+            for code, found in group["codes"].items()
+        ]
+        cells += [{"share": 0, "title": "not cited"}] * (size - len(cells))
+        groups.append(
+            {
+                "name": name,
+                "detail": f"{group['citations']:,} cited · {live} · perplexity {group['perplexity']:.1f} · "
+                f"purity {group['purity']:.2f} · NMI {group['nmi']:.2f}",
+                "cells": cells,
+            }
+        )
+    cited = [
+        {"code": code, "group": name, "count": found["n"], "structures": _shares(found["structures"])}
+        for name, group in usage["groups"].items()
+        for code, found in group["codes"].items()
+    ]
+    cited.sort(key=lambda row: (-row["count"], row["code"]))
+    return {
+        "caption": "A square a code, darker where it is cited more often; its structures by pointing at it. Purity: "
+        "how alike a code's structures are; NMI: how much a code tells of the structure, within its group.",
+        "groups": groups,
+        "top": cited[:TOP_CODES],
+    }
+
+
+def _shares(structures: Mapping[str, float], shown: int = 3) -> str:
+    some = [f"{name} {100 * share:.0f}%" for name, share in list(structures.items())[:shown]]
+    return ", ".join([*some, *(["…"] if len(structures) > shown else [])])
