@@ -1,5 +1,6 @@
 """A model from a preset, with a tokenizer of the corpus' own text: for runs that start from nothing pretrained."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from configuration_medsight.configuration_medsight import MedSightConfig
@@ -7,7 +8,7 @@ from configuration_medsight.presets_medsight import PRESETS
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.image_processing_medsight import MedSightImageProcessor
 from processing_medsight.processing_medsight import MedSightProcessor
-from processing_medsight.region_codes_medsight import IMAGE_TOKEN, add_region_codes
+from processing_medsight.region_codes_medsight import IMAGE_TOKEN, QWEN3_ADDED_TOKENS, add_region_codes
 
 from .data.groups import Groups
 from .recipe import Recipe
@@ -15,6 +16,44 @@ from .tokenizer import train_tokenizer
 
 
 ROUND_VOCABULARY_TO = 64
+
+
+def fresh_config(recipe: Recipe, groups: Sequence[str], classes: Sequence[str]) -> MedSightConfig:
+    """The configuration of a preset with a tokenizer of its own: `tokenizer_size` entries, then Qwen3's added tokens,
+    then the region codes.
+
+    Args:
+        groups, classes: names; the preset's own numbers where there are none.
+
+    Raises:
+        ValueError: an unknown preset, or a contradiction in `model.config`.
+    """
+    settings, changes = recipe.model, dict(recipe.model.config)
+    if settings.preset not in PRESETS:
+        raise ValueError(f"model.preset={settings.preset!r}: choose one of {', '.join(sorted(PRESETS))}")
+    preset = PRESETS[settings.preset]
+    if not changes.get("use_region_codebook", True):
+        changes = {"num_groups": 1, "codes_per_group": 1, "group_names": ["any"], **changes}
+    elif groups:
+        changes = {"num_groups": len(groups), "group_names": list(groups), **changes}
+    if classes:
+        changes = {"num_mask_classes": len(classes), "mask_class_names": list(classes), **changes}
+    ids = {token: settings.tokenizer_size + i for i, (token, _) in enumerate(QWEN3_ADDED_TOKENS)}
+    first = settings.tokenizer_size + len(ids)
+    shape = {"num_groups": 18, "codes_per_group": 32, **preset, **changes}
+    rows = first + shape["num_groups"] * shape["codes_per_group"]
+    text = {
+        **preset["text_config"],
+        "vocab_size": -(-rows // ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO,
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        **changes.pop("text_config", {}),
+    }
+    vision = {**preset["vision_config"], **changes.pop("vision_config", {})}
+    own = {"region_code_start_id": first, "image_token_id": ids[IMAGE_TOKEN]}
+    return MedSightConfig.from_preset(
+        settings.preset, **{"text_config": text, "vision_config": vision, **own, **changes}
+    )
 
 
 def fresh_model(
@@ -25,37 +64,9 @@ def fresh_model(
     Args:
         conversations: rows whose words the tokenizer learns.
     """
-    settings = recipe.model
-    if settings.preset not in PRESETS:
-        raise ValueError(f"model.preset={settings.preset!r}: choose one of {', '.join(sorted(PRESETS))}")
-    changes = dict(settings.config)
-    codebook = changes.get("use_region_codebook", True)
-    if codebook:
-        changes = {"num_groups": len(groups.names), "group_names": groups.names, **changes}
-    else:
-        changes = {"num_groups": 1, "codes_per_group": 1, "group_names": ["any"], **changes}
-    codes = changes["num_groups"] * changes.get("codes_per_group", PRESETS[settings.preset].get("codes_per_group", 32))
+    settings, config = recipe.model, fresh_config(recipe, groups.names, classes)
     tokenizer = train_tokenizer(words_of(conversations), settings.tokenizer_size)
-    first = add_region_codes(tokenizer, changes["num_groups"], codes // changes["num_groups"], codebook)
-    text = {
-        **PRESETS[settings.preset]["text_config"],
-        "vocab_size": -(-(first + codes) // ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **changes.pop("text_config", {}),
-    }
-    changes["vision_config"] = {**PRESETS[settings.preset]["vision_config"], **changes.get("vision_config", {})}
-    config = MedSightConfig.from_preset(
-        settings.preset,
-        **{
-            "text_config": text,
-            "mask_class_names": classes,
-            "num_mask_classes": len(classes),
-            "region_code_start_id": first,
-            "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            **changes,
-        },
-    )
+    add_region_codes(tokenizer, config.num_groups, config.codes_per_group, config.use_region_codebook)
     size = {"height": config.image_size, "width": config.image_size}
     image_processor = MedSightImageProcessor(
         size=size, fit=settings.fit, image_mean=settings.image_mean, image_std=settings.image_std

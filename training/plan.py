@@ -32,10 +32,9 @@ from torch import nn
 from configuration_medsight.configuration_medsight import MedSightConfig
 from configuration_medsight.presets_medsight import PRESETS
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
-from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
 
 from .corpus import Corpus, conversation_rows, corpus_conversations, read_corpus
-from .fresh_model import ROUND_VOCABULARY_TO
+from .fresh_model import fresh_config
 from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_bytes
 from .recipe import AnnotationSettings, Recipe
 from .run import STAGES, arguments_class, hold_out_text, stage_settings
@@ -242,34 +241,9 @@ def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfi
     if settings.folder is not None:
         config = MedSightConfig.from_preset(settings.preset, **settings.config)
         return config, f"Model: {settings.folder} is not there yet; planned as the preset {settings.preset}."
-    return fresh_config(recipe, corpus), f"Model: the preset {settings.preset}, from nothing."
-
-
-def fresh_config(recipe: Recipe, corpus: Corpus | None) -> MedSightConfig:
-    """The shapes that `fresh_model` gives a preset; groups and classes are the preset's where nothing tells them."""
-    preset, changes = PRESETS[recipe.model.preset], dict(recipe.model.config)
     groups = corpus.groups.names if corpus else list(recipe.data.groups or [])
-    classes = corpus.classes if corpus else recipe.data.classes
-    if not changes.get("use_region_codebook", True):
-        changes = {"num_groups": 1, "codes_per_group": 1, **changes}
-    elif groups:
-        changes = {"num_groups": len(groups), "group_names": groups, **changes}
-    if classes:
-        changes = {"num_mask_classes": len(classes), "mask_class_names": classes, **changes}
-    shape = {"num_groups": 18, "codes_per_group": 32, **preset, **changes}
-    first = recipe.model.tokenizer_size + len(QWEN3_ADDED_TOKENS)
-    rows = first + shape["num_groups"] * shape["codes_per_group"]
-    vocabulary = {
-        "vocab_size": math.ceil(rows / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO,
-        "pad_token_id": first - 2,
-        "eos_token_id": first - 2,
-    }
-    text = {**preset["text_config"], **vocabulary, **changes.pop("text_config", {})}
-    vision = {**preset["vision_config"], **changes.pop("vision_config", {})}
-    ids = {"region_code_start_id": first, "image_token_id": first - 1}
-    return MedSightConfig.from_preset(
-        recipe.model.preset, **{"text_config": text, "vision_config": vision, **ids, **changes}
-    )
+    classes = corpus.classes if corpus else recipe.data.classes or []
+    return fresh_config(recipe, groups, classes), f"Model: the preset {settings.preset}, from nothing."
 
 
 def table(stages: list[StagePlan], devices: int) -> list[str]:

@@ -8,12 +8,14 @@ OUTPUT/annotations/NAME/{training,validation}/      conversations with region co
 OUTPUT/model/                                       the result
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -59,6 +61,8 @@ STAGES: dict[str, type[Stage]] = {
     )
 }
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
+LOCK_FILE = ".lock"
+LONGEST_WAIT = timedelta(hours=6)  # while one process annotates, the others wait
 DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "steps",
@@ -102,9 +106,16 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
-    state = PartialState()
+    state = PartialState(timeout=LONGEST_WAIT)
     on_main(lambda: open_folder(output, recipe))
-    corpus = read_corpus(recipe)
+    held = lock(output) if state.is_main_process else contextlib.nullcontext()
+    with held:
+        return run_stages(recipe, settings, stage, output)
+
+
+def run_stages(recipe: Recipe, settings: dict[str, Any], stage: str | None, output: Path) -> Path:
+    """What `train` does once the folder is its own."""
+    state, corpus = PartialState(), read_corpus(recipe)
     on_main(lambda: describe_data(output, corpus))
     previous = start_folder(recipe, corpus, output)
     for key in settings:
@@ -144,6 +155,9 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         refuse_unknown(values, known, f"stages.{key}")
         chosen = {**DEFAULTS, **recipe.training, **values}
         settings = build(kind.Settings, {k: v for k, v in chosen.items() if k in own}, f"stages.{key}")
+        for name, value in chosen.items():
+            if value is False and name.endswith("_strategy"):
+                chosen[name] = "no"  # which YAML reads as false
         passed = {
             name: convert(arguments[name].type, value, f"stages.{key}: {name}")
             for name, value in chosen.items()
@@ -164,6 +178,26 @@ def arguments_class(trainer: str) -> type[TrainingArguments]:
     from trl import SFTConfig
 
     return SFTConfig
+
+
+@contextlib.contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Keep a run's folder from being trained in twice at once; the system lets go of it however a process ends.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(output / LOCK_FILE, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{output}: another process is training there; wait for it, or end it") from error
+        yield
 
 
 def stage_folder(output: Path, key: str) -> Path:
@@ -209,7 +243,7 @@ def open_folder(output: Path, recipe: Recipe) -> None:
                 f"It differs in {'; '.join(lines)}"
             )
         return
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no run: choose another output")
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "environment.json", environment())
@@ -295,6 +329,9 @@ def run_stage(
     last = checkpoints(folder)
     if not last:
         on_main(lambda: (folder / STEPS_FILE).unlink(missing_ok=True))
+    state = PartialState()
+    if not state.distributed_type.name.startswith(("FSDP", "DEEPSPEED")) and getattr(own, "method", "") != "qlora":
+        model.to(state.device)  # the stage's start and annotation run the model before the trainer does
     for name in own.data:
         if name in recipe.annotations:
             on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
@@ -309,6 +346,7 @@ def run_stage(
     model = stage.prepare(model)
     trainer_class = StageTrainer if own.trainer == "trainer" else sft_trainer_class()
     collator = stage.collator()
+    collator.skip_errors = recipe.data.on_error == "skip"
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -324,8 +362,9 @@ def run_stage(
     result = trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
     metrics = {**result.metrics, **(trainer.evaluate() if len(validation) else {})}
     model = stage.finish(trainer.accelerator.unwrap_model(trainer.model))
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    on_main(lambda: finish_stage(folder, model, processor, state, metrics))
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    on_main(lambda: finish_stage(folder, model, processor, weights, metrics))
 
 
 def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:

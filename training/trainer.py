@@ -109,7 +109,7 @@ class StageTrainer(Trainer):
         outputs = model(**inputs, loss_counts=self.counts)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
-            parts = {name: float(outputs[name]) for name in LOSSES if outputs.get(name) is not None}
+            parts = {name: outputs[name].item() for name in LOSSES if outputs.get(name) is not None}
             raise NotFiniteError(
                 f"stage {self.stage.folder}, step {self.state.global_step + 1}: the loss is {float(loss)} ({parts}); "
                 f"the batch holds {', '.join(files)}. The last checkpoint is untouched"

@@ -192,7 +192,7 @@ class MedSightModel(MedSightPreTrainedModel):
             torch_compilable_check(~placeholders.any(), "the text has image placeholders but no images were given")
             if self.training:
                 # Every trained parameter stays in the graph, as in `_mask_loss`, also where a batch has no images.
-                nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
+                nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size, dtype=self.vision_tower.dtype)
                 inputs_embeds = inputs_embeds + 0 * self.vision_to_text_projector(nothing).sum()
 
         outputs = self.language_model(

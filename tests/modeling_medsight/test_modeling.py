@@ -412,7 +412,11 @@ def test_perceiver_losses_are_what_they_say(config: MedSightConfig) -> None:
     regions = output.region_features
     targets = inputs["mask_labels"], inputs["class_labels"]
     stages = [*(regions.auxiliary_logits or []), regions]
-    losses = [model.perceiver_loss(s["masks_queries_logits"], s["class_queries_logits"], *targets) for s in stages]
+    pairs = model.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, *targets)[1]
+    losses = [
+        model.perceiver_loss(stage["masks_queries_logits"], stage["class_queries_logits"], *targets, pairs)
+        for stage in stages
+    ]
     torch.testing.assert_close(output.perceiver_loss, torch.stack([loss for loss, _ in losses]).mean())
     expected = F.cross_entropy(regions.group_logits, inputs["group_labels"])
     torch.testing.assert_close(output.group_loss, expected)

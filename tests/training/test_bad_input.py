@@ -142,6 +142,23 @@ def test_a_conversation_that_is_too_long_is_named_and_not_cut(data: Path, tmp_pa
         train(recipe)
 
 
+def test_too_long_conversations_are_left_out_on_request(data: Path, tmp_path: Path) -> None:
+    from configuration_medsight import MedSightConfig
+    from medsight.training.data.collators import ConversationCollator
+    from tests.tiny_checkpoint import tiny_processor
+
+    collator = ConversationCollator(tiny_processor(MedSightConfig.from_preset("tiny")), max_length=60)
+    collator.skip_errors = True
+    words = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]
+    long = [words[0], {"role": "assistant", "content": "No. " * 30}]
+    samples = [
+        {"messages": messages, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
+        for messages, name in ((words, "short"), (long, "long"))
+    ]
+    batch = collator(samples)
+    assert batch["files"] == ["short"] and collator.skipped == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from medsight.predict import Predictor
 from medsight.training.recipe import load_recipe
-from medsight.training.run import STAGES, train
+from medsight.training.run import STAGES, lock, train
 from medsight.training.trainer import StageTrainer, checkpoints
 from tests.training.tiny_run import only, steps_of, tiny_recipe, tiny_values
 
@@ -41,7 +42,7 @@ def test_a_run_ends_in_a_folder_that_answers(unbroken: Path, drawn_data: Path) -
     prediction = Predictor(unbroken / "model")(next(drawn_data.rglob("0_CT_torso.png")), "Segment the liver.")
     assert prediction.prompt == "Segment the liver."
     assert sorted(path.name for path in unbroken.iterdir()) == [
-        *("annotations", "data.json", "environment.json", "model", "recipe.yaml", "stages")
+        *(".lock", "annotations", "data.json", "environment.json", "model", "recipe.yaml", "stages")
     ]
     assert not list(unbroken.rglob("*.bin")) and not list(unbroken.rglob(".saving*"))
 
@@ -152,10 +153,20 @@ def test_a_run_stopped_in_every_stage_gives_the_losses_of_an_unbroken_one(
 
 
 def test_a_finished_run_is_recognised(unbroken: Path, drawn_data: Path, capsys: pytest.CaptureFixture) -> None:
-    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
+    def times() -> dict[Path, int]:
+        files = [path for path in unbroken.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     train(tiny_recipe(drawn_data, unbroken))
     assert "3a_codebook is finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()} == before
+    assert times() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_a_folder_is_not_trained_in_twice_at_once(unbroken: Path, drawn_data: Path) -> None:
+    with lock(unbroken), pytest.raises(ValueError, match="another process is training there"):
+        train(tiny_recipe(drawn_data, unbroken))
 
 
 def test_stages_run_one_by_one_in_their_order(drawn_data: Path, tmp_path: Path) -> None:

@@ -17,12 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 class Collator:
-    """Leaves out skipped samples, counting and logging each."""
+    """Leaves out skipped samples, counting and logging each.
+
+    Attributes:
+        skip_errors: leave out, too, a sample that no batch can hold; otherwise it is an error.
+        skipped: how many were left out.
+    """
 
     def __init__(self) -> None:
+        self.skip_errors = False
         self.skipped = 0
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        samples = [sample if isinstance(sample, Skipped) else self._ready(sample) for sample in samples]
         kept = [sample for sample in samples if not isinstance(sample, Skipped)]
         for sample in samples:
             if isinstance(sample, Skipped):
@@ -32,7 +39,20 @@ class Collator:
             raise ValueError(f"every item of a batch is broken; the last: {samples[-1].reason}")
         return {**self.collate(kept), "files": [sample["file"] for sample in kept]}
 
+    def _ready(self, sample: dict[str, Any]) -> dict[str, Any] | Skipped:
+        try:
+            return self.ready(sample)
+        except ValueError as error:
+            if not self.skip_errors:
+                raise
+            return Skipped(str(error))
+
+    def ready(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """What is done to a sample alone; raises ValueError for one that no batch can hold."""
+        return sample
+
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of at least one sample."""
         raise NotImplementedError
 
 
@@ -102,8 +122,11 @@ class ConversationCollator(Collator):
             raise ValueError(f"{name}: the conversation has {len(ids)} tokens, more than max_length={self.max_length}")
         return ids, spoken
 
+    def ready(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, "encoded": self.encode(sample["messages"], sample["file"])}
+
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        encoded = [self.encode(sample["messages"], sample["file"]) for sample in samples]
+        encoded = [sample["encoded"] for sample in samples]
         shape = (len(samples), max(len(ids) for ids, _ in encoded))
         batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.tokenizer.pad_token_id),
