@@ -106,7 +106,7 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
-    state = PartialState(timeout=LONGEST_WAIT)
+    state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
     on_main(lambda: open_folder(output, recipe))
     held = lock(output) if state.is_main_process else contextlib.nullcontext()
     with held:
