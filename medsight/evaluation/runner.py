@@ -178,12 +178,12 @@ def answer_items(
     processes.wait()
     done = {prediction.id for _, prediction in _written(output)}
     processes.wait()  # nobody writes before everybody has read
-    todo = [item for item in items if item.id not in done]
-    mine = todo[processes.rank :: processes.count]
+    unanswered = [item for item in items if item.id not in done]
+    mine = unanswered[processes.rank :: processes.count]
     path = merged if processes.count == 1 else output / PART.format(processes.rank)
     bar = tqdm(
         total=len(items),
-        initial=len(items) - len(todo),
+        initial=len(items) - len(unanswered),
         unit="row",
         desc="answering",
         disable=not progress or processes.rank > 0,

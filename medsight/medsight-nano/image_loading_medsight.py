@@ -40,7 +40,9 @@ def load_image(source: str | os.PathLike) -> Image.Image:
         ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
-    name = _shorten(os.fspath(source)) or "the empty path"
+    # A path is named whole, however long; a base64 string is not.
+    text = os.fspath(source)
+    name = (text if isinstance(source, os.PathLike) or os.path.exists(text) else _shorten(text)) or "the empty path"
     opened = _open(source, name)
     frames = getattr(opened, "n_frames", 1)
     if frames > 1 and opened.format != "MPO":

@@ -1,6 +1,7 @@
 """From a file, a Pillow image of any mode or an array of any type to 8-bit pixels, or to an error with a name."""
 
 import base64
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -246,3 +247,12 @@ def test_the_limit_of_size_holds_for_arrays_too() -> None:
 def test_a_bad_image_is_refused_by_its_place_in_the_batch(image: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MedSightImageProcessor(size=28)([Image.new("RGB", (8, 8)), image], return_tensors="pt")
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_long_path_is_named_whole(tmp_path: Path, kind: type) -> None:
+    folder = tmp_path / ("x" * 100) / ("y" * 100)
+    folder.mkdir(parents=True)
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=re.escape(str(folder / "broken.png"))):
+        load_image(kind(folder / "broken.png"))
