@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from medsight.cli import main
 from medsight.convert import convert
 from medsight.state_dict_adapter import LAYOUTS, to_ours, to_theirs
+from tests.medsight.published_files import read_published
 
 
 FILES = ("region_perceiver", "codebook", "image_encoder")
@@ -31,7 +32,7 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
         change(tensors)
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
         return
-    content = torch.load(path, weights_only=False)
+    content = read_published(path)
     change(content["model"] if "model" in content else content["state_dict"])
     torch.save(content, path)
 
@@ -181,7 +182,7 @@ def test_all_problems_come_in_one_error(published_copy: Any, tmp_path: Path) -> 
 
 def test_an_unknown_entry_beside_the_weights_is_named(published_copy: Any, tmp_path: Path) -> None:
     path = published_copy.folder / "codebook.pt"
-    torch.save({**torch.load(path, weights_only=False), "ema": {"a": torch.ones(1)}}, path)
+    torch.save({**read_published(path), "ema": {"a": torch.ones(1)}}, path)
     assert_refused(published_copy, tmp_path / "out", f"{path}: entry 'ema' is unexpected")
 
 
@@ -395,7 +396,7 @@ def test_the_table_reads_the_same_in_both_directions(published: Any, kind: str) 
     if kind == "llm":
         names = list(load_file(published.llm / "model.safetensors"))
     else:
-        content = torch.load(published.folder / f"{kind}.pt", weights_only=False)
+        content = read_published(published.folder / f"{kind}.pt")
         names = list(content.get("model") or content["state_dict"])
     for name in names:
         ours = to_ours(kind, name)

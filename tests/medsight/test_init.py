@@ -40,6 +40,7 @@ from transformers import (
 from medsight.cli import main
 from medsight.init import init
 from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
+from tests.medsight.published_files import read_published
 
 
 NAMES = ["CT abdomen", "MRI brain", "breast ultrasound"]
@@ -225,7 +226,7 @@ def test_a_clip_file_gives_the_encoder_that_it_was_written_from(
 
 def test_a_damaged_clip_file_is_refused(published_copy: Any, qwen3: Path, groups: Path, tmp_path: Path) -> None:
     path = published_copy.folder / "image_encoder.pt"
-    content = torch.load(path, weights_only=False)
+    content = read_published(path)
     del content["state_dict"]["module.visual.ln_post.bias"]
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"image_encoder\.pt: module\.visual\.ln_post\.bias is missing"):

@@ -241,3 +241,15 @@ def test_stage_4_by_adapters_and_under_trl(
     assert [part for part in parts if not any(part in name for name in changed)] == []
     assert any("norm" in name for name in changed) == (method == "full")
     assert {"lm_loss", "mask_loss"} <= steps_of(tmp_path / "run", "4_unified")[0].keys()
+
+
+def test_stage_2_under_trl(unbroken: Path, drawn_data: Path, tmp_path: Path) -> None:
+    changes = {"stages": {**only("vision_to_text"), "vision_to_text": {"trainer": "sft", "max_steps": 2}}}
+    values = tiny_values(drawn_data, tmp_path / "run", **changes)
+    folder = unbroken / "stages" / "1_perceiver" / "model"
+    values["model"] = {"folder": str(folder)}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    before, after = weights(folder), weights(train(load_recipe(path)))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if name.startswith(TRAINED["2_vision_to_text"])}
