@@ -43,7 +43,7 @@ $(VENV)/.installed: setup.py pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV) (once) ..."
-	@$(PIP) --editable '.[dev,train,eval,medical]'
+	@$(PIP) --editable '.[app,dev,eval,jpeg,medical,train]'
 	@$(PIP) --no-deps dashscope || echo "note: dashscope is not to be had here; tests on Qwen3's own vocabulary will be skipped"
 	@touch $@
 

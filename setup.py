@@ -10,10 +10,11 @@ ROOT = Path(__file__).resolve().parent
 METRICS = [f"medsight.metrics.{name}" for name in ("medical_vqa", "mask_dice", "region_codes")]
 PACKAGES = [
     *("configuration_medsight", "modeling_medsight", "processing_medsight"),
-    *("medsight", "medsight.evaluation", "medsight.metrics", *METRICS),
+    *("medsight", "medsight.app", "medsight.evaluation", "medsight.export", "medsight.hub", "medsight.metrics"),
+    *METRICS,
 ]
 # `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.
-TRAINING = ["medsight.training", "medsight.training.data"]
+TRAINING = ["medsight.training", "medsight.training.baselines", "medsight.training.data"]
 
 version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
 if version is None:
@@ -30,6 +31,10 @@ runtime = [
     "scipy>=1.11",
     "numpy>=1.26",
     "pillow>=11",
+    "jinja2>=3.1",
+    "rich>=13",
+    "tqdm>=4.60",
+    "typer>=0.15",
 ]
 extras = {
     "train": [
@@ -38,17 +43,23 @@ extras = {
         "peft>=0.18",
         "pyyaml>=6",
         "tensorboard>=2.16",
-        "tqdm>=4.60",
         "trl>=1.0",
     ],
     "eval": [
-        *("evaluate>=0.4.6", "datasets>=4.7", "pyyaml>=6", "tqdm>=4.60", "accelerate>=1.10", "jinja2>=3.1"),
+        *("evaluate>=0.4.6", "datasets>=4.7", "pyyaml>=6", "accelerate>=1.10"),
         *("pycocotools>=2.0.10", "segmentationmetrics>=1.2,<2", "scipy>=1.11,<2"),
     ],
-    "medical": ["pydicom>=3.0", "nibabel>=5.2"],
-    "app": ["gradio>=6"],
+    "medical": [
+        *("pydicom>=3.0", "nibabel>=5.2", "highdicom>=0.26", "contourpy>=1.3", "pycocotools>=2.0.10"),
+        *("pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.3"),
+    ],
+    "jpeg": ["pylibjpeg-libjpeg>=2.1"],  # lossless and 12-bit JPEG in DICOM; under the GPL, so by itself
+    "app": ["gradio>=6.31,<7"],
     "demo": ["mahotas>=1.4.13"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"],
+    "dev": [
+        *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"),
+        *("SimpleITK>=2.4", "playwright>=1.50"),
+    ],
 }
 
 setup(
@@ -62,7 +73,10 @@ setup(
     packages=PACKAGES + TRAINING,
     package_dir={"medsight.training": "training"},
     package_data={
+        "configuration_medsight": ["hub_card.md"],
         "medsight": ["medsight-nano/*"],
+        "medsight.app": ["*.css"],
+        "medsight.hub": ["*.yaml"],
         "medsight.evaluation": ["*.yaml", "*.jinja"],
         **{name: ["README.md", "requirements.txt"] for name in METRICS},
         "medsight.training": ["configs/*.yaml", "configs/ablations/*.yaml", "accelerate/*.yaml"],

@@ -2,7 +2,8 @@
 
 The loader of remote code copies, flat, the modules that `auto_map` names and what they import relatively. In the
 packages, modules of one folder import each other relatively and of another folder absolutely; in a checkpoint folder
-all lie side by side, so absolute imports of our packages are rewritten to relative ones.
+all lie side by side, so absolute imports of our packages are rewritten to relative ones. The loader takes no other
+files along, so the model card's template is written into its module.
 """
 
 import inspect
@@ -24,6 +25,7 @@ AUTO_MAP = {
 _OWN_IMPORT = re.compile(
     r"^(\s*)from (?:configuration|modeling|processing)_medsight\.(\w+_medsight) import", flags=re.MULTILINE
 )
+_TEMPLATE = re.compile(r'^TEMPLATE = (Path\(__file__\)\.with_name\("(\w+\.md)"\).*)$', flags=re.MULTILINE)
 
 
 def write_remote_code(save_directory: str | os.PathLike) -> None:
@@ -36,6 +38,10 @@ def write_remote_code(save_directory: str | os.PathLike) -> None:
     for folder in _source_folders():
         for source in sorted(folder.glob("*_medsight.py")):
             text = _OWN_IMPORT.sub(r"\1from .\2 import", source.read_text(encoding="utf-8"))
+            template = _TEMPLATE.search(text)
+            if template:
+                content = (folder / template[2]).read_text(encoding="utf-8")
+                text = text.replace(template[1], f"r'''{content}'''")
             if source.resolve() != (target / source.name).resolve():
                 (target / source.name).write_text(text, encoding="utf-8")
 

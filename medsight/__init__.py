@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .predict import Predictor
     from .prediction import Prediction
+    from .predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Prediction", "Predictor", "__version__"]
@@ -23,7 +23,7 @@ __all__ = ["Prediction", "Predictor", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "Predictor":
-        from .predict import Predictor
+        from .predictor import Predictor
 
         return Predictor
     if name == "Prediction":

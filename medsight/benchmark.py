@@ -1,48 +1,44 @@
 """Makes benchmarks: `medsight benchmark build-diagseg`."""
 
-import argparse
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medsight.console import Json, results
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the subcommands of `medsight benchmark`."""
-    from medsight.evaluation.diagseg import QUESTION
+def build_diagseg(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Set, or folder of sets, in BiomedParse's layout.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Output folder, new or empty.")],
+    table: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Diagnoses: CSV with the columns image and diagnosis, or JSON lines  [default: what the data says].",
+        ),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Asked of every item  [default: for the diagnosis and its mask]."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make diagnose-then-segment items from test images with masks and a table of diagnoses.
 
-    subparsers = parser.add_subparsers(dest="benchmark_command", metavar="COMMAND", required=True)
-    summary = "make diagnose-then-segment items from test images with masks and a table of diagnoses"
-    build = subparsers.add_parser("build-diagseg", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    build.epilog = (
-        "Only patients all of whose images are test images. The output folder's README.md says what was made."
-    )
-    build.add_argument("path", metavar="PATH", help="set, or folder of sets, in BiomedParse's layout")
-    build.add_argument("--output", required=True, metavar="DIR", help="output folder, new or empty")
-    build.add_argument(
-        "--table",
-        metavar="FILE",
-        help="diagnoses: CSV with the columns image and diagnosis, or JSON lines (default: what the data itself says)",
-    )
-    build.add_argument("--question", default=QUESTION, metavar="TEXT", help="asked of every item")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Runs a subcommand of `medsight benchmark`.
-
-    Raises:
-        OSError, ValueError: see `medsight.evaluation.diagseg.build`; nothing is written then.
+    Only patients all of whose images are test images. The output folder's README.md says what was made.
     """
-    from pathlib import Path
+    from medsight.evaluation.diagseg import QUESTION, build
 
-    from medsight.evaluation.diagseg import build
-
-    if not args.question.strip():
+    asked = QUESTION if question is None else question
+    if not asked.strip():
         raise ValueError("--question is empty; ask for a diagnosis")
-    table = None if args.table is None else Path(args.table)
-    try:
-        counts = build(Path(args.path), Path(args.output), table, args.question)
-    except ModuleNotFoundError as error:
-        if error.name not in ("datasets", "yaml", "pyarrow"):
-            raise
-        raise ValueError(f"the package {error.name!r} is not installed: pip install 'medsight[eval]'") from error
-    for reason, count in sorted(counts.items()):
-        if reason != "items":
-            print(f"left out, {reason}: {count:,}")
-    print(f"Written to {args.output}/: {counts['items']:,} items, README.md")
+    with results(as_json) as out:
+        counts = build(Path(path), Path(output), None if table is None else Path(table), asked)
+        left_out = {reason: count for reason, count in sorted(counts.items()) if reason != "items"}
+        lines = [f"left out, {reason}: {count:,}" for reason, count in left_out.items()]
+        lines.append(f"Written to {output}/: {counts['items']:,} items, README.md")
+        out.show({"folder": output, "items": counts["items"], "left_out": left_out}, "\n".join(lines))
+
+
+commands = {"build-diagseg": build_diagseg}

@@ -1,6 +1,8 @@
-"""Finds a checkpoint folder and checks that it is whole before anything is loaded from it."""
+"""Finds a checkpoint folder, checks that it is whole before anything is loaded from it, and loads it."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ MODEL_TYPE = "medsight"
 SHIPPED_FOLDER = Path(__file__).resolve().parent / "medsight-nano"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CODES_FILE = "region_codes.json"
 
 
 def shipped_checkpoint() -> Path:
@@ -103,3 +106,72 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """One hash of the names, sizes and contents of `files`, in their order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            while chunk := content.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """One hash of all that decides on answers: weights, configuration, tokenizer and processor settings."""
+    settings = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja") and path.name != CODES_FILE]
+    return sha256_of(sorted({*weight_files(folder), *settings}))
+
+
+def choose_device(device: str) -> Any:
+    """The torch device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: expected auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this machine or this torch has no CUDA; use cpu")
+    return chosen
+
+
+def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """The model and processor of a checked checkpoint folder, by this package's own classes, offline.
+
+    Raises:
+        ValueError: files of the processor are missing or damaged, or weights and configuration do not belong together.
+    """
+    from modeling_medsight import MedSightForConditionalGeneration
+    from processing_medsight import MedSightProcessor
+
+    try:
+        processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model folder {folder}: its processor cannot be loaded ({reason})") from error
+    # Mismatches are let through here to be reported below, with the name of a weight.
+    model, loaded = MedSightForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loaded[kind]:
+            first = min(entry if isinstance(entry, str) else entry[0] for entry in loaded[kind])
+            raise ValueError(
+                f"model folder {folder}: its weights do not fit its config.json ({len(loaded[kind])} "
+                f"{kind.replace('_', ' ')}, first: {first}); convert or copy it again"
+            )
+    return model, processor

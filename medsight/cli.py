@@ -1,83 +1,154 @@
-"""The `medsight` command: one subcommand a module, each with `add_arguments(parser)` and `run(args)`.
+"""The `medsight` command. A verb is a module with a function `command`, or a table `commands` of subcommands.
 
-Only the module of the subcommand that was asked for is imported, so `medsight --help` is instant.
+Only the module of the verb that was asked for is imported, so `medsight --help` is instant.
 Exit status: 0 done, 1 the command refused or failed (one message on standard error), 2 wrong usage, 130 interrupted.
 MEDSIGHT_DEBUG=1 shows the traceback of an error as well.
 """
 
-import argparse
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, Any, NamedTuple
+
+import typer
+import typer.core
+import typer.main
 
 from medsight import __version__
+from medsight.console import printable
 
 
-COMMANDS = {
-    "predict": ("medsight.predict", "answer a prompt about an image, with a mask for every region the answer cites"),
-    "evaluate": ("medsight.evaluate", "score a checkpoint, or saved predictions, on a benchmark by named protocols"),
-    "compare": ("medsight.compare", "paired differences between two evaluations over the same rows"),
-    "codes": ("medsight.codes", "which structures each region code stands for, with a contact sheet a code"),
-    "benchmark": ("medsight.benchmark", "make a benchmark from images with masks"),
-    "train": ("medsight.train", "train a model by a recipe, through all stages, going on where a run stopped"),
-    "convert": ("medsight.convert", "turn published checkpoint files into one folder that loads anywhere"),
-    "init": ("medsight.init", "assemble a fresh model from a language model, an image encoder and a groups file"),
-    "data": ("medsight.data", "check training data, or write grounded conversations from images with masks"),
+class Verb(NamedTuple):
+    """A verb: its module, what the list of verbs says of it, and the extra of the package that it needs."""
+
+    module: str
+    summary: str
+    extra: str | None = None
+
+
+VERBS = {
+    "predict": Verb("medsight.predict", "Answer a prompt about images, with a mask a region.", "medical"),
+    "chat": Verb("medsight.chat", "Talk about an image, turn by turn, with masks as they come.", "medical"),
+    "info": Verb("medsight.info", "Say what a checkpoint folder, an image or a volume is.", "medical"),
+    "app": Verb("medsight.serve", "Open a web page to ask about images.", "app"),
+    "evaluate": Verb("medsight.evaluate", "Score a checkpoint, or saved predictions, on a benchmark.", "eval"),
+    "compare": Verb("medsight.compare", "Show paired differences between two evaluations.", "eval"),
+    "codes": Verb("medsight.codes", "Find out which structures each region code stands for.", "eval"),
+    "benchmark": Verb("medsight.benchmark", "Make a benchmark from images with masks.", "eval"),
+    "train": Verb("medsight.train", "Train by a recipe, going on where a run stopped.", "train"),
+    "data": Verb("medsight.data", "Check training data, or turn masks into conversations.", "train"),
+    "init": Verb("medsight.init", "Assemble a fresh model from pretrained parts."),
+    "convert": Verb("medsight.convert", "Turn published checkpoint files into one folder."),
+    "push": Verb("medsight.push", "Put a checkpoint folder on the Hub."),
 }
+# Packages of the extras: one of them missing is an installation to complete, any other missing module a defect.
+OPTIONAL_PACKAGES = frozenset(
+    """
+    accelerate datasets evaluate gradio highdicom jinja2 nibabel peft pyarrow pycocotools pydicom segmentationmetrics
+    tensorboard tqdm trl yaml
+    """.split()
+)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports wrong usage in one line, as every other error is reported."""
+class LazyVerbs(typer.core.TyperGroup):
+    """The verbs: listed by their summaries alone, imported when one of them is resolved."""
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"medsight: error: {message} (see {self.prog} --help)\n")
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load_verb(str(name)), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # The reader of our output went away (`medsight … | head`): there is nobody left to say anything to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except ImportError as error:
+            raise typer.Exit(report(error, missing_package(error, str(ctx.invoked_subcommand)))) from error
+        except (ValueError, OSError) as error:
+            raise typer.Exit(report(error, describe(error))) from error
+        except KeyboardInterrupt:
+            print("medsight: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser of all subcommands; only `command`, where given, is imported and gets its arguments."""
-    parser = OneLineParser(
-        prog="medsight", description="MedSIGHT: a medical vision-language model that answers in words and in masks."
-    )
-    parser.add_argument("--version", action="version", version=f"medsight {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name == command:
-            importlib.import_module(module_name).add_arguments(subparser)
-    return parser
+def load_verb(name: str) -> Any:
+    """The command of a verb, or the group of its subcommands; imports its module."""
+    module = importlib.import_module(VERBS[name].module)
+    app = typer.Typer(help=VERBS[name].summary, add_completion=False, rich_markup_mode=None)
+    if hasattr(module, "command"):
+        app.command(name)(module.command)
+    else:
+        app.callback()(lambda: None)  # what makes a group also of a single subcommand
+        for subcommand, function in module.commands.items():
+            app.command(subcommand)(function)
+    return typer.main.get_command(app)
+
+
+def build() -> Any:
+    """The command `medsight` with all its verbs."""
+    # Plain help: rich's costs a third of a second and reads [C0_16] as markup.
+    app = typer.Typer(cls=LazyVerbs, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+
+    @app.callback(epilog="`medsight VERB --help` says more. Not a medical device.")
+    def medsight(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        """MedSIGHT: a medical vision-language model that answers in words and in masks."""
+
+    for name, verb in VERBS.items():
+        app.command(name, help=verb.summary)(lambda: None)
+    return typer.main.get_command(app)
+
+
+def show_version(asked: bool) -> None:
+    """Prints the version and ends, if it was asked for."""
+    if asked:
+        print(f"medsight {__version__}")
+        raise typer.Exit()
+
+
+def report(error: Exception, message: str) -> int:
+    """Prints a message on standard error, after the traceback if it was asked for; the exit status of a failure."""
+    if os.environ.get("MEDSIGHT_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"medsight: error: {printable(message)}", file=sys.stderr)
+    return 1
 
 
 def describe(error: Exception) -> str:
     """The message of an error; a missing file reads 'FILE: No such file or directory', without an errno."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
+def missing_package(error: ImportError, verb: str) -> str:
+    """What to install; a defect of our own is raised again."""
+    package = (error.name or "").partition(".")[0]
+    if package and package not in OPTIONAL_PACKAGES or VERBS[verb].extra is None:
+        raise error
+    return f'{verb} needs {package or "more packages"}: pip install "medsight[{VERBS[verb].extra}]"'
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand (`sys.argv` by default) and returns the exit status; wrong usage raises SystemExit(2)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    """Runs one verb (`sys.argv` by default) and returns the exit status."""
     try:
-        args = build_parser(command).parse_args(arguments)
-        importlib.import_module(COMMANDS[args.command][0]).run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output went away (`medsight … | head`): nothing is left to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        if os.environ.get("MEDSIGHT_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"medsight: error: {describe(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("medsight: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        status = build().main(arguments, prog_name="medsight", standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "medsight"
+        message = " ".join(error.format_message().split()).removesuffix(".")
+        print(f"medsight: error: {printable(message)} (see {where} --help)", file=sys.stderr)
+        return error.exit_code
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

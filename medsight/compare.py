@@ -1,30 +1,28 @@
 """Compares two evaluations over the same rows: `medsight compare`."""
 
-import argparse
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medsight.console import Json, results
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `medsight compare`."""
-    parser.epilog = "Both folders must come from the same benchmark, data, prompts and protocol."
-    parser.add_argument("a", metavar="A", help="output folder of medsight evaluate")
-    parser.add_argument("b", metavar="B", help="another one")
-    parser.add_argument(
-        "--output", metavar="FILE", help="write the differences as JSON too, also by modality and so on"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `medsight compare`.
-
-    Raises:
-        OSError, ValueError: see `medsight.evaluation.compare.compare`.
-    """
+def command(
+    a: Annotated[str, typer.Argument(metavar="A", help="Output folder of medsight evaluate.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the differences as JSON too, also by modality and so on.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show paired differences between two evaluations of the same benchmark, data, prompts and protocol."""
     from medsight.evaluation.compare import compare, comparison_text
     from medsight.evaluation.runner import write_json
 
-    result = compare(Path(args.a), Path(args.b), args.seed)
-    if args.output is not None:
-        write_json(Path(args.output), result)
-    print(comparison_text(result))
+    with results(as_json) as out:
+        result = compare(Path(a), Path(b), seed)
+        if output is not None:
+            write_json(Path(output), result)
+        out.show(result, comparison_text(result))

@@ -5,16 +5,18 @@
 Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
 """
 
-import argparse
 import json
 import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from medsight.checkpoint import read_json
+from medsight.console import Json, results
 from medsight.foreign_files import Source, merge
 from medsight.output_folder import check_output, staged_folder
 from medsight.published_tokenizer import load_published_tokenizer
@@ -29,46 +31,57 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 SHARD_SIZE = "5GB"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+IN_LLM = "[default: the copy in the language model's folder]"
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of all weights; auto is the language model's own."),
+]
+OverwriteCheckpoint = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder if it holds a checkpoint.")
+]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `medsight convert`."""
-    copies = "; by default, the copy in the language model's folder"
-    parser.add_argument("--llm", required=True, metavar="DIR", help="the published language model's folder")
-    parser.add_argument("--region-perceiver", metavar="FILE", help=f"region_perceiver.pt{copies}")
-    parser.add_argument("--codebook", metavar="FILE", help=f"codebook.pt{copies}")
-    parser.add_argument(
-        "--image-encoder", metavar="FILE", help=f"OpenAI- or OpenCLIP-layout CLIP weights, .pt{copies}"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--groups", metavar="FILE", help="names of the code groups: a JSON list, or a line a group")
-    parser.add_argument(
-        "--vision-feature-layer",
-        type=int,
-        metavar="N",
-        help="hidden state of the image encoder to read, -2 or -1; by default mm_vision_select_layer of config.json",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of all weights; by default, the language model's own"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it holds a checkpoint")
+def command(
+    llm: Annotated[str, typer.Option(metavar="DIR", help="The published language model's folder.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
+    region_perceiver: Annotated[
+        str | None, typer.Option(metavar="FILE", help=f"region_perceiver.pt  {IN_LLM}.")
+    ] = None,
+    codebook: Annotated[str | None, typer.Option(metavar="FILE", help=f"codebook.pt  {IN_LLM}.")] = None,
+    image_encoder: Annotated[
+        str | None, typer.Option(metavar="FILE", help=f"OpenAI- or OpenCLIP-layout CLIP weights, .pt  {IN_LLM}.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or a line a group.")
+    ] = None,
+    vision_feature_layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Hidden state of the image encoder to read, -2 or -1  [default: what config.json says].",
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    overwrite: OverwriteCheckpoint = False,
+    as_json: Json = False,
+) -> None:
+    """Turn published checkpoint files into one folder that loads anywhere.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `medsight convert`."""
-    config = convert(
-        args.llm,
-        args.region_perceiver,
-        args.codebook,
-        args.image_encoder,
-        args.output,
-        groups=args.groups,
-        vision_feature_layer=args.vision_feature_layer,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-    )
-    print(f"{args.output}: {describe(config)}")
+    Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
+    """
+    with results(as_json) as out:
+        config = convert(
+            llm,
+            region_perceiver,
+            codebook,
+            image_encoder,
+            output,
+            groups=groups,
+            vision_feature_layer=vision_feature_layer,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")
 
 
 def convert(
@@ -194,14 +207,28 @@ def write_checkpoint(
         processor.save_pretrained(folder)
 
 
+def sizes(config: "MedSightConfig") -> dict[str, Any]:
+    """The sizes that tell models apart."""
+    text, vision = config.text_config, config.vision_config
+    return {
+        "language_model": {"type": text.model_type, "width": text.hidden_size, "layers": text.num_hidden_layers},
+        "image_encoder": {"type": vision.model_type, "width": config.vision_hidden_size, "pixels": config.image_size},
+        "region_queries": config.num_region_queries,
+        "perceiver_stages": config.perceiver_num_stages,
+        "groups": config.num_groups,
+        "codes_per_group": config.codes_per_group,
+    }
+
+
 def describe(config: "MedSightConfig") -> str:
     """One line about a model's sizes."""
-    text, vision = config.text_config, config.vision_config
+    size = sizes(config)
+    text, vision = size["language_model"], size["image_encoder"]
     return (
-        f"{text.model_type} language model (width {text.hidden_size}, {text.num_hidden_layers} layers), "
-        f"{vision.model_type} image encoder (width {config.vision_hidden_size}, {config.image_size} px), "
-        f"{config.num_region_queries} region queries, {config.perceiver_num_stages} stages, "
-        f"{config.num_groups} groups of {config.codes_per_group} codes"
+        f"{text['type']} language model (width {text['width']}, {text['layers']} layers), "
+        f"{vision['type']} image encoder (width {vision['width']}, {vision['pixels']} px), "
+        f"{size['region_queries']} region queries, {size['perceiver_stages']} stages, "
+        f"{size['groups']} groups of {size['codes_per_group']} codes"
     )
 
 

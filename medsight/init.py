@@ -5,15 +5,18 @@
 Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are random.
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from medsight.checkpoint import read_json, weight_files
+from medsight.console import Json, results
 from medsight.convert import (
-    DTYPES,
+    Dtype,
+    OverwriteCheckpoint,
     Shapes,
     StrPath,
     clip_vision_config,
@@ -21,6 +24,7 @@ from medsight.convert import (
     find_problems,
     read_names,
     refuse_problems,
+    sizes,
     write_checkpoint,
 )
 from medsight.foreign_files import Source, merge
@@ -51,67 +55,67 @@ STATISTICS = {
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `medsight init`."""
-    parser.add_argument("--llm", required=True, metavar="DIR|NAME", help="a Qwen3, Qwen2 or Llama language model")
-    parser.add_argument(
-        "--image-encoder",
-        required=True,
-        metavar="DIR|NAME|FILE",
-        help="a CLIP, SigLIP, DINOv2, ResNet or ConvNeXt model, or an OpenAI- or OpenCLIP-layout CLIP file (.pt)",
-    )
-    parser.add_argument(
-        "--groups", required=True, metavar="FILE", help="names of the code groups: a JSON list, or a line a group"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--codes-per-group", type=int, default=32, metavar="M", help="codes a group (default: 32)")
-    parser.add_argument("--code-dim", type=int, default=64, metavar="N", help="width of a code (default: 64)")
-    parser.add_argument("--num-queries", type=int, default=20, metavar="N", help="region queries (default: 20)")
-    parser.add_argument(
-        "--num-stages", type=int, default=3, metavar="L", help="perceiver stages, each doubles the grid (default: 3)"
-    )
-    parser.add_argument("--mask-classes", metavar="FILE", help="names of the mask classes, as in --groups")
-    parser.add_argument(
-        "--vision-feature-layer",
-        type=int,
-        default=-2,
-        metavar="N",
-        help="hidden state of the encoder to read; of a convolutional one, the stage (default: -2)",
-    )
-    parser.add_argument("--image-size", type=int, metavar="PX", help="side of the input; by default the encoder's own")
-    parser.add_argument(
-        "--activation",
-        choices=("quick_gelu", "gelu"),
-        default="quick_gelu",
-        help="of an encoder read from a .pt file, which does not tell (default: quick_gelu)",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of all weights; by default, the language model's own"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it holds a checkpoint")
+def command(
+    llm: Annotated[str, typer.Option(metavar="DIR|NAME", help="A Qwen3, Qwen2 or Llama language model.")],
+    image_encoder: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|NAME|FILE",
+            help="A CLIP, SigLIP, DINOv2, ResNet or ConvNeXt model, or an OpenAI- or OpenCLIP-layout CLIP file (.pt).",
+        ),
+    ],
+    groups: Annotated[
+        str, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or a line a group.")
+    ],
+    output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
+    codes_per_group: Annotated[int, typer.Option(metavar="M", help="Codes a group.")] = 32,
+    code_dim: Annotated[int, typer.Option(metavar="N", help="Width of a code.")] = 64,
+    num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
+    num_stages: Annotated[
+        int, typer.Option(metavar="L", help="Perceiver stages, each of which doubles the grid.")
+    ] = 3,
+    mask_classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of the mask classes, as in --groups.")
+    ] = None,
+    vision_feature_layer: Annotated[
+        int,
+        typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage."),
+    ] = -2,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PX", help="Side of the input  [default: the encoder's own].")
+    ] = None,
+    activation: Annotated[
+        Literal["quick_gelu", "gelu"], typer.Option(help="Of an encoder read from a .pt file, which does not tell.")
+    ] = "quick_gelu",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random weights.")] = 0,
+    overwrite: OverwriteCheckpoint = False,
+    as_json: Json = False,
+) -> None:
+    """Assemble a fresh model from a language model, an image encoder and a groups file.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `medsight init`."""
-    config = init(
-        args.llm,
-        args.image_encoder,
-        args.groups,
-        args.output,
-        mask_classes=args.mask_classes,
-        activation=args.activation,
-        dtype=args.dtype,
-        seed=args.seed,
-        overwrite=args.overwrite,
-        codes_per_group=args.codes_per_group,
-        code_dim=args.code_dim,
-        num_region_queries=args.num_queries,
-        perceiver_num_stages=args.num_stages,
-        vision_feature_layer=args.vision_feature_layer,
-        image_size=args.image_size,
-    )
-    print(f"{args.output}: {describe(config)}")
+    Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are
+    random.
+    """
+    with results(as_json) as out:
+        config = init(
+            llm,
+            image_encoder,
+            groups,
+            output,
+            mask_classes=mask_classes,
+            activation=activation,
+            dtype=dtype,
+            seed=seed,
+            overwrite=overwrite,
+            codes_per_group=codes_per_group,
+            code_dim=code_dim,
+            num_region_queries=num_queries,
+            perceiver_num_stages=num_stages,
+            vision_feature_layer=vision_feature_layer,
+            image_size=image_size,
+        )
+        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")
 
 
 def init(

@@ -39,8 +39,15 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
                 f"mask {index + 1}: expected {image.width} x {image.height} pixels, as the image has, "
                 f"got {mask.shape[-1]} x {mask.shape[0]}"
             )
-    longer = max(image.size)
-    scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
+    return add_legend(draw_regions(image, masks, min(max(*image.size, MIN_SIDE), MAX_SIDE)), labels)
+
+
+def draw_regions(image: Image.Image, masks: Sequence[np.ndarray], longer_side: int) -> Image.Image:
+    """Draws `masks`, at the image's size, over an RGB `image` whose longer side becomes `longer_side` pixels.
+
+    An empty mask keeps its colour and number to itself.
+    """
+    scale = longer_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32).copy()
     drawn = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
@@ -55,7 +62,7 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
             pixels[mask & ~ndimage.binary_erosion(mask, iterations=line)] = PALETTE[index % len(PALETTE)]
     picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     number_regions(picture, drawn)
-    return add_legend(picture, labels)
+    return picture
 
 
 def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
@@ -77,10 +84,14 @@ def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
         canvas.text(center, text, fill="white", font=font, anchor="mm", stroke_width=2, stroke_fill="black")
 
 
-def add_legend(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
-    """The picture on a white sheet at least 512 pixels wide; below it a line a label, with its colour and number."""
+def add_legend(picture: Image.Image, labels: Sequence[str], note: str | None = None) -> Image.Image:
+    """The picture on a white sheet at least 512 pixels wide; below it a line a label, with its colour and number.
+
+    `note`, where given, is a last line of its own.
+    """
     font = ImageFont.load_default(FONT_SIZE)
     lines = [f"{index + 1}  {label}" for index, label in enumerate(labels)] or ["no region cited"]
+    lines += [note] if note else []
     width = max(picture.width, MIN_SIDE)
     sheet = Image.new("RGB", (width, picture.height + 2 * MARGIN + LINE_HEIGHT * len(lines)), "white")
     sheet.paste(picture, ((width - picture.width) // 2, 0))
@@ -88,7 +99,7 @@ def add_legend(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
     for index, line in enumerate(lines):
         middle = picture.height + MARGIN + LINE_HEIGHT * index + LINE_HEIGHT // 2
         left = MARGIN
-        if labels:
+        if index < len(labels):
             box = (MARGIN, middle - FONT_SIZE // 2, MARGIN + FONT_SIZE, middle + FONT_SIZE // 2)
             canvas.rectangle(box, fill=PALETTE[index % len(PALETTE)], outline="black")
             left += FONT_SIZE + MARGIN

@@ -1,236 +1,294 @@
-"""Answers a prompt about an image: `medsight predict`, and `Predictor` for Python."""
+"""Answers a prompt about images: `medsight predict`."""
 
-import argparse
-import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from medsight import __version__
+from medsight.answer_folder import ANSWER_FILE, check_answer_folder, read_answer, safe_name, save_answer
+from medsight.checkpoint import check_checkpoint, checkpoint_sha256, sha256_of, shipped_checkpoint
+from medsight.console import Device, Json, Overwrite, Results, note, printable, quiet_transformers, results
+from medsight.image_files import find_images, image_content
+from medsight.predictor import BATCH_SIZE, AnswerSettings, Predictor, Slice, read_slices, user_turn
 
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from medsight.prediction import Prediction
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-MAX_NEW_TOKENS = 256
+MANY_OUTPUT = "medsight-answers"
+NAMED_LEFT_OUT = 3  # of the files that are no images
+LISTED_FILES = 8
+
+Model = Annotated[str | None, typer.Option(metavar="DIR", help="Checkpoint folder  [default: the small one shipped].")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision; auto is the checkpoint's own.")
+]
+Window = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WINDOW", help="Grey levels shown: abdomen, lung, bone, brain, soft tissue, or CENTRE,WIDTH."
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")]
+AllowedGroups = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GROUPS", help="Cite only codes of these groups: names or numbers, commas between, or 'predicted'."
+    ),
+]
+ForceRegion = Annotated[bool, typer.Option("--force-region", help="Cite at least one region.")]
+Threshold = Annotated[float, typer.Option(metavar="P", help="Probability that makes a mask.")]
+Formats = Annotated[
+    str,
+    typer.Option(metavar="FORMATS", help="Of masks: some of png, coco, nifti, dicom-seg, rtstruct; commas between."),
+]
+Deidentify = Annotated[
+    bool, typer.Option("--deidentify", help="Write neither names nor ids, of patients or of files, into the output.")
+]
 
 
-class Predictor:
-    """A loaded checkpoint that answers prompts about images, one at a time.
+@dataclass(eq=False)
+class Job:
+    """An image to answer about.
 
-    Args:
-        model: checkpoint folder; the small one that comes with the package by default.
-        device: "auto" (a GPU where there is one), or a torch device such as "cpu" or "cuda:1".
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
-
-    Raises:
-        OSError: the folder or a file of it is missing.
-        ValueError: the folder is no complete MedSIGHT checkpoint, or the device or dtype is not to be had.
+    Attributes:
+        image: its file, or the folder of its series.
+        folder: where the answer goes.
+        expected: how many slices of it are asked about.
+        predictions: those made so far.
+        error: why there is no answer.
     """
 
-    def __init__(self, model: str | Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
-        from medsight.checkpoint import check_checkpoint, shipped_checkpoint
+    image: Path
+    folder: Path = Path()
+    expected: int = 0
+    predictions: "list[Prediction]" = field(default_factory=list)
+    error: Exception | None = None
 
-        folder = shipped_checkpoint() if model is None else Path(model)
-        check_checkpoint(folder)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-        self.device = choose_device(device)
-        self.model_name = folder.name if model is None else str(model)
-        self.model, self.processor = load_checkpoint(folder, dtype)
-        self.model.to(self.device).eval()
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that the image is read from."""
+        return sha256_of(image_content(self.image))
 
-    def __call__(
-        self,
-        image: "str | Path | Image.Image",
-        prompt: str,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        allowed_groups: str | Sequence[int | str] | None = None,
-        force_region: bool = False,
-        threshold: float = 0.5,
-    ) -> "Prediction":
-        """Answers `prompt` about `image`, decoding greedily.
 
-        Args:
-            image: an image file, or a PIL image.
-            prompt: the question or instruction.
-            max_new_tokens: the answer is cut there.
-            allowed_groups: names or numbers of the groups whose region codes may be cited, or "predicted" for the
-                group that the model sees in the image; any group by default.
-            force_region: cite at least one region code.
-            threshold: probability from which on a pixel belongs to a mask.
+def command(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE",
+            help="Pictures, DICOM or NIfTI files, folders of them or of a DICOM series, or quoted patterns.",
+        ),
+    ],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask, such as 'Segment the liver.'")],
+    model: Model = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help=f"Output folder  [default: IMAGE's name + '-medsight'; of several: {MANY_OUTPUT}]."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    slices: Annotated[
+        str, typer.Option(metavar="SLICES", help="Of a volume: N, A-B, middle, all or largest-foreground.")
+    ] = "middle",
+    window: Window = None,
+    formats: Formats = "png",
+    deidentify: Deidentify = False,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Slices answered at once.")] = BATCH_SIZE,
+    max_new_tokens: MaxNewTokens = AnswerSettings.max_new_tokens,
+    allowed_groups: AllowedGroups = None,
+    force_region: ForceRegion = False,
+    threshold: Threshold = AnswerSettings.threshold,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt about images, with a mask for every region that the answer cites.
 
-        Raises:
-            ValueError: the image cannot be read, or an argument is out of range; the message names it.
-        """
-        import torch
+    Of one image, the output folder holds answer.json (text and regions), the masks (mask-NN.png: 0 and 255, at the
+    image's size) and overlay.png; it appears complete or not at all. Of several images, a folder, or a pattern, each
+    image has such a folder in the output folder, and what is finished is not answered again: run the same command to
+    go on after an interruption. A broken file among several is reported at the end (exit status 1). Not a medical
+    device.
+    """
+    settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
+    user_turn(prompt)
+    view, kinds = parse_window(window), parse_formats(formats)
+    checkpoint = shipped_checkpoint() if model is None else Path(model)
+    check_checkpoint(checkpoint)
+    found = find_images(images)
+    note_left_out(found.left_out)
+    jobs = [Job(image) for image in found.images]
+    place(jobs, None if output is None else Path(output), found.is_single, deidentify)
+    run = {
+        "prompt": prompt,
+        "model_sha256": checkpoint_sha256(checkpoint),
+        "dtype": dtype,
+        "slices": slices,
+        "window": window,
+        "formats": kinds,
+        "deidentify": deidentify,
+        **settings.to_dict(),
+    }
+    finished = [job for job in jobs if is_finished(job, run, overwrite)]
+    unfinished = [job for job in jobs if job not in finished]
+    failed: list[Job] = []
+    with results(as_json) as out:
+        for job in finished:
+            show(out, job, found.is_single, "Answered before:")
+        reading = read_jobs(unfinished, slices, view)
+        # Read before the model is loaded, which takes longer than to see that the one image is broken.
+        first = list(zip(range(1), reading, strict=False))
+        if first and found.is_single and unfinished[0].error is not None:
+            raise unfinished[0].error
+        if first:
+            with quiet_transformers():
+                predictor = Predictor(model, device=device, dtype=dtype)
+            read = chain((entry for _, entry in first), reading)
+            for job in answer_jobs(predictor, read, prompt, batch_size, settings):
+                write(job, run, overwrite, kinds, deidentify)
+                if job.error is None:
+                    show(out, job, found.is_single, "Written to")
+                elif found.is_single:
+                    raise job.error
+                else:
+                    failed.append(job)
+    for job in failed:
+        reason = " ".join(str(job.error).split())
+        note(reason if str(job.image) in reason else f"{job.image}: {reason}")
+    if failed:
+        raise ValueError(f"{len(failed):,} of {len(jobs):,} images could not be answered (named above)")
 
-        from medsight.prediction import Prediction
 
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; ask about the image, for example 'Segment the liver.'")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold {threshold}: expected a probability between 0 and 1")
-        pixels = read_image(image)
-        content = [{"type": "image", "image": pixels}, {"type": "text", "text": prompt}]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            return_tensors="pt",
-        ).to(self.device, dtype=self.model.dtype)
-        with torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                allowed_groups=allowed_groups,
-                force_region=force_region,
-            )
-        answer = self.processor.post_process_grounded_answer(output, inputs, threshold=threshold)[0]
-        return Prediction(
-            answer=answer,
-            image=pixels,
-            image_name=str(image) if isinstance(image, (str, Path)) else "image",
-            prompt=prompt,
-            model=self.model_name,
+def note_left_out(paths: Sequence[Path]) -> None:
+    """Says what is no image among what was asked for."""
+    if paths:
+        names = ", ".join(str(path) for path in paths[:NAMED_LEFT_OUT])
+        note(f"left out, no image: {len(paths):,} ({names}{', ...' if len(paths) > NAMED_LEFT_OUT else ''})")
+
+
+def place(jobs: Sequence[Job], output: Path | None, is_single: bool, deidentify: bool) -> None:
+    """Gives each job the folder of its answer, which does not depend on what else is asked about, if names differ."""
+    names = [f"image-{job.sha256[:12]}" if deidentify else safe_name(job.image) for job in jobs]
+    if is_single:
+        jobs[0].folder = output if output is not None else Path(f"{names[0]}-medsight")
+        return
+    root = output if output is not None else Path(MANY_OUTPUT)
+    if (root / ANSWER_FILE).exists():
+        raise FileExistsError(f"output folder {root} is the answer of one image; name another one")
+    uses = Counter(name.casefold() for name in names)  # some file systems do not tell cases apart
+    for job, name in zip(jobs, names, strict=True):
+        if uses[name.casefold()] > 1:
+            name += f"-{hashlib.sha256(bytes(job.image.resolve())).hexdigest()[:8]}"
+        job.folder = root / name
+
+
+def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds the answer that this run would give.
+
+    Raises:
+        FileExistsError: it holds something else, or the answer of other settings, and may not be overwritten.
+        ValueError: it holds a damaged answer.
+    """
+    earlier = None if overwrite else read_answer(job.folder)
+    if earlier is None:
+        check_answer_folder(job.folder, overwrite)
+        return False
+    now = {"medsight_version": __version__, "sha256": job.sha256, **run}
+    before = {"medsight_version": earlier["medsight_version"], **(earlier["run"] or {})}
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        raise FileExistsError(
+            f"output folder {job.folder} holds an answer of another {', '.join(differing)}; name another folder, or "
+            "add --overwrite"
         )
+    missing = [name for name in earlier["files"] if not (job.folder / name).is_file()]
+    if missing:
+        raise FileExistsError(f"output folder {job.folder} lacks {missing[0]}; add --overwrite to answer again")
+    return True
 
 
-def choose_device(device: str) -> Any:
-    """The torch device of that name; "auto" is a GPU where there is one.
+def read_jobs(
+    jobs: Iterable[Job], slices: str, window: str | tuple[float, float] | None
+) -> Iterator[tuple[Job, Slice | None]]:
+    """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read."""
+    from processing_medsight.scan_medsight import open_scan
 
-    Raises:
-        ValueError: there is no such device here.
-    """
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: expected auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this machine or this torch has no CUDA; use cpu")
-    return chosen
+    for job in jobs:
+        try:
+            scan = open_scan(job.image)
+            job.expected = len(scan.choose_slices(slices))
+            for one in read_slices(scan, slices, window):
+                yield job, one
+        except (ValueError, OSError) as error:
+            job.error = error
+            yield job, None
 
 
-def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The model and processor of a checked checkpoint folder, by this package's own classes, offline.
+def answer_jobs(
+    predictor: Predictor,
+    read: Iterable[tuple[Job, Slice | None]],
+    prompt: str,
+    batch_size: int,
+    settings: AnswerSettings,
+) -> Iterator[Job]:
+    """Answers slices in batches, whichever images they are of; each job once it is complete or has failed."""
+    from tqdm import tqdm
 
-    Raises:
-        ValueError: files of the processor are missing or damaged, or weights and configuration do not belong together.
-    """
-    from modeling_medsight import MedSightForConditionalGeneration
-    from processing_medsight import MedSightProcessor
+    def finish(batch: list[tuple[Job, Slice]]) -> Iterator[Job]:
+        names = [printable(str(job.image)) for job, _ in batch]
+        asked = [one for _, one in batch]
+        predictions = predictor.predict_slices(asked, [prompt] * len(batch), names, **settings.to_dict())
+        bar.update(len(batch))
+        for (job, _), prediction in zip(batch, predictions, strict=True):
+            job.predictions.append(prediction)
+            if len(job.predictions) == job.expected:
+                yield job
 
-    try:
-        processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model folder {folder}: its processor cannot be loaded ({reason})") from error
-    # Mismatches are let through here to be reported below, with the name of a weight.
-    model, loaded = MedSightForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loaded[kind]:
-            first = min(entry if isinstance(entry, str) else entry[0] for entry in loaded[kind])
-            raise ValueError(
-                f"model folder {folder}: its weights do not fit its config.json ({len(loaded[kind])} "
-                f"{kind.replace('_', ' ')}, first: {first}); convert or copy it again"
-            )
-    return model, processor
-
-
-def read_image(image: "str | Path | Image.Image") -> "Image.Image":
-    """An image file, or a PIL image of any mode, as 8-bit RGB, by the range rule of `processing_medsight`.
-
-    Raises:
-        ValueError: the file is missing, empty, truncated or of an unknown format, or has no pixels or too many.
-    """
-    from PIL import Image
-
-    from processing_medsight.image_loading_medsight import load_image, to_array
-
-    name = "image"
-    if isinstance(image, (str, Path)):
-        name = str(image)
-        image = load_image(Path(image))
-    return Image.fromarray(to_array(image, name, convert_rgb=True, rescale=True))
+    batch: list[tuple[Job, Slice]] = []
+    with tqdm(unit="slice", desc="answering", disable=None, leave=False) as bar:
+        for job, one in read:
+            if one is None:
+                batch = [entry for entry in batch if entry[0] is not job]
+                yield job
+                continue
+            batch.append((job, one))
+            if len(batch) == batch_size:
+                yield from finish(batch)
+                batch = []
+        if batch:
+            yield from finish(batch)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `medsight predict`."""
-    parser.epilog = (
-        "The output folder appears complete or not at all: answer.json (text and regions), mask-NN.png for each "
-        "region (0 and 255, at the image's size, upright where EXIF says so) and overlay.png. Not a medical device."
-    )
-    parser.add_argument("image", metavar="IMAGE", help="image file (PNG, JPEG, TIFF, ...)")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask, such as 'Segment the liver.'")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder (default: the small one in this package)")
-    parser.add_argument("--output", metavar="DIR", help="output folder (default: IMAGE's name + '-medsight', here)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier answer in the output folder")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="length limit (default: %(default)s)"
-    )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="precision (default: the checkpoint's own)")
-    parser.add_argument(
-        "--allowed-groups",
-        metavar="GROUPS",
-        help="cite only region codes of these groups: names or numbers with commas between, or 'predicted'",
-    )
-    parser.add_argument("--force-region", action="store_true", help="cite at least one region")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="probability that makes a mask (default: %(default)s)",
-    )
+def write(job: Job, run: dict[str, Any], overwrite: bool, formats: Sequence[str], deidentify: bool) -> None:
+    """Saves a complete job, and lets go of its pixels. What a scan cannot be written as is an error of the job's."""
+    if job.error is None:
+        try:
+            save_answer(job.predictions, job.folder, overwrite, formats, deidentify, {"sha256": job.sha256, **run})
+        except ValueError as error:
+            job.error = error
+    job.predictions = []
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs `medsight predict`.
+def show(out: Results, job: Job, is_single: bool, done: str) -> None:
+    """Prints the answer in a job's folder."""
+    from medsight.prediction import to_parts
 
-    Raises:
-        OSError, ValueError: see `Predictor`, `Predictor.__call__` and `Prediction.save`; nothing is written then.
-    """
-    from medsight.prediction import check_answer_folder
-
-    output = Path(args.output if args.output is not None else f"{Path(args.image).stem}-medsight")
-    check_answer_folder(output, args.overwrite)
-    image = read_image(args.image)
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    predictor = Predictor(args.model, device=args.device, dtype=args.dtype)
-    prediction = predictor(
-        image,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        allowed_groups=parse_groups(args.allowed_groups),
-        force_region=args.force_region,
-        threshold=args.threshold,
-    )
-    prediction = dataclasses.replace(prediction, image_name=args.image)
-    prediction.save(output, overwrite=args.overwrite)
-    print(prediction.to_table())
-    print(f"\nWritten to {output}/: answer.json, overlay.png, {len(prediction.answer.regions)} mask file(s)")
+    content = read_answer(job.folder)
+    assert content is not None
+    heading = [] if is_single else [f"{job.image}"]
+    written = f"\n{done} {job.folder}/: {ANSWER_FILE}, {', '.join(content['files'])}"
+    if len(content["files"]) > LISTED_FILES:
+        written = f"\n{done} {job.folder}/: {ANSWER_FILE} and {len(content['files'])} more"
+    shown = {**content, "image": printable(str(job.image)), "output": printable(str(job.folder))}
+    out.show(shown, *heading, *to_parts(content), written, *([] if is_single else [""]))
 
 
 def parse_groups(text: str | None) -> str | list[int | str] | None:
@@ -239,3 +297,37 @@ def parse_groups(text: str | None) -> str | list[int | str] | None:
         return text
     groups = [part.strip() for part in text.split(",")]
     return [int(group) if group.isdecimal() else group for group in groups]
+
+
+def parse_window(text: str | None) -> str | tuple[float, float] | None:
+    """The value of --window: a name, or CENTRE,WIDTH.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from processing_medsight import windows_medsight
+
+    if text is None:
+        return None
+    centre, comma, width = text.partition(",")
+    try:
+        view = (float(centre), float(width)) if comma else text
+    except ValueError:
+        view = text
+    windows_medsight.parse_window(view)
+    return view
+
+
+def parse_formats(text: str) -> list[str]:
+    """The value of --formats: names with commas between.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    from medsight.export import FORMATS
+
+    formats = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise ValueError(f"--formats: unknown {unknown[0]!r}; expected some of {', '.join(FORMATS)}")
+    return formats

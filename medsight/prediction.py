@@ -1,151 +1,176 @@
-"""One prediction: a grounded answer and what was asked, as a table for a terminal and as a folder of files."""
+"""A prediction: a grounded answer and what was asked, as data, as a table for a terminal, and as a folder of files."""
 
-import json
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
 from medsight import __version__
-from medsight.output_folder import staged_folder
-from medsight.overlay import draw_overlay
+from medsight.console import Table, align, printable
 
 
 if TYPE_CHECKING:
-    from processing_medsight.grounded_answer_medsight import GroundedAnswer
+    from PIL import Image
 
-ANSWER_FILE = "answer.json"
-OVERLAY_FILE = "overlay.png"
-MASK_FILE = "mask-{:02d}.png"
+    from medsight.export import FoundRegion
+    from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
+    from processing_medsight.scan_medsight import Scan
+
+__all__ = ["Prediction", "align", "describe", "found_regions", "printable", "to_parts"]
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model answered to one prompt about one image.
+    """What the model answered to one prompt about one picture, or one slice of a volume.
 
     Attributes:
         answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
-        image: the image as the model's processor read it, 8-bit RGB.
+        image: the picture or slice as the model's processor read it, 8-bit RGB.
         image_name: where the image came from.
         prompt: what was asked.
         model: the checkpoint folder.
+        scan: what the image is of.
+        slice_index: which of its slices, from 0.
+        window: that it was shown with; None is what suits the modality.
     """
 
     answer: "GroundedAnswer"
-    image: Image.Image
+    image: "Image.Image"
     image_name: str
     prompt: str
     model: str
+    scan: "Scan"
+    slice_index: int = 0
+    window: str | tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `answer.json`: everything but pixels, with the name of each mask's file."""
-        return {
-            "medsight_version": __version__,
-            "model": self.model,
-            "image": self.image_name,
-            "size": {"width": self.image.width, "height": self.image.height},
-            "prompt": self.prompt,
-            "text": self.answer.text,
-            "raw_text": self.answer.raw_text,
-            "regions": [
-                {
-                    "code": region.code,
-                    "group": region.group_name,
-                    "phrase": region.phrase,
-                    "span": region.span,
-                    "box": region.box,
-                    "area": region.area,
-                    "score": region.score,
-                    "mask": MASK_FILE.format(index),
-                }
-                for index, region in enumerate(self.answer.regions, 1)
-            ],
-        }
+        """The content of `answer.json`: see `describe`."""
+        return describe([self])
 
     def to_table(self) -> str:
         """The answer, then an aligned table of its regions."""
-        text = printable(self.answer.text)
-        if not self.answer.regions:
-            return f"{text}\n\nThe answer cites no region."
-        rows = [("", "code", "group", "phrase", "area (px)", "box (x0, y0, x1, y1)", "score")]
-        for index, region in enumerate(self.answer.regions, 1):
-            box = "-" if region.box is None else ", ".join(map(str, region.box))
-            score = "-" if region.score is None else f"{region.score:.2f}"
-            names = (region.code, region.group_name or "-", region.phrase or "-")
-            rows.append((str(index), *names, str(region.area), box, score))
-        return f"{text}\n\n{align(rows)}"
+        parts = to_parts(self.to_dict())
+        return "\n".join(printable(part) if isinstance(part, str) else align(part) for part in parts)
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Writes `answer.json`, one `mask-NN.png` a region (0 and 255, at the image's size) and `overlay.png`.
+    def save(
+        self, folder: str | Path, overwrite: bool = False, formats: Sequence[str] = ("png",), deidentify: bool = False
+    ) -> Path:
+        """Writes `answer.json`, `overlay.png` and the masks: see `medsight.answer_folder.save_answer`."""
+        from medsight.answer_folder import save_answer
 
-        The folder appears complete or not at all.
-
-        Raises:
-            FileExistsError: see `check_answer_folder`.
-        """
-        with staged_folder(Path(folder), overwrite, check=check_answer_folder) as stage:
-            self._write(stage)
-        return Path(folder)
-
-    def _write(self, folder: Path) -> None:
-        content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        (folder / ANSWER_FILE).write_text(content + "\n", encoding="utf-8")
-        masks, labels = [], []
-        for index, region in enumerate(self.answer.regions, 1):
-            masks.append(np.asarray(region.mask, dtype=bool))
-            labels.append("  ".join(filter(None, (region.phrase, region.code, region.group_name))))
-            Image.fromarray(masks[-1].astype(np.uint8) * 255).save(folder / MASK_FILE.format(index))
-        draw_overlay(self.image, masks, labels).save(folder / OVERLAY_FILE)
+        return save_answer([self], Path(folder), overwrite, formats, deidentify)
 
 
-def check_answer_folder(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that an answer cannot be written to without mixing it with, or losing, other files.
-
-    Raises:
-        FileExistsError: the folder is a file; or it is not empty and `overwrite` is false; or it holds files that are
-            no part of an earlier answer, which `overwrite` does not remove.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; name a folder")
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if not names:
-        return
-    if not overwrite:
-        raise FileExistsError(f"output folder {folder} is not empty; name another one, or add --overwrite")
-    foreign = [name for name in names if name not in (ANSWER_FILE, OVERLAY_FILE) and not _is_mask_file(name)]
-    if foreign or ANSWER_FILE not in names:
-        found = f"it holds {foreign[0]}" if foreign else f"it has no {ANSWER_FILE}"
-        raise FileExistsError(
-            f"output folder {folder}: only an earlier answer is overwritten, and {found}; name another"
-        )
+def label_of(region: "GroundedRegion") -> str:
+    """What a region is called in files: its words, or its group, or its code."""
+    return next(name for name in (region.phrase, region.group_name, region.code) if name and name.strip())
 
 
-def _is_mask_file(name: str) -> bool:
-    prefix, suffix = MASK_FILE.split("{:02d}")
-    return name.startswith(prefix) and name.endswith(suffix) and name[len(prefix) : -len(suffix)].isdigit()
+def found_regions(predictions: Sequence[Prediction]) -> "list[FoundRegion]":
+    """All regions of predictions about one scan, as `medsight.export` takes them."""
+    import numpy as np
 
+    from medsight.export import FoundRegion
 
-def printable(text: str) -> str:
-    """`text` with control characters, which could drive a terminal, replaced; line ends and tabs stay."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text, columns two spaces apart; wide (East Asian) characters count as two cells."""
-    widths = [max(map(cell_width, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell + " " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+    return [
+        FoundRegion(one.slice_index, np.asarray(region.mask, dtype=bool), label_of(region), region.code, region.score)
+        for one in predictions
+        for region in one.answer.regions
     ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
-def cell_width(text: str) -> int:
-    """Cells that `text` takes in a terminal."""
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
-    )
+def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but pixels of the predictions about one scan, for one prompt.
+
+    `slice`, `text`, `raw_text` and `regions` of a single prediction stand at the top; of several, `slices` lists them.
+    Sizes are in pixels, and in mm² and ml where the scan's spacing is known; None where it is not.
+
+    Args:
+        run: what decided on the answers, for `medsight predict` to recognise a finished one by.
+    """
+    from medsight.export import measure
+
+    first = predictions[0]
+    scan = first.scan
+    measures = measure(scan, found_regions(predictions))
+    areas = iter(measures.area_mm2)
+    slices = [
+        {
+            "slice": one.slice_index,
+            "text": one.answer.text,
+            "raw_text": one.answer.raw_text,
+            "regions": [_describe_region(region, next(areas)) for region in one.answer.regions],
+        }
+        for one in predictions
+    ]
+    return {
+        "medsight_version": __version__,
+        "model": first.model,
+        "image": first.image_name,
+        "size": {"width": first.image.width, "height": first.image.height},
+        "scan": {
+            "kind": scan.kind,
+            "slices": scan.num_slices,
+            "modality": scan.modality,
+            "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
+            "slice_spacing_mm": scan.slice_spacing,
+        },
+        "prompt": first.prompt,
+        **(slices[0] if len(slices) == 1 else {"slices": slices}),
+        "volumes_ml": measures.volume_ml if len(slices) > 1 else {},
+        "run": run,
+    }
+
+
+def _describe_region(region: "GroundedRegion", area_mm2: float | None) -> dict[str, Any]:
+    return {
+        "code": region.code,
+        "group": region.group_name,
+        "meaning": None if region.meaning is None else asdict(region.meaning),
+        "phrase": region.phrase,
+        "span": region.span,
+        "box": region.box,
+        "area": region.area,
+        "area_mm2": area_mm2,
+        "score": region.score,
+    }
+
+
+def to_parts(content: dict[str, Any]) -> list[str | Table]:
+    """The content of an `answer.json` for a terminal: the answer, or one a slice, and a table of all regions.
+
+    Columns that no region has anything for are left out.
+    """
+    several = "slices" in content
+    slices = content["slices"] if several else [content]
+    regions = [(one, region) for one in slices for region in one["regions"]]
+    lines = [f"slice {one['slice']}: {one['text']}" if several else one["text"] for one in slices]
+    if not regions:
+        return ["\n".join(lines), "", "No answer cites a region." if several else "The answer cites no region."]
+    columns = {
+        "": [str(number) for number in range(1, len(regions) + 1)],
+        "slice": [str(one["slice"]) if several else "" for one, _ in regions],
+        "code": [region["code"] for _, region in regions],
+        "group": [region["group"] or "-" for _, region in regions],
+        "phrase": [region["phrase"] or "-" for _, region in regions],
+        "usually": [_meaning_text(region["meaning"]) for _, region in regions],
+        "area (px)": [str(region["area"]) for _, region in regions],
+        "area (mm²)": ["" if region["area_mm2"] is None else f"{region['area_mm2']:.1f}" for _, region in regions],
+        "box (x0, y0, x1, y1)": [
+            "-" if region["box"] is None else ", ".join(map(str, region["box"])) for _, region in regions
+        ],
+        "score": ["-" if region["score"] is None else f"{region['score']:.2f}" for _, region in regions],
+    }
+    kept = {title: cells for title, cells in columns.items() if any(cells)}
+    parts: list[str | Table] = ["\n".join(lines), "", [tuple(kept), *zip(*kept.values(), strict=True)]]
+    volumes = {name: volume for name, volume in content["volumes_ml"].items() if volume is not None}
+    if volumes:
+        listed = ", ".join(f"{name} {volume:.1f} ml" for name, volume in volumes.items())
+        parts.append(f"\nOver the slices asked about: {listed}")
+    return parts
+
+
+def _meaning_text(meaning: dict[str, Any] | None) -> str:
+    from processing_medsight.region_codes_medsight import CodeMeaning
+
+    return "" if meaning is None else str(CodeMeaning(**meaning))

@@ -1,50 +1,56 @@
 """Trains a model by a recipe: `medsight train`."""
 
-import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medsight.console import Json, results
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `medsight train`."""
-    parser.epilog = (
-        "A run goes on where it stopped: finished stages are recognised, a killed one resumes from its last "
-        "checkpoint. Over several processes: "
-        "accelerate launch --config_file training/accelerate/ddp.yaml -m medsight.cli train CONFIG"
-    )
-    parser.add_argument(
-        "config", metavar="CONFIG", help="recipe (YAML file), or the name of a shipped one, such as nano"
-    )
-    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, such as perceiver")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as stages.unified.seed=1"
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="print parameters, memory and steps of every stage, and train nothing"
-    )
-    parser.add_argument(
-        "--devices", type=int, metavar="N", help="with --plan: how many devices it is for (default: WORLD_SIZE, or 1)"
-    )
+def command(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="Recipe (YAML file), or the name of a shipped one, such as nano.")
+    ],
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Run this stage alone, such as perceiver.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.unified.seed=1; repeatable."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print parameters, memory and steps of every stage, and train nothing.")
+    ] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --plan: how many devices it is for  [default: WORLD_SIZE, or 1]."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model by a recipe, through all stages.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `medsight train`.
-
-    Raises:
-        OSError, ValueError: see `training.run.train` and `training.recipe.load_recipe`.
+    A run goes on where it stopped: finished stages are recognised, a killed one resumes from its last checkpoint. Over
+    several processes: accelerate launch --config_file training/accelerate/ddp.yaml -m medsight.cli train CONFIG
     """
-    try:
-        import accelerate  # noqa: F401
-        import datasets  # noqa: F401
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
 
-        from medsight.training.recipe import load_recipe
-    except ImportError as error:
-        raise ValueError(f"training needs {error.name}: pip install 'medsight[train]'") from error
-    recipe = load_recipe(args.config, args.set)
-    if args.plan:
-        from medsight.training.plan import plan
+    from medsight.training.recipe import load_recipe
 
-        print(plan(recipe, args.devices))
-        return
-    from medsight.training.run import train
+    with results(as_json) as out:
+        recipe = load_recipe(config, overrides or [])
+        if plan:
+            from medsight.training.plan import stage_plans, table
 
-    folder = train(recipe, args.stage)
-    print(f"Written to {folder}; try it: medsight predict IMAGE --prompt '...' --model {folder}")
+            devices = devices if devices is not None else int(os.environ.get("WORLD_SIZE", "1"))
+            stages, notes = stage_plans(recipe, devices)
+            described = [{**asdict(planned), "bytes_a_device": planned.whole} for planned in stages]
+            content = {"devices": devices, "stages": described, "notes": notes}
+            out.show(content, "\n".join([*table(stages, devices), *notes]))
+            return
+        from medsight.training.run import train
+
+        folder = Path(train(recipe, stage))
+        text = f"Written to {folder}; try it: medsight predict IMAGE --prompt '...' --model {folder}"
+        out.show({"folder": str(folder), "stage": stage}, text)

@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, torch_compilable_check
 
+from configuration_medsight.card_medsight import HubCardMixin
 from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
@@ -23,9 +25,11 @@ from .outputs_medsight import (
     MedSightModelOutputWithPast,
     MedSightRegionOutput,
 )
+from .quantization_medsight import of_language_model
 from .region_codes_in_text_medsight import CodeLocations, locate_codes
 from .region_perceiver_medsight import RegionPerceiver
 from .training_loss_medsight import TrainingLossMixin, refuse_uneven_labels, require
+from .unet_encoder_medsight import MedSightUNetEncoder  # noqa: F401  (registers itself with AutoModel)
 from .vision_medsight import encode_image
 
 
@@ -42,7 +46,7 @@ class Projector(nn.Module):
         return self.linear_2(self.activation(self.linear_1(hidden_states)))
 
 
-class MedSightPreTrainedModel(PreTrainedModel):
+class MedSightPreTrainedModel(HubCardMixin, PreTrainedModel):
     """Weight initialisation and what transformers needs to know about the family."""
 
     config: MedSightConfig
@@ -64,6 +68,13 @@ class MedSightPreTrainedModel(PreTrainedModel):
         blocks); it may, since `_init_weights` leaves loaded weights alone.
         """
         return False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As [`PreTrainedModel.from_pretrained`]; a `quantization_config` is applied to the language model alone."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = of_language_model(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -119,6 +130,7 @@ class MedSightModel(MedSightPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
+        kwargs.pop("original_sizes", None)  # the processor's, which serving engines pass on with the pixels
         encoder_output, regions = self._see(pixel_values, **kwargs)
         all_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return BaseModelOutputWithPooling(
@@ -129,8 +141,11 @@ class MedSightModel(MedSightPreTrainedModel):
         )
 
     def project_regions(self, regions: MedSightRegionOutput) -> torch.Tensor:
-        """P_{v→t} on the patch rows and then the region rows: (images, image_seq_length, hidden)."""
+        """P_{v→t} on the (pooled) patch rows and then the region rows: (images, image_seq_length, hidden)."""
         rows = regions.patch_features
+        if self.config.patch_pooling > 1:
+            grid = rows.unflatten(1, self.config.patch_grid).permute(0, 3, 1, 2)
+            rows = F.avg_pool2d(grid, self.config.patch_pooling).flatten(2).transpose(1, 2)
         if self.config.use_region_embeddings:
             rows = torch.cat((rows, regions.region_embeddings), dim=1)
         return self.vision_to_text_projector(rows)
@@ -169,7 +184,7 @@ class MedSightModel(MedSightPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             placeholders = input_ids == self.config.image_token_id
-        else:
+        elif pixel_values is not None or image_embeds is not None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -312,7 +327,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         class_labels: list[torch.LongTensor] | None = None,
         group_labels: torch.LongTensor | None = None,
         code_class_labels: list[torch.LongTensor] | None = None,
-        asked_regions: list[torch.LongTensor] | None = None,
+        asked_classes: list[torch.LongTensor] | None = None,
         matched_images: torch.LongTensor | None = None,
         loss_counts: dict[str, float] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -333,8 +348,8 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             group_labels: (images,), the code group of each image.
             code_class_labels: with text and class queries: a tensor (codes,) a row, the class of each cited code's
                 region, -1 where it is not known.
-            asked_regions: with class queries: indices into an image's masks whose classes are asked for; all by
-                default.
+            asked_classes: with class queries: the classes that are asked of each image, those of its regions by
+                default; one that it has no region of has an empty mask.
             matched_images: indices of the images whose regions are found by region queries; all by default.
             loss_counts: `masks`, `images`, `asked` classes and `codes` that the losses are averages over; by default
                 those of this call. `num_items_in_batch` is the same for `labels`.
@@ -344,7 +359,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         """
         if input_ids is None and inputs_embeds is None:
             return self._perceive(
-                pixel_values, mask_labels, class_labels, group_labels, asked_regions, matched_images, loss_counts or {}
+                pixel_values, mask_labels, class_labels, group_labels, asked_classes, matched_images, loss_counts or {}
             )
 
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}

@@ -11,6 +11,7 @@ from .image_loading_medsight import load_image
 from .image_processing_medsight import MedSightImageProcessor
 from .processing_medsight import MedSightProcessor
 from .region_codes_medsight import QWEN3_ADDED_TOKENS, add_region_codes, parse_region_code
+from .scan_medsight import Scan, open_scan
 
 
 AutoImageProcessor.register(MedSightConfig, image_processor_classes={"pil": MedSightImageProcessor}, exist_ok=True)
@@ -24,7 +25,9 @@ __all__ = [
     "GroundedRegion",
     "MedSightImageProcessor",
     "MedSightProcessor",
+    "Scan",
     "add_region_codes",
     "load_image",
+    "open_scan",
     "parse_region_code",
 ]

@@ -8,15 +8,23 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from configuration_medsight.card_medsight import HubCardMixin
 from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
 from .image_processing_medsight import flatten_images
-from .region_codes_medsight import IMAGE_TOKEN, parse_region_code, split_at_codes
+from .region_codes_medsight import (
+    IMAGE_TOKEN,
+    code_meaning,
+    find_region_codes,
+    parse_region_code,
+    split_at_codes,
+    write_region_codes,
+)
 
 
-class MedSightProcessor(ProcessorMixin):
+class MedSightProcessor(HubCardMixin, ProcessorMixin):
     r"""Image processor and tokenizer in one, with a chat template.
 
     Call it with `images=` and `text=` whose `<|image_pad|>` placeholders are as many as the images (each becomes
@@ -30,6 +38,9 @@ class MedSightProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template; [`CHAT_TEMPLATE`] by default.
         image_seq_length (`int`): rows of one image in the language model, the config's `image_seq_length`.
         group_names (`list[str]`, *optional*): what the code groups stand for, the config's `group_names`.
+
+    `region_codes` is the content of the folder's region_codes.json, which `medsight codes` writes: what each code
+    usually stands for; `None` where there is none. Saving writes it again.
 
     Raises:
         ValueError: if the tokenizer has no image placeholder, or `image_seq_length` is below 1.
@@ -54,6 +65,20 @@ class MedSightProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_seq_length = image_seq_length
         self.group_names = group_names
+        self.region_codes: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MedSightProcessor":
+        """As [`ProcessorMixin.from_pretrained`], with what the region codes usually stand for where the folder tells.
+
+        Raises:
+            ValueError: if its region_codes.json is damaged.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        place = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
+        processor.region_codes = find_region_codes(pretrained_model_name_or_path, **place)
+        return processor
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What one placeholder becomes: as many placeholders as an image has rows."""
@@ -61,6 +86,11 @@ class MedSightProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
+        if images is not None:
+            chosen = {**kwargs, **kwargs.get("images_kwargs", {})}
+            images = self.image_processor.fetch_images(
+                images, slices=chosen.get("slices"), window=chosen.get("window")
+            )
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
             nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
@@ -219,6 +249,8 @@ class MedSightProcessor(ProcessorMixin):
         """Save tokenizer, settings and chat template and, beside them, the code that loads the folder anywhere."""
         files = super().save_pretrained(save_directory, **kwargs)
         write_remote_code(save_directory)
+        if self.region_codes is not None:
+            files.append(str(write_region_codes(self.region_codes, save_directory)))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
         return files
@@ -333,6 +365,7 @@ class MedSightProcessor(ProcessorMixin):
             box=None if mask is None else mask_box(mask),
             area=0 if mask is None else int(mask.sum()),
             score=score,
+            meaning=code_meaning(self.region_codes, code),
         )
 
 

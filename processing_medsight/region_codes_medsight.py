@@ -1,11 +1,20 @@
-"""Region codes in a tokenizer: `[C{k}_{m}]` is code m of group k, `[SEG]` the one code without a codebook."""
+"""Region codes: in a tokenizer, `[C{k}_{m}]` is code m of group k, `[SEG]` the one code without a codebook; and what
+each usually stands for, by the file region_codes.json that `medsight codes` writes into a checkpoint folder."""
 
+import json
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 
+REGION_CODES_FILE = "region_codes.json"
 SEG_TOKEN = "[SEG]"
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -122,3 +131,86 @@ def split_at_codes(
         pieces.append(text.removeprefix(names[ids[start]]))
     whole = pieces[0] + "".join(names[ids[i]] + piece for i, piece in zip(codes, pieces[1:], strict=True))
     return pieces, codes, whole
+
+
+@dataclass(frozen=True)
+class CodeMeaning:
+    """What a region code usually stands for; as text, "left ventricle (92% of 51)".
+
+    Attributes:
+        structure: what most of the masks with this code show.
+        share: of these masks that show it, in (0, 1].
+        count: how many masks were given the code.
+    """
+
+    structure: str
+    share: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.structure} ({100 * self.share:.0f}% of {self.count:,})"
+
+
+def code_meaning(region_codes: Mapping[str, Any] | None, code: str) -> CodeMeaning | None:
+    """What the content of region_codes.json says of a code; `None` without content, or where no mask was given it."""
+    entry = None if region_codes is None else region_codes["codes"].get(code)
+    if entry is None:
+        return None
+    structure = max(entry["structures"], key=entry["structures"].get)  # of equals the first, as in the file
+    return CodeMeaning(structure, float(entry["structures"][structure]), entry["n"])
+
+
+def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a region_codes.json.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged; the message names it.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); remove it, and write it with medsight codes") from error
+    codes = content.get("codes") if isinstance(content, dict) else None
+    if not isinstance(codes, dict):
+        raise ValueError(f"{path}: expected an object 'codes'; remove it, and write it with medsight codes")
+    for code, entry in codes.items():
+        try:
+            parse_region_code(code)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        structures = entry.get("structures") if isinstance(entry, dict) else None
+        if (
+            not isinstance(structures, dict)
+            or not structures
+            or not all(isinstance(share, (int, float)) for share in structures.values())
+            or not isinstance(entry.get("n"), int)
+        ):
+            raise ValueError(
+                f"{path}: code {code}: expected a count 'n' and shares in 'structures', got {entry!r}; remove the "
+                "file, and write it with medsight codes"
+            )
+    return content
+
+
+def find_region_codes(folder: str | os.PathLike, **hub: Any) -> dict[str, Any] | None:
+    """The content of the region_codes.json of a checkpoint folder, or of a repository on the Hub, if it has one.
+
+    Args:
+        hub: `revision`, `token`, `subfolder` and the like, as for `from_pretrained`.
+
+    Raises:
+        OSError, ValueError: see `read_region_codes`.
+    """
+    absent_is_none = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    path = cached_file(folder, REGION_CODES_FILE, **absent_is_none, **hub)
+    return None if path is None else read_region_codes(path)
+
+
+def write_region_codes(content: Mapping[str, Any], folder: str | os.PathLike) -> Path:
+    """Write region_codes.json into a folder, whole or not at all; returns its path."""
+    path = Path(folder) / REGION_CODES_FILE
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    return path

@@ -1,7 +1,7 @@
 """A recipe: everything that is a choice in a training run, read from one YAML file.
 
-`extends: other.yaml` takes another recipe and changes what is written; `--set a.b=value` changes one key more. Unknown
-keys are refused, naming the nearest known one.
+`extends: other.yaml` takes another recipe, beside it or a shipped one, and changes what is written; `--set a.b=value`
+changes one key more. Unknown keys are refused, naming the nearest known one.
 """
 
 import dataclasses
@@ -181,7 +181,8 @@ def _read(path: Path) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    other = path.parent / base
+    beside, shipped = path.parent / base, CONFIGS / base
+    other = shipped if shipped.is_file() and not beside.is_file() else beside
     if not other.is_file():
         raise FileNotFoundError(f"{path}: extends {other}, which does not exist")
     return merge(_read(other), values)

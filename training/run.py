@@ -383,7 +383,8 @@ def stage_items(stage: Stage, recipe: Recipe, corpus: Corpus, output: Path, spli
         rows = hold_out_text(corpus_conversations(corpus), recipe, split)
     elif stage.reads == "regions":
         rows = corpus.split(split)
-        rows = rows.select([i for i, targets in enumerate(rows["targets"]) if targets])
+        told = zip(rows["targets"], rows["absent"], strict=True)
+        rows = rows.select([i for i, (targets, absent) in enumerate(told) if targets or absent])
     else:
         rows = conversation_rows(corpus, stage.settings.data, output, split)
     augmenter = None
@@ -452,17 +453,14 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
 
 
 def quantised(dtype: torch.dtype) -> dict[str, Any]:
-    """Loading options for QLoRA: the language model's linear layers in 4 bits, all else as it is."""
+    """Loading options for QLoRA: 4 bits, which the model applies to its language model's linear layers alone."""
     from transformers import BitsAndBytesConfig
 
-    kept = ["vision_tower", "region_perceiver", "codebook", "group_classifier", "lm_head"]
-    kept += ["vision_to_text_projector", "text_to_vision_projector"]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=kept,
     )
     return {"quantization_config": config}
 

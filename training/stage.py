@@ -76,6 +76,10 @@ class Stage:
     def start(self, model: nn.Module, items: Items) -> None:
         """Before the first step of a run that does not resume."""
 
+    def before_forward(self, batch: dict[str, Any], progress: float) -> dict[str, Any]:
+        """A training batch as the model gets it; `progress` is the share of the steps that is done."""
+        return batch
+
     def after_forward(self, outputs: Any) -> None:
         """After every forward pass in training."""
 

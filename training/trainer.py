@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ class StageTrainer(Trainer):
         self.counts: dict[str, float] = {}
         self.sums: dict[str, torch.Tensor] = {}
         self.window: list[dict[str, Any]] = []
+        if getattr(kwargs.get("args"), "push_to_hub", False):
+            raise ValueError(
+                "push_to_hub would upload a run's logs, example pictures and pickles at every save: leave it out, and "
+                "publish the result with medsight push, or with the trainer's push_to_hub()"
+            )
         super().__init__(*args, **kwargs)
         if not stage.shardable and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -104,6 +110,7 @@ class StageTrainer(Trainer):
         files = inputs.pop("files", [])
         for module in self.frozen:
             module.training = False  # a frozen encoder's batch statistics stay, too
+        inputs = self.stage.before_forward(inputs, self.state.global_step / max(1, self.state.max_steps))
         if "labels" in inputs:
             inputs["num_items_in_batch"] = num_items_in_batch
         outputs = model(**inputs, loss_counts=self.counts)
@@ -212,6 +219,44 @@ class StageTrainer(Trainer):
         if self.is_world_process_zero():
             cut_steps(Path(self.args.output_dir) / STEPS_FILE, int(str(resume_from_checkpoint).rsplit("-", 1)[1]))
 
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts: Any,
+    ) -> Any:
+        """Publish the model as it is, its processor and a card, as `medsight push` does: no logs, no pictures.
+
+        Args:
+            facts: of `medsight.hub.CardFacts`.
+
+        Returns:
+            A `medsight.hub.Push` on the main process, None on others.
+
+        Raises:
+            OSError, ValueError: as `medsight.hub.push`; or `hub_model_id` is not set.
+        """
+        from medsight.hub import CardFacts, push
+
+        if self.args.hub_model_id is None:
+            raise ValueError("hub_model_id is not set: expected NAMESPACE/NAME of a repository on the Hub")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            self.stage.places.processor.save_pretrained(folder)
+            return push(
+                folder,
+                self.args.hub_model_id,
+                private=bool(self.args.hub_private_repo if private is None else private),
+                revision=revision or self.args.hub_revision,
+                message=commit_message,
+                token=token or self.args.hub_token,
+                facts=CardFacts(**facts) if facts else None,
+            )
+
     # Scores
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -298,7 +343,7 @@ def count_terms(batch: dict[str, Any], num_queries: int) -> dict[str, float]:
     rows = range(len(masks)) if matched is None else matched.tolist()
     counts["masks"] = float(sum(min(len(masks[row]), num_queries) for row in rows))
     counts["images"] = float(len(rows))
-    counts["asked"] = float(sum(len(some) for some in batch.get("asked_regions", masks)))
+    counts["asked"] = float(sum(len(some) for some in batch.get("asked_classes", masks)))
     return counts
 
 

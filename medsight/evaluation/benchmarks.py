@@ -15,7 +15,8 @@ class Benchmark:
     """One declaration; benchmarks.yaml says what each field is for.
 
     Raises:
-        ValueError: the task is unknown, or the task's protocol is missing.
+        ValueError: the task or the layout is unknown, the task's protocol is missing, or `fields` are not those that
+            the layout needs.
     """
 
     name: str
@@ -31,9 +32,10 @@ class Benchmark:
     expected_rows: int | None = None
     expected_shards: int | None = None
     notes: Sequence[str] = ()
+    fields: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from medsight.evaluation.readers import READERS
+        from medsight.evaluation.readers import NEEDED_FIELDS, OPTIONAL_FIELDS, READERS
 
         if self.task not in TASKS:
             raise ValueError(f"benchmark {self.name}: task {self.task!r}, expected one of {', '.join(TASKS)}")
@@ -45,6 +47,12 @@ class Benchmark:
                 f"benchmark {self.name}: a {self.task} task needs a protocol of {' and '.join(sorted(wanted))}, "
                 f"got one of {', '.join(self.protocol) or 'nothing'}"
             )
+        needed, optional = (NEEDED_FIELDS, OPTIONAL_FIELDS) if self.layout == "diagseg" else ((), ())
+        missing, unknown = set(needed) - set(self.fields), set(self.fields) - {*needed, *optional}
+        if missing or unknown:
+            wrong = f"unknown {', '.join(sorted(unknown))}" if unknown else f"missing {', '.join(sorted(missing))}"
+            expected = ", ".join((*needed, *optional)) or "none"
+            raise ValueError(f"benchmark {self.name}: fields: {wrong}; layout {self.layout} takes {expected}")
 
     @property
     def has_masks(self) -> bool:
@@ -81,7 +89,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def load_declarations(path: Path = DECLARATIONS) -> dict[str, Benchmark]:
-    """All benchmarks that a file declares, by name.
+    """All benchmarks that a file declares, by name; `like: NAME` takes from a shipped one what an entry leaves out.
 
     Raises:
         OSError, ValueError: see `load_benchmark`.
@@ -95,17 +103,31 @@ def load_declarations(path: Path = DECLARATIONS) -> dict[str, Benchmark]:
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise ValueError(f"{path}: expected benchmark names, each with a mapping")
     known = {field.name: field for field in dataclasses.fields(Benchmark) if field.name != "name"}
+    needed = [name for name, field in known.items() if {field.default, field.default_factory} == {dataclasses.MISSING}]
     declared = {}
     for name, entry in content.items():
+        entry = _completed(entry, path, name)
         unknown = sorted(set(entry) - set(known))
-        missing = sorted(
-            key for key, field in known.items() if field.default is dataclasses.MISSING and key not in entry
-        )
+        missing = sorted(set(needed) - set(entry))
         if unknown or missing:
             wrong = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
             raise ValueError(f"{path}: benchmark {name}: {wrong}; the keys are {', '.join(known)}")
         declared[str(name)] = Benchmark(name=str(name), **entry)
     return declared
+
+
+def _completed(entry: Mapping[str, Any], path: Path, name: str) -> dict[str, Any]:
+    """A declaration with what it takes from the shipped one that it is `like`; of `fields` each by itself."""
+    if "like" not in entry:
+        return dict(entry)
+    shipped = load_declarations()
+    if entry["like"] not in shipped:
+        raise ValueError(f"{path}: benchmark {name}: like {entry['like']!r}: choose one of {', '.join(shipped)}")
+    base = {key: value for key, value in vars(shipped[entry["like"]]).items() if key != "name"}
+    own = {key: value for key, value in entry.items() if key != "like"}
+    if isinstance(own.get("fields"), Mapping):
+        own["fields"] = {**base["fields"], **own["fields"]}
+    return {**base, **own}
 
 
 def check_counts(benchmark: Benchmark, items: Sequence[Any], shards: int, allow: bool) -> str | None:

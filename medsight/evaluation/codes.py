@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from processing_medsight.region_codes_medsight import REGION_CODES_FILE as CODES_FILE
+from processing_medsight.region_codes_medsight import read_region_codes
+
 
 if TYPE_CHECKING:
     from medsight.training.data.groups import Groups
 
-CODES_FILE = "region_codes.json"
 TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
 # Black, purple, orange, yellow: rises evenly in lightness, so that it reads without colour too.
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
@@ -74,21 +76,21 @@ def describe_codes(
     """
     import torch
 
-    from medsight.training.data.region_codes import assign_codes
+    from medsight.evaluation.reference_codes import codes_in_image
 
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its one code [SEG] stands for anything")
     found = CodeMeanings()
     kept: dict[str, list[Example]] = {}
-    named = {name: index for index, name in enumerate(model.config.mask_class_names or [])}
     for batch in _batches((row for row in rows if row["masks"]), batch_size):
         pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
         owners = torch.tensor([groups.index(row["modality"], row["site"]) for row in batch])
-        known = all(target in named for row in batch for target in row["targets"])
-        classes = [torch.tensor([named[target] for target in row["targets"]]) for row in batch] if known else None
         with torch.inference_mode():
             regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
-            codes = assign_codes(model, regions, masks, classes, owners)
+            codes = [
+                codes_in_image(model, regions, i, masks[i], row["targets"], int(owners[i]))
+                for i, row in enumerate(batch)
+            ]
             for i, row in enumerate(batch):
                 heat = code_masks(model, regions.image_features[i], int(owners[i]), codes[i])
                 picture = _picture(pixels[i], processor)
@@ -213,14 +215,8 @@ def read_meanings(folder: Path) -> dict[str, dict[str, float]]:
     """For each described code of a checkpoint the structures that it stands for, with shares; empty if none are.
 
     Raises:
-        ValueError: region_codes.json is damaged.
+        OSError, ValueError: region_codes.json cannot be read, or is damaged.
     """
-    from medsight.checkpoint import read_json
-
     path = folder / CODES_FILE
-    if not path.is_file():
-        return {}
-    codes = read_json(path).get("codes")
-    if not isinstance(codes, dict):
-        raise ValueError(f"{path}: expected an object 'codes'; write it again with medsight codes --overwrite")
+    codes = read_region_codes(path)["codes"] if path.is_file() else {}
     return {code: entry["structures"] for code, entry in codes.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medsight.evaluation.summary import BY, DIGITS, SCORES
+from medsight.evaluation.summary import BY, DIGITS, SCORES, interval_unit, unit_of
 
 
 METRICS, ROWS = "metrics.json", "scores.jsonl"
@@ -38,12 +38,12 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     """How much better the first evaluation is than the second, over the rows that both score.
 
     Args:
-        seed: of the bootstrap over pairs of rows.
+        seed: of the bootstrap, which draws patients with all pairs of their rows; pairs where no patient is named.
 
     Returns:
-        `a`, `b` (names), `benchmark`, `protocol`, `n`; `scores` {score: {a, b, difference, low, high, n, better,
-        equal, worse, unpaired}} where unpaired rows have a score in one of the two alone; `macro` {score: the same
-        over modalities}; `by` {field: {value: {score: ...}}}.
+        `a`, `b` (names), `benchmark`, `protocol`, `n`, `interval_unit`; `scores` {score: {a, b, difference, low, high,
+        n, units, better, equal, worse, unpaired}} where unpaired rows have a score in one of the two alone; `macro`
+        {score: the same over modalities}; `by` {field: {value: {score: ...}}}.
 
     Raises:
         OSError: a folder is no evaluation.
@@ -69,6 +69,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         "title": one["title"],
         "protocol": one["protocol"],
         "n": len(pairs),
+        "interval_unit": interval_unit(row for row, _ in pairs),
         "scores": {name: found for name in present if (found := difference(pairs, values[name], seed))},
         "macro": {name: found for name in present if (found := difference(pairs, values[name], seed, "modality"))},
         "by": {},
@@ -94,13 +95,13 @@ def difference(
     """The paired difference of one score; None where no row has it in both."""
     from medsight.metrics.intervals import paired_difference
 
-    scored = [(value(a), value(b), str(a[macro_by]) if macro_by else "") for a, b in pairs]
-    both = [(a, b, group) for a, b, group in scored if a is not None and b is not None]
+    scored = [(value(a), value(b), str(a[macro_by]) if macro_by else "", unit_of(a)) for a, b in pairs]
+    both = [entry for entry in scored if None not in entry[:2]]
     if not both:
         return None
-    a, b, groups = (list(column) for column in zip(*both, strict=True))
+    a, b, groups, units = (list(column) for column in zip(*both, strict=True))
     chosen: dict[str, Any] = {"groups": groups, "statistic": "macro"} if macro_by else {}
-    found = paired_difference(a, b, seed=seed, **chosen)
+    found = paired_difference(a, b, units=units, seed=seed, **chosen)
     return {
         "a": round(_mean(a, groups), DIGITS),
         "b": round(_mean(b, groups), DIGITS),
@@ -108,10 +109,11 @@ def difference(
         "low": None if found.low is None else round(found.low, DIGITS),
         "high": None if found.high is None else round(found.high, DIGITS),
         "n": len(both),
-        "better": sum(x > y for x, y, _ in both),
-        "equal": sum(x == y for x, y, _ in both),
-        "worse": sum(x < y for x, y, _ in both),
-        "unpaired": sum((a is None) != (b is None) for a, b, _ in scored),
+        "better": sum(x > y for x, y in zip(a, b, strict=True)),
+        "equal": sum(x == y for x, y in zip(a, b, strict=True)),
+        "worse": sum(x < y for x, y in zip(a, b, strict=True)),
+        "units": len(set(units)),
+        "unpaired": sum((x is None) != (y is None) for x, y, _, _ in scored),
     }
 
 
@@ -125,8 +127,8 @@ def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
+    from medsight.console import align
     from medsight.evaluation.report import LABELS as SCORE_LABELS
-    from medsight.prediction import align
 
     labels = {**SCORE_LABELS, **LABELS}
     lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]
@@ -151,7 +153,8 @@ def comparison_text(result: Mapping[str, Any]) -> str:
             )
     unpaired = max((found["unpaired"] for found in result["scores"].values()), default=0)
     head = f"{result['title']}: A = {result['a']}, B = {result['b']}, {result['n']:,} rows"
-    note = "\n* the interval leaves out 0. Better and worse: rows where A has the higher and the lower figure."
+    note = f"\n* the 95% interval, drawn by {result['interval_unit']}, leaves out 0. "
+    note += "Better and worse: rows where A has the higher and the lower figure."
     if unpaired:
         note += f"\n{unpaired:,} rows have a score in one of the two alone, and are left out of that line."
     return f"{head}\n\n{align(lines)}\n{note}"

@@ -30,8 +30,11 @@ class Item:
         target: the structure asked for, or that shows the diagnosis.
         absent: whether the right answer has no mask.
         masks: reference masks of the target, pictures; several where it has several parts.
+        codes: the region codes that the data set itself gives to them, as `medsight data annotate` does; None where it
+            gives none. They mean something within the codebook that wrote them alone.
         spacing_mm: (row, column) size of a pixel in millimetres, where known.
-        dataset, modality, site, patient: where the image comes from, where known.
+        dataset, modality, site: where the image comes from, where known.
+        patient: whom it comes from; the image itself where the data name no patient, None where they name neither.
         label_origin: "expert", "model", ..., where known.
     """
 
@@ -44,6 +47,7 @@ class Item:
     target: str | None = None
     absent: bool = False
     masks: tuple[dict[str, Any], ...] = ()
+    codes: tuple[str, ...] | None = None
     spacing_mm: tuple[float, float] | None = None
     dataset: str = "-"
     modality: str = "-"

@@ -2,7 +2,8 @@
 
 Any system can write such a file. A line is a JSON object with `id` (the item's) and `answer`; and, where regions are
 cited, `masks` (COCO RLE at the reference's size: {"size": [height, width], "counts": text}), with `codes`, `groups`,
-`phrases` and `scores` of the same length where the system has them.
+`phrases` and `scores` of the same length where the system has them. A system with a codebook may add what that calls
+the reference masks, `reference_codes`, and the code group that it takes the image for, `group`.
 """
 
 import json
@@ -30,6 +31,8 @@ class Prediction:
         raw_text: as generated, codes included; the answer where the system has none.
         masks: COCO RLE, one a cited region.
         codes, groups, phrases, scores: of each mask, where the system knows them.
+        group: the name of the code group that the system takes the image for, by its own classifier.
+        reference_codes: the codes that the system's codebook gives to the item's reference masks; None where unknown.
     """
 
     id: str
@@ -40,6 +43,8 @@ class Prediction:
     groups: Sequence[str | None] = ()
     phrases: Sequence[str | None] = ()
     scores: Sequence[float | None] = ()
+    group: str | None = None
+    reference_codes: Sequence[str] | None = None
 
     @classmethod
     def from_mapping(cls, record: Any, place: str) -> "Prediction":
@@ -63,7 +68,30 @@ class Prediction:
         for name in ("codes", "groups", "phrases", "scores"):
             if given[name] and len(given[name]) != len(given["masks"]):
                 raise ValueError(f"{place}: {len(given[name])} {name} for {len(given['masks'])} masks")
-        return cls(**given)
+        group, references = record.get("group"), record.get("reference_codes")
+        if group is not None and not isinstance(group, str):
+            raise ValueError(f"{place}: expected text in 'group', got {group!r}")
+        if references is not None:
+            references = tuple(checked_codes(references, place, "reference_codes"))
+        return cls(**given, group=group, reference_codes=references)
+
+
+def checked_codes(codes: Any, place: str, name: str) -> list[str]:
+    """A list of region codes, as it is.
+
+    Raises:
+        ValueError: it is no list, or one of it is no region code; the message begins with `place`.
+    """
+    from processing_medsight.region_codes_medsight import parse_region_code
+
+    if not isinstance(codes, list) or not all(isinstance(code, str) for code in codes):
+        raise ValueError(f"{place}: expected a list of region codes in {name!r}, got {codes!r}")
+    for code in codes:
+        try:
+            parse_region_code(code)
+        except ValueError as error:
+            raise ValueError(f"{place}: {name}: {error}") from error
+    return codes
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 YES_NO = ("yes", "no")
 CLOSED, OPEN = "CLOSED", "OPEN"
+CODE = re.compile(r"\[C\d+_\d+\]|\[SEG\]")
+NEEDED_FIELDS = ("id", "question", "answer", "image", "masks")
+OPTIONAL_FIELDS = ("target", "dataset", "modality", "site", "patient", "label_origin")
 
 
 def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
@@ -241,6 +244,7 @@ def _mecovqa_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[li
                     images=({"path": str(file.parent / image), "bytes": None},),
                     masks=tuple({"path": str(file.parent / mask), "bytes": None} for mask in masks),
                     dataset=parts[1] if len(parts) > 1 else "-",
+                    patient=image,
                     modality=re.sub(r"_\d+$", "", parts[0]) if len(parts) > 1 else "-",
                 )
             )
@@ -248,32 +252,87 @@ def _mecovqa_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[li
 
 
 def _diagseg_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
-    """DiagSeg's JSON, and what `medsight benchmark build-diagseg` writes; files are relative to the JSON's folder."""
+    """A JSON record an item, by the names of the declaration's `fields`; files are relative to the JSON's folder."""
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     items = []
     for file in files:
         for place, record in json_records(file):
             if isinstance(record, ValueError):
                 raise record
-            identity = as_text(required(record, place, "qa_id", "id"), place, "qa_id")
-            question = as_text(required(record, place, "question"), place, "question")
-            given = record.get("mask_files", record.get("mask_file", record.get("mask")))
-            masks = [given] if isinstance(given, str) else list(given or [])
-            target = record.get("target") or record["short_answer"]
+            told = _named_fields(benchmark, record, place)
+            identity = as_text(told["id"], place, "id")
+            question, answer = (as_text(told[name], place, name) for name in ("question", "answer"))
+            image = as_text(told["image"], place, "image")
+            masks = [told["masks"]] if isinstance(told["masks"], str) else told["masks"] or []
+            if not isinstance(masks, list) or not all(isinstance(mask, str) for mask in masks):
+                raise ValueError(f"{place}: expected the path of a mask or a list of paths, got {told['masks']!r}")
             items.append(
                 Item(
                     id=identity,
                     prompt=words.prompt(identity, {"question": question}),
-                    images=({"path": str(file.parent / required(record, place, "image_file")), "bytes": None},),
-                    answer=as_text(required(record, place, "short_answer"), place, "short_answer"),
+                    images=({"path": str(file.parent / image), "bytes": None},),
+                    answer=answer,
                     answer_type=OPEN,
-                    target=target,
+                    target=told["target"] or answer,
                     absent=not masks,
                     masks=tuple({"path": str(file.parent / mask), "bytes": None} for mask in masks),
-                    **_origin(record),
+                    **{**_origin(told), "patient": told["patient"] or image},
                 )
             )
     return items, len(files)
+
+
+def _named_fields(benchmark: "Benchmark", record: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A record's values by our names; None for those of `OPTIONAL_FIELDS` that it has not.
+
+    Raises:
+        ValueError: needed fields are missing; the message names them, those that are there, and the way out.
+    """
+    told: dict[str, Any] = dict.fromkeys(OPTIONAL_FIELDS)
+    missing = []
+    for name, given in benchmark.fields.items():
+        called = [given] if isinstance(given, str) else given
+        found = next((field for field in called if field in record), None)
+        if found is not None:
+            told[name] = record[found]
+        elif name not in OPTIONAL_FIELDS:
+            missing.append(f"{' or '.join(map(repr, called))} ({name})")
+    if missing:
+        raise ValueError(
+            f"{place}: benchmark {benchmark.name} expects {', '.join(missing)}, and the record has "
+            f"{', '.join(map(repr, record))}; a YAML file with '{benchmark.name}: {{like: {benchmark.name}, fields: "
+            "{NAME: FIELD}}' for --benchmark says what they are called"
+        )
+    return told
+
+
+def _annotated_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
+    """What `medsight data annotate` writes: questions, masks, and the codes of the masks, which its answers cite."""
+    from medsight.training.data.sources import Source, iterate
+
+    items = []
+    for entry in iterate(Source("parquet", str(path), split=benchmark.split)):
+        if entry.error is not None:
+            raise entry.error
+        row = entry.row
+        assert row is not None
+        if len(row["messages"]) != 2:
+            raise ValueError(f"{entry.place}: expected a question and its answer, got {len(row['messages'])} messages")
+        question, answer = (message["content"] for message in row["messages"])
+        targets = [target for target in dict.fromkeys(row["targets"]) if target]
+        items.append(
+            Item(
+                id=row["id"],
+                prompt=words.prompt(row["id"], {"question": question}, len(row["images"])),
+                images=tuple(row["images"]),
+                target=" and ".join(targets) or None,
+                absent=not row["masks"],
+                masks=tuple(row["masks"]),
+                codes=tuple(CODE.findall(answer)),
+                **_origin(row),
+            )
+        )
+    return items, len({item.dataset for item in items})
 
 
 READERS: dict[str, Callable[["Benchmark", Path, Words], tuple[list[Item], int]]] = {
@@ -285,4 +344,5 @@ READERS: dict[str, Callable[["Benchmark", Path, Words], tuple[list[Item], int]]]
     "mmmu": _mmmu_items,
     "mecovqa": _mecovqa_items,
     "diagseg": _diagseg_items,
+    "annotated": _annotated_items,
 }

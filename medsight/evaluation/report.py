@@ -20,6 +20,8 @@ LABELS = {
     "iou": "IoU",
     "hd95_mm": "HD95 (mm)",
     "surface_dice": "Surface Dice",
+    "code_accuracy": "Right codes",
+    "group_accuracy": "Codes of the right group",
 }
 FIELDS = {
     "modality": "modality",
@@ -66,10 +68,10 @@ def write_report(
         notes=_notes(metrics),
         charts=_charts(metrics),
         tables=_tables(metrics),
-        table_caption="Small print: 95% bootstrap intervals over rows, taken as independent even within a patient.",
+        table_caption=f"Small print: 95% bootstrap intervals, drawn by {metrics['interval_unit']}.",
         cases=choose_cases(main_score(metrics), rows, items, predictions),
         key=["reference", "answer"] if "negatives" in metrics else ["", "regions that the answer cites"],
-        confusion=confusion(rows),
+        confusion=confusion(metrics),
         code_usage=code_usage(metrics),
         provenance=_provenance(metrics),
         version=__version__,
@@ -97,7 +99,7 @@ def protocol_text(metrics: Mapping[str, Any]) -> str:
 
 def figures_text(metrics: Mapping[str, Any]) -> str:
     """The main figures for a terminal."""
-    from medsight.prediction import align
+    from medsight.console import align
 
     lines = [("", "micro", "95%", "macro", "95%", "rows")]
     for name, both in metrics["scores"].items():
@@ -164,6 +166,7 @@ def _cards(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _notes(metrics: Mapping[str, Any]) -> list[str]:
     notes = list(metrics["notes"])
+    notes += _reference_notes(metrics)
     for kind, reasons in metrics["refused"].items():
         for reason, count in reasons.items():
             notes.append(f"{count:,} {'answers' if kind == 'answer' else 'rows'} without a score: {reason}.")
@@ -177,6 +180,21 @@ def _notes(metrics: Mapping[str, Any]) -> list[str]:
     if few and _several(metrics):
         notes.append(f"Fewer than ten rows, so hardly a figure: {', '.join(few)}.")
     return notes
+
+
+def _reference_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Why cited codes of some rows were not held against right ones."""
+    found = metrics.get("reference_codes")
+    if found is None or not found["unknown"]:
+        return []
+    origins = list(found["unknown_by_origin"])
+    some = ", ".join(origins[:3]) + (", …" if len(origins) > 3 else "")
+    why = (
+        f"no code group of the model is called like their modality and site ({some})"
+        if found["group_unknown"] == found["unknown"]
+        else "neither the data nor the predictions name them"
+    )
+    return [f"The right codes of {found['unknown']:,} rows are not known: {why}."]
 
 
 def _charts(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -194,7 +212,7 @@ def _charts(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         charts.append(
             {
                 "title": f"{label(metrics, name)} by {FIELDS[field]}",
-                "caption": "Mean over rows, in percent, with its 95% bootstrap interval.",
+                "caption": f"Mean over rows, in percent, with its 95% interval, drawn by {metrics['interval_unit']}.",
                 "bars": [_bar(name, value, figure) for value, figure, _ in entries],
             }
         )
@@ -268,7 +286,11 @@ def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"share of answers with no code {100 * rates['no_code_rate']:.1f}%",
             )
         )
-    lines.append(("Intervals", "bootstrap over rows, {samples:,} samples, seed {seed}".format(**metrics["bootstrap"])))
+        sources = {"codebook": "the model's codebook", "data set": "the data set"}
+        told = [f"{sources[name]} for {count:,} rows" for name, count in metrics["reference_codes"]["from"].items()]
+        lines.append(("Right codes", f"from {' and '.join(told)}" if told else "not known"))
+    drawn = "95% bootstrap, drawn by {}, {samples:,} samples, seed {seed}"
+    lines.append(("Intervals", drawn.format(metrics["interval_unit"], **metrics["bootstrap"])))
     for name, key in (("Weights", "weights_sha256"), ("Settings", "settings_sha256")):
         if "checkpoint" in run:
             lines.append((f"{name} of the checkpoint", f"sha256 {run['checkpoint'][key]}"))

@@ -88,10 +88,10 @@ def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
     """An item's image with its reference in orange and the answer's masks, as one, in blue."""
     from medsight.evaluation.scoring import predicted_masks, reference_masks
     from medsight.overlay import draw_overlay
-    from medsight.predict import read_image
     from medsight.training.data.pictures import read_picture
+    from processing_medsight.scan_medsight import open_scan
 
-    image = read_image(read_picture(item.images[0]))
+    image = open_scan(read_picture(item.images[0])).slice_image(0).convert("RGB")
     size = (image.height, image.width)
     if not item.masks and (prediction is None or not prediction.masks):
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))

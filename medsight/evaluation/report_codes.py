@@ -1,44 +1,47 @@
 """The region codes of report.html: which groups are cited for which images, and how often each code."""
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from medsight.evaluation.summary import NO_CODE
 
 
 TOP_CODES = 20
-Row = Mapping[str, Any]
+CAPTIONS = {
+    "classifier": "Columns: the group that the model's own classifier takes it for, over all rows.",
+    "cited codes": "Columns: the group of the first code that the answer cites, since the predictions do not say what "
+    "group the system takes an image for. Questions about absent structures are left out.",
+}
 
 
-def confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Groups of images (rows) against the group of the first code that the answer cites (columns), if any."""
-    counted: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        if "n_masks" in row and not row["absent"]:
-            cited = next((group for group in row["groups"] if group), None)
-            counted[f"{row['modality']} {row['site']}"][cited or "no code"] += 1
-    columns = sorted({name for some in counted.values() for name in some} - {"no code"})
-    if not columns:
+def confusion(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What images are (rows) against the code group that they are taken for (columns), if any is known."""
+    groups = metrics.get("predicted_groups")
+    if groups is None:
         return None
+    counts: Mapping[str, Mapping[str, int]] = groups["counts"]
     # The columns stand in the order of the rows that they belong to, so that right ones lie on a diagonal.
-    order = {name.lower(): index for index, name in enumerate(sorted(counted))}
-    columns.sort(key=lambda name: (_place(name, order), name))
-    if any(some["no code"] for some in counted.values()):
-        columns.append("no code")
+    order = {name.lower(): index for index, name in enumerate(sorted(counts))}
+    columns = sorted({name for some in counts.values() for name in some}, key=lambda name: (_place(name, order), name))
+    if NO_CODE in columns:
+        columns.remove(NO_CODE)
+        columns.append(NO_CODE)
     return {
+        "caption": CAPTIONS[groups["by"]],
         "columns": columns,
         "rows": [
             {
                 "name": name,
                 "cells": [
                     {
-                        "text": some[column] or "",
-                        "share": round(some[column] / sum(some.values()), 3),
+                        "text": some.get(column, ""),
+                        "share": round(some.get(column, 0) / sum(some.values()), 3),
                         "diagonal": belongs(name, column),
                     }
                     for column in columns
                 ],
             }
-            for name, some in sorted(counted.items())
+            for name, some in sorted(counts.items())
         ],
     }
 

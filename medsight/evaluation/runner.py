@@ -21,6 +21,7 @@ from medsight.evaluation.predictions import (
     encode_mask,
     read_predictions,
 )
+from medsight.evaluation.reference_codes import ReferenceCodes
 
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
@@ -180,6 +181,7 @@ def answer_items(
     processes.wait()  # nobody writes before everybody has read
     unanswered = [item for item in items if item.id not in done]
     mine = unanswered[processes.rank :: processes.count]
+    references = ReferenceCodes(items, model, processor)
     path = merged if processes.count == 1 else output / PART.format(processes.rank)
     bar = tqdm(
         total=len(items),
@@ -192,7 +194,7 @@ def answer_items(
     with PredictionWriter(path) as writer, bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            writer.write(answer_batch(batch, model, processor, settings))
+            writer.write(answer_batch(batch, model, processor, settings, references))
             bar.update(min(len(batch) * processes.count, bar.total - bar.n))
     processes.wait()
     if processes.rank == 0:
@@ -219,8 +221,10 @@ def _merge(items: Sequence[Item], output: Path) -> None:
         part.unlink()
 
 
-def answer_batch(items: Sequence[Item], model: Any, processor: Any, settings: RunSettings) -> list[Prediction]:
-    """Greedy answers to some items, with their masks at the images' own sizes."""
+def answer_batch(
+    items: Sequence[Item], model: Any, processor: Any, settings: RunSettings, references: ReferenceCodes
+) -> list[Prediction]:
+    """Greedy answers to some items, with their masks at the images' own sizes, and the codes that would be right."""
     import torch
 
     messages = [[{"role": "user", "content": content_of(item)}] for item in items]
@@ -241,7 +245,8 @@ def answer_batch(items: Sequence[Item], model: Any, processor: Any, settings: Ru
             return_dict_in_generate=True,
         )
     answers = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)
-    return [prediction_of(item, answer) for item, answer in zip(items, answers, strict=True)]
+    known = references.of(items, inputs.get("pixel_values"))
+    return [prediction_of(item, answer, *own) for item, answer, own in zip(items, answers, known, strict=True)]
 
 
 def content_of(item: Item) -> list[dict[str, Any]]:
@@ -265,8 +270,10 @@ def content_of(item: Item) -> list[dict[str, Any]]:
     return parts
 
 
-def prediction_of(item: Item, answer: Any) -> Prediction:
-    """A processor's grounded answer as a prediction."""
+def prediction_of(
+    item: Item, answer: Any, group: str | None = None, reference_codes: Sequence[str] | None = None
+) -> Prediction:
+    """A processor's grounded answer as a prediction, with what `ReferenceCodes` says of its item."""
     import numpy as np
 
     regions = [region for region in answer.regions if region.mask is not None]
@@ -279,6 +286,8 @@ def prediction_of(item: Item, answer: Any) -> Prediction:
         groups=[region.group_name for region in regions],
         phrases=[region.phrase for region in regions],
         scores=[None if region.score is None else round(float(region.score), SCORE_DIGITS) for region in regions],
+        group=group,
+        reference_codes=reference_codes,
     )
 
 
@@ -291,12 +300,11 @@ def load_for_evaluation(
         own_device: where several processes share a machine, this process's device.
 
     Raises:
-        OSError, ValueError: see `medsight.predict.load_checkpoint` and `choose_device`.
+        OSError, ValueError: see `medsight.checkpoint.load_checkpoint` and `choose_device`.
     """
     import torch
 
-    from medsight.checkpoint import check_checkpoint
-    from medsight.predict import choose_device, load_checkpoint
+    from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint
 
     check_checkpoint(folder)
     place = own_device if own_device is not None and device == "auto" else choose_device(device)

@@ -74,10 +74,13 @@ def score_rows(
     Returns:
         A dict a row: `id`, origin, `target`, `absent`, `prompt`, `answer`, `reference`, `answer_type`, `answer_score`
         and `answer_refused` (why there is no score); `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows
-        with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`.
+        with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`, `group`;
+        `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own), `code_accuracy`
+        and `group_accuracy`, shares of the cited codes that are right, None where no code is cited or none is known.
 
     Raises:
-        OSError, ValueError: a reference mask cannot be read; or there are problems, which are not accepted.
+        OSError, ValueError: a reference mask cannot be read; a cited code is none, where reference codes are known; or
+            there are problems, which are not accepted.
     """
     refuse(problems, accept_problems)
     answers = _answer_scores(items, predictions, protocol) if protocol.answers is not None else None
@@ -92,11 +95,13 @@ def score_rows(
             "answer_type": item.answer_type,
             "codes": list(prediction.codes),
             "groups": list(prediction.groups),
+            "group": prediction.group,
         }
         if answers is not None:
             row["answer_score"], row["answer_refused"] = answers[number]
         if benchmark.has_masks:
             row |= _mask_scores(item, prediction, protocol, problems)
+            row |= _code_scores(item, prediction)
         rows.append(row)
     refuse(problems, accept_problems)
     return rows
@@ -152,6 +157,28 @@ def predicted_masks(
             if problems is not None:
                 problems.masks.append(f"{prediction.id}: {error}")
     return masks
+
+
+def _code_scores(item: Item, prediction: Prediction) -> dict[str, Any]:
+    from medsight.metrics.region_codes.region_codes import cited_right
+
+    # Codes that the data set gives are what it asks for; without any, those of the codebook that the answer cites.
+    known = prediction.reference_codes if item.codes is None else item.codes
+    row: dict[str, Any] = {
+        "reference_codes": None if known is None else list(known),
+        "reference_codes_from": None if known is None else "codebook" if item.codes is None else "data set",
+        "code_accuracy": None,
+        "group_accuracy": None,
+    }
+    if known is not None and len(known) != len(item.masks):
+        raise ValueError(f"prediction {item.id}: {len(known)} reference codes for {len(item.masks)} reference masks")
+    if not known:
+        return row
+    try:
+        shares = cited_right(prediction.codes, known)
+    except ValueError as error:
+        raise ValueError(f"prediction {item.id}: {error}") from error
+    return row if shares is None else {**row, "code_accuracy": shares[0], "group_accuracy": shares[1]}
 
 
 def _mask_scores(item: Item, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """metrics.json: means of rows' scores with bootstrap intervals, by data set, modality and target."""
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from medsight.evaluation.benchmarks import Benchmark
 
 DIGITS = 6
+NO_CODE = "no code"
 Row = Mapping[str, Any]
 # What is scored, by its name in metrics.json: the value of a row, None where the row has none.
 SCORES: dict[str, Callable[[Row], float | None]] = {
@@ -19,11 +21,14 @@ SCORES: dict[str, Callable[[Row], float | None]] = {
     "iou": lambda row: row.get("iou"),
     "hd95_mm": lambda row: row.get("hd95_mm"),
     "surface_dice": lambda row: row.get("surface_dice"),
+    "code_accuracy": lambda row: row.get("code_accuracy"),
+    "group_accuracy": lambda row: row.get("group_accuracy"),
 }
+_MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice", "code_accuracy", "group_accuracy")
 TASK_SCORES = {
     "vqa": ("answer", "closed_accuracy", "open_recall"),
-    "segment": ("dice", "iou", "hd95_mm", "surface_dice"),
-    "diagnose": ("answer", "dice", "iou", "hd95_mm", "surface_dice"),
+    "segment": _MASK_SCORES,
+    "diagnose": ("answer", *_MASK_SCORES),
 }
 BY = {
     "vqa": ("dataset", "modality", "site", "answer_type"),
@@ -39,22 +44,37 @@ def estimate(rows: Sequence[Row], score: str, seed: int, macro_by: str | None = 
         macro_by: field of the rows whose values are the groups.
 
     Returns:
-        `value`, `low` and `high` (None where nothing varies), `n` rows; None where no row has the score.
+        `value`, `low` and `high` (None where nothing varies), `n` rows, `units` that the interval draws; None where no
+        row has the score.
     """
     scored = [(row, value) for row in rows if (value := SCORES[score](row)) is not None]
     groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
-    return interval([value for _, value in scored], seed, groups)
+    return interval([value for _, value in scored], [unit_of(row) for row, _ in scored], seed, groups)
 
 
-def interval(values: Sequence[float], seed: int, groups: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """A mean, over groups where they are given, with its interval, rounded; None over nothing."""
+def interval(
+    values: Sequence[float], units: Sequence[str], seed: int, groups: Sequence[str] | None = None
+) -> dict[str, Any] | None:
+    """A mean, over groups where they are given, with its interval over units, rounded; None over nothing."""
     from medsight.metrics.intervals import bootstrap_interval
 
     if not values:
         return None
-    found = bootstrap_interval(values, groups, statistic="mean" if groups is None else "macro", seed=seed)
+    found = bootstrap_interval(values, groups, "mean" if groups is None else "macro", units, seed=seed)
     rounded = {name: None if end is None else round(end, DIGITS) for name, end in found._asdict().items()}
-    return {**rounded, "n": len(values)}
+    return {**rounded, "n": len(values), "units": len(set(units))}
+
+
+def unit_of(row: Row) -> str:
+    """What is drawn together with a row for intervals: all rows of its `Item.patient`; the row alone without one."""
+    return json.dumps([row["dataset"], row["patient"]] if row["patient"] else [row["id"]])
+
+
+def interval_unit(rows: Iterable[Row]) -> str:
+    """What intervals draw, in words."""
+    named = {bool(row["patient"]) for row in rows}
+    words = {True: "patient or image", False: "row"}
+    return words[named.pop()] if len(named) == 1 else "patient, image, or row where neither is named"
 
 
 def summarise(
@@ -63,7 +83,7 @@ def summarise(
     """All figures of metrics.json that follow from the rows' scores.
 
     Args:
-        seed: of the bootstrap, which takes rows as independent.
+        seed: of the bootstrap, which draws patients with all of their rows, where the rows name them.
         codes_per_group: the size of the codebook, where it is known.
     """
     names = [name for name in TASK_SCORES[benchmark.task] if any(SCORES[name](row) is not None for row in rows)]
@@ -81,6 +101,7 @@ def summarise(
     result: dict[str, Any] = {
         "n": len(rows),
         "patients": len({(row["dataset"], row["patient"]) for row in rows if row["patient"]}) or None,
+        "interval_unit": interval_unit(rows),
         "macro_over": "modality",
         "scores": scores,
         "by": by,
@@ -94,7 +115,34 @@ def summarise(
     }
     if benchmark.has_masks:
         result |= _mask_figures(rows, seed, codes_per_group)
+    if (groups := group_confusion(rows)) is not None:
+        result["predicted_groups"] = groups
     return result
+
+
+def group_confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Which code group images of each modality and site are taken for; None without any group.
+
+    Returns:
+        `by`: "classifier", the model's own, over all rows, where every prediction says what it found; else "cited
+        codes", the group of the first code of an answer about something present. `counts` {"MODALITY SITE": {group:
+        rows}}, with "no code" for answers without one.
+    """
+    known = [row for row in rows if row["modality"] != "-"]
+    classified = bool(known) and all(row.get("group") for row in known)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in known:
+        origin = " ".join(part for part in (row["modality"], row["site"]) if part != "-")
+        if classified:
+            counts[origin][row["group"]] += 1
+        elif "n_masks" in row and not row["absent"]:
+            counts[origin][next((group for group in row["groups"] if group), NO_CODE)] += 1
+    if not any(set(some) - {NO_CODE} for some in counts.values()):
+        return None
+    return {
+        "by": "classifier" if classified else "cited codes",
+        "counts": {origin: dict(sorted(some.items())) for origin, some in sorted(counts.items())},
+    }
 
 
 def _grouped(rows: Sequence[Row], field: str) -> Iterator[tuple[str, list[Row]]]:
@@ -132,6 +180,7 @@ def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, 
     }
     if any(row["codes"] for row in rows):
         figures["codes"] = _codes(rows, codes_per_group)
+        figures["reference_codes"] = _reference_codes(present)
     return figures
 
 
@@ -140,16 +189,28 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _rate(rows: Sequence[Row], field: str, seed: int) -> dict[str, Any] | None:
-    return interval([float(row[field]) for row in rows], seed)
+    return interval([float(row[field]) for row in rows], [unit_of(row) for row in rows], seed)
+
+
+def _reference_codes(present: Sequence[Row]) -> dict[str, Any]:
+    """Where the right codes come from, and how many rows have none, by modality and site."""
+    without = [row for row in present if row["reference_codes"] is None]
+    return {
+        "from": dict(Counter(row["reference_codes_from"] for row in present if row["reference_codes_from"])),
+        "unknown": len(without),
+        "unknown_by_origin": dict(sorted(Counter(f"{row['modality']} {row['site']}" for row in without).items())),
+        "group_unknown": sum(row["group"] is not None for row in without),
+    }
 
 
 def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
     """What region_codes says of the codes that the answers cite."""
     from medsight.metrics import load
 
-    named = all(group is not None for row in rows for group in row["groups"])
+    named = all(len(row["groups"]) == len(row["codes"]) and None not in row["groups"] for row in rows)
     return load("region_codes").compute(
         predictions=[row["codes"] for row in rows],
+        references=[row["reference_codes"] for row in rows],
         absent=[row["absent"] for row in rows],
         reference_counts=[None if row["absent"] else row["n_references"] for row in rows],
         structures=[None if row["absent"] else [row["target"] or "-"] * len(row["codes"]) for row in rows],

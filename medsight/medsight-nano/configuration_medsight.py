@@ -7,13 +7,16 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .card_medsight import HubCardMixin
 from .presets_medsight import PRESETS
 from .remote_code_medsight import AUTO_MAP, write_remote_code
+from .unet_encoder_config_medsight import MedSightUNetConfig
 
 
 MASK_DECODERS = ("perceiver", "head")
 SEG_TOKEN = "[SEG]"
 COUNTS = (
+    "patch_pooling",
     "num_region_queries",
     "perceiver_num_stages",
     "perceiver_num_heads",
@@ -26,7 +29,7 @@ COUNTS = (
 )
 
 
-class MedSightConfig(PreTrainedConfig):
+class MedSightConfig(HubCardMixin, PreTrainedConfig):
     r"""Configuration of [`MedSightModel`] and [`MedSightForConditionalGeneration`] (paper arXiv 2606.06760).
 
     Defaults are the published 8B model. Contradictory settings are refused here, at construction.
@@ -35,13 +38,16 @@ class MedSightConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*): language model; Qwen3 by default, any causal decoder
             that `AutoModel` knows (Qwen2, Llama, ...).
         vision_config (`dict` or `PreTrainedConfig`, *optional*): image encoder; CLIP by default, or SigLIP, DINOv2,
-            ResNet, ConvNeXt: anything that yields a grid of features.
+            ResNet, ConvNeXt, anything that yields a grid of features; or [`MedSightUNetConfig`], to train from
+            nothing.
         image_size (`int`, *optional*): side in pixels of the square input. Taken from `vision_config.image_size` if it
             has one.
         image_token_id (`int`): id of the image placeholder in the vocabulary.
         vision_feature_layer (`int`): index into the encoder's `hidden_states`. For a convolutional encoder, the stage.
         use_region_embeddings (`bool`): whether the language model sees the region rows after the patch rows
             (ablation).
+        patch_pooling (`int`): side of the squares of patches that are averaged to one row for the language model: a
+            fine grid makes sharp masks, but a long prompt. 1, as published, gives it every patch.
         num_region_queries (`int`): N, learnable region queries.
         perceiver_num_stages (`int`): L, stages of the region perceiver; each doubles the side of the feature map.
         perceiver_num_heads, perceiver_head_dim (`int`): attention heads of the perceiver and the width of one.
@@ -85,6 +91,7 @@ class MedSightConfig(PreTrainedConfig):
         image_token_id: int = 151655,
         vision_feature_layer: int = -2,
         use_region_embeddings: bool = True,
+        patch_pooling: int = 1,
         num_region_queries: int = 20,
         perceiver_num_stages: int = 3,
         perceiver_num_heads: int = 8,
@@ -120,6 +127,7 @@ class MedSightConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.use_region_embeddings = use_region_embeddings
+        self.patch_pooling = patch_pooling
         self.num_region_queries = num_region_queries
         self.perceiver_num_stages = perceiver_num_stages
         self.perceiver_num_heads = perceiver_num_heads
@@ -184,8 +192,9 @@ class MedSightConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Rows that one image takes in the language model: h*w patch rows, then N region rows."""
-        h, w = self.patch_grid
+        """Rows that one image takes in the language model: (h / pooling) * (w / pooling) patch rows, then N region
+        rows."""
+        h, w = (side // self.patch_pooling for side in self.patch_grid)
         return h * w + (self.num_region_queries if self.use_region_embeddings else 0)
 
     @property
@@ -210,7 +219,9 @@ class MedSightConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        values = {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        values.pop("use_cache", None)  # which Trainer leaves behind; the language model has its own
+        return values
 
     def refuse_contradictions(self) -> None:
         """Raise ValueError, naming both values, where two settings contradict each other; construction calls it."""
@@ -233,11 +244,14 @@ class MedSightConfig(PreTrainedConfig):
                 f"vision_feature_layer={self.vision_feature_layer} contradicts the encoder, "
                 f"which has {layers} hidden states (allowed: {-layers} to {layers - 1})"
             )
-        if self.image_size % stride:
+        deepest = getattr(self.vision_config, "deepest_stride", stride)
+        if self.image_size % deepest:
             raise ValueError(
-                f"image_size={self.image_size} is not a multiple of the encoder's stride of {stride} pixels: "
-                f"masks would be shifted. Nearest: {self.image_size // stride * stride}"
+                f"image_size={self.image_size} is not a multiple of the encoder's stride of {deepest} pixels: "
+                f"masks would be shifted. Nearest: {self.image_size // deepest * deepest}"
             )
+        if any(side % self.patch_pooling for side in self.patch_grid):
+            raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")
         if width % 4:
             raise ValueError(
                 f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs"
@@ -282,6 +296,8 @@ def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrai
 def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     """(channels, pixels a cell, number of hidden states) of the encoder's chosen hidden state."""
     vision, layer = config.vision_config, config.vision_feature_layer
+    if vision.model_type == MedSightUNetConfig.model_type:
+        return vision.hidden_size, int(vision.patch_size), 1
     if hasattr(vision, "hidden_size") and hasattr(vision, "patch_size"):
         return vision.hidden_size, int(vision.patch_size), vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
@@ -295,7 +311,7 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     else:
         raise ValueError(
             f"vision_config.model_type={vision.model_type!r} is not an encoder that yields a feature grid: "
-            "use CLIP, SigLIP, DINOv2, ResNet or ConvNeXt"
+            "use CLIP, SigLIP, DINOv2, ResNet, ConvNeXt or medsight_unet"
         )
     if not -len(widths) <= layer < len(widths):
         return widths[-1], strides[-1], len(widths)

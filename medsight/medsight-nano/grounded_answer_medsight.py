@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .region_codes_medsight import CodeMeaning
+
 
 CODE = "\ufffc"  # stands for one region code while an answer is taken apart: Unicode's object replacement character
 
@@ -75,6 +77,7 @@ class GroundedRegion:
         box: (x0, y0, x1, y1) in pixels, the end excluded; `None` where the mask is empty.
         area: pixels inside the mask.
         score: the model's confidence in the mask, in [0, 1]; `None` where it gave none.
+        meaning: what the code usually stands for, whatever the answer says; `None` where the checkpoint does not tell.
     """
 
     code: str
@@ -89,6 +92,7 @@ class GroundedRegion:
     box: tuple[int, int, int, int] | None
     area: int
     score: float | None
+    meaning: CodeMeaning | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,11 @@ black, whatever part of the 65,536 levels it uses; a caller who wants a window s
 
 import base64
 import binascii
+import math
 import os
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,13 +27,16 @@ MAX_IMAGE_PIXELS = 2**27
 _CHANNELS = (1, 2, 3, 4)
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
+# Not whatever Pillow can open: some of its readers start other programs.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
 
-def load_image(source: str | os.PathLike) -> Image.Image:
-    """Read an image file, completely, in its own mode (a 16-bit scan stays 16-bit), turned upright if EXIF says so.
+def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Image.Image:
+    """Read a picture, completely, in its own mode (a 16-bit scan stays 16-bit), turned upright if EXIF says so.
 
     Args:
-        source: path of a file, an http(s) address, or a base64 string (`data:image/...` or bare).
+        source: path of a file, an http(s) address, a base64 string (`data:image/...` or bare), or a file's bytes.
+        name: what to call it in an error; the path by default.
 
     Returns:
         The decoded image; its first frame where there are several (a warning says so).
@@ -40,11 +45,12 @@ def load_image(source: str | os.PathLike) -> Image.Image:
         ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
-    # A path is named whole, however long; a base64 string is not.
-    text = os.fspath(source)
-    name = (text if isinstance(source, os.PathLike) or os.path.exists(text) else _shorten(text)) or "the empty path"
+    name = name or ("bytes" if isinstance(source, bytes) else display_name(source))
     opened = _open(source, name)
-    frames = getattr(opened, "n_frames", 1)
+    try:
+        frames = getattr(opened, "n_frames", 1)
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: its frames cannot be counted ({error})") from error
     if frames > 1 and opened.format != "MPO":
         logger.warning(f"{name} holds {frames} frames: only the first is used")
     decode(opened, name)
@@ -53,6 +59,34 @@ def load_image(source: str | os.PathLike) -> Image.Image:
     except Exception as error:
         raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
     return opened
+
+
+def load_array(source: Path | bytes, name: str) -> np.ndarray:
+    """The array of a .npy file, which is never unpickled; a view of the file where it is one.
+
+    Raises:
+        ValueError: for a damaged header, Python objects, or more entries than the file holds.
+    """
+    file = BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    with file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, fortran_order, dtype = read(file)
+        except Exception as error:
+            raise ValueError(f"{name} has a damaged .npy header, or one of an unknown version") from error
+        start, end = file.tell(), file.seek(0, os.SEEK_END)
+    if dtype.hasobject or dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected an array of numbers, got {dtype}")
+    size = math.prod(shape) * dtype.itemsize
+    if size != end - start:
+        raise ValueError(f"{name}: its header claims {size:,} bytes of pixels, the file holds {end - start:,}")
+    if not size:
+        raise ValueError(f"{name} has no pixels: an array of shape {shape}")
+    order: Literal["F", "C"] = "F" if fortran_order else "C"
+    if isinstance(source, bytes):
+        return np.frombuffer(source, dtype, offset=start).reshape(shape, order=order)
+    return np.memmap(source, dtype, "r", start, shape, order)
 
 
 def decode(image: Image.Image, name: str) -> None:
@@ -97,7 +131,7 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
             return _colour_pixels(image, name, convert_rgb)
         pixels = np.asarray(image)[:, :, None]
     else:
-        pixels = _channels_last(_as_numpy(image, name), name, channels_last)
+        pixels = _channels_last(as_numpy(image, name), name, channels_last)
     _check_size(pixels.shape[0], pixels.shape[1], name)
     if not convert_rgb:
         return _to_eight_bit(pixels, name, rescale)
@@ -115,7 +149,7 @@ def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     Raises:
         ValueError: if it has no pixels or does not hold numbers.
     """
-    pixels = _as_numpy(image, name)
+    pixels = as_numpy(image, name)
     _check_size(pixels.shape[0], pixels.shape[1], name)
     if pixels.dtype in (np.bool_, np.uint8, np.uint16):
         return Image.fromarray(np.ascontiguousarray(pixels))
@@ -124,37 +158,63 @@ def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32))
 
 
-def _open(source: str | os.PathLike, name: str) -> Image.Image:
+def display_name(source: str | os.PathLike) -> str:
+    """What to call a source in messages: a path whole, however long; a base64 string by its beginning."""
+    text = os.fspath(source)
+    return (text if isinstance(source, os.PathLike) or os.path.exists(text) else _shorten(text)) or "the empty path"
+
+
+def is_wide(image: Image.Image | np.ndarray) -> bool:
+    """Whether an image has one channel of more than 8 bits, of which a window can choose."""
+    if isinstance(image, Image.Image):
+        return image.mode in _SIXTEEN_BIT_OR_MORE or image.mode.startswith("I;16")
+    return image.ndim == 2 and image.dtype not in (np.bool_, np.uint8)
+
+
+def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+    file = _file(source, name)
     try:
-        return Image.open(_file(source, name))
+        return Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image, or its header is damaged: Pillow cannot identify it") from error
-    except ValueError:
-        raise
+        raise ValueError(
+            f"{name} is not an image, or its header is damaged: neither DICOM nor NIfTI nor .npy, and Pillow finds no "
+            f"{', '.join(_FORMATS)}"
+        ) from error
     except Exception as error:
         raise ValueError(f"{name} cannot be read as an image ({error})") from error
 
 
-def _file(source: str | os.PathLike, name: str) -> Any:
+def _file(source: str | os.PathLike | bytes, name: str) -> Any:
     """What Pillow can open: a path that exists, or the bytes behind an address or a base64 string."""
+    if isinstance(source, bytes):
+        return BytesIO(source)
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder: an image file was expected")
     if os.path.isfile(source):
         if os.path.getsize(source) == 0:
             raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
         return os.fspath(source)
+    return BytesIO(bytes_of_text(source, name))
+
+
+def bytes_of_text(source: str | os.PathLike, name: str) -> bytes:
+    """The bytes behind an http(s) address or a base64 string.
+
+    Raises:
+        ValueError: if it is neither: then it was to be a file, which is not there.
+    """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         from huggingface_hub import get_session
 
         response = get_session().get(source, follow_redirects=True, timeout=30)
         response.raise_for_status()
-        return BytesIO(response.content)
-    if isinstance(source, str) and (len(source) >= _SHORTEST_BASE64 or source.startswith("data:image/")):
-        text = source.partition(",")[2] if source.startswith("data:image/") else source
+        return response.content
+    if isinstance(source, str) and (len(source) >= _SHORTEST_BASE64 or source.startswith("data:")):
+        text = source.partition(",")[2] if source.startswith("data:") else source
         try:
-            return BytesIO(base64.b64decode("".join(text.split()), validate=True))
+            return base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError):
             pass
     raise ValueError(f"{name}: there is no such file, and it is neither an http(s) address nor a base64 image")
@@ -173,7 +233,12 @@ def _colour_pixels(image: Image.Image, name: str, convert_rgb: bool) -> np.ndarr
         raise ValueError(f"{name} has mode {image.mode}, which cannot be converted to RGB ({error})") from error
 
 
-def _as_numpy(image: Any, name: str) -> np.ndarray:
+def as_numpy(image: Any, name: str) -> np.ndarray:
+    """An array or tensor of numbers as a NumPy array.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float().numpy() if image.dtype == torch.bfloat16 else image.numpy()

@@ -12,22 +12,31 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .card_medsight import HubCardMixin
 from .remote_code_medsight import AUTO_MAP, write_remote_code
 
 from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
-from .image_loading_medsight import grey_to_pillow, load_image, to_array
+from .image_loading_medsight import as_numpy, grey_to_pillow, is_wide, to_array
+from .scan_medsight import Picture, open_scan
 
 
 _NOT_USED = ("do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
 class MedSightImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """The arguments of any image processor, and `fit`: how an image is brought to the model's fixed input size."""
+    """The arguments of any image processor, and MedSIGHT's own.
+
+    fit: how an image is brought to the model's fixed input size.
+    slices: which slices of a DICOM or NIfTI volume are taken, see [`Scan.choose_slices`]; each is an image.
+    window: which grey levels of a scan are shown, see [`Scan.slice_image`].
+    """
 
     fit: Literal["pad", "stretch", "crop"] | None
+    slices: int | str | list[int] | None
+    window: str | list[float | int] | tuple[float | int, float | int] | None
 
 
-class MedSightImageProcessor(BaseImageProcessor):
+class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
     r"""Turns images into the model's input, and masks over that input into masks of the images.
 
     Every setting can be given at construction or, for one call, to the call.
@@ -37,11 +46,17 @@ class MedSightImageProcessor(BaseImageProcessor):
         fit (`"pad"`, `"stretch"` or `"crop"`): keep the aspect ratio on centred black padding; scale each axis on its
             own; or keep the centre of an image scaled to cover the input (the released checkpoint's own transform).
         resample (`int`): Pillow's filter, bicubic by default.
+        slices (`int`, `str` or `list[int]`): which slices of a DICOM or NIfTI volume are taken, each as an image: an
+            index, several, `"middle"` (the default), `"all"`, `"largest-foreground"` or `"a-b"`.
+        window (`str` or `(float, float)`): which grey levels of DICOM, NIfTI and of pictures and arrays of more than 8
+            bits are shown: `"abdomen"`, `"lung"`, `"bone"`, `"brain"`, `"soft tissue"` (of CT), or (centre, width);
+            by default what suits the modality.
         do_resize, do_rescale, do_normalize, do_convert_rgb (`bool`): steps to take.
         rescale_factor (`float`): what 8-bit pixels are multiplied by.
         image_mean, image_std (`float` or `list[float]`): CLIP's by default.
 
-    Images of more than 8 bits, and floats, are brought to 8 bits by the range rule of `image_loading_medsight`.
+    Without a window, pictures of more than 8 bits, and floats, are brought to 8 bits by the range rule of
+    `image_loading_medsight`.
     """
 
     valid_kwargs = MedSightImageProcessorKwargs
@@ -51,6 +66,8 @@ class MedSightImageProcessor(BaseImageProcessor):
     do_resize = True
     size = {"height": 336, "width": 336}
     fit = "pad"
+    slices = "middle"
+    window = None
     resample = PILImageResampling.BICUBIC
     do_rescale = True
     rescale_factor = 1 / 255
@@ -63,22 +80,56 @@ class MedSightImageProcessor(BaseImageProcessor):
         self._set_attributes(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
-    def fetch_images(self, images: Any, name: str = "image") -> Any:
-        """Read what is named by a path, an http(s) address or base64, in lists of any depth; pass images through.
+    def fetch_images(
+        self,
+        images: Any,
+        name: str | None = None,
+        slices: int | str | Sequence[int] | None = None,
+        window: str | Sequence[float] | None = None,
+    ) -> Any:
+        """Read what is named, in lists of any depth: what [`open_scan`] takes. Pictures in memory pass through.
+
+        Args:
+            images: paths, http(s) addresses, base64, bytes, Pillow images, arrays or tensors, or lists of these.
+            name: what to call it in an error.
+            slices, window: as the class has them, for this call.
+
+        Returns:
+            As many images in as deep lists; but a volume of which several slices are taken is as many images.
 
         Raises:
             ValueError: naming the file, or the position in the list, of what cannot be read.
         """
-        if isinstance(images, (list, tuple)):
-            separator = "." if " " in name else " "  # image 0, and image 0.1 where lists are nested
-            return [self.fetch_images(image, f"{name}{separator}{i}") for i, image in enumerate(images)]
-        if isinstance(images, (str, os.PathLike)):
-            return load_image(images)
-        if isinstance(images, (np.ndarray, torch.Tensor)):
-            return grey_to_pillow(images, name) if images.ndim == 2 else images
-        if isinstance(images, Image.Image):
-            return images
-        raise ValueError(f"{name}: expected a Pillow image, an array, a tensor or a path, got {type(images).__name__}")
+        slices = self.slices if slices is None else slices
+        window = self.window if window is None else window
+        if not isinstance(images, (list, tuple)):
+            found = self._fetch(images, name, slices, window)
+            return found[0] if len(found) == 1 else found
+        fetched: list[Any] = []
+        for i, image in enumerate(images):
+            place = f"image {i}" if name is None else f"{name}.{i}"  # image 0, and image 0.1 where lists are nested
+            if isinstance(image, (list, tuple)):
+                fetched.append(self.fetch_images(image, place, slices, window))
+            else:
+                fetched.extend(self._fetch(image, place, slices, window))
+        return fetched
+
+    def _fetch(self, image: Any, name: str | None, slices: Any, window: Any) -> list[Any]:
+        """The slices of a volume, or the one image of anything else."""
+        name = name or "image"
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            if window is not None and image.ndim == 2 and is_wide(as_numpy(image, name)):
+                return [open_scan(image, name).slice_image(0, window)]
+            return [grey_to_pillow(image, name) if image.ndim == 2 else image]
+        if isinstance(image, Image.Image):
+            return [open_scan(image, name).slice_image(0, window) if window is not None and is_wide(image) else image]
+        if not isinstance(image, (str, os.PathLike, bytes)):
+            kind = type(image).__name__
+            raise ValueError(f"{name}: expected a Pillow image, an array, a tensor, bytes or a path, got {kind}")
+        scan = open_scan(image, name if isinstance(image, bytes) else None)
+        if isinstance(scan, Picture) and window is None:
+            return [scan.original]
+        return [scan.slice_image(index, window) for index in scan.choose_slices(slices)]
 
     def post_process_masks(
         self,
@@ -179,7 +230,8 @@ class MedSightImageProcessor(BaseImageProcessor):
             _height_and_width(kwargs.get("size"))
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        flat = list(flatten_images(self.fetch_images(images)))
+        fetched = self.fetch_images(images, slices=kwargs.get("slices"), window=kwargs.get("window"))
+        flat = list(flatten_images(fetched))
         if not flat:
             raise ValueError("images is empty: expected at least one image")
         pixel_values, original_sizes = [], []

@@ -30,17 +30,17 @@ class TrainingLossMixin:
         mask_labels: list[torch.Tensor] | None,
         class_labels: list[torch.Tensor] | None,
         group_labels: torch.Tensor | None,
-        asked_regions: list[torch.Tensor] | None,
+        asked_classes: list[torch.Tensor] | None,
         matched_images: torch.Tensor | None,
         loss_counts: dict[str, float],
     ) -> MedSightCausalLMOutputWithPast:
         """Losses of the perceiver and of the codebook, from pixel values alone."""
         require(pixel_values=pixel_values, mask_labels=mask_labels, class_labels=class_labels)
         refuse_uneven_labels(pixel_values, mask_labels, class_labels)
-        _, grid, summary = encode_image(self.model.vision_tower, pixel_values, self.config)
+        _, grid, summary = encode_image(self.model.vision_tower, pixel_values, self.config, any_size=True)
         class_query_loss = None
         if self.config.use_class_queries and group_labels is None:
-            class_query_loss = self._class_query_loss(grid, mask_labels, class_labels, asked_regions, loss_counts)
+            class_query_loss = self._class_query_loss(grid, mask_labels, class_labels, asked_classes, loss_counts)
         if matched_images is not None:
             chosen = matched_images.tolist()
             grid, summary = grid[matched_images], summary[matched_images]
@@ -103,23 +103,26 @@ class TrainingLossMixin:
         grid: torch.Tensor,
         mask_labels: list[torch.Tensor],
         class_labels: list[torch.Tensor],
-        asked_regions: list[torch.Tensor] | None,
+        asked_classes: list[torch.Tensor] | None,
         loss_counts: dict[str, float],
     ) -> torch.Tensor:
         """BCE + Dice of the masks that the classes' own queries give, averaged over supervised stages."""
-        if asked_regions is None:
-            asked_regions = [torch.arange(len(classes)) for classes in class_labels]
-        device, width = grid.device, max(1, *(len(asked) for asked in asked_regions))
+        if asked_classes is None:
+            asked_classes = class_labels
+        device, width = grid.device, max(1, *(len(asked) for asked in asked_classes))
         ids = torch.zeros(len(grid), width, dtype=torch.long, device=device)
         known = torch.zeros(len(grid), width, dtype=torch.bool, device=device)
-        for row, (asked, classes) in enumerate(zip(asked_regions, class_labels, strict=True)):
-            ids[row, : len(asked)] = classes.to(device)[asked.to(device)]
+        for row, asked in enumerate(asked_classes):
+            ids[row, : len(asked)] = asked
             known[row, : len(asked)] = True
         perceiver = self.model.region_perceiver
         output = perceiver(grid, queries=perceiver.class_queries[ids], query_mask=known)
         stages = [*(stage["masks_queries_logits"] for stage in output.auxiliary_logits or [])]
         stages.append(output.masks_queries_logits)
-        wanted = [masks.to(device)[asked.to(device)] for masks, asked in zip(mask_labels, asked_regions, strict=True)]
+        wanted = [
+            masks_of_classes(masks.to(device), classes.to(device), asked.to(device))
+            for masks, classes, asked in zip(mask_labels, class_labels, asked_classes, strict=True)
+        ]
         losses = []
         for logits in stages:
             size = tuple(logits.shape[-2:])
@@ -247,6 +250,16 @@ class TrainingLossMixin:
 
     def _is_plain(self, token_id: int) -> bool:
         return token_id >= 0 and token_id != self.config.image_token_id
+
+
+def masks_of_classes(masks: torch.Tensor, classes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """The masks (a, H, W) of asked classes (a,), from an image's masks (n, H, W) and their classes (n,): all of a
+    class together, empty where it is not there."""
+    found = torch.zeros(len(asked), *masks.shape[1:], device=masks.device)
+    for row, wanted in enumerate(asked):
+        for mask in masks[classes == wanted]:
+            found[row] = torch.maximum(found[row], mask.float())
+    return found
 
 
 def require(**inputs: Any) -> None:

@@ -8,12 +8,13 @@ from torch import nn
 
 
 def encode_image(
-    vision_tower: nn.Module, pixel_values: torch.Tensor, config: Any, **kwargs: Any
+    vision_tower: nn.Module, pixel_values: torch.Tensor, config: Any, any_size: bool = False, **kwargs: Any
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Run the encoder and take hidden state `config.vision_feature_layer`.
 
     Args:
         pixel_values: (batch, 3, H, W), H = W = `config.image_size`.
+        any_size: take another H = W too, a multiple of the encoder's stride, as a convolutional encoder can.
 
     Returns:
         The encoder's own output, the feature grid (batch, h, w, d), and a summary (batch, d): the CLS row, or the mean
@@ -22,12 +23,13 @@ def encode_image(
     Raises:
         ValueError: for pixel values of another shape.
     """
-    expected = (3, config.image_size, config.image_size)
+    side = pixel_values.shape[-1] if any_size else config.image_size
+    expected = (3, side, side)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, {', '.join(map(str, expected))})"
         )
-    height, width = config.patch_grid
+    height, width = (cells * side // config.image_size for cells in config.patch_grid)
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     outputs = vision_tower(pixel_values.to(vision_tower.dtype), **kwargs)
     hidden = outputs.hidden_states[config.vision_feature_layer]

@@ -14,7 +14,7 @@ class Interval(NamedTuple):
 
     Attributes:
         value: of the scores themselves.
-        low, high: ends of the interval; None where nothing varies between resamples because no group has two scores.
+        low, high: ends of the interval; None where nothing varies between resamples because no group has two units.
     """
 
     value: float
@@ -26,19 +26,23 @@ def bootstrap_interval(
     scores: Sequence[float],
     groups: Sequence[str] | None = None,
     statistic: str = "mean",
+    units: Sequence[str] | None = None,
     n: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) over rows, which it takes as independent.
+    """Percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) over units, such as patients.
 
-    Where rows share an image or a patient the interval is too narrow.
+    Units are drawn with replacement, each with all of its rows, and the statistic is taken over the rows drawn: rows
+    of one patient are alike, and drawing them one by one would make the interval too narrow.
 
     Args:
         scores: one a row.
         groups: each row's group, such as its modality; needed for `macro`.
         statistic: `mean` over rows, or `macro`, the unweighted mean over groups of the groups' means, each group
-            resampled by itself so that none is ever empty; a group of one score stays as it is.
+            resampled by itself so that none is ever empty; a group of one unit stays as it is, and a unit with rows in
+            several groups is drawn in each of them anew.
+        units: each row's unit; by default every row is its own.
         n: resamples.
         seed: the same seed gives the same interval.
         level: share of resampled statistics inside the interval.
@@ -51,27 +55,36 @@ def bootstrap_interval(
     if n < 1 or not 0 < level < 1:
         raise ValueError(f"n {n} and level {level}: expected at least one resample and a level between 0 and 1")
     values = _checked(scores, "scores")
+    for name, given in (("groups", groups), ("units", units)):
+        if given is None and (name == "units" or statistic == "mean"):
+            continue
+        if given is None or len(given) != len(values):
+            found = "none" if given is None else str(len(given))
+            raise ValueError(f"{name}: expected {len(values)}, as many as scores, got {found}")
+    owners = np.arange(len(values)) if units is None else np.asarray(units)
     if statistic == "mean":
-        samples = [values]
+        strata = [(values, owners)]
     else:
-        if groups is None or len(groups) != len(values):
-            given = "none" if groups is None else str(len(groups))
-            raise ValueError(f"groups: expected {len(values)}, as many as scores, got {given}")
         names = np.asarray(groups)
-        samples = [values[names == name] for name in sorted(set(groups))]
-    value = float(np.mean([sample.mean() for sample in samples]))
-    varying = [sample for sample in samples if len(sample) > 1]
+        strata = [(values[names == name], owners[names == name]) for name in sorted(set(groups or ()))]
+    value = float(np.mean([some.mean() for some, _ in strata]))
+    samples = [_sums_and_counts(*stratum) for stratum in strata]
+    varying = [sample for sample in samples if sample.shape[1] > 1]
     if not varying:
         return Interval(value, None, None)
     from scipy.stats import bootstrap
 
-    fixed = float(sum(sample[0] for sample in samples if len(sample) == 1))
+    fixed = float(sum(sample[0, 0] / sample[1, 0] for sample in samples if sample.shape[1] == 1))
 
-    def mean_of_means(*resampled: np.ndarray, axis: int) -> np.ndarray:
-        return (sum(sample.mean(axis=axis) for sample in resampled) + fixed) / len(samples)
+    def mean_of_means(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        total = fixed
+        for sample, places in zip(varying, drawn, strict=True):
+            sums, counts = sample[:, places.astype(int)]
+            total = total + sums.sum(axis=axis) / counts.sum(axis=axis)
+        return np.asarray(total / len(samples))
 
     found = bootstrap(
-        varying,
+        [np.arange(sample.shape[1]) for sample in varying],
         mean_of_means,
         n_resamples=n,
         batch=100,
@@ -83,11 +96,19 @@ def bootstrap_interval(
     return Interval(value, float(found.low), float(found.high))
 
 
+def _sums_and_counts(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """(2, units): the sum of each unit's values, and their number; units in the order of their first rows."""
+    _, first, place = np.unique(owners, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))
+    return np.stack([np.bincount(order[place], weights) for weights in (values, np.ones(len(values)))])
+
+
 def paired_difference(
     a: Sequence[float],
     b: Sequence[float],
     groups: Sequence[str] | None = None,
     statistic: str = "mean",
+    units: Sequence[str] | None = None,
     n: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -99,7 +120,7 @@ def paired_difference(
     first, second = _checked(a, "a"), _checked(b, "b")
     if len(first) != len(second):
         raise ValueError(f"a and b: expected scores of the same rows, got {len(first)} and {len(second)}")
-    return bootstrap_interval((first - second).tolist(), groups, statistic, n, seed, level)
+    return bootstrap_interval((first - second).tolist(), groups, statistic, units, n, seed, level)
 
 
 def _checked(scores: Sequence[float], name: str) -> np.ndarray:

@@ -296,6 +296,8 @@ def test_the_command_line_assembles(
     arguments += ["--vision-feature-layer", "-1", "--num-queries", "6", "--dtype", "bfloat16"]
     assert main(arguments) == 0
     assert "6 region queries, 1 stages, 3 groups of 4 codes" in capsys.readouterr().out
+    assert main([*arguments, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["region_queries"] == 6
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]

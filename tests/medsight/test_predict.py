@@ -1,6 +1,8 @@
 """`medsight predict` and `Predictor`: what is printed, what is written, and what is refused with nothing written."""
 
+import gzip
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -11,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from medsight import Predictor, cli
+from medsight import Prediction, Predictor, cli
 from medsight.checkpoint import check_checkpoint
 from medsight.overlay import PALETTE, draw_overlay
 
@@ -71,8 +74,8 @@ def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
     assert answer["image"] == str(image_file)
     assert answer["size"] == {"width": SIZE[0], "height": SIZE[1]}
     assert answer["regions"]
-    names = {"answer.json", "overlay.png"} | {region["mask"] for region in answer["regions"]}
-    assert {path.name for path in output.iterdir()} == names
+    names = {"overlay.png", "regions.json"} | {region["mask"] for region in answer["regions"]}
+    assert {path.name for path in output.iterdir()} == names | {"answer.json"} and set(answer["files"]) == names
     for region in answer["regions"]:
         assert region["code"] in answer["raw_text"]
         with Image.open(output / region["mask"]) as image:
@@ -124,7 +127,10 @@ def test_python_gives_the_regions_that_the_command_writes(
     prediction = predictor(image_file, "Segment the liver.", max_new_tokens=6, force_region=True)
     assert predict(image_file, "--force-region", "--output", str(tmp_path / "command")) == 0
     prediction.save(tmp_path / "python")
-    assert contents(tmp_path / "python") == contents(tmp_path / "command")
+    python, command = contents(tmp_path / "python"), contents(tmp_path / "command")
+    one, other = (json.loads(files.pop("answer.json")) for files in (python, command))
+    assert python == command and one.pop("run") is None and other.pop("run")["threshold"] == 0.5
+    assert one == other
 
 
 def test_a_picture_in_memory_is_answered_like_its_file(predictor: Predictor, image_file: Path) -> None:
@@ -157,22 +163,35 @@ def test_an_answer_without_regions_gives_an_overlay_and_no_mask(predictor: Predi
     prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
     prediction = replace(prediction, answer=replace(prediction.answer, regions=[]))
     prediction.save(tmp_path / "out")
-    assert set(contents(tmp_path / "out")) == {"answer.json", "overlay.png"}
+    assert set(contents(tmp_path / "out")) == {"answer.json", "overlay.png", "regions.json"}
     assert "cites no region" in prediction.to_table()
 
 
-def test_an_earlier_answer_is_replaced_only_on_request_and_then_completely(
+def test_an_answer_of_other_settings_is_replaced_only_on_request_and_then_completely(
     predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    assert predict(image_file, "--output", str(output)) == 0
-    (output / "mask-99.png").write_bytes(b"of an earlier answer")
+    assert predict(image_file, "--output", str(output), "--force-region") == 0
     before = contents(output)
-    assert predict(image_file, "--output", str(output)) == 1
-    assert "--overwrite" in capsys.readouterr().err
+    assert predict(image_file, "--output", str(output), "--threshold", "0.9") == 1
+    error = capsys.readouterr().err
+    assert "another force_region, threshold" in error and "--overwrite" in error and str(output) in error
     assert contents(output) == before
-    assert predict(image_file, "--output", str(output), "--overwrite") == 0
-    assert contents(output) == {name: data for name, data in before.items() if name != "mask-99.png"}
+    assert predict(image_file, "--output", str(output), "--overwrite", "--threshold", "0.9") == 0
+    after = json.loads((output / "answer.json").read_text("utf-8"))
+    assert after["run"]["threshold"] == 0.9
+    assert {path.name for path in output.iterdir()} == {"answer.json", *after["files"]}
+
+
+def test_a_finished_answer_is_shown_again_without_a_model(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    output = str(tmp_path / "out")
+    assert predict(image_file, "--output", output, "--force-region") == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("medsight.predict.Predictor", None)
+    assert predict(image_file, "--output", output, "--force-region") == 0
+    assert capsys.readouterr().out == first.replace("Written to", "Answered before:")
 
 
 @pytest.mark.parametrize("foreign", ["thesis.docx", "answer.json.bak", "maskfile.png"])
@@ -181,7 +200,7 @@ def test_a_folder_with_other_files_is_never_replaced(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "answer.json").write_text("{}")
+    (output / "answer.json").write_text('{"prompt": "", "volumes_ml": {}, "run": null, "regions": [], "files": []}')
     (output / foreign).write_text("precious")
     before = contents(tmp_path)
     assert predict(image_file, "--output", str(output), "--overwrite") == 1
@@ -199,11 +218,240 @@ def test_a_failure_while_writing_leaves_the_earlier_answer_as_it_was(
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("medsight.prediction.draw_overlay", fail)
+    monkeypatch.setattr("medsight.export.overlay", fail)
     for output in (tmp_path / "out", tmp_path / "other"):
         with pytest.raises(OSError, match="disk full"):
             prediction.save(output, overwrite=True)
     assert contents(tmp_path) == before
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = SIZE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def same(one: Prediction, other: Prediction) -> bool:
+    codes = [[region.code for region in prediction.answer.regions] for prediction in (one, other)]
+    masks = zip(one.answer.regions, other.answer.regions, strict=True)
+    return (one.answer.raw_text, codes[0]) == (other.answer.raw_text, codes[1]) and all(
+        a.mask.equal(b.mask) for a, b in masks
+    )
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_a_batch_gives_the_answers_of_single_calls(tiny_checkpoint: Path, tmp_path: Path, batch_size: int) -> None:
+    predictor = Predictor(tiny_checkpoint, device="cpu")
+    predictor.model.double()
+    images = [picture(tmp_path / f"{n}.png", n, (40 + 9 * n, 30 + n)) for n in range(5)]
+    prompts = ["?", "Segment the liver.", "Where is it, and what is beside it?", "Why?", "Segment " + "all " * 12]
+    settings = {"max_new_tokens": 6, "force_region": True}
+    single = [predictor(image, prompt, **settings) for image, prompt in zip(images, prompts, strict=True)]
+    batched = predictor(images, prompts, batch_size=batch_size, **settings)
+    assert len({prediction.answer.raw_text for prediction in single}) > 1
+    assert all(same(one, other) for one, other in zip(single, batched, strict=True))
+    together = predictor(images, prompts[1], batch_size=batch_size, **settings)
+    assert same(together[1], single[1]) and [one.prompt for one in together] == [prompts[1]] * 5
+
+
+def test_a_batch_of_wrong_size_is_refused(predictor: Predictor, image_file: Path) -> None:
+    with pytest.raises(ValueError, match="got 2 for 1 images"):
+        predictor([image_file], ["a", "b"])
+    with pytest.raises(ValueError, match="batch_size 0"):
+        predictor([image_file], "a", batch_size=0)
+    with pytest.raises(ValueError, match="several prompts for one image"):
+        predictor(image_file, ["a", "b"])  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A folder of pictures with names that must not be trusted, one broken file, and what is no image."""
+    folder = tmp_path / "study"
+    for number, name in enumerate(
+        ["b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png"]
+    ):
+        picture(folder / name, number)
+    (folder / "broken.png").write_bytes(png(400, 400))
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".DS_Store").write_bytes(b"x")
+    return folder
+
+
+def test_a_folder_is_answered_image_by_image_and_what_is_broken_is_reported_at_the_end(
+    predict: Callable, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers"
+    assert predict(study, "--output", str(output), "--json", "--batch-size", "4") == 1
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert {Path(line["image"]).name for line in lines} == {
+        *("b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png")
+    } - {"..hidden-ish..png"}
+    names = {path.name for path in output.iterdir()}
+    assert len(names) == len(lines) and {Path(line["output"]).name for line in lines} == names
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
+    assert {"b", "a_b_rm", "image-con"} < names and sum(name.lower().startswith("upper-") for name in names) == 2
+    assert "notes.txt" in captured.err and "broken.png is damaged" in captured.err
+    assert captured.err.endswith("medsight: error: 1 of 6 images could not be answered (named above)\n")
+
+
+def test_an_interrupted_run_goes_on_and_gives_what_an_unbroken_one_gives(
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        picture(tmp_path / "study" / f"{number}.png", number)
+    arguments = (tmp_path / "study", "--force-region", "--batch-size", "2")
+    assert predict(*arguments, "--output", str(tmp_path / "unbroken")) == 0
+    answer, batches = Predictor.answer, []
+
+    def counting(self: Predictor, conversations: list, **settings: object) -> list:
+        batches.append(len(conversations))
+        if sum(batches) > limit:
+            raise KeyboardInterrupt
+        return answer(self, conversations, **settings)
+
+    monkeypatch.setattr(Predictor, "answer", counting)
+    limit = 3
+    assert predict(*arguments, "--output", str(tmp_path / "broken")) == 130
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"0", "1"}
+    limit, batches = 5, []
+    capsys.readouterr()
+    assert predict(*arguments, "--output", str(tmp_path / "broken"), "--json") == 0
+    assert sum(batches) == 3 and len(capsys.readouterr().out.splitlines()) == 5
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (("--prompt", "Another?"), "prompt"),
+        (("--threshold", "0.4"), "threshold"),
+        (("--formats", "png,coco"), "formats"),
+        (("--max-new-tokens", "7"), "max_new_tokens"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    changed: tuple[str, str], named: str, predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "study" / "0.png", 0)
+    output = str(tmp_path / "out")
+    assert predict(tmp_path / "study", "--output", output) == 0
+    picture(tmp_path / "study" / "1.png", 1)
+    before = contents(tmp_path / "out")
+    assert predict(tmp_path / "study", "--output", output, *changed) == 1
+    error = capsys.readouterr().err
+    assert f"an answer of another {named};" in error and str(tmp_path / "out" / "0") in error
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_changed_image_or_model_is_noticed(
+    predict: Callable, tiny_checkpoint: Path, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out")
+    assert predict(image_file, "--output", output) == 0
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight + 0.01 for name, weight in weights.items()}, model / "model.safetensors")
+    assert predict(image_file, "--output", output, model=model) == 1
+    assert "another model_sha256;" in capsys.readouterr().err
+    picture(image_file, 9)
+    assert predict(image_file, "--output", output) == 1
+    assert "another sha256;" in capsys.readouterr().err
+
+
+def test_patterns_files_and_folders_add_up_without_earlier_answers(
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/0.png", "a/1.png", "b/2.png", "3.png"):
+        picture(tmp_path / name, 0)
+    assert predict(tmp_path / "3.png", "--output", str(tmp_path / "b" / "answer")) == 0
+    capsys.readouterr()
+    assert predict(tmp_path / "[ab]*", str(tmp_path / "3.png"), str(tmp_path / "a"), "--json") == 0
+    captured = capsys.readouterr()
+    images = [Path(json.loads(line)["image"]).name for line in captured.out.splitlines()]
+    assert images == ["0.png", "1.png", "2.png", "3.png"]
+    assert {path.name for path in (tmp_path / "here" / "medsight-answers").iterdir()} == {"0", "1", "2", "3"}
+    assert predict(tmp_path / "b" / "*", "--output", str(tmp_path / "other")) == 0
+    assert "left out, no image: 1" in capsys.readouterr().err
+    assert predict(tmp_path / "x*") == 1 and "nothing matches" in capsys.readouterr().err
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 6), dtype=np.int16)
+    path = tmp_path / "DOE^JANE.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 0.5, 3.0, 1.0])), path)
+    return path
+
+
+def test_slices_of_a_volume_are_answered_and_measured(
+    predict: Callable, volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("--slices", "1-3", "--formats", "png,nifti", "--force-region", "--batch-size", "2")
+    assert predict(volume, *arguments, "--window", "400,800", "--output", str(output)) == 0
+    answer = json.loads((output / "answer.json").read_text("utf-8"))
+    assert [one["slice"] for one in answer["slices"]] == [1, 2, 3] and "text" not in answer
+    assert answer["scan"]["pixel_spacing_mm"] == [0.5, 2.0] and answer["scan"]["slice_spacing_mm"] == 3.0
+    regions = [region for one in answer["slices"] for region in one["regions"]]
+    assert [region["mask"] for region in regions] == [f"mask-{n:02d}.png" for n in range(1, len(regions) + 1)]
+    assert all(region["area_mm2"] == pytest.approx(region["area"]) for region in regions)
+    assert {"labels.nii.gz", "overlay.png", "regions.json"} < set(answer["files"])
+    printed = capsys.readouterr().out
+    assert "slice 1: " in printed and "area (mm²)" in printed and " ml" in printed
+
+
+def test_one_slice_stands_for_a_volume_unless_several_are_asked_for(predictor: Predictor, volume: Path) -> None:
+    settings = {"max_new_tokens": 4, "force_region": True}
+    middle = predictor(volume, "Where?", **settings)
+    assert middle.slice_index == 3 and middle.image.size == (20, 24)
+    several = predictor([volume], "Where?", slices="all", **settings)
+    assert [one.slice_index for one in several] == list(range(6)) and same(several[3], middle)
+    with pytest.raises(ValueError, match="chooses 6 slices"):
+        predictor(volume, "Where?", slices="all", **settings)
+
+
+def test_what_cannot_be_written_is_refused_by_name(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for formats, culprit in (("gif", "gif"), ("nifti", str(image_file)), ("dicom-seg", str(image_file))):
+        output = tmp_path / "out"
+        assert predict(image_file, "--formats", formats, "--force-region", "--output", str(output)) == 1
+        assert culprit in capsys.readouterr().err and not output.exists()
+
+
+def test_nothing_written_names_the_file_after_deidentification(
+    predict: Callable, volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--deidentify", "--formats", "png,coco,nifti", "--force-region", "--json")
+    assert predict(volume, *arguments) == 0
+    captured = capsys.readouterr()
+    (folder,) = (tmp_path / "here").iterdir()
+    assert json.loads(captured.out)["output"] == folder.name
+    written = [folder.name.encode(), *contents(folder), *contents(folder).values()]
+    assert all(b"DOE" not in (text if isinstance(text, bytes) else text.encode()) for text in written)
+    assert gzip.decompress((folder / "labels.nii.gz").read_bytes()).find(b"DOE") < 0
+    assert predict(volume, *arguments) == 0
+
+
+@pytest.mark.parametrize("kind", ["no patient", "a patient"])
+def test_a_series_folder_is_one_image(kind: str, predict: Callable, tmp_path: Path, capsys) -> None:
+    shared = Path(__file__).resolve().parents[3] / "shared" / "data" / "volumes" / "tcia_sts_dicom" / "image"
+    if not shared.is_dir():
+        pytest.skip("the shared volumes are not here")
+    options = ["--deidentify"] if kind == "no patient" else []
+    formats = ("--formats", "dicom-seg", "--force-region", "--json")
+    assert predict(shared, "--output", str(tmp_path / "out"), *formats, *options) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["scan"]["kind"], answer["scan"]["slices"]) == ("dicom", 35)
+    import pydicom
+
+    source = pydicom.dcmread(next(iter(sorted(shared.iterdir()))), stop_before_pixels=True)
+    written = pydicom.dcmread(tmp_path / "out" / "segmentation.dcm")
+    assert (str(written.PatientID) == str(source.PatientID)) == (kind == "a patient")
+    assert str(source.PatientID) not in (tmp_path / "out" / "answer.json").read_text("utf-8")
 
 
 BAD_IMAGES = {

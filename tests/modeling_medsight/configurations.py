@@ -39,6 +39,8 @@ CONVNEXT = {
     "image_size": 16,
 }
 
+UNET = {"model_type": "medsight_unet", "hidden_size": 16, "hidden_sizes": [4, 8, 12], "depths": [1, 2]}
+
 # Between them: every encoder and language model, with and without a CLS row, and both values of every switch.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "clip-qwen3": {},
@@ -62,6 +64,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "text_config": {**LLAMA, "tie_word_embeddings": True},
         "image_size": 16,
         "vision_feature_layer": 2,
+        "perceiver_num_stages": 1,
+    },
+    "unet-qwen3-pooled": {
+        "vision_config": UNET,
+        "image_size": 32,
+        "vision_feature_layer": -1,
+        "patch_pooling": 4,
         "perceiver_num_stages": 1,
     },
     "clip-qwen3-patches-only": {"use_region_embeddings": False, "mask_projection_init_std": 0.5},

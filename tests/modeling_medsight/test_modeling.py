@@ -188,7 +188,9 @@ def test_the_state_that_draws_a_mask_is_the_one_that_the_configuration_names(mod
 @torch.no_grad()
 def test_the_language_model_reads_patch_rows_and_then_region_rows(model: Any, config: Any, batch: Inputs) -> None:
     regions = model.get_region_features(batch["pixel_values"])
-    rows = [regions.patch_features]
+    grid = regions.patch_features.unflatten(1, config.patch_grid)
+    squares = grid.unfold(1, config.patch_pooling, config.patch_pooling).unfold(2, *[config.patch_pooling] * 2)
+    rows = [squares.mean((-2, -1)).flatten(1, 2)]
     if config.use_region_embeddings:
         rows.append(regions.region_embeddings)
     blocks = model.model.vision_to_text_projector(torch.cat(rows, dim=1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from configuration_medsight import MedSightConfig
+from modeling_medsight.training_loss_medsight import masks_of_classes
 from tests.modeling_medsight.configurations import make_batch, make_config, make_model, random_masks
 
 
@@ -120,7 +121,8 @@ def test_class_queries_are_learnt_without_matching() -> None:
     rows = model.model.region_perceiver.class_queries.grad.abs().sum(1)
     assert {i for i, value in enumerate(rows.tolist()) if value > 0} == asked
     assert not model.model.region_perceiver.region_queries.grad is not None
-    fewer = model(**batch, asked_regions=[torch.tensor([1]), torch.tensor([], dtype=torch.long)])
+    second = batch["class_labels"][0][1:]
+    fewer = model(**batch, asked_classes=[second, torch.tensor([], dtype=torch.long)])
     alone = model(
         **{
             **rows_of(batch, [0]),
@@ -194,3 +196,11 @@ def test_the_matcher_lets_the_loss_say_that_logits_are_not_finite() -> None:
     batch = perceiving(config)
     batch["pixel_values"][0, 0, 0, 0] = float("nan")
     assert not torch.isfinite(model(**batch).loss)
+
+
+def test_an_asked_class_that_is_not_there_has_an_empty_mask_and_one_twice_there_has_both() -> None:
+    masks = torch.zeros(3, 2, 2)
+    masks[0, 0, 0] = masks[1, 1, 1] = masks[2, 0, 1] = 1
+    found = masks_of_classes(masks, torch.tensor([4, 4, 1]), torch.tensor([4, 0, 1]))
+    assert found.tolist() == [[[1, 0], [0, 1]], [[0, 0], [0, 0]], [[0, 1], [0, 0]]]
+    assert masks_of_classes(masks[:0], torch.tensor([]), torch.tensor([2])).tolist() == [[[0, 0], [0, 0]]]

@@ -248,6 +248,20 @@ def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, 
         processor.post_process_grounded_answer(out, inputs)
 
 
+def test_a_region_says_what_its_code_usually_stands_for(processor: MedSightProcessor) -> None:
+    processor.region_codes = {
+        "codes": {"[C0_1]": {"n": 51, "structures": {"left ventricle": 0.92156, "myocardium": 0.07844}}}
+    }
+    inputs = ask(processor, question(blank(10, 20)))
+    out = generated(processor, inputs, ["Liver [C0_1], spleen [C2_3]."], [[(0, 0, 1, 1), (0, 0, 1, 1)]])
+    ((liver, spleen),) = (answer.regions for answer in processor.post_process_grounded_answer(out, inputs))
+    assert (liver.meaning.structure, liver.meaning.share, liver.meaning.count) == ("left ventricle", 0.92156, 51)
+    assert str(liver.meaning) == "left ventricle (92% of 51)" and liver.phrase == "Liver"
+    assert spleen.meaning is None
+    processor.region_codes = None
+    assert [r.meaning for r in processor.post_process_grounded_answer(out, inputs)[0].regions] == [None, None]
+
+
 def test_boxes_exclude_their_end() -> None:
     mask = torch.zeros(6, 8, dtype=torch.bool)
     assert mask_box(mask) is None

@@ -207,6 +207,39 @@ class TestSaving:
         assert all(torch.equal(one[name], other[name]) for name in one)
         assert MedSightProcessor.from_pretrained(tmp_path, image_seq_length=7).image_seq_length == 7
 
+    def test_what_codes_stand_for_travels_with_the_folder(self, processor: MedSightProcessor, tmp_path: Path) -> None:
+        from transformers import AutoProcessor
+
+        processor.save_pretrained(tmp_path / "none")
+        assert not (tmp_path / "none" / "region_codes.json").exists()
+        assert AutoProcessor.from_pretrained(tmp_path / "none").region_codes is None
+        content = {"codes": {"[C0_1]": {"group": "CT", "n": 2, "structures": {"Übergröße": 1.0}}}, "images": 2}
+        processor.region_codes = content
+        written = processor.save_pretrained(tmp_path / "some")
+        assert str(tmp_path / "some" / "region_codes.json") in written
+        again = AutoProcessor.from_pretrained(tmp_path / "some", local_files_only=True)
+        assert again.region_codes == content and "region_codes" not in again.to_dict()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "region_codes.json: not valid JSON"),
+            ("{}", "region_codes.json: expected an object 'codes'"),
+            (
+                '{"codes": {"[C0_1]": {"n": 1, "structures": {}}}}',
+                r"region_codes.json: code \[C0_1\]: expected a count",
+            ),
+            ('{"codes": {"red": {"n": 1, "structures": {"a": 1}}}}', "region_codes.json: 'red' is not a region code"),
+        ],
+    )
+    def test_a_damaged_description_of_codes_is_named(
+        self, processor: MedSightProcessor, tmp_path: Path, text: str, message: str
+    ) -> None:
+        processor.save_pretrained(tmp_path)
+        (tmp_path / "region_codes.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            MedSightProcessor.from_pretrained(tmp_path)
+
     def test_installed_it_needs_no_trust(self, processor: MedSightProcessor, tmp_path: Path) -> None:
         from transformers import AutoProcessor
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -218,6 +251,7 @@ class TestSaving:
     def test_a_stranger_loads_it_saves_it_and_loads_that(
         self, processor: MedSightProcessor, tmp_path: Path, image: Image.Image
     ) -> None:
+        processor.region_codes = {"codes": {"[C0_1]": {"n": 3, "structures": {"liver": 1.0}}}}
         processor.save_pretrained(tmp_path / "first")
         image.save(tmp_path / "image.png")
         script = Path(__file__).with_name("load_elsewhere.py")
@@ -237,7 +271,8 @@ class TestSaving:
         ]
         first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("first", "second"))
         assert {name for name in first if name.endswith(".py")} == {name for name in second if name.endswith(".py")}
-        for name in ("processing_medsight.py", "image_processing_medsight.py", "processor_config.json"):
+        same = ("processing_medsight.py", "image_processing_medsight.py", "processor_config.json", "region_codes.json")
+        for name in same:
             assert first[name] == second[name], name
 
     @pytest.mark.parametrize("part", ["processor", "image processor"])

@@ -160,6 +160,7 @@ def run_ablation(name: str, data: Path, output: Path) -> tuple[Recipe, Path]:
         *(f"data.regions=[{{layout: biomedparse, path: {data}}}]", "data.text=[]", "data.text_rounds=1"),
         *("data.validation_fraction=0.2", "annotations.plain.per_image=1", "annotations.grounded.per_image=2"),
         *("training.disable_tqdm=true", "training.eval_strategy='no'", "training.logging_steps=1"),
+        *("stages.perceiver.coarse_size=null", "stages.perceiver.coarse_share=0"),  # the smallest has a fixed input
     ]
     short = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_batches": 1, "example_images": 0}
     overrides += [

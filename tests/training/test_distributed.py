@@ -85,13 +85,14 @@ def region_samples(config: MedSightConfig) -> list[dict[str, Any]]:
     samples = []
     for number, count in enumerate((2, config.num_region_queries + 2, 0, 1, 3)):
         masks = torch.rand(count, *config.mask_size, generator=generator)
+        classes = torch.randint(len(CLASSES), (count,), generator=generator)
         samples.append(
             {
                 "pixel_values": torch.randn(3, config.image_size, config.image_size, generator=generator),
                 "mask_labels": masks.round(),
-                "class_labels": torch.randint(len(CLASSES), (count,), generator=generator),
+                "class_labels": classes,
                 "group": number % len(GROUPS),
-                "asked": torch.arange(count)[: 1 + number],
+                "asked": classes[: 1 + number],
                 "chance": 0.0,
                 "matched": 1.0,
                 "file": f"image {number}",

@@ -161,10 +161,10 @@ def test_region_batches_ask_classes_and_match_at_least_one_image(places: Places,
     samples = [items[draw] for draw in range(4)]
     batch = RegionCollator(class_queries=True)(samples)
     assert len(batch["matched_images"]) == 1
-    assert all(len(asked) <= 1 for asked in batch["asked_regions"])
+    assert all(len(asked) <= 1 for asked in batch["asked_classes"])
     grouped = RegionCollator(class_queries=True, groups=True)(samples)
     assert grouped["group_labels"].tolist() == [sample["group"] for sample in samples]
-    assert "asked_regions" not in grouped and "matched_images" not in grouped
+    assert "asked_classes" not in grouped and "matched_images" not in grouped
 
 
 def test_text_only_conversations_have_no_image(places: Places, drawn_data: Path) -> None:

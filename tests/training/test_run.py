@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from medsight.predict import Predictor
+from medsight import Predictor
 from medsight.training.recipe import load_recipe
 from medsight.training.run import STAGES, lock, train
 from medsight.training.trainer import StageTrainer, checkpoints

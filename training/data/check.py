@@ -1,6 +1,5 @@
 """Reads training data once and says what is wrong with it: `medsight data check`, and `check` for Python."""
 
-import argparse
 import json
 import os
 import sys
@@ -175,43 +174,6 @@ class _Gathering:
             message = f"{dataset}: {count:,} image(s) with neither a mask nor a structure said to be absent"
             report.warnings.append(Finding("no mask", dataset, message))
         return report
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `medsight data check`."""
-    parser.epilog = "Exit status: 0 if training may start, 1 if there is a problem. Warnings are no problems."
-    parser.add_argument("path", metavar="PATH", help="file, folder, or pattern of files")
-    parser.add_argument(
-        "--layout", metavar="NAME", help="biomedparse, llava, grounded, ... (default: by what is there)"
-    )
-    parser.add_argument("--split", metavar="NAMES", help="just these splits, commas between (default: all)")
-    parser.add_argument("--images", metavar="DIR", help="folder that paths of images and masks are relative to")
-    parser.add_argument(
-        "--where", metavar="FIELD=VALUE", action="append", default=[], help="just rows with this value, as in a recipe"
-    )
-    parser.add_argument("--targets", metavar="FILE", help="names of all targets: a JSON list, or a line a name")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: by cores and rows)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `medsight data check`: prints the report.
-
-    Raises:
-        OSError: a file or folder that an argument names is not there.
-        ValueError: an argument is bad, or the report has a problem.
-    """
-    from .sources import Source, detect_layout
-
-    layout = args.layout or detect_layout(args.path)
-    splits = [name.strip() for name in args.split.split(",")] if args.split else [None]
-    where = dict(map(parse_condition, args.where)) or None
-    sources = [Source(layout, args.path, split=split, images=args.images, where=where) for split in splits]
-    report = check(sources, targets=args.targets and read_targets(args.targets), workers=args.workers)
-    print(json.dumps(report.to_dict(), indent=2) if args.json else f"{args.path} ({layout})\n\n{report.to_text()}")
-    if not report.ok:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(one.kind for one in report.problems).items())
-        raise ValueError(f"{args.path}: training cannot start on it: {kinds}")
 
 
 def parse_condition(text: str) -> tuple[str, Any]:

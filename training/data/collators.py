@@ -60,7 +60,7 @@ class RegionCollator(Collator):
     """Batches of images with masks.
 
     Args:
-        class_queries: whether the model has these; then `asked_regions` and `matched_images` are set.
+        class_queries: whether the model has these; then `asked_classes` and `matched_images` are set.
         groups: whether to add `group_labels`, which makes it a batch for the codebook.
     """
 
@@ -77,7 +77,7 @@ class RegionCollator(Collator):
         if self.groups:
             batch["group_labels"] = torch.tensor([sample["group"] for sample in samples])
         elif self.class_queries:
-            batch["asked_regions"] = [sample["asked"] for sample in samples]
+            batch["asked_classes"] = [sample["asked"] for sample in samples]
             chances = torch.tensor([sample["chance"] for sample in samples])
             matched = (chances < samples[0]["matched"]).nonzero()[:, 0]
             batch["matched_images"] = matched if len(matched) else chances.argmin()[None]

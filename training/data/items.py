@@ -62,6 +62,14 @@ class Places:
             raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
         return self.classes[target]
 
+    def absent_classes(self, absent: Sequence[str], present: Sequence[str]) -> list[int]:
+        """The mask classes of targets known to be absent: where there is no tumor, there is no benign tumor either."""
+        return [
+            index
+            for name, index in self.classes.items()
+            if name not in present and any(name == told or name.endswith(f" {told}") for told in absent)
+        ]
+
     def pixels(self, picture: Any) -> torch.Tensor:
         """(3, S, S), normalised, as in inference."""
         return self.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
@@ -180,6 +188,7 @@ class RegionItems(Items):
         pixels, size = places.load_image(row["image"])
         masks = places.load_masks(row["masks"], [size] * len(row["masks"]))
         classes = torch.tensor([places.class_of(target, name) for target in row["targets"]], dtype=torch.long)
+        absent = torch.tensor(places.absent_classes(row["absent"], row["targets"]), dtype=torch.long)
         group = places.group(row)
         pixels, masks = places.augment(self.augmenter, pixels, masks, group, row["targets"], generator)
         count = (
@@ -192,7 +201,7 @@ class RegionItems(Items):
             "mask_labels": masks,
             "class_labels": classes,
             "group": group,
-            "asked": torch.randperm(len(masks), generator=generator)[:count],
+            "asked": torch.cat((classes[torch.randperm(len(masks), generator=generator)[:count]], absent)),
             "chance": torch.rand(1, generator=generator).item(),
             "matched": self.matched_share,
             "file": name,

@@ -20,18 +20,19 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in CONTRACTED for i, mark in enumerate(word) if mark == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # as published, the wrong way round
-FULL_STOP = re.compile(r"\.(?!\d)")
+FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
 DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 STRICT_WORD = re.compile(r"\d+\.\d+|[^\W_]+(?:'[^\W_]+)*")
 
 
 def normalize(text: str) -> str:
-    """VQAv2-style normalisation as LLaVA-Med's published evaluation applies it (`eval_metrics/glossary.py`).
+    """VQAv2-style normalisation, which this field's published numbers rest on.
 
     1. Lower case.
     2. Each mark of `MARKS`: all its occurrences are deleted if one of them touches a space *or* the text holds digit,
        comma, digit anywhere; else all become a space: "left,right" is two words, "left,right, both" "leftright both".
-    3. A full stop goes unless a digit follows it; at most 32 go, since the published code gives a flag as the count.
+       So VQAv2's public evaluation does it.
+    3. Full stops that do not stand between two digits go.
     4. Number words from none and zero to ten become digits; a, an, the go; contractions get their apostrophe back.
     """
     text = text.lower()
@@ -40,7 +41,7 @@ def normalize(text: str) -> str:
     for mark in MARKS:
         deleted = counts_in_thousands or f"{mark} " in text or f" {mark}" in text
         kept = kept.replace(mark, "" if deleted else " ")
-    kept = FULL_STOP.sub("", kept, count=32)
+    kept = FULL_STOP.sub("", kept)
     words = [NUMBERS.get(word, word) for word in kept.split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 

@@ -55,11 +55,10 @@ def llava_med_open(prediction: str, reference: str) -> float:
     """Recall over bags of words, TP / (TP + FN); 0 where either has no word.
 
     TP counts the *prediction's* occurrences of words that also stand in the reference, FN the reference's occurrences
-    of words absent from the prediction: repeating a right word raises the score. (`calculate_f1score`, LLaVA-Med; it
-    normalises a second time what was normalised already.)
+    of words absent from the prediction: repeating a right word raises the score.
     """
-    predicted = Counter(normalize(normalize(prediction)).split())
-    wanted = Counter(normalize(normalize(reference)).split())
+    predicted = Counter(normalize(prediction).split())
+    wanted = Counter(normalize(reference).split())
     hits = sum(count for word, count in predicted.items() if word in wanted)
     misses = sum(count for word, count in wanted.items() if word not in predicted)
     return hits / (hits + misses) if hits else 0.0
@@ -68,8 +67,8 @@ def llava_med_open(prediction: str, reference: str) -> float:
 def llava_med_closed(prediction: str, reference: str) -> float:
     """1 if the normalised prediction holds the letters "yes" or "no", and the normalised reference as a substring.
 
-    So "no" is found in "normal", and an answer such as "left" is wrong even where it is the reference. This is
-    MedSIGHT's version; LLaVA-Med's own leaves a wrong answer with yes or no out of the mean.
+    So "no" is found in "normal", and an answer such as "left" is wrong even where it is the reference. A wrong answer
+    stays in the mean: left out, it would count for the system.
     """
     answer = normalize(prediction)
     return float(("yes" in answer or "no" in answer) and normalize(reference) in answer)

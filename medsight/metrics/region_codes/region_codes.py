@@ -8,6 +8,7 @@ in VQ-VAE (van den Oord et al., 2017, arXiv 1711.00937) and after; region codes 
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -146,6 +147,26 @@ def _group_usage(
     }
 
 
+def cited_right(codes: Sequence[str], right: Sequence[str]) -> tuple[float, float] | None:
+    """Shares of an answer's codes that are right: as they stand, and in their group.
+
+    Args:
+        codes: the codes that the answer cites.
+        right: the reference codes; each makes one citation right, so a repeated one has to be cited as often.
+
+    Returns:
+        The share that is among the reference codes, and the share whose group is one of theirs; None where the answer
+        cites no code or there is no reference code.
+
+    Raises:
+        ValueError: one is no region code.
+    """
+    if not codes or not right:
+        return None
+    groups = {group_of(code) for code in right}
+    return _common(codes, right) / len(codes), sum(group_of(code) in groups for code in codes) / len(codes)
+
+
 def answer_rates(
     predicted: list[list[str]],
     references: list[list[str] | None],
@@ -159,16 +180,18 @@ def answer_rates(
         n_absent and false_mask_rate, share of those about something absent that are answered with one (each code is a
         mask), with no_region_rate its complement; n_counted, codes_per_answer, references_per_answer, count_exact and
         count_error (mean absolute difference of the two numbers), over the present ones whose number is known;
-        n_reference_codes, code_accuracy and group_accuracy, share of the reference codes (their groups) that the
-        answer cites, each citation used once; codes_exact, share of answers that cite just the reference codes, in any
-        order. None stands for a mean over nothing.
+        n_judged, code_accuracy and group_accuracy, the means of `cited_right` over the n answers that cite a
+        code and have reference codes; n_reference_codes and code_recall, the share of all reference codes that are
+        cited; codes_exact, share of answers that cite just the reference codes, in any order. None stands for a mean
+        over nothing.
 
     Raises:
         ValueError: the lists differ in length, or an absent thing has reference codes or a count.
     """
     counts = [None] * len(predicted) if reference_counts is None else reference_counts
     numbers: list[tuple[int, int]] = []
-    matched: list[tuple[int, int, int, bool]] = []
+    matched: list[tuple[int, int, bool]] = []
+    judged: list[tuple[float, float]] = []
     for i, (codes, right, gone, count) in enumerate(zip(predicted, references, absent, counts, strict=True)):
         if gone and (right or count):
             raise ValueError(f"item {i}: nothing is there to show, yet it has reference codes or a count")
@@ -177,11 +200,12 @@ def answer_rates(
             numbers.append((len(codes), count))
         if not gone and right:
             hits = _common(codes, right)
-            group_hits = _common([group_of(code) for code in codes], [group_of(code) for code in right])
-            matched.append((len(right), hits, group_hits, hits == len(right) == len(codes)))
+            matched.append((len(right), hits, hits == len(right) == len(codes)))
+            if (shares := cited_right(codes, right)) is not None:
+                judged.append(shares)
     present = [codes for codes, gone in zip(predicted, absent, strict=True) if not gone]
     false = [float(bool(codes)) for codes, gone in zip(predicted, absent, strict=True) if gone]
-    total = sum(n for n, *_ in matched)
+    total = sum(n for n, _, _ in matched)
     return {
         "n_present": len(present),
         "no_code_rate": _mean([float(not codes) for codes in present]),
@@ -193,9 +217,11 @@ def answer_rates(
         "references_per_answer": _mean([n for _, n in numbers]),
         "count_exact": _mean([float(a == b) for a, b in numbers]),
         "count_error": _mean([abs(a - b) for a, b in numbers]),
+        "n_judged": len(judged),
+        "code_accuracy": _mean([exact for exact, _ in judged]),
+        "group_accuracy": _mean([group for _, group in judged]),
         "n_reference_codes": total,
-        "code_accuracy": sum(hits for _, hits, _, _ in matched) / total if total else None,
-        "group_accuracy": sum(hits for _, _, hits, _ in matched) / total if total else None,
+        "code_recall": sum(hits for _, hits, _ in matched) / total if total else None,
         "codes_exact": _mean([float(exact) for *_, exact in matched]),
     }
 
@@ -212,7 +238,7 @@ def _descending(counts: Counter[str]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
-def _common(predicted: list[str], right: list[str]) -> int:
+def _common(predicted: Sequence[str], right: Sequence[str]) -> int:
     return sum((Counter(predicted) & Counter(right)).values())
 
 

@@ -90,6 +90,17 @@ def declare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def named_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the code groups of `regions`; read only."""
+    from configuration_medsight import MedSightConfig
+    from tests.tiny_checkpoint import save_tiny_checkpoint
+
+    names = ["CT torso", "ultrasound breast", *(f"group {index}" for index in range(2, 40))]
+    number = MedSightConfig.from_preset("tiny").num_groups
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("named") / "tiny", group_names=names[:number])
+
+
 @pytest.fixture
 def evaluate(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs `medsight evaluate` on the tiny model, or on saved predictions; its status, and what it printed."""
@@ -98,7 +109,8 @@ def evaluate(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> Calla
     def run(benchmark: Path, data: Path, output: Path, *options: str) -> tuple[int, str]:
         arguments = ["--benchmark", str(benchmark), "--data", str(data), "--output", str(output), *options]
         if "--predictions" not in options:
-            arguments += ["--model", str(tiny_checkpoint), "--device", "cpu", "--max-new-tokens", "8"]
+            arguments += ["--device", "cpu", "--max-new-tokens", "8"]
+            arguments += [] if "--model" in options else ["--model", str(tiny_checkpoint)]
         status = cli.main(["evaluate", *arguments])
         printed = capsys.readouterr()
         return status, printed.out + printed.err

@@ -214,10 +214,74 @@ def test_mecovqa_reads_the_mask_of_the_answer_and_the_modality_of_the_name(tmp_p
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
-    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png"}
+    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png", "mask_file": "m.png"}
     (tmp_path / "x.json").write_text(json.dumps([row, row]))
     with pytest.raises(ValueError, match="two rows have the id '1'"):
         read("diagseg", tmp_path)
+
+
+def test_diagseg_names_the_fields_that_it_misses_and_those_it_finds(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([{"qa_id": "1", "question": "Q?", "answer": "a", "img": "a.png"}]))
+    with pytest.raises(ValueError) as error:
+        read("diagseg", tmp_path)
+    message = str(error.value)
+    assert "expects 'short_answer' (answer), 'image_file' (image), 'mask_files' or 'mask_file' (masks)" in message
+    assert "the record has 'qa_id', 'question', 'answer', 'img'" in message
+    assert "diagseg: {like: diagseg, fields: {NAME: FIELD}}" in message
+
+
+def test_a_declaration_of_one_s_own_names_the_fields_anew(tmp_path: Path) -> None:
+    row = {"qa_id": "1", "question": "Q?", "answer": "a", "img": "a.png", "seg": ["m.png", "n.png"], "case": "p1"}
+    (tmp_path / "x.json").write_text(
+        json.dumps([row, row | {"qa_id": "2", "seg": []}, row | {"qa_id": "3", "seg": "m"}])
+    )
+    declared = tmp_path / "mine.yaml"
+    declared.write_text("mine: {like: diagseg, fields: {answer: answer, image: img, masks: seg, patient: case}}")
+    first, second, third = read(str(declared), tmp_path)
+    assert (first.answer, first.images[0]["path"], first.patient) == ("a", str(tmp_path / "a.png"), "p1")
+    assert [len(item.masks) for item in (first, second, third)] == [2, 0, 1]
+    assert [item.absent for item in (first, second, third)] == [False, True, False]
+    assert load_benchmark(str(declared)).title == "DiagSeg"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("x: {like: diagsec}", "benchmark x: like 'diagsec': choose one of segmentation"),
+        ("x: {like: diagseg, fields: {mask: m}}", "fields: unknown mask; layout diagseg takes id, question, answer"),
+        ("x: {like: vqa-rad, fields: {id: m}}", "fields: unknown id; layout vqa_rad takes none"),
+        ("x: {title: T}", "benchmark x: missing files, get, layout, prompt, protocol, split, task"),
+    ],
+)
+def test_a_wrong_declaration_of_one_s_own_is_refused(tmp_path: Path, written: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(written)
+    with pytest.raises(ValueError, match=message):
+        load_benchmark(str(tmp_path / "x.yaml"))
+
+
+def test_a_diagseg_mask_is_a_path_or_several(tmp_path: Path) -> None:
+    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png", "mask_file": {"counts": "x"}}
+    (tmp_path / "x.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match="expected the path of a mask or a list of paths, got .'counts': 'x'."):
+        read("diagseg", tmp_path)
+
+
+def test_annotated_questions_bring_the_codes_of_their_masks(tmp_path: Path) -> None:
+    def row(number: int, answer: str, targets: list[str]) -> dict[str, Any]:
+        messages = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": answer}]
+        origin = {"dataset": "d", "modality": "CT", "site": "torso", "split": "test", "patient": "p"}
+        masks = [{"path": f"{target}.png", "bytes": None} for target in targets]
+        images = [{"path": "a.png", "bytes": None}]
+        return {"id": f"d-0-{number}", "images": images, "messages": messages, "masks": masks, **origin} | {
+            "targets": targets
+        }
+
+    rows = [row(0, "Liver [C0_3] and spleen [C0_11].", ["liver", "spleen"]), row(1, "None is there.", [])]
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", rows)
+    first, second = read("annotated", tmp_path)
+    assert (first.prompt, first.codes, first.target) == ("<image>Where?", ("[C0_3]", "[C0_11]"), "liver and spleen")
+    assert [mask["path"] for mask in first.masks] == [str(tmp_path / "liver.png"), str(tmp_path / "spleen.png")]
+    assert (first.patient, first.absent, second.absent, second.codes) == ("p", False, True, ())
 
 
 def test_a_benchmark_knows_whether_it_has_masks() -> None:
@@ -227,4 +291,5 @@ def test_a_benchmark_knows_whether_it_has_masks() -> None:
         "diagnose-then-segment",
         "mecovqa-g",
         "diagseg",
+        "annotated",
     }

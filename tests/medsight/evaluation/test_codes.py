@@ -11,16 +11,6 @@ from PIL import Image
 
 from medsight import cli
 from medsight.evaluation.codes import HEAT, code_masks, heat_map, read_meanings
-from tests.tiny_checkpoint import save_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def named_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("named") / "tiny"
-    names = ["CT torso", "ultrasound breast", *(f"group {index}" for index in range(2, 40))]
-    from configuration_medsight import MedSightConfig
-
-    return save_tiny_checkpoint(folder, group_names=names[: MedSightConfig.from_preset("tiny").num_groups])
 
 
 @pytest.fixture
@@ -52,16 +42,20 @@ def test_every_mask_is_counted_under_its_code_and_structure(
     assert content["groups"]["CT torso"]["citations"] == 4 and content["images"] == 5
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == {code.strip("[]") for code in content["codes"]}
     assert "CT torso" in printed and "codes in use" in printed
-    assert read_meanings(checkpoint)[next(iter(content["codes"]))]
+    assert read_meanings(checkpoint) == {code: entry["structures"] for code, entry in content["codes"].items()}
+    from processing_medsight import MedSightProcessor
+
+    assert MedSightProcessor.from_pretrained(checkpoint).region_codes == content
 
 
 def test_an_earlier_description_stays_unless_it_may_be_replaced(
     checkpoint: Path, regions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = checkpoint / "region_codes.json"
-    path.write_text("{}")
+    path.write_text('{"codes": {}}')
     assert codes(checkpoint, regions) == 1
-    assert "described already; add --overwrite" in capsys.readouterr().err and path.read_text() == "{}"
+    assert "described already; add --overwrite" in capsys.readouterr().err
+    assert path.read_text() == '{"codes": {}}' and read_meanings(checkpoint) == {}
     assert codes(checkpoint, regions, "--overwrite") == 0
     assert json.loads(path.read_text())["codes"]
 
@@ -89,7 +83,7 @@ def test_data_of_a_group_that_the_model_has_not_is_refused(
 def test_a_code_decodes_to_the_mask_of_a_region_that_took_it(checkpoint: Path) -> None:
     import torch
 
-    from medsight.predict import load_checkpoint
+    from medsight.checkpoint import load_checkpoint
 
     model, _ = load_checkpoint(checkpoint, "float32")
     model.eval()

@@ -15,11 +15,14 @@ from medsight.evaluation.compare import compare
 def evaluation(tmp_path: Path, write_lines: Callable[..., Path]) -> Callable[..., Path]:
     """What `medsight evaluate` writes, as far as a comparison reads it."""
 
-    def write(name: str, dices: list[float | None], **changed: Any) -> Path:
+    def write(
+        name: str, dices: list[float | None], patient: Callable[[int], str | None] = lambda i: None, **changed: Any
+    ) -> Path:
         folder = tmp_path / name
         rows = [
             {
-                "id": str(i), "modality": "CT" if i < 30 else "MRI", "dataset": "d", "target": "t", "patient": None,
+                "id": str(i), "modality": "CT" if i < 30 else "MRI", "dataset": "d", "target": "t",
+                "patient": patient(i),
                 "answer_type": None, "absent": dice is None, "no_region": dice is None, "dice": dice, "iou": None,
             }
             for i, dice in enumerate(dices)
@@ -45,6 +48,18 @@ def test_differences_are_paired(evaluation: Callable[..., Path]) -> None:
     assert (dice["a"], dice["b"], dice["n"], dice["better"], dice["worse"]) == (0.545, 0.445, 40, 40, 0)
     assert result["scores"]["negatives_right"]["n"] == 1
     assert set(result["by"]["modality"]) == {"CT", "MRI"} and result["by"]["modality"]["CT"]["dice"]["n"] == 30
+
+
+def test_pairs_of_a_patient_are_drawn_together(evaluation: Callable[..., Path]) -> None:
+    dices: list[float | None] = [0.5 + 0.04 * (i // 4) for i in range(40)]  # four rows of ten patients alike
+    others: list[float | None] = [0.5] * 40
+    alone = compare(evaluation("a", dices), evaluation("b", others))
+    together = compare(*(evaluation(n, some, lambda i: f"p{i // 4}") for n, some in (("c", dices), ("d", others))))
+    assert (alone["interval_unit"], together["interval_unit"]) == ("row", "patient or image")
+    row, patient = alone["scores"]["dice"], together["scores"]["dice"]
+    assert (row["difference"], row["units"], patient["units"]) == (patient["difference"], 40, 10)
+    assert patient["high"] - patient["low"] > 1.5 * (row["high"] - row["low"])
+    assert together["by"]["modality"]["MRI"]["dice"]["units"] == 3
 
 
 def test_macro_weighs_modalities_alike(evaluation: Callable[..., Path]) -> None:

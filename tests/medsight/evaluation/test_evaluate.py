@@ -65,6 +65,80 @@ def test_a_model_s_run_and_its_saved_predictions_give_the_same_figures(
     }  # fmt: skip
 
 
+def test_cited_codes_are_held_against_those_of_the_model_s_own_codebook(
+    evaluate: Evaluate, segmentation: Path, regions: Path, named_checkpoint: Path, tmp_path: Path
+) -> None:
+    status, printed = evaluate(segmentation, regions, tmp_path / "a", "--model", str(named_checkpoint))
+    assert status == 0, printed
+    path = tmp_path / "a" / "predictions.jsonl"
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [len(record["reference_codes"]) for record in records] == [1, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert {record["group"] for record in records} <= {"CT torso", "ultrasound breast"} | {
+        f"group {index}" for index in range(2, 40)
+    }
+    assert metrics_of(tmp_path / "a")["predicted_groups"]["by"] == "classifier"
+    # The answers of an untrained model cite nothing; let the first two be right and the third right in its group.
+    for record in records[:3]:
+        record["masks"] = [encode_mask(np.ones((16, 20), dtype=bool))]
+        record["codes"], record["groups"] = list(record["reference_codes"]), ["CT torso"]
+        record["scores"], record["phrases"] = [None], [None]
+    (group, index) = records[2]["codes"][0].strip("[C]").split("_")
+    records[2]["codes"] = [f"[C{group}_{1 - min(int(index), 1)}]"]
+    for record in records[3:]:
+        record.update(masks=[], codes=[], groups=[], scores=[], phrases=[])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, printed = evaluate(segmentation, regions, tmp_path / "b", "--predictions", str(path))
+    assert status == 0, printed
+    metrics = metrics_of(tmp_path / "b")
+    assert metrics["scores"]["code_accuracy"]["micro"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert metrics["scores"]["group_accuracy"]["micro"]["value"] == 1.0
+    assert metrics["by"]["modality"]["CT"]["code_accuracy"]["n"] == 3
+    assert metrics["by"]["dataset"]["set"]["code_accuracy"]["n"] == 3
+    assert metrics["reference_codes"] == {
+        "from": {"codebook": 7}, "unknown": 0, "unknown_by_origin": {}, "group_unknown": 0,
+    }  # fmt: skip
+    assert "the model&#39;s codebook for 7 rows" in (tmp_path / "b" / "report.html").read_text("utf-8")
+
+
+def test_a_model_without_a_group_of_that_name_has_no_right_codes_and_says_so(
+    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    def cite(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            record.update(group="knee", codes=["[C0_0]"] * len(record["masks"]))
+
+    assert evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(saved(cite)))[0] == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert "code_accuracy" not in metrics["scores"] and metrics["codes"]["answers"]["code_accuracy"] is None
+    assert metrics["reference_codes"]["unknown_by_origin"] == {"CT torso": 4, "ultrasound breast": 3}
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "The right codes of 7 rows are not known: no code group of the model is called like" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference_codes": ["[C0_1]", "[C0_2]"]}, "#liver: 2 reference codes for 1 reference masks"),
+        ({"reference_codes": ["red"]}, "line 1: reference_codes: 'red' is not a region code"),
+        ({"reference_codes": "[C0_1]"}, "expected a list of region codes in 'reference_codes'"),
+        ({"reference_codes": ["[C0_1]"], "codes": ["red"]}, "#liver: 'red' is not a region code"),
+        ({"group": 3}, "line 1: expected text in 'group', got 3"),
+    ],
+)
+def test_codes_that_are_none_are_refused(
+    evaluate: Evaluate,
+    segmentation: Path,
+    regions: Path,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    path = saved(lambda records: records[0].update(change))
+    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(path))
+    assert status == 1 and message in printed
+
+
 def test_the_right_masks_score_full_marks(
     evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -78,6 +152,8 @@ def test_the_right_masks_score_full_marks(
     assert metrics["negatives"]["no_region_rate"]["value"] == 1.0 and metrics["negatives"]["n"] == 2
     assert metrics["by"]["modality"]["CT"]["dice"]["n"] == 4
     assert metrics["run"]["model"] == "mine"
+    assert metrics["interval_unit"] == "patient or image"
+    assert metrics["scores"]["dice"]["micro"]["units"] == 5 and metrics["scores"]["dice"]["micro"]["n"] == 7
 
 
 @pytest.mark.parametrize(
@@ -196,6 +272,22 @@ def plain_recall(prediction: str, reference: str) -> float:
     return hits / (hits + misses) if hits else 0.0
 
 
+CODES = ["[C0_1]", "[C0_2]", "[C1_1]", "[C12_3]"]
+
+
+def plain_right_codes(cited: list[str], right: list[str]) -> tuple[float | None, float | None]:
+    if not cited or not right:
+        return None, None
+    left, exact, in_group = list(right), 0, 0
+    for code in cited:
+        if code in left:
+            left.remove(code)
+            exact += 1
+        if code.split("_")[0] in [other.split("_")[0] for other in right]:
+            in_group += 1
+    return exact / len(cited), in_group / len(cited)
+
+
 def plain_pixels(runs: list[int]) -> set[int]:
     """Places of the pixels inside, counted down the columns."""
     inside, place = set(), 0
@@ -242,11 +334,15 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
         ]
         items.append(
             {"qa_id": f"q{number}", "question": "What?", "short_answer": reference, "image_file": "image.png",
-             "mask_files": [f"mask-{number}-{part}.png" for part in range(len(references))], "modality": modality}
+             "mask_files": [f"mask-{number}-{part}.png" for part in range(len(references))], "modality": modality,
+             "patient": f"p{number % 250}"}
         )  # fmt: skip
         encoded = [{"size": [height, width], "counts": plain_runs(inside, width * height)} for inside in shown]
         assert [plain_pixels(mask["counts"]) for mask in encoded] == shown
-        predictions.append({"id": f"q{number}", "answer": answer, "masks": encoded})
+        cited, right = ([generator.choice(CODES) for _ in some] for some in (shown, references))
+        predictions.append(
+            {"id": f"q{number}", "answer": answer, "masks": encoded, "codes": cited, "reference_codes": right}
+        )
         wanted = set().union(*references)
         dices = [
             (2 * len(inside & wanted) + 1e-8) / (len(inside) + len(wanted) + 1e-8) for inside in shown if references
@@ -257,6 +353,7 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
                 "recall": plain_recall(answer, reference),
                 "dice": (sum(dices) / len(dices) if dices else 0.0) if references else None,
                 "false": not references and any(shown),
+                "codes": plain_right_codes(cited, right),
             }
         )
     (tmp_path / "data" / "items.json").write_text(json.dumps(items))
@@ -269,6 +366,7 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
     for row, plain in zip(rows, expected, strict=True):
         assert row["answer_score"] == pytest.approx(plain["recall"], abs=1e-12), row
         assert row["dice"] == (None if plain["dice"] is None else pytest.approx(plain["dice"], abs=1e-12)), row
+        assert (row["code_accuracy"], row["group_accuracy"]) == pytest.approx(plain["codes"]), row
     metrics = metrics_of(tmp_path / "out")
     by_modality: dict[str, list[float]] = defaultdict(list)
     for plain in expected:
@@ -288,6 +386,13 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
     assert metrics["negatives"]["false_mask_rate"]["value"] == pytest.approx(sum(false) / len(false), abs=1e-6)
     for kind in ("micro", "macro"):
         assert dice[kind]["low"] < dice[kind]["value"] < dice[kind]["high"]
+    assert metrics["interval_unit"] == "patient or image" and recall["units"] == 250
+    for index, name in enumerate(("code_accuracy", "group_accuracy")):
+        known = [plain["codes"][index] for plain in expected if plain["codes"][index] is not None]
+        found = metrics["scores"][name]["micro"]
+        assert (found["n"], found["value"]) == (len(known), pytest.approx(sum(known) / len(known), abs=1e-6))
+        assert metrics["codes"]["answers"][name] == pytest.approx(sum(known) / len(known), abs=1e-12)
+        assert 0 < found["value"] < 1 and metrics["by"]["modality"]["CT"][name]["n"] < len(known)
 
 
 def test_questions_are_counted_and_scored_by_the_named_protocol(

@@ -15,6 +15,7 @@ import pytest
 from medsight.evaluation.predictions import encode_mask
 from medsight.evaluation.report_cases import varied
 from medsight.evaluation.report_codes import belongs, confusion
+from medsight.evaluation.summary import group_confusion
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -77,21 +78,42 @@ def test_it_shows_the_figures_of_metrics_json(report: Path) -> None:
     for score in ("dice", "answer"):
         assert f"{100 * metrics['scores'][score]['macro']['value']:.1f}" in page
     assert metrics["run"]["predictions_sha256"] in page
-    for title in ("Dice by modality", "All figures", "Cases", "Groups of the cited codes", "Code usage"):
+    for title in ("Dice by modality", "All figures", "Cases", "Predicted code groups", "Code usage"):
         assert f"<h2>{title}</h2>" in page
+    assert "first code that the answer cites" in page and metrics["predicted_groups"]["by"] == "cited codes"
+    assert "The right codes of 54 rows are not known: neither the data nor the predictions name them." in page
     assert page.count("<figure>") == 3 * 4 + 4  # worst, median and best, and false masks
 
 
-def test_confusion_counts_the_first_cited_group() -> None:
-    def row(site: str, groups: list[str], absent: bool = False) -> dict[str, Any]:
-        return {"modality": "MRI-T1", "site": site, "groups": groups, "absent": absent, "n_masks": len(groups)}
+def row_of(site: str, groups: list[str], absent: bool = False, group: str | None = None) -> dict[str, Any]:
+    row = {"modality": "MRI-T1", "site": site, "groups": groups, "absent": absent, "n_masks": len(groups)}
+    return row | {"group": group}
 
-    rows = [row("brain", ["MRI brain", "CT"]), row("brain", []), row("heart", ["CT"]), row("brain", ["CT"], True)]
-    found = confusion(rows)
+
+def test_confusion_is_of_the_model_s_own_classifier_where_all_predictions_tell_it() -> None:
+    rows = [row_of("brain", ["CT"], group="MRI brain"), row_of("brain", [], group="CT"), row_of("-", [], group="CT")]
+    found = group_confusion(rows)
+    assert found == {"by": "classifier", "counts": {"MRI-T1": {"CT": 1}, "MRI-T1 brain": {"CT": 1, "MRI brain": 1}}}
+    shown = confusion({"predicted_groups": found})
+    assert shown is not None and "own classifier" in shown["caption"]
+    foreign = group_confusion([*rows, row_of("brain", ["CT"])])
+    assert foreign == {
+        "by": "cited codes",
+        "counts": {"MRI-T1": {"no code": 1}, "MRI-T1 brain": {"CT": 2, "no code": 1}},
+    }
+    questions = [{"modality": "CT", "site": "Lung", "absent": False, "groups": [], "group": "CT torso"}]
+    assert group_confusion(questions) == {"by": "classifier", "counts": {"CT Lung": {"CT torso": 1}}}
+    assert group_confusion([{**questions[0], "modality": "-"}]) is None
+
+
+def test_confusion_else_counts_the_first_cited_group() -> None:
+    rows = [row_of("brain", ["MRI brain", "CT"]), row_of("brain", []), row_of("heart", ["CT"])]
+    rows.append(row_of("brain", ["CT"], absent=True))
+    found = confusion({"predicted_groups": group_confusion(rows)})
     assert found is not None and found["columns"] == ["MRI brain", "CT", "no code"]
     assert [[cell["text"] for cell in line["cells"]] for line in found["rows"]] == [[1, "", 1], ["", 1, ""]]
     assert found["rows"][0]["cells"][0]["diagonal"] and not found["rows"][1]["cells"][1]["diagonal"]
-    assert confusion([row("brain", [])]) is None
+    assert group_confusion([row_of("brain", [])]) is None and confusion({}) is None
     assert belongs("CT torso", "ct Torso") and not belongs("CT torso", "MRI torso")
 
 

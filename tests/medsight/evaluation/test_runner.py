@@ -73,6 +73,61 @@ def test_masks_are_at_the_size_of_the_image(items: list[Item], checkpoint: tuple
             assert prediction.codes[index] in prediction.raw_text
 
 
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_reference_codes_are_those_of_all_masks_of_the_image_whatever_the_batch(
+    items: list[Item], named_checkpoint: Path, size: int
+) -> None:
+    import torch
+
+    from medsight.evaluation.reference_codes import ReferenceCodes
+    from medsight.training.data.pictures import read_mask, read_picture
+    from medsight.training.data.region_codes import assign_codes
+
+    model, processor = load_for_evaluation(named_checkpoint, SETTINGS, "cpu")
+    images = processor.image_processor
+
+    def see(some: list[Item]) -> Any:
+        pictures = [read_picture(item.images[0]) for item in some]
+        return images(images=pictures, return_tensors="pt")["pixel_values"].to(model.dtype)
+
+    references, found = ReferenceCodes(items, model, processor), []
+    for start in range(0, len(items), size):
+        found += references.of(items[start : start + size], see(items[start : start + size]))
+    by_image: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        by_image.setdefault(item.images[0]["path"], []).append(index)
+    assert [len(places) for places in by_image.values()] == [2, 2, 1, 1, 2, 1]
+    for places in by_image.values():
+        own = [items[index] for index in places if items[index].masks]
+        with torch.no_grad():
+            regions = model.get_region_features(see([items[places[0]]]))
+        group = model.config.group_names[int(regions.group_logits.argmax())]
+        assert [found[index][0] for index in places] == [group] * len(places)
+        if own:
+            size_of_image = read_picture(own[0].images[0]).size
+            masks = np.stack([read_mask(item.masks[0], size_of_image) for item in own])
+            placed = images.preprocess_masks(masks, output_size=(model.config.image_size,) * 2)
+            k = 0 if own[0].modality == "CT" else 1
+            (codes,) = assign_codes(model, regions, [placed], None, torch.tensor([k]))
+            expected = [(model.config.region_code_token(k, code),) for code in codes.tolist()]
+            assert [found[index][1] for index in places if items[index].masks] == expected
+        assert [found[index][1] for index in places if not items[index].masks] == [()] * (len(places) - len(own))
+
+
+def test_an_image_of_no_known_group_has_no_reference_codes(items: list[Item], named_checkpoint: Path) -> None:
+    from dataclasses import replace
+
+    from medsight.evaluation.reference_codes import ReferenceCodes
+
+    model, processor = load_for_evaluation(named_checkpoint, SETTINGS, "cpu")
+    known, foreign = items[0], replace(items[0], modality="PET")
+    pixels = processor.image_processor(images=[runner.content_of(known)[0]["image"]] * 2, return_tensors="pt")
+    found = ReferenceCodes([known, foreign], model, processor).of(
+        [known, foreign], pixels["pixel_values"].to(model.dtype)
+    )
+    assert found[0][1] is not None and found[1][1] is None and found[0][0] == found[1][0] is not None
+
+
 def test_a_mask_is_the_model_s_logits_resized_before_the_threshold(
     items: list[Item], checkpoint: tuple[Any, Any], tmp_path: Path
 ) -> None:

@@ -72,3 +72,55 @@ def test_bad_input_is_refused(scores: Any, arguments: dict[str, Any], message: s
 def test_a_pair_of_unequal_lengths_is_refused() -> None:
     with pytest.raises(ValueError, match="the same rows, got 1 and 2"):
         paired_difference([1.0], [1.0, 0.0])
+
+
+def slow_interval(scores: list[float], groups: list[str], units: list[str], n: int, seed: int) -> tuple[float, float]:
+    """The interval of a macro mean, unit by unit and row by row."""
+    import random
+
+    draw, statistics = random.Random(seed), []
+    for _ in range(n):
+        means = []
+        for group in sorted(set(groups)):
+            own = sorted({unit for unit, other in zip(units, groups, strict=True) if other == group})
+            taken = [draw.choice(own) for _ in own]
+            rows = [
+                score
+                for one in taken
+                for score, other, unit in zip(scores, groups, units, strict=True)
+                if other == group and unit == one
+            ]
+            means.append(sum(rows) / len(rows))
+        statistics.append(sum(means) / len(means))
+    statistics.sort()
+    return statistics[round(0.025 * n)], statistics[round(0.975 * n) - 1]
+
+
+@pytest.mark.parametrize("macro", [False, True])
+def test_units_are_drawn_with_all_their_rows(macro: bool) -> None:
+    generator = np.random.default_rng(1)
+    units, groups, scores = [], [], []
+    for patient in range(24):
+        level = generator.random()
+        for _ in range(int(generator.integers(1, 9))):
+            units.append(f"p{patient}")
+            groups.append("CT" if macro and patient % 3 else "MRI")
+            scores.append(0.8 * level + 0.2 * generator.random())
+    chosen: dict[str, Any] = {"groups": groups, "statistic": "macro"} if macro else {}
+    found = bootstrap_interval(scores, units=units, n=4000, **chosen)
+    low, high = slow_interval(scores, groups, units, 2000, 0)
+    half = (high - low) / 2
+    assert found.low == pytest.approx(low, abs=0.1 * half) and found.high == pytest.approx(high, abs=0.1 * half)
+    alone = bootstrap_interval(scores, n=4000, **chosen)
+    assert alone.value == found.value
+    assert alone.high - alone.low < 0.7 * (found.high - found.low)  # type: ignore[operator]
+
+
+def test_one_row_a_unit_is_as_no_units_and_one_unit_does_not_vary() -> None:
+    names = [str(index) for index in range(len(SCORES))]
+    assert bootstrap_interval(SCORES, units=names) == bootstrap_interval(SCORES)
+    assert bootstrap_interval(SCORES, units=["p"] * len(SCORES))[1:] == (None, None)
+    better = [score + 0.1 for score in SCORES]
+    assert paired_difference(better, SCORES, units=["a", "b"] * 200) == pytest.approx((0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="units: expected 2, as many as scores, got 1"):
+        bootstrap_interval([1.0, 0.0], units=["a"])

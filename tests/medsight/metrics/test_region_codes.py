@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from medsight.metrics import load
-from medsight.metrics.region_codes.region_codes import code_usage
+from medsight.metrics.region_codes.region_codes import cited_right, code_usage
 
 
 # Group 0: code 1 stands for the liver three times of four, code 2 twice for the spleen; group 3: one citation.
@@ -86,9 +86,28 @@ def test_answer_rates_by_hand() -> None:
     assert (result["codes_per_answer"], result["references_per_answer"]) == ((1 + 2 + 0 + 1) / 4, (1 + 2 + 1 + 2) / 4)
     assert (result["count_exact"], result["count_error"]) == (2 / 4, (0 + 0 + 1 + 1) / 4)
     assert result["n_reference_codes"] == 4
-    assert result["code_accuracy"] == (1 + 1 + 0) / 4  # the second C0_2 is used once
-    assert result["group_accuracy"] == (1 + 2 + 0) / 4
+    assert result["code_recall"] == (1 + 1 + 0) / 4  # the second C0_2 finds nothing more
+    assert result["n_judged"] == 2  # the third answer cites nothing, the fourth has no reference codes
+    assert result["code_accuracy"] == (1 + 1 / 2) / 2
+    assert result["group_accuracy"] == (1 + 1) / 2
     assert result["codes_exact"] == 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("codes", "right", "expected"),
+    [
+        (["[C0_1]"], ["[C0_1]"], (1.0, 1.0)),
+        (["[C0_2]"], ["[C0_1]"], (0.0, 1.0)),
+        (["[C1_1]"], ["[C0_1]"], (0.0, 0.0)),
+        (["[C0_1]", "[C0_1]", "[C2_1]", "[C0_9]"], ["[C0_1]", "[C0_3]"], (1 / 4, 3 / 4)),
+        (["[C0_1]", "[C0_1]"], ["[C0_1]", "[C0_1]"], (1.0, 1.0)),
+        (["[SEG]"], ["[SEG]"], (1.0, 1.0)),
+        ([], ["[C0_1]"], None),
+        (["[C0_1]"], [], None),
+    ],
+)
+def test_the_share_of_cited_codes_that_is_right(codes: list[str], right: list[str], expected: Any) -> None:
+    assert cited_right(codes, right) == expected
 
 
 def test_structures_follow_their_codes_and_groups_their_names() -> None:

@@ -1,4 +1,3 @@
-import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,9 @@ import yaml
 from datasets import Dataset, Features, load_dataset
 from PIL import Image
 
+from medsight.cli import main
 from medsight.training.data import annotation_output
-from medsight.training.data.annotate import add_arguments, load_groups, match_groups, run
+from medsight.training.data.annotate import load_groups, match_groups
 from medsight.training.data.annotation import annotate, weights_sha256
 from medsight.training.data.groups import Groups
 from medsight.training.data.region_codes import assign_codes
@@ -427,10 +427,8 @@ def test_a_groups_file_keeps_the_models_order_and_is_checked(tmp_path: Path) -> 
             load_groups(path, ["CT torso"])
 
 
-def command(*arguments: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    run(parser.parse_args([*arguments]))
+def command(*arguments: str) -> int:
+    return main(["data", "annotate", *arguments])
 
 
 def test_the_command_annotates_a_folder(checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -444,18 +442,20 @@ def test_the_command_annotates_a_folder(checkpoint: Path, tmp_path: Path, capsys
         Image.fromarray(pixels).save(tmp_path / "mine" / "train" / f"{number}_CT_torso.png")
         Image.fromarray(mask).save(masks / f"{number}_CT_torso_left+kidney.png")
     output = tmp_path / "out"
-    command(str(tmp_path / "mine"), "--model", str(checkpoint), "--output", str(output), "--per-image", "4")
+    assert (
+        command(str(tmp_path / "mine"), "--model", str(checkpoint), "--output", str(output), "--per-image", "4") == 0
+    )
     printed = capsys.readouterr()
     assert "3 images, 12 conversations" in printed.out and "CT torso" in printed.out
     assert "annotate" in printed.err and "annotate:" not in printed.out
     conversations = read(output)
     assert len(conversations) == 12
     assert any("left kidney [C0_" in text_of(one)[1] for one in conversations)
-    with pytest.raises(OSError, match="out is not empty"):
-        command(str(tmp_path / "mine"), "--model", str(checkpoint), "--output", str(output))
+    assert command(str(tmp_path / "mine"), "--model", str(checkpoint), "--output", str(output)) == 1
+    assert "out is not empty" in capsys.readouterr().err
     (tmp_path / "groups.yaml").write_text("skin: ['CT/*']\n", encoding="utf-8")
     other = [str(tmp_path / "mine"), "--model", str(checkpoint), "--output", str(tmp_path / "other")]
-    command(*other, "--groups", str(tmp_path / "groups.yaml"), "--embed-images")
+    assert command(*other, "--groups", str(tmp_path / "groups.yaml"), "--embed-images") == 0
     assert any("left kidney [C2_" in text_of(one)[1] for one in read(tmp_path / "other"))
 
 

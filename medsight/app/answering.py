@@ -1,0 +1,99 @@
+"""An answer to a conversation about one image, streamed; then its regions with their mask logits."""
+
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+
+if TYPE_CHECKING:
+    from medsight.predictor import AnswerSettings
+    from processing_medsight.grounded_answer_medsight import GroundedAnswer
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A complete answer, and (codes, h, w) mask logits of its codes on the model's grid, on the CPU."""
+
+    answer: "GroundedAnswer"
+    mask_logits: torch.Tensor
+
+
+class StopWhenSet(StoppingCriteria):
+    """Ends generation, with what there is, once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def stream_answer(
+    predictor: Any, messages: list[dict[str, Any]], settings: "AnswerSettings", stop: threading.Event
+) -> Generator[str | Answered, None, None]:
+    """Answers, decoding greedily.
+
+    Args:
+        predictor: what has the `model` and the `processor` of one checkpoint.
+        messages: for the chat template; one image, in the first user turn.
+        stop: set it to end the answer early. It is set when the caller stops listening.
+
+    Yields:
+        The text so far, codes included, as it grows; last, an `Answered`.
+
+    Raises:
+        ValueError: the conversation is too long for the model, or cannot be tokenized.
+    """
+    model, processor = predictor.model, predictor.processor
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    ).to(model.device, dtype=model.dtype)
+    length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if length + settings.max_new_tokens > limit:
+        raise ValueError(
+            f"the conversation takes {length} tokens, and with {settings.max_new_tokens} for the answer that is more "
+            f"than the model's {limit}: begin a new conversation"
+        )
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    outcome: list[Any] = []
+
+    def generate() -> None:
+        try:
+            with torch.inference_mode():
+                outcome.append(
+                    model.generate(
+                        **inputs,
+                        max_new_tokens=settings.max_new_tokens,
+                        do_sample=False,
+                        return_dict_in_generate=True,
+                        allowed_groups=settings.allowed_groups,
+                        force_region=settings.force_region,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
+                    )
+                )
+        except Exception as error:  # raised again below, in the caller's thread
+            outcome.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    text = ""
+    try:
+        for piece in streamer:
+            text += piece
+            yield text
+    except GeneratorExit:
+        stop.set()
+        raise
+    finally:
+        thread.join()
+    output = outcome[0]
+    if isinstance(output, Exception):
+        raise output
+    answer = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)[0]
+    yield Answered(answer, output.mask_logits[0].float().cpu())

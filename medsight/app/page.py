@@ -1,0 +1,480 @@
+"""What is on the page, and what each control does: an event takes the session and changes it and the page."""
+
+import logging
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from medsight.predictor import AnswerSettings
+
+from . import markup
+from .answering import Answered, stream_answer
+from .drawing import draw_heat_map, draw_layers, mask_of
+from .examples import examples
+from .session import Finding, Session, Turn, Window
+
+
+logger = logging.getLogger(__name__)
+
+HEADER = """
+<header class="ms-header"><h1>MedSIGHT</h1>
+<p>Ask about a medical image: the answer shows, pixel by pixel, what it means.</p>
+<p class="ms-warning"><b>Not a medical device:</b> never for a clinical decision.</p>
+</header>"""
+NOTHING_OPEN = "open an image first"
+DEFAULT_WINDOW = "default"
+ARCHIVE = "medsight-masks.zip"
+QUESTION_LENGTH = 2000  # characters
+CLEAN_EVERY, KEEP_FOR = 600, 3600  # seconds: shown pictures and archives in the server's folder
+Updates = dict[Any, Any]
+
+
+class Page:
+    """The page over one loaded checkpoint. It holds no visitor's data: that is all in the visitor's `Session`.
+
+    Args:
+        predictor: a `Predictor`.
+        folder: where sessions keep uploaded files; the system's temporary folder by default.
+
+    Attributes:
+        blocks: the Gradio application.
+    """
+
+    def __init__(self, predictor: Any, folder: Path | None = None) -> None:
+        self.predictor = predictor
+        self.folder = folder
+        self.examples = examples()
+        with gr.Blocks(
+            title="MedSIGHT", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR), fill_width=True
+        ) as self.blocks:
+            self._lay_out()
+            self._connect()
+
+    def _lay_out(self) -> None:
+        self.session = gr.State(None, delete_callback=_close)
+        gr.HTML(HEADER)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=6, min_width=320, elem_id="ms-viewer"):
+                self.upload = gr.File(
+                    label="Picture, DICOM (also series), NIfTI",
+                    file_count="multiple",
+                    height=88,
+                    elem_id="ms-upload",
+                )
+                with gr.Row(elem_id="ms-examples"):
+                    self.example_buttons = [
+                        gr.Button(example.title, size="sm", min_width=120) for example in self.examples
+                    ]
+                self.picture = gr.Image(
+                    label="Image",
+                    show_label=False,
+                    interactive=False,
+                    visible=False,
+                    format="png",
+                    buttons=["fullscreen"],
+                    elem_id="ms-picture",
+                )
+                self.card = gr.HTML(visible=False, elem_id="ms-card")
+                self.back = gr.Button("Back to the masks", size="sm", visible=False, elem_id="ms-back")
+                self.facts = gr.HTML(visible=False)
+                with gr.Row():
+                    self.slice = gr.Slider(
+                        1, 2, 1, step=1, label="Slice", visible=False, buttons=[], scale=3, elem_id="ms-slice"
+                    )
+                    self.window = gr.Dropdown(
+                        [DEFAULT_WINDOW],
+                        value=DEFAULT_WINDOW,
+                        allow_custom_value=True,
+                        label="Window (name or centre/width)",
+                        visible=False,
+                        scale=2,
+                        elem_id="ms-window",
+                    )
+                self.layers = gr.HTML(js_on_load=markup.SCRIPT, visible=False, elem_id="ms-layers")
+            with gr.Column(scale=5, min_width=320, elem_id="ms-talk"):
+                self.chat = gr.HTML(
+                    markup.conversation([], 1), js_on_load=markup.SCRIPT, autoscroll=True, elem_id="ms-chat"
+                )
+                self.question = gr.Textbox(
+                    label="Question",
+                    placeholder="Segment the liver.",
+                    max_length=QUESTION_LENGTH,
+                    submit_btn="Ask",
+                    elem_id="ms-question",
+                )
+                self.anew = gr.Button("New conversation", size="sm", elem_id="ms-anew")
+                with gr.Accordion("Settings", open=False, elem_id="ms-settings"):
+                    self.max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Longest answer, in tokens")
+                    self.threshold = gr.Slider(
+                        0.05, 0.95, 0.5, step=0.05, label="Probability from which on a pixel belongs to a mask"
+                    )
+                    self.predicted_only = gr.Checkbox(
+                        False, label="Cite only region codes of the group that the model sees in the image"
+                    )
+                with gr.Accordion("Download the masks", open=False, elem_id="ms-download"):
+                    self.formats = gr.CheckboxGroup(["png", "coco"], value=["png"], label="Formats")
+                    self.deidentify = gr.Checkbox(False, label="Leave the patient out of DICOM files", visible=False)
+                    self.save_button = gr.Button("Make the archive", size="sm")
+                    self.archive = gr.File(label="Archive", visible=False, interactive=False, elem_id="ms-archive")
+
+    def _connect(self) -> None:
+        def on(trigger: Any, event: Any, inputs: Sequence[Any] = (), **kwargs: Any) -> None:
+            trigger(
+                event,
+                inputs=[self.session, *inputs],
+                outputs=self._outputs(),
+                show_progress="hidden",
+                api_visibility="private",
+                **kwargs,
+            )
+
+        on(self.upload.upload, self.open_upload, [self.upload, self.threshold], concurrency_limit=4)
+        for number, button in enumerate(self.example_buttons):
+            on(button.click, self._opener(number), [self.threshold])
+        on(self.slice.input, self.show_slice, [self.slice, self.threshold], trigger_mode="always_last")
+        on(self.window.input, self.show_window, [self.window, self.threshold], trigger_mode="always_last")
+        on(self.threshold.input, self.redraw, [self.threshold], trigger_mode="always_last")
+        settings = [self.max_new_tokens, self.predicted_only, self.threshold]
+        # One answer at a time: two would only share the processor.
+        on(self.question.submit, self.ask, [self.question, *settings], concurrency_limit=1)
+        on(self.question.stop, self.stop, queue=False)
+        on(self.anew.click, self.begin_anew, [self.threshold])
+        for component in (self.chat, self.layers):
+            on(component.click, self.show_heat_map, [self.threshold])
+        on(self.layers.select, self.show_layer, [self.threshold])
+        on(self.back.click, self.show_masks, [self.threshold])
+        on(self.save_button.click, self.save, [self.formats, self.deidentify, self.threshold])
+
+    def _outputs(self) -> list[Any]:
+        view = [self.picture, self.facts, self.slice, self.window, self.layers, self.card, self.back]
+        save = [self.formats, self.deidentify, self.archive]
+        return [self.session, self.upload, *view, self.chat, self.question, *save]
+
+    def open_upload(self, session: Session | None, files: list[str] | None, threshold: float) -> Updates:
+        """Opens what was uploaded; the files move into the session's folder."""
+        session = session or Session(self.folder)
+        try:
+            session.open_files([Path(file) for file in files or []])
+        except (ValueError, OSError) as error:
+            _warn(error)
+        return self._opened(session, threshold)
+
+    def open_example(self, session: Session | None, number: int, threshold: float) -> Updates:
+        """Opens an example, and puts its prompt into the field."""
+        session = session or Session(self.folder)
+        try:
+            session.open_example(self.examples[number].load())
+        except (ValueError, OSError) as error:
+            _warn(error)
+        return {**self._opened(session, threshold), self.question: _asking(False, self.examples[number].prompt)}
+
+    def _opener(self, number: int) -> Any:
+        def open_this(session: Session | None, threshold: float) -> Updates:
+            return self.open_example(session, number, threshold)
+
+        return open_this
+
+    def _opened(self, session: Session, threshold: float) -> Updates:
+        from medsight.export import FORMATS
+        from processing_medsight.windows_medsight import WINDOWS
+
+        scan = session.scan
+        slices = 1 if scan is None else scan.num_slices
+        names = [DEFAULT_WINDOW, *(WINDOWS if scan is not None and scan.modality == "CT" else ())]
+        formats = ["png", "coco"]
+        if scan is not None:
+            left_out = (["nifti"] if scan.affine is None else []) + (
+                [] if scan.kind == "dicom" else ["dicom-seg", "rtstruct"]
+            )
+            formats = [name for name in FORMATS if name not in left_out]
+        return {
+            self.session: session,
+            self.upload: None,
+            self.facts: gr.update(value="" if scan is None else _facts(scan), visible=scan is not None),
+            self.slice: gr.update(
+                visible=slices > 1, maximum=max(2, slices), value=session.slice_index + 1, label=f"Slice (of {slices})"
+            ),
+            self.window: gr.update(
+                visible=scan is not None and scan.kind != "image", choices=names, value=DEFAULT_WINDOW
+            ),
+            self.formats: gr.update(choices=formats, value=["png"]),
+            self.deidentify: gr.update(visible=scan is not None and scan.kind == "dicom"),
+            **self._talk(session),
+            **self._view(session, threshold),
+        }
+
+    def show_slice(self, session: Session | None, number: float, threshold: float) -> Updates:
+        """Shows the slice of that number, counted from 1, with its own masks."""
+        if session is None or session.scan is None:
+            return _warn(NOTHING_OPEN)
+        session.slice_index = min(max(int(number), 1), session.scan.num_slices) - 1
+        session.heat = None
+        return self._view(session, threshold)
+
+    def show_window(self, session: Session | None, text: str | None, threshold: float) -> Updates:
+        """Shows the slices under another window: a name, centre/width, or the default."""
+        if session is None or session.scan is None:
+            return _warn(NOTHING_OPEN)
+        before = session.window
+        try:
+            session.window = parse_window_text(text or "")
+            session.image()
+        except ValueError as error:
+            session.window = before
+            _warn(error, session)
+            return {self.window: markup.window_text(before)}
+        return self._view(session, threshold)
+
+    def ask(
+        self,
+        session: Session | None,
+        question: str,
+        max_new_tokens: float,
+        predicted_only: bool,
+        threshold: float,
+    ) -> Iterator[Updates]:
+        """Answers a question about the slice that is shown: the text as it comes, then words, codes and masks."""
+        if session is None or session.scan is None:
+            yield _warn(NOTHING_OPEN)
+            return
+        turn = Turn(question.strip(), session.slice_index, session.window)
+        session.turns.append(turn)
+        session.stop.clear()
+        stop = session.stop
+        try:
+            settings = AnswerSettings(
+                max_new_tokens=int(max_new_tokens),
+                allowed_groups="predicted" if predicted_only else None,
+                threshold=threshold,
+            )
+            messages = session.messages(turn)
+            yield {**self._talk(session), self.question: _asking(True, "")}
+            with closing(stream_answer(self.predictor, messages, settings, stop)) as pieces:
+                for piece in pieces:
+                    if turn not in session.turns:  # another image was opened, or a conversation begun
+                        continue
+                    if isinstance(piece, Answered):
+                        _keep(session, turn, piece, stop.is_set())
+                    else:
+                        turn.text = piece
+                        yield self._talk(session)
+        except ValueError as error:
+            _warn(error, session)
+        except Exception:
+            logger.exception("an answer failed")
+            _warn("the model failed on this question; the server's log says why")
+        finally:
+            if turn.answer is None and turn in session.turns:
+                session.turns.remove(turn)
+        failed = turn.answer is None and not stop.is_set()
+        yield {
+            self.session: session,
+            **self._talk(session),
+            **self._view(session, threshold),
+            self.question: _asking(False, question) if failed else _asking(False),
+        }
+
+    def stop(self, session: Session | None) -> Updates:
+        """Ends the answer that is being generated; what is there of it stays, with its masks."""
+        if session is not None:
+            session.stop.set()
+        return gr.skip()
+
+    def begin_anew(self, session: Session | None, threshold: float) -> Updates:
+        """Takes away the conversation and its masks; the image stays."""
+        if session is None:
+            return gr.skip()
+        session.forget_conversation()
+        return {**self._talk(session), **self._view(session, threshold)}
+
+    def show_heat_map(self, session: Session | None, threshold: float, event: gr.EventData) -> Updates:
+        """Shows where the mask of a clicked code is how probable, on its slice, and what the code usually means."""
+        number = event._data.get("finding") if isinstance(event._data, dict) else None
+        if session is None or session.scan is None or number is None:
+            return gr.skip()
+        try:
+            finding = session.finding(int(number))
+        except ValueError as error:
+            return _warn(error)
+        turn = next(turn for turn in session.turns if finding in turn.findings)
+        session.slice_index, session.window, session.heat = finding.slice_index, turn.window, finding.number
+        return {
+            self.slice: session.slice_index + 1,
+            self.window: markup.window_text(session.window),
+            **self._view(session, threshold),
+        }
+
+    def show_masks(self, session: Session | None, threshold: float) -> Updates:
+        """Back from a heat map."""
+        if session is None or session.scan is None:
+            return gr.skip()
+        session.heat = None
+        return self._view(session, threshold)
+
+    def show_layer(self, session: Session | None, threshold: float, event: gr.EventData) -> Updates:
+        """Switches the mask of a region on or off."""
+        if session is None or session.scan is None or not isinstance(event._data, dict):
+            return gr.skip()
+        number, shown = int(event._data["finding"]), bool(event._data["shown"])
+        session.hidden = session.hidden - {number} if shown else session.hidden | {number}
+        session.heat = None
+        return self._view(session, threshold)
+
+    def redraw(self, session: Session | None, threshold: float) -> Updates:
+        """Draws the masks anew, as after a change of the threshold."""
+        return gr.skip() if session is None or session.scan is None else self._view(session, threshold)
+
+    def save(self, session: Session | None, formats: list[str], deidentify: bool, threshold: float) -> Updates:
+        """Writes all regions of the conversation, and a picture of them, into an archive to download."""
+        from medsight.export import FoundRegion, mosaic, overlay, write_masks
+
+        if session is None or session.scan is None:
+            return _warn(NOTHING_OPEN)
+        if not session.findings:
+            return _warn("no answer has cited a region yet: there is no mask to download")
+        if not formats:
+            return _warn("choose at least one format")
+        scan = session.scan
+        regions = [
+            FoundRegion(
+                finding.slice_index,
+                self._mask(session, finding, threshold),
+                finding.label,
+                finding.region.code,
+                finding.region.score,
+            )
+            for finding in session.findings
+        ]
+        folder = session.new_folder()
+        picture = folder / "overview.png"
+        try:
+            files = write_masks(scan, regions, folder / "masks", formats, deidentify=deidentify)
+            one = scan.num_slices == 1
+            shown = overlay(session.image(), regions) if one else mosaic(scan, regions, session.window)
+        except (ValueError, OSError) as error:
+            return _warn(error, session)
+        shown.save(picture)
+        with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in [*files, picture]:
+                archive.write(file, file.name)
+        return {self.archive: gr.update(value=str(folder / ARCHIVE), visible=True)}
+
+    def _talk(self, session: Session) -> Updates:
+        slices = 1 if session.scan is None else session.scan.num_slices
+        return {
+            self.chat: markup.conversation(session.turns, slices),
+            self.archive: gr.update(value=None, visible=False),
+        }
+
+    def _view(self, session: Session, threshold: float) -> Updates:
+        try:
+            image = None if session.scan is None else session.image()
+        except ValueError as error:  # pixels are decoded when they are to be shown
+            _warn(error, session)
+            image = None
+        if session.scan is None or image is None:
+            return {
+                self.picture: gr.update(value=None, visible=False),
+                self.layers: gr.update(value="", visible=False),
+                **self._no_card(),
+            }
+        here = session.findings_here()
+        masks = {finding.number: self._mask(session, finding, threshold) for finding in here}
+        areas = [_area(int(masks[finding.number].sum()), session.scan.pixel_spacing) for finding in here]
+        layers = gr.update(value=markup.layers(here, areas, session.hidden), visible=bool(here))
+        if session.heat is None:
+            drawn = [finding for finding in here if finding.number not in session.hidden]
+            shown = {finding.number: masks[finding.number] for finding in drawn}
+            picture = draw_layers(image, [shown.get(number) for number in range(max(shown, default=-1) + 1)])
+            alt = "The image with masks: " + ", ".join(finding.label for finding in drawn) if drawn else "The image"
+            card = self._no_card()
+        else:
+            finding = session.finding(session.heat)
+            picture = draw_heat_map(image, finding.logits, self.predictor.processor)
+            alt = f"Heat map of {finding.region.code}, {finding.label}"
+            card = {
+                self.card: gr.update(
+                    value=markup.code_card(finding, self.predictor.processor.region_codes), visible=True
+                ),
+                self.back: gr.update(visible=True),
+            }
+        return {self.picture: gr.update(value=picture, visible=True, alt_text=alt), self.layers: layers, **card}
+
+    def _no_card(self) -> Updates:
+        return {self.card: gr.update(value="", visible=False), self.back: gr.update(visible=False)}
+
+    def _mask(self, session: Session, finding: Finding, threshold: float) -> Any:
+        assert session.scan is not None
+        size = session.scan.height, session.scan.width
+        return mask_of(finding, size, self.predictor.processor, threshold)
+
+
+def build(predictor: Any, folder: Path | None = None) -> gr.Blocks:
+    """The page as a Gradio application, for `launch`; see `Page`."""
+    return Page(predictor, folder).blocks
+
+
+def parse_window_text(text: str) -> Window:
+    """A window as typed: empty or "default", a name, or centre/width.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    from processing_medsight.windows_medsight import WINDOWS
+
+    text = text.strip().lower()
+    if text in ("", DEFAULT_WINDOW):
+        return None
+    if text in WINDOWS:
+        return text
+    try:
+        centre, width = (float(part) for part in text.replace(",", "/").split("/"))
+    except ValueError:
+        names = ", ".join((DEFAULT_WINDOW, *WINDOWS))
+        raise ValueError(f"window {text!r}: expected {names}, or centre/width such as 40/400") from None
+    return centre, width
+
+
+def _keep(session: Session, turn: Turn, answered: Answered, stopped: bool) -> None:
+    first = len(session.findings)
+    turn.answer, turn.stopped = answered.answer, stopped
+    turn.findings = [
+        Finding(first + i, region, answered.mask_logits[i], turn.slice_index)
+        for i, region in enumerate(answered.answer.regions)
+        if region.mask is not None
+    ]
+
+
+def _asking(busy: bool, text: str | None = None) -> Any:
+    kept = {} if text is None else {"value": text}
+    return gr.update(submit_btn=False if busy else "Ask", stop_btn="Stop" if busy else False, **kept)
+
+
+def _warn(problem: Exception | str, session: Session | None = None) -> Updates:
+    message = str(problem) if session is None else session.without_paths(str(problem))
+    gr.Warning(markup.escape(message[:1].upper() + message[1:]))
+    return gr.skip()
+
+
+def _close(session: Session | None) -> None:
+    if session is not None:
+        session.close()
+
+
+def _facts(scan: Any) -> str:
+    spacing = ""
+    if scan.pixel_spacing is not None:
+        sides = [*scan.pixel_spacing, *([scan.slice_spacing] if scan.num_slices > 1 and scan.slice_spacing else [])]
+        spacing = " × ".join(f"{side:.3g}" for side in sides) + " mm"
+    return markup.scan_facts(scan.kind, scan.modality, scan.num_slices, scan.width, scan.height, spacing)
+
+
+def _area(pixels: int, spacing: tuple[float, float] | None) -> str:
+    if spacing is None:
+        return f"{pixels:,} px"
+    area = pixels * spacing[0] * spacing[1]
+    return f"{area / 100:,.1f} cm²" if area >= 1000 else f"{area:,.0f} mm²"

@@ -1,0 +1,113 @@
+"""Starts the page: on this machine alone unless told otherwise, with nothing fetched from or sent to anywhere."""
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+
+MAX_FILE_SIZE = "1gb"
+STYLE = Path(__file__).with_name("page.css")
+
+
+def launch(
+    model: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+    dtype: str = "auto",
+    open_browser: bool = False,
+    block: bool = True,
+) -> Any:
+    """Loads a checkpoint and serves the page, until interrupted.
+
+    Uploaded files lie in a folder of this process that only its user can read, are deleted with the visitor's session,
+    and all of them when the page stops. There are no accounts: whoever reaches the address can use the page.
+
+    Args:
+        model, device, dtype: as `Predictor` takes them.
+        host: address to listen on: "127.0.0.1" for this machine alone, "0.0.0.0" for the network.
+        port: 0 for any that is free.
+        open_browser: open the page in the default browser.
+        block: `False` returns at once; close the returned application to stop.
+
+    Returns:
+        The running Gradio application; `local_url` is its address.
+
+    Raises:
+        OSError: the checkpoint is missing, or the port is taken.
+        ValueError: gradio is not installed, or the checkpoint is bad.
+    """
+    # Read by libraries when they are imported: no telemetry, no look at whether there is a newer version.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the page needs gradio: pip install "medsight[app,medical]"') from error
+    from medsight.predictor import Predictor
+
+    if port:
+        _check_port(host, port)
+    if block:
+        _stop_on_termination()
+    folder = tempfile.TemporaryDirectory(prefix="medsight-app-")
+    uploads, sessions = Path(folder.name, "uploads"), Path(folder.name, "sessions")
+    for path in (uploads, sessions):
+        path.mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    from .page import build
+
+    blocks = build(Predictor(model, device=device, dtype=dtype), sessions)
+    blocks.queue(max_size=32, default_concurrency_limit=4)
+    # Lives as long as the application does, and is removed with it.
+    blocks.private_folder = folder
+    fonts = ["system-ui", "sans-serif"]
+    theme = gradio.themes.Base(
+        primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port or None,
+            share=False,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            max_file_size=MAX_FILE_SIZE,
+            theme=theme,
+            css_paths=STYLE,
+        )
+        print(f"MedSIGHT is at {blocks.local_url} (Ctrl+C stops it)", flush=True)
+        if block:
+            blocks.block_thread()
+    finally:
+        if block:
+            blocks.close()
+            folder.cleanup()
+    return blocks
+
+
+def _stop_on_termination() -> None:
+    """`kill` and a container's stop end the page as Ctrl+C does, so that uploads are deleted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}): name another port") from error

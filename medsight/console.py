@@ -1,0 +1,116 @@
+"""What a verb of the command line says: results to standard output, everything else to standard error."""
+
+import json
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, TextIO
+
+import typer
+
+
+Table = Sequence[Sequence[str]]
+
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON, an object a line, and nothing else.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+
+
+class Results:
+    """Prints results; made by `results`."""
+
+    def __init__(self, stream: TextIO, as_json: bool) -> None:
+        self.stream = stream
+        self.as_json = as_json
+
+    def show(self, content: Mapping[str, Any], *parts: str | Table) -> None:
+        """One result: `content` as a line of JSON, or else `parts`, which are text, and tables with a header row."""
+        from tqdm import tqdm
+
+        # A progress bar on the same terminal steps aside.
+        with tqdm.external_write_mode(file=self.stream):
+            if self.as_json:
+                # ASCII only: a pipe may have any encoding, and nothing in it can drive a terminal.
+                self._write(json.dumps(content) + "\n")
+                return
+            for part in parts:
+                if isinstance(part, str):
+                    self._write(printable(part) + "\n")
+                elif self.stream.isatty():
+                    self._write_rich(part)
+                else:
+                    self._write(align(part) + "\n")
+
+    def write(self, text: str) -> None:
+        """A piece of a line that appears at once, such as of an answer that is being generated; never JSON."""
+        if not self.as_json:
+            self._write(printable(text))
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+    def _write_rich(self, rows: Table) -> None:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=None, pad_edge=False, header_style="bold")
+        for title in rows[0]:
+            table.add_column(Text(title))
+        for row in rows[1:]:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        Console(file=self.stream).print(table)
+
+
+@contextmanager
+def results(as_json: bool) -> Iterator[Results]:
+    """Where results go. While the block runs, whatever else is printed goes to standard error."""
+    stream = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield Results(stream, as_json)
+
+
+def note(text: str) -> None:
+    """A line on standard error that is no result."""
+    from tqdm import tqdm
+
+    tqdm.write(f"medsight: {printable(text)}", file=sys.stderr)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own warnings and bars off the terminal while a model is loaded; loading bars stay off."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which could drive a terminal, replaced; line ends and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+
+
+def align(rows: Table) -> str:
+    """Rows as text, columns two spaces apart; wide (East Asian) characters count as two cells."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_width, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell + " " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cell_width(text: str) -> int:
+    """Cells that `text` takes in a terminal."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )

@@ -1,0 +1,136 @@
+"""The codes that a model's own codebook gives to reference masks, and the code group that it takes an image for."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsight.evaluation.items import Item
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+def mapped_group(names: Sequence[str], modality: str, site: str) -> int | None:
+    """The index of the code group that is called like images of a modality and site; None where none is."""
+    from medsight.training.data.annotate import match_groups
+
+    try:
+        return match_groups(names, [(modality, site)]).index(modality, site)
+    except ValueError:
+        return None
+
+
+class ReferenceCodes:
+    """Codes of reference masks by `assign_codes`, as training gives them: all masks of an image are matched together.
+
+    Args:
+        items: all of the benchmark; what they say of one image is put together, whatever batches they come in.
+        model, processor: of one checkpoint, in evaluation mode.
+    """
+
+    def __init__(self, items: Sequence[Item], model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.names = [str(name) for name in model.config.group_names or range(model.config.num_groups)]
+        self._masks: dict[str, dict[str, tuple[Mapping[str, Any], str | None]]] = defaultdict(dict)
+        for item in items:
+            if len(item.images) == 1:
+                own = {_key(mask): (mask, item.target) for mask in item.masks}
+                self._masks[_key(item.images[0])].update(own)
+        self._codes: dict[str, dict[str, str]] = {}
+
+    def of(self, items: Sequence[Item], pixel_values: Any) -> list[tuple[str | None, tuple[str, ...] | None]]:
+        """For each item the group that the model takes its image for, and the codes of its reference masks.
+
+        Args:
+            pixel_values: all images of the items, as the processor gives them, in the items' order.
+
+        Returns:
+            The group's name: of the last image, None without one. The codes, one a mask: none for an absent structure;
+            None where the image's group is not known (no group of the model is called like its modality and site), the
+            item has several images, or the model has no codebook.
+
+        Raises:
+            OSError, ValueError: a mask cannot be read, or the model's mask logits are not finite.
+        """
+        import torch
+
+        if not self.model.config.use_region_codebook or pixel_values is None:
+            return [(None, None)] * len(items)
+        with torch.inference_mode():
+            regions = self.model.get_region_features(pixel_values)
+        predicted = regions.group_logits.argmax(-1).tolist()
+        found: list[tuple[str | None, tuple[str, ...] | None]] = []
+        place = 0
+        for item in items:
+            place += len(item.images)
+            group = self.names[predicted[place - 1]] if item.images else None
+            found.append((group, self._codes_of(item, regions, place - 1)))
+        return found
+
+    def _codes_of(self, item: Item, regions: Any, place: int) -> tuple[str, ...] | None:
+        if len(item.images) != 1:
+            return None
+        group = mapped_group(self.names, item.modality, item.site)
+        if group is None:
+            return None
+        if not item.masks:
+            return ()
+        image = _key(item.images[0])
+        if image not in self._codes:
+            self._codes[image] = self._assigned(item, group, regions, place)
+        return tuple(self._codes[image][_key(mask)] for mask in item.masks)
+
+    def _assigned(self, item: Item, group: int, regions: Any, place: int) -> dict[str, str]:
+        """The code of every mask of one image, by the mask's key."""
+        from medsight.training.data.pictures import read_mask, read_picture
+
+        known = self._masks[_key(item.images[0])]
+        size = read_picture(item.images[0]).size
+        masks = np.stack([read_mask(mask, size) for mask, _ in known.values()])
+        side = self.model.config.image_size
+        placed = self.processor.image_processor.preprocess_masks(masks, output_size=(side, side))
+        codes = codes_in_image(self.model, regions, place, placed, [target for _, target in known.values()], group)
+        tokens = (self.model.config.region_code_token(group, code) for code in codes.tolist())
+        return dict(zip(known, tokens, strict=True))
+
+
+def codes_in_image(
+    model: Any, regions: Any, place: int, masks: Any, targets: Sequence[str | None], group: int
+) -> "torch.Tensor":
+    """What `assign_codes` gives to all masks of one image of a batch, so that the rest of the batch does not show.
+
+    Args:
+        regions: the model's `get_region_features` of the batch.
+        place: of the image in it.
+        masks: (n, H, W), on the model's canvas.
+        targets: what each mask shows. Where one is no class of the model, masks are matched by their shape alone.
+        group: k of the image.
+
+    Returns:
+        (n,) long, indices within the group.
+
+    Raises:
+        ValueError: the model's mask logits are not finite.
+    """
+    import torch
+
+    from medsight.training.data.region_codes import assign_codes
+
+    needed = ("masks_queries_logits", "class_queries_logits", "region_embeddings")
+    alone = SimpleNamespace(**{name: getattr(regions, name)[place : place + 1] for name in needed})
+    named = {name: index for index, name in enumerate(model.config.mask_class_names or [])}
+    known = all(target in named for target in targets)
+    classes = [torch.tensor([named[str(target)] for target in targets])] if known else None
+    return assign_codes(model, alone, [masks], classes, torch.tensor([group]))[0]
+
+
+def _key(picture: Mapping[str, Any]) -> str:
+    """What tells a picture from others: its path, or its content where that is in memory."""
+    if picture.get("bytes") is None:
+        return str(picture["path"])
+    return hashlib.sha256(picture["bytes"]).hexdigest()

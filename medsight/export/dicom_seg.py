@@ -1,0 +1,120 @@
+"""Regions as a DICOM segmentation object."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsight import __version__
+from medsight.overlay import PALETTE
+
+from .dicom_source import discreet, source_headers
+from .extras import load
+from .regions import FoundRegion, Label, group_by_label
+from .terminology import segment_codes
+
+
+if TYPE_CHECKING:
+    from processing_medsight.scan_medsight import Scan
+
+SEG_FILE = "segmentation.dcm"
+MANUFACTURER = "MedSIGHT"
+SERIES_NUMBER = 1001
+LONGEST_NAME = 64  # characters of a DICOM Long String
+
+
+def write_dicom_seg(scan: "Scan", regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
+    """Writes `segmentation.dcm`: a binary segment a label, referring to the source's images; segments may overlap.
+
+    Slices without a region are neither stored nor, in a series, referred to. Each segment carries codes of what its
+    label names (see `terminology`), the colour of the overlay, the region codes, and MedSIGHT as its algorithm.
+
+    Args:
+        deidentify: see `dicom_source`.
+
+    Raises:
+        ValueError: there is no region, the scan is not DICOM, or lacks what a segmentation must refer to.
+    """
+    hd = load("highdicom", "dicom-seg")
+    pydicom = load("pydicom", "dicom-seg")
+    headers = source_headers(scan, deidentify)
+    labels = labels_with_pixels(regions)
+    if not labels:
+        raise ValueError("dicom-seg: there is no region to write, and a segmentation needs at least one")
+    stored = [_stored_frames(scan, label) for label in labels]
+    if len(headers) == 1:
+        frames = list(range(int(headers[0].get("NumberOfFrames") or 1)))
+    else:
+        frames = sorted(set().union(*stored))
+    if len(frames) > 1 and not headers[0].get("FrameOfReferenceUID"):
+        raise ValueError(
+            f"{scan.name}: dicom-seg of several slices needs a Frame of Reference UID, and its files have none; "
+            "use png or coco, or write each slice by itself"
+        )
+    pixels = np.zeros((len(frames), headers[0].Rows, headers[0].Columns, len(labels)), dtype=bool)
+    for position, frame in enumerate(frames):
+        for index, masks in enumerate(stored):
+            if frame in masks:
+                pixels[position, ..., index] = masks[frame]
+    path = folder / SEG_FILE
+    with discreet(scan.name, "dicom-seg cannot refer to it: its header lacks, or has damaged, what that needs"):
+        segmentation = hd.seg.Segmentation(
+            source_images=headers if len(headers) == 1 else [headers[frame] for frame in frames],
+            pixel_array=pixels,
+            segmentation_type="BINARY",
+            segment_descriptions=[_describe(label, number) for number, label in enumerate(labels, 1)],
+            series_instance_uid=pydicom.uid.generate_uid(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=pydicom.uid.generate_uid(),
+            instance_number=1,
+            manufacturer=MANUFACTURER,
+            manufacturer_model_name=MANUFACTURER,
+            software_versions=__version__,
+            device_serial_number="none",
+            content_label="MEDSIGHT",
+            content_description="Regions cited in an answer of MedSIGHT",
+            series_description="MedSIGHT segmentation",
+            specific_character_set="ISO_IR 192",
+        )
+        segmentation.save_as(path, enforce_file_format=True)
+    return path
+
+
+def labels_with_pixels(regions: Sequence[FoundRegion]) -> list[Label]:
+    """The labels that have at least one pixel, without their empty slices."""
+    return group_by_label([region for region in regions if region.mask.any()])
+
+
+def long_string(text: str) -> str:
+    """`text` as a DICOM Long String: at most 64 characters, and none that DICOM gives a meaning to."""
+    clean = "".join(char if char.isprintable() and char != "\\" else " " for char in text)
+    return clean if len(clean) <= LONGEST_NAME else clean[: LONGEST_NAME - 1] + "…"
+
+
+def _stored_frames(scan: "Scan", label: Label) -> dict[int, np.ndarray]:
+    volume = scan.to_source(label.masks)
+    return {int(frame): volume[frame] for frame in np.flatnonzero(volume.any(axis=(1, 2)))}
+
+
+def _describe(label: Label, number: int) -> Any:
+    hd = load("highdicom", "dicom-seg")
+    codes = load("pydicom.sr.codedict", "dicom-seg").codes
+    found = segment_codes(label.name)
+    description = hd.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=long_string(label.name),
+        segmented_property_category=found.category,
+        segmented_property_type=found.property_type,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=hd.AlgorithmIdentificationSequence(
+            name="MedSIGHT", family=codes.DCM.ArtificialIntelligence, version=__version__
+        ),
+        display_color=hd.color.CIELabColor.from_rgb(*PALETTE[(label.number - 1) % len(PALETTE)]),
+    )
+    description.SegmentDescription = f"{label.name}; region codes: {' '.join(label.codes)}"
+    if found.laterality is not None:
+        description.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [
+            hd.sr.CodedConcept.from_code(found.laterality)
+        ]
+    return description

@@ -1,0 +1,126 @@
+"""What the DICOM objects written here take over from the source: its headers, with or without the patient.
+
+With `deidentify`, the headers are rebuilt from a list of what geometry and references need (`KEPT`); whatever is not
+on the list, known or private, is not there to be copied. Every UID but those of the standard itself is replaced by
+`replaced_uid`, which gives the same for the same: objects of one study stay together, and a source whose UIDs are
+replaced in the same way still matches.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from medsight import __version__
+
+from .extras import load
+
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from processing_medsight.scan_medsight import Scan
+
+PATIENT_AND_STUDY = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+)
+KEPT = frozenset(
+    """
+    SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID
+    Modality ImageType NumberOfFrames Rows Columns LossyImageCompression
+    ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+    PixelMeasuresSequence PlanePositionSequence PlaneOrientationSequence
+    TotalPixelMatrixColumns TotalPixelMatrixRows TotalPixelMatrixFocalPlanes TotalPixelMatrixOriginSequence
+    ImageOrientationSlide PlanePositionSlideSequence DimensionOrganizationType
+    NumberOfOpticalPaths OpticalPathSequence
+    XOffsetInSlideCoordinateSystem YOffsetInSlideCoordinateSystem ZOffsetInSlideCoordinateSystem
+    ColumnPositionInTotalImagePixelMatrix RowPositionInTotalImagePixelMatrix
+    ImagedVolumeWidth ImagedVolumeHeight ImagedVolumeDepth
+    """.split()
+)
+REFERENCES = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+SEXES = ("M", "F", "O", "")
+
+
+def source_headers(scan: "Scan", deidentify: bool) -> list["Dataset"]:
+    """The headers of the scan's DICOM files, in their order, ready to be referenced.
+
+    Attributes of patient and study that DICOM demands, and the source lacks, are there, empty; so is a sex that DICOM
+    does not know.
+
+    Raises:
+        ValueError: the scan is not DICOM, or lacks a UID by which to refer to it.
+    """
+    if scan.kind != "dicom":
+        raise ValueError(f"{scan.name} is not DICOM, whose images dicom-seg and rtstruct refer to; use png or coco")
+    with discreet(scan.name, "its DICOM header is damaged"):
+        headers = [_prepare(source, deidentify) for source in scan.dicom_datasets()]
+    missing = [keyword for keyword in REFERENCES if any(not header.get(keyword) for header in headers)]
+    if missing:
+        raise ValueError(
+            f"{scan.name}: dicom-seg and rtstruct refer to images by UIDs, and its files lack {', '.join(missing)}; "
+            "use png or coco"
+        )
+    return headers
+
+
+def _prepare(source: "Dataset", deidentify: bool) -> "Dataset":
+    header = _geometry(source) if deidentify else load("pydicom", "DICOM output").Dataset(source)
+    for keyword in PATIENT_AND_STUDY:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    if header.PatientSex not in SEXES:
+        header.PatientSex = ""
+    if deidentify:
+        header.PatientIdentityRemoved = "YES"
+        header.DeidentificationMethod = f"MedSIGHT {__version__}: only geometry kept, UIDs replaced"
+    return header
+
+
+@contextmanager
+def discreet(name: str, problem: str) -> Iterator[None]:
+    """Turns what pydicom and highdicom raise into a ValueError and drops what they log: they may quote a header."""
+    from processing_medsight.dicom_medsight import guarded
+
+    own = logging.getLogger("highdicom")
+    level, own.level = own.level, logging.CRITICAL + 1
+    try:
+        with guarded(name, problem):
+            yield
+    finally:
+        own.level = level
+
+
+def _geometry(source: "Dataset") -> "Dataset":
+    """The part of a header, or of an item of one of its sequences, that is on the list, with UIDs replaced."""
+    pydicom = load("pydicom", "DICOM output")
+    kept = pydicom.Dataset()
+    for tag in source.keys():
+        keyword = pydicom.datadict.keyword_for_tag(tag)
+        if keyword not in KEPT:
+            continue
+        element = source[tag]
+        if element.VR == "SQ":
+            setattr(kept, keyword, [_geometry(item) for item in element.value])
+        elif element.VR == "UI" and keyword != "SOPClassUID":
+            setattr(kept, keyword, replaced_uid(element.value))
+        else:
+            setattr(kept, keyword, element.value)
+    return kept
+
+
+def replaced_uid(uid: str) -> str:
+    """The UID that stands for `uid` in de-identified objects: a hash of it (SHA-512), the same in every run.
+
+    Whoever already knows a UID can tell that it belongs to an object; nobody can compute it from the object.
+    """
+    return str(load("pydicom.uid", "DICOM output").generate_uid(entropy_srcs=["medsight", str(uid)]))

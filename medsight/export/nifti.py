@@ -1,0 +1,106 @@
+"""Regions as a NIfTI label map on the source's own voxels."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .extras import load
+from .regions import FoundRegion, Label, group_by_label
+
+
+if TYPE_CHECKING:
+    from processing_medsight.scan_medsight import Scan
+
+NIFTI_FILE = "labels.nii.gz"
+GEOMETRY_FIELDS = (
+    *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Voxels that two labels share, and the label that the label map gives them."""
+
+    labels: tuple[str, str]
+    voxels: int
+    kept: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "voxels": self.voxels, "kept": self.kept}
+
+
+def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> tuple[Path, list[Overlap]]:
+    """Writes `labels.nii.gz`: 0 is background, n the label numbered n in `regions.json`.
+
+    Shape, orientation and units are the source's; nothing else of its header is taken over. The names are in the file
+    too, as a comment extension (JSON). A voxel holds one label: where labels overlap, the smaller one (by voxels in
+    the whole scan; the later found of equals) is kept, so that a lesion stays visible inside its organ.
+
+    Returns:
+        The file, and the overlaps that were decided so.
+
+    Raises:
+        ValueError: the scan has no voxel grid: a picture, or a series that is not evenly spaced.
+    """
+    nifti1 = load("nibabel.nifti1", "nifti")
+    if scan.affine is None:
+        raise ValueError(
+            f"{scan.name}: nifti needs an evenly spaced voxel grid, and it has none; use png, coco or dicom-seg"
+        )
+    labels = group_by_label(regions)
+    volume, overlaps = label_map(scan, labels)
+    image = _image_of_dicom(scan.affine, volume) if scan.kind == "dicom" else _image_like(scan, volume)
+    names = {0: "background"} | {label.number: label.name for label in labels}
+    image.header.extensions.append(nifti1.Nifti1Extension("comment", json.dumps(names).encode()))
+    path = folder / NIFTI_FILE
+    image.to_filename(path)
+    return path, overlaps
+
+
+def label_map(scan: "Scan", labels: Sequence[Label]) -> tuple[np.ndarray, list[Overlap]]:
+    """Label numbers on the source's grid, and the overlaps; see `write_nifti` for who wins."""
+    largest_first = sorted(labels, key=lambda label: (-sum(int(m.sum()) for m in label.masks.values()), label.number))
+    names = {label.number: label.name for label in labels}
+    dtype = np.uint8 if len(labels) < 256 else np.uint16
+    volume = scan.to_source({}).astype(dtype)
+    shared: dict[tuple[int, int], int] = {}
+    covered: list[Label] = []
+    for label in largest_first:
+        for below in covered:
+            voxels = sum(int((label.masks[i] & below.masks[i]).sum()) for i in label.masks.keys() & below.masks.keys())
+            if voxels:
+                shared[below.number, label.number] = voxels
+        volume[scan.to_source(label.masks)] = label.number
+        covered.append(label)
+    overlaps = [Overlap((names[a], names[b]), voxels, names[b]) for (a, b), voxels in shared.items()]
+    return volume, overlaps
+
+
+def _image_like(scan: "Scan", volume: np.ndarray) -> Any:
+    """An image of `volume` with both of the source's transforms, bit by bit: viewers differ in which they use."""
+    nibabel = load("nibabel", "nifti")
+    source = scan.nifti_header
+    is_second = isinstance(source, nibabel.Nifti2Header)
+    image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image)(volume, scan.affine)
+    for field in GEOMETRY_FIELDS:
+        image.header[field] = source[field]
+    image.header["pixdim"][:4] = source["pixdim"][:4]
+    return image
+
+
+def _image_of_dicom(affine: np.ndarray, volume: np.ndarray) -> Any:
+    """An image of (frames, rows, columns), its axes in NIfTI's usual order: columns, rows, frames."""
+    nibabel = load("nibabel", "nifti")
+    turned = affine[:, [2, 1, 0, 3]]
+    image = nibabel.Nifti1Image(volume.transpose(2, 1, 0), turned)
+    image.set_sform(turned, code="scanner")
+    image.set_qform(turned, code="scanner")
+    if not np.allclose(image.get_qform(), turned, atol=1e-3):
+        image.set_qform(None, code="unknown")  # a tilted gantry shears the grid, which a quaternion cannot say
+    image.header.set_xyzt_units("mm")
+    return image

@@ -1,0 +1,125 @@
+"""Codes of what a label names, from the context groups of DICOM PS3.16 as pydicom carries them.
+
+A label is looked up whole ("spleen"), then without "left" or "right" before it, which becomes its laterality, then
+under the name that DICOM has for it (`SYNONYMS`). A label that ends in the word for a lesion or a tube ("malignant
+breast tumor") gets that word's code. No other part of a label is ever looked up: "femoral head" is not a head. What
+is found in none of these ways is coded as Tissue (SCT 85756007); the label itself says what it is.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .extras import load
+from .regions import label_key
+
+
+if TYPE_CHECKING:
+    from pydicom.sr.coding import Code
+
+# Segmentation property types (CID 7151), by category (CID 7150).
+CATEGORIES = (
+    ("AnatomicalStructure", "cid7192"),
+    ("MorphologicallyAbnormalStructure", "cid7194"),
+    ("PhysicalObject", "cid7193"),
+    ("Tissue", "cid7191"),
+)
+# Types that these context groups, which may be extended, do not list.
+OTHER_TYPES = {
+    "GroundGlassOpacity": ("MorphologicallyAbnormalStructure", "DCM"),
+    "Nucleus": ("AnatomicalStructure", "SCT"),
+    "SkinLesion": ("MorphologicallyAbnormalStructure", "SCT"),
+    "Tube": ("PhysicalObject", "SCT"),
+}
+SIDES = {"left": "Left", "right": "Right"}
+SYNONYMS = {
+    "adrenal": "AdrenalGland",
+    "airway": "AirwayStructure",
+    "anterior hippocampus": "Hippocampus",
+    "cardiomediastinum": "Mediastinum",
+    "cerebral white matter": "CerebralWhiteMatter",
+    "fetal head": "Head",
+    "gluteus maximus": "MuscleOfLowerLimb",
+    "grey matter": "GrayMatter",
+    "iliopsoas": "MuscleOfLowerLimb",
+    "large bowel": "Colon",
+    "large intestine": "Colon",
+    "portal vein and splenic vein": "Vein",
+    "posterior hippocampus": "Hippocampus",
+    "retinal vessel": "BloodVessel",
+    "small bowel": "SmallIntestine",
+    "thyroid gland": "Thyroid",
+    "urinary bladder": "Bladder",
+    "vertebrae": "Vertebra",
+}
+LAST_WORDS = {
+    "abscess": "Abscess",
+    "adenoma": "Neoplasm",
+    "cancer": "Neoplasm",
+    "carcinoma": "Neoplasm",
+    "catheter": "Catheter",
+    "consolidation": "Lesion",
+    "cyst": "Cyst",
+    "edema": "Edema",
+    "hemorrhage": "Hemorrhage",
+    "lesion": "Lesion",
+    "mass": "Mass",
+    "melanoma": "Neoplasm",
+    "metastasis": "NeoplasmSecondary",
+    "neoplasm": "Neoplasm",
+    "nodule": "Nodule",
+    "polyp": "Lesion",
+    "sarcoma": "Neoplasm",
+    "tube": "Tube",
+    "tubing": "Tube",
+    "tumor": "Neoplasm",
+    "tumour": "Neoplasm",
+    "vessel": "BloodVessel",
+}
+
+
+@dataclass(frozen=True)
+class SegmentCodes:
+    """Category, type and, where the label names one, side of a segment."""
+
+    category: "Code"
+    property_type: "Code"
+    laterality: "Code | None" = None
+
+
+def segment_codes(label: str) -> SegmentCodes:
+    """The codes of `label`; see the top of this module for how they are found."""
+    codes = load("pydicom.sr.codedict", "dicom-seg").codes
+    name = label_key(label)
+    side, _, rest = name.partition(" ")
+    laterality = None
+    found = _structure(name, codes)
+    if found is None and side in SIDES and rest:
+        found, laterality = _structure(rest, codes), getattr(codes.SCT, SIDES[side])
+    if found is None:
+        found = _type_in_category(LAST_WORDS.get(_singular(name).rpartition(" ")[2], "Tissue"), codes)
+    assert found is not None
+    return SegmentCodes(*found, laterality)
+
+
+def _structure(name: str, codes: Any) -> "tuple[Code, Code] | None":
+    for candidate in (name, _singular(name)):
+        keyword = SYNONYMS.get(candidate) or "".join(word.capitalize() for word in candidate.split(" "))
+        found = _type_in_category(keyword, codes) if keyword.isidentifier() else None
+        if found is not None:
+            return found
+    return None
+
+
+def _type_in_category(keyword: str, codes: Any) -> "tuple[Code, Code] | None":
+    if keyword in OTHER_TYPES:
+        category, scheme = OTHER_TYPES[keyword]
+        return getattr(codes.cid7150, category), getattr(getattr(codes, scheme), keyword)
+    for category, group in CATEGORIES:
+        members = getattr(codes, group)
+        if keyword in members.dir(keyword):
+            return getattr(codes.cid7150, category), getattr(members, keyword)
+    return None
+
+
+def _singular(name: str) -> str:
+    return name[:-1] if name.endswith("s") and not name.endswith(("ss", "us", "is")) else name

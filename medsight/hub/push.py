@@ -1,0 +1,161 @@
+"""The upload of a checkpoint folder: one commit with all of it, or none."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from medsight.checkpoint import read_json
+from medsight.hub.card import CardFacts, base_model_of_adapter, render_card
+from medsight.hub.files import ADAPTER_CONFIG, CARD, CODE, Upload, UploadFile, files_to_push
+
+
+# What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
+STALE = ("model*.safetensors", "model.safetensors.index.json", CODE)
+MESSAGES = {
+    401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there: it needs write access to the namespace",
+    404: "not found: the repository, the branch, or the namespace does not exist, or the token may not see it",
+    409: "it was changed by somebody else at the same time: push again",
+    413: "the Hub found the upload too large",
+    429: "too many requests: wait a few minutes",
+}
+
+
+@dataclass(frozen=True)
+class Push:
+    """What was uploaded, or would be.
+
+    Attributes:
+        repo_id, revision: where.
+        kind: "model" or "adapter".
+        files: path -> bytes.
+        left_out: name in the folder -> why it stays.
+        deleted: files of earlier pushes that went with the same commit.
+        url, commit: of the commit; None for a dry run.
+    """
+
+    repo_id: str
+    revision: str
+    kind: str
+    files: dict[str, int]
+    left_out: dict[str, str]
+    deleted: list[str]
+    url: str | None = None
+    commit: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    facts: CardFacts | None = None,
+    contact_sheets: str | Path | None = None,
+) -> Push:
+    """Publish a checkpoint folder, or an adapter, with its card, in one commit.
+
+    A README.md in the folder is published as it is; otherwise the card is rendered.
+
+    Args:
+        repo_id: `namespace/name`; the repository is made where it is missing.
+        private: make it private; refused where it exists and is public.
+        revision: branch, made where it is missing; main by default.
+        message: of the commit.
+        token: by default the one of HF_TOKEN or `hf auth login`.
+        dry_run: say what would be uploaded, without the network.
+        facts: for the card.
+        contact_sheets: see `files_to_push`.
+
+    Raises:
+        OSError: a file is missing, or the Hub refuses or cannot be reached; the message says what to do.
+        ValueError: the folder is no finished checkpoint, the repository is public but `private` is asked, or the facts
+            are not about this checkpoint.
+    """
+    folder = Path(folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"repository {repo_id!r}: expected NAMESPACE/NAME, for example my-name/medsight-nano")
+    upload = files_to_push(folder, None if contact_sheets is None else Path(contact_sheets))
+    files = with_card(folder, repo_id, upload, facts)
+    sizes = {file.path: file.size for file in files}
+    branch = revision or "main"
+    if dry_run:
+        return Push(repo_id, branch, upload.kind, sizes, upload.left_out, [])
+    with plain_errors(repo_id):
+        commit, deleted = _commit(files, repo_id, private, branch, message or f"Upload {upload.kind}", token)
+    return Push(repo_id, branch, upload.kind, sizes, upload.left_out, deleted, commit.commit_url, commit.oid)
+
+
+def with_card(folder: Path, repo_id: str, upload: Upload, facts: CardFacts | None) -> list[UploadFile]:
+    """The files with a card among them, and an adapter's configuration with the Hub id of its base model.
+
+    Raises:
+        ValueError: facts are given for a card that the folder has already.
+    """
+    files = {file.path: file for file in upload.files}
+    if upload.kind == "adapter":
+        config = read_json(folder / ADAPTER_CONFIG)
+        base = base_model_of_adapter(folder, facts.base_model if facts else None)
+        if config.get("base_model_name_or_path") != base:
+            text = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True)
+            files[ADAPTER_CONFIG] = UploadFile(ADAPTER_CONFIG, content=text.encode())
+    if CARD not in files:
+        files[CARD] = UploadFile(CARD, content=render_card(folder, repo_id, facts).encode())
+    elif facts is not None and facts != CardFacts(base_model=facts.base_model if upload.kind == "adapter" else None):
+        raise ValueError(
+            f"{folder / CARD} is published as it is, so nothing can be added to it: remove it to have a card rendered"
+        )
+    return [files[path] for path in sorted(files)]
+
+
+def _commit(
+    files: list[UploadFile], repo_id: str, private: bool, branch: str, message: str, token: str | None
+) -> tuple[Any, list[str]]:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    from medsight import __version__
+
+    api = HfApi(token=token, library_name="medsight", library_version=__version__)
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private on the Hub first, or push without private")
+    if branch != "main":
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    new = {file.path for file in files}
+    there = api.list_repo_files(repo_id, revision=branch)
+    stale = [path for path in there if path not in new and any(fnmatch(path, pattern) for pattern in STALE)]
+    operations: list[Any] = [
+        CommitOperationAdd(file.path, file.content if file.content is not None else str(file.source)) for file in files
+    ]
+    operations += [CommitOperationDelete(path) for path in stale]
+    return api.create_commit(repo_id, operations, commit_message=message, revision=branch), stale
+
+
+@contextmanager
+def plain_errors(repo_id: str) -> Iterator[None]:
+    """What the Hub's answers mean, in one line each."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{repo_id}: offline mode is on: unset HF_HUB_OFFLINE to push") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        meaning = MESSAGES.get(status) or ("the Hub failed: push again" if status >= 500 else "the Hub refused it")
+        said = " ".join((error.server_message or "").split())
+        raise OSError(f"{repo_id}: {meaning} (HTTP {status}{f', {said}' if said else ''})") from error
+    except HTTPError as error:
+        raise OSError(f"{repo_id}: the Hub cannot be reached ({error}): push again") from error

@@ -1,0 +1,136 @@
+"""The figures of a card, from metrics.json files of `medsight evaluate`: as Markdown and as the Hub's model index."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medsight.checkpoint import read_json
+from medsight.evaluation.report import label, main_score, protocol_text
+
+
+TASKS = {"vqa": "visual-question-answering", "segment": "image-segmentation", "diagnose": "image-segmentation"}
+RATES = (
+    ("No mask where there is one", "present", "no_region_rate"),
+    ("No mask where there is none", "negatives", "no_region_rate"),
+    ("False mask", "negatives", "false_mask_rate"),
+)
+FEW_ROWS = 10
+
+
+def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, Any]]:
+    """The content of metrics.json files, held to be about the weights that they are published with.
+
+    Args:
+        paths: files, or output folders of `medsight evaluate`.
+        weights_sha256: of `medsight.evaluation.runner.checkpoint_fingerprint`.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file holds something else, figures of other weights, or a benchmark twice.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        file = path / "metrics.json" if path.is_dir() else path
+        metrics = read_json(file)
+        missing = [name for name in ("benchmark", "title", "task", "scores", "by", "run") if name not in metrics]
+        if missing:
+            raise ValueError(f"{file} is no metrics.json of medsight evaluate: it has no {missing[0]!r}")
+        measured = (metrics["run"].get("checkpoint") or {}).get("weights_sha256")
+        if measured != weights_sha256:
+            said = "does not say which weights answered" if measured is None else f"is about weights {measured[:12]}…"
+            raise ValueError(
+                f"{file} {said}, but those to publish are {weights_sha256[:12]}…: run medsight evaluate on this folder"
+            )
+        name = f"{metrics['benchmark']} of {(metrics['run'].get('data') or {}).get('sha256')}"
+        if name in found:
+            raise ValueError(f"{file}: the benchmark {metrics['benchmark']} is given twice, on the same rows")
+        found[name] = metrics
+    return list(found.values())
+
+
+def results_text(all_metrics: Iterable[Mapping[str, Any]]) -> str | None:
+    """Tables of all figures with their intervals; None where nothing was measured."""
+    sections = [_section(metrics) for metrics in all_metrics]
+    if not sections:
+        return None
+    head = (
+        "Measured with `medsight evaluate` on the weights published here. In percent, but for millimetres; in "
+        "brackets 95% bootstrap intervals."
+    )
+    return "\n\n".join([head, *sections])
+
+
+def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """The same figures as `huggingface_hub.EvalResult`, fractions between 0 and 1, intervals in `metric_args`."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for metrics in all_metrics:
+        for score, both in metrics["scores"].items():
+            for kind in ("micro", "macro"):
+                figure = both[kind]
+                over = "rows" if kind == "micro" else "modalities"
+                found.append(
+                    EvalResult(
+                        task_type=TASKS[metrics["task"]],
+                        dataset_type=metrics["benchmark"],
+                        dataset_name=metrics["title"],
+                        metric_type=score,
+                        metric_name=f"{label(metrics, score)}, mean over {over}",
+                        metric_value=figure["value"],
+                        metric_args={name: figure[name] for name in ("low", "high", "n")},
+                    )
+                )
+    return found
+
+
+def _section(metrics: Mapping[str, Any]) -> str:
+    patients = f" of {metrics['patients']:,} patients or images" if metrics.get("patients") else ""
+    lines = [
+        f"### {metrics['title']}",
+        "",
+        f"{metrics['n']:,} rows{patients}; protocol {protocol_text(metrics)}; intervals drawn by "
+        f"{metrics.get('interval_unit', 'row')}; medsight {metrics['run'].get('medsight_version')}.",
+        "",
+        "| | mean over rows | mean over modalities | rows |",
+        "|---|---|---|---|",
+    ]
+    for score, both in metrics["scores"].items():
+        micro, macro = both["micro"], both["macro"]
+        lines.append(
+            f"| {label(metrics, score)} | {_figure(score, micro)} | {_figure(score, macro)} | {micro['n']:,} |"
+        )
+    for title, part, name in RATES:
+        figure = (metrics.get(part) or {}).get(name)
+        if figure is not None:
+            lines.append(f"| {title} | {_figure(name, figure)} | | {figure['n']:,} |")
+    main = main_score(metrics)
+    sets = {name: some[main] for name, some in metrics["by"].get("dataset", {}).items() if main in some}
+    if len(sets) > 1:
+        lines += ["", f"| data set | {label(metrics, main)} | rows |", "|---|---|---|"]
+        lines += [f"| {name} | {_figure(main, figure)} | {figure['n']:,} |" for name, figure in sets.items()]
+    return "\n".join([*lines, "", *(f"* {note}" for note in _notes(metrics))]).rstrip()
+
+
+def _figure(score: str, figure: Mapping[str, Any]) -> str:
+    value, low, high = (
+        None if figure[name] is None else figure[name] * (1 if score.endswith("_mm") else 100)
+        for name in ("value", "low", "high")
+    )
+    return f"{value:.1f}" if low is None else f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+
+def _notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What qualifies the figures; no row is named, for a row's name may be a patient's."""
+    notes = list(metrics.get("notes", []))
+    for origin, count in metrics["counts"]["label_origin"].items():
+        if not origin.startswith(("expert", "unknown")):
+            notes.append(f"The references of {count:,} rows are not an expert's: {origin}.")
+    for kind, reasons in metrics.get("refused", {}).items():
+        notes += [f"{count:,} rows without a score of the {kind}: {reason}." for reason, count in reasons.items()]
+    for kind, problem in metrics.get("problems", {}).items():
+        notes.append(f"{problem['count']:,} predictions with a problem: {kind}.")
+    few = [name for name, some in metrics["by"].get("dataset", {}).items() if some["n"] < FEW_ROWS]
+    if few:
+        notes.append(f"Fewer than {FEW_ROWS} rows, so hardly a figure: {', '.join(few)}.")
+    return notes

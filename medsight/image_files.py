@@ -1,0 +1,124 @@
+"""The images that arguments name: files, patterns, folders of pictures, folders of a DICOM series."""
+
+import glob
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medsight.answer_folder import ANSWER_FILE
+
+
+@dataclass
+class ImageFiles:
+    """What was found.
+
+    Attributes:
+        images: files, and folders of one DICOM series each, in the order of the arguments and then by name.
+        left_out: what lies in the folders, or matches the patterns, and is no image.
+        is_single: there is one argument, and it names an image itself.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+    is_single: bool = False
+
+
+def find_images(arguments: Sequence[str]) -> ImageFiles:
+    """The images behind the arguments. Hidden files do not count. Folders are not searched for folders: a
+    pattern (`study/*`) names those.
+
+    Raises:
+        OSError: there is no such file, or nothing matches a pattern.
+        ValueError: a folder holds several DICOM series, or no image at all.
+    """
+    found = ImageFiles()
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            before = len(found.images)
+            _add_folder(path, found)
+            if len(found.images) == before:
+                raise ValueError(f"{path} is a folder without an image: name files, or a folder that holds some")
+        elif path.exists():
+            found.images.append(path)
+        elif glob.has_magic(argument):
+            matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+            if not matches:
+                raise FileNotFoundError(f"nothing matches {argument}")
+            for match in matches:
+                _add_folder(match, found) if match.is_dir() else _add_file(match, found)
+        else:
+            raise FileNotFoundError(f"{argument}: there is no such file or folder")
+    found.images = list(dict.fromkeys(found.images))
+    if not found.images:
+        raise ValueError(f"no image among what {' '.join(arguments)} names")
+    found.is_single = len(arguments) == 1 and found.images == [Path(arguments[0])]
+    return found
+
+
+def image_content(image: Path) -> list[Path]:
+    """The files that decide on what an image looks like."""
+    return sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
+
+
+def _add_folder(folder: Path, found: ImageFiles) -> None:
+    if (folder / ANSWER_FILE).exists():
+        found.left_out.append(folder)
+        return
+    dicom: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            _add_file(path, found, dicom)
+    if not dicom:
+        return
+    series = _by_series(dicom)
+    if len(series) == 1 and len(dicom) > 1:
+        found.images.append(folder)
+        return
+    several = [files for files in series if len(files) > 1]
+    if several:
+        raise ValueError(
+            f"{folder} holds {len(series)} DICOM series, one of them of {len(several[0])} files: put each into a "
+            f"folder of its own, or name single files by a pattern ('{folder}/*')"
+        )
+    found.images += dicom
+
+
+def _add_file(path: Path, found: ImageFiles, dicom: list[Path] | None = None) -> None:
+    """Adds what may be an image; DICOM files go to `dicom`, where it is given. Damaged ones are found out later."""
+    from PIL import Image, UnidentifiedImageError
+
+    from processing_medsight.file_kinds_medsight import recognise
+
+    try:
+        with path.open("rb") as file:
+            kind = recognise(file, str(path))
+        if kind == "image":
+            with Image.open(path):
+                pass
+    except UnidentifiedImageError:
+        found.left_out.append(path)
+        return
+    except Exception:
+        # Whatever is wrong with it is said when it is its turn.
+        kind = "image"
+    if path.name == "DICOMDIR":
+        found.left_out.append(path)
+    elif kind == "dicom" and dicom is not None:
+        dicom.append(path)
+    else:
+        found.images.append(path)
+
+
+def _by_series(files: Sequence[Path]) -> list[list[Path]]:
+    from processing_medsight.dicom_medsight import read_header
+
+    series: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        try:
+            key = str(read_header(path, str(path)).get("SeriesInstanceUID") or path)
+        except ValueError:
+            key = str(path)
+        series[key].append(path)
+    return list(series.values())

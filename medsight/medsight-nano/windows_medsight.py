@@ -1,0 +1,91 @@
+"""Grey levels of a scan (Hounsfield units, MR intensities, counts) to the 8 bits that a screen and the model take.
+
+Named windows are of CT. `soft tissue` is what MedSIGHT's own CT images were made with (-160 to 240 HU); the others are
+the usual ones of radiology.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Window(NamedTuple):
+    """The part of the grey levels that is shown, as DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3 define it."""
+
+    centre: float
+    width: float
+    function: str = "LINEAR_EXACT"
+
+
+WINDOWS = {
+    "abdomen": Window(50, 400),
+    "lung": Window(-600, 1500),
+    "bone": Window(400, 1800),
+    "brain": Window(40, 80),
+    "soft tissue": Window(40, 400),
+}
+PERCENTILES = (1, 99)  # of the volume: what grey levels without a known scale are shown between
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+_AIR = (-3100, -500)  # Hounsfield units of air, and of the padding around a scanner's field of view
+
+
+def parse_window(window: str | Sequence[float]) -> Window:
+    """A window by name, or by centre and width.
+
+    Args:
+        window: a key of `WINDOWS`, or (centre, width) in the scan's own grey levels.
+
+    Raises:
+        ValueError: for another name, not two numbers, or a width that is not above 0.
+    """
+    if isinstance(window, str):
+        if window not in WINDOWS:
+            raise ValueError(f"window={window!r}: expected one of {', '.join(WINDOWS)}, or (centre, width)")
+        return WINDOWS[window]
+    try:
+        centre, width = (float(value) for value in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"window={window!r}: expected a name ({', '.join(WINDOWS)}) or (centre, width)") from None
+    if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
+        raise ValueError(f"window={window!r}: expected a finite centre and a width above 0")
+    return Window(centre, width)
+
+
+def file_window(centre: float, width: float, function: str = "LINEAR") -> Window | None:
+    """A window as a file states it, or `None` where what it states is no window."""
+    shortest = 1 if function == "LINEAR" else 0
+    usable = function in _FUNCTIONS and np.isfinite(centre) and np.isfinite(width) and width > shortest
+    return Window(float(centre), float(width), function) if usable else None
+
+
+def percentile_window(values: np.ndarray) -> Window:
+    """The window between the 1st and 99th percentile of `values`; of all of them where these coincide."""
+    if not values.size:
+        return Window(0, 1)
+    low, high = np.percentile(values, PERCENTILES)
+    if low == high:
+        low, high = values.min(), values.max()
+    return Window((float(low) + float(high)) / 2, max(float(high) - float(low), np.finfo(np.float32).tiny))
+
+
+def looks_like_hounsfield(values: np.ndarray) -> bool:
+    """Whether grey levels without a stated unit are those of a CT: air at about -1000, tissue above 0."""
+    if not values.size:
+        return False
+    low, high = np.percentile(values, PERCENTILES)
+    return bool(_AIR[0] <= low <= _AIR[1] and high > 0)
+
+
+def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
+    """8-bit grey levels of any array: below the window 0, above it 255. NaN is 0."""
+    centre, width, function = window
+    values = values.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if function == "SIGMOID":
+            shown = 1 / (1 + np.exp(-4 * (values - centre) / width))
+        elif function == "LINEAR":
+            shown = (values - (centre - 0.5)) / (width - 1) + 0.5
+        else:
+            shown = (values - centre) / width + 0.5
+        return np.nan_to_num(shown * 255, nan=0).clip(0, 255).round().astype(np.uint8)

@@ -1,0 +1,342 @@
+"""What the page's controls do, without a browser: events take a session, change it, and say what the page shows."""
+
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight.app.drawing import color_of
+
+
+gr = pytest.importorskip("gradio", reason="the page needs gradio (pip install 'medsight[app]')")
+SECRET = "Doe^Jane 1970-01-01.png"
+ASK = {"max_new_tokens": 12, "predicted_only": False, "threshold": 0.5}
+
+
+def opened(page: Any, file: str) -> Any:
+    return page.open_upload(None, [file], 0.5)[page.session]
+
+
+def asked(page: Any, session: Any, question: str = "What is it?", **settings: Any) -> list[dict[Any, Any]]:
+    return list(page.ask(session, question, **{**ASK, **settings}))
+
+
+def click(**data: Any) -> Any:
+    return gr.EventData(None, data)
+
+
+def shown(updates: dict[Any, Any], component: Any) -> Any:
+    """The value that an event gives a component."""
+    value = updates[component]
+    return value["value"] if isinstance(value, dict) else value
+
+
+def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
+    page: Any, upload: Callable[..., str], picture_file: bytes, tmp_path: Path
+) -> None:
+    file = upload(picture_file, SECRET)
+    updates = page.open_upload(None, [file], 0.5)
+    session = updates[page.session]
+    assert not Path(file).exists() and updates[page.upload] is None
+    kept = [path for path in (tmp_path / "sessions").rglob("*") if path.is_file()]
+    assert [path.name for path in kept] == ["00001"]
+    assert "Doe" not in repr({str(key): value for key, value in updates.items()})
+    assert shown(updates, page.picture).size[0] >= 640 and not updates[page.slice]["visible"]
+    session.close()
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+def test_what_cannot_be_read_is_refused_without_its_name_and_leaves_nothing(
+    page: Any, upload: Callable[..., str], picture_file: bytes, tmp_path: Path
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    with pytest.warns(UserWarning, match="The upload") as caught:
+        updates = page.open_upload(session, [upload(b"no image at all", SECRET)], 0.5)
+    assert "Doe" not in str([str(warning.message) for warning in caught]) and str(tmp_path) not in str(
+        caught[0].message
+    )
+    assert session.scan is None and updates[page.picture]["visible"] is False
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+def test_messages_name_files_of_an_upload_by_number_and_no_path(
+    page: Any, upload: Callable[..., str], tmp_path: Path
+) -> None:
+    data = pytest.importorskip("pydicom.data")
+    content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+    with pytest.warns(UserWarning, match="^The upload") as caught:
+        page.open_upload(None, [upload(content[:400], SECRET)], 0.5)
+    files = [upload(content, "a"), upload(content[:-5000], SECRET)]
+    with pytest.warns(UserWarning, match="upload") as more:
+        session = page.open_upload(None, files, 0.5)[page.session]
+    told = [str(warning.message) for warning in [*caught, *more]]
+    assert not any(str(tmp_path) in text or "Doe" in text or "0000" in text for text in told), told
+    assert session.scan is None
+
+
+def test_a_picture_that_cannot_be_decoded_and_a_model_that_fails_are_told_and_the_page_goes_on(
+    page: Any, upload: Callable[..., str], picture_file: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+
+    def fail(*arguments: Any, **settings: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="The model failed"):
+        patch.setattr(page.predictor.model, "generate", fail)
+        last = asked(page, session)[-1]
+    assert session.turns == [] and last[page.question]["submit_btn"]
+
+    def damaged(*arguments: Any) -> Any:
+        raise ValueError(f"{session._folder}/abc/00001 is damaged")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="^The upload is damaged"):
+        patch.setattr(session.scan, "slice_image", damaged)
+        assert page.redraw(session, 0.5)[page.picture]["visible"] is False
+    assert page.redraw(session, 0.5)[page.picture]["visible"]
+
+
+def test_an_answer_is_streamed_then_has_words_codes_and_masks_of_one_colour(
+    page: Any, upload: Callable[..., str], picture_file: bytes
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    before = np.asarray(shown(page.redraw(session, 0.5), page.picture))
+    steps = asked(page, session, "Where <b>is</b> it? {{value}} ${1}")
+    assert len(steps) > 2 and steps[0][page.question]["stop_btn"] and steps[-1][page.question]["submit_btn"]
+    assert "ms-cursor" in steps[1][page.chat] and "ms-cursor" not in steps[-1][page.chat]
+    chat, (turn,) = steps[-1][page.chat], session.turns
+    assert "<b>" not in chat and "{{" not in chat and "${" not in chat and "&lt;b&gt;is" in chat
+    assert turn.findings and len(turn.findings) == len(turn.answer.regions)
+    for finding in turn.findings:
+        button = rf'data-finding="{finding.number}" style="--ms-color: {color_of(finding.number)}"'
+        assert button in chat and button in shown(steps[-1], page.layers)
+        mask = page._mask(session, finding, 0.5)
+        assert mask.shape == (40, 56) and mask.sum() == finding.region.area
+    drawn = np.asarray(shown(steps[-1], page.picture))
+    covered = np.any([page._mask(session, finding, 0.5) for finding in turn.findings], axis=0)
+    large = np.asarray(Image.fromarray(covered).resize(drawn.shape[1::-1], Image.Resampling.NEAREST))
+    changed = (drawn != before).any(axis=2)
+    assert changed[large].mean() > 0.9 and changed[~large].mean() < 0.2 or not covered.any()
+
+
+def test_words_of_a_phrase_are_marked_in_the_colour_of_their_mask(page: Any) -> None:
+    import torch
+
+    from medsight.app import markup
+    from medsight.app.session import Finding, Turn
+    from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
+
+    def region(code: str, span: tuple[int, int] | None, text: str) -> GroundedRegion:
+        phrase = None if span is None else text[slice(*span)]
+        return GroundedRegion(code, 0, 0, 1, "CT", phrase, span, 0, torch.zeros(2, 2).bool(), None, 0, 0.5)
+
+    text = "The <liver> and a cyst."
+    regions = [region("[C0_1]", (4, 11), text), region("[C0_2]", (18, 22), text), region("[C0_3]", None, text)]
+    findings = [Finding(5 + i, one, torch.zeros(2, 2), 0) for i, one in enumerate(regions)]
+    turn = Turn("q", 0, None, answer=GroundedAnswer(text, text, regions), findings=findings)
+    chat = markup.conversation([turn], 1)
+    assert re.findall(r'<mark style="--ms-color: (#\w+)">([^<]*)</mark>', chat) == [
+        (color_of(5), "&lt;liver&gt;"),
+        (color_of(6), "cyst"),
+    ]
+    assert re.findall(r"data-finding=\"(\d+)\"", chat) == ["5", "6", "7"]
+    words = re.sub(r"<button.*?</button>|<[^>]*>|\s", "", chat)
+    assert words == "You:qMedSIGHT:The&lt;liver&gt;andacyst."
+
+
+def test_a_layer_goes_off_and_on_and_a_code_shows_its_heat_map(
+    page: Any, upload: Callable[..., str], picture_file: bytes
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    plain = np.asarray(shown(page.redraw(session, 0.5), page.picture))
+    on = np.asarray(shown(asked(page, session)[-1], page.picture))
+    for finding in session.findings:
+        updates = page.show_layer(session, 0.5, click(finding=finding.number, shown=False))
+    assert (np.asarray(shown(updates, page.picture)) == plain).all()
+    assert " checked" not in shown(updates, page.layers)
+    for finding in session.findings:
+        updates = page.show_layer(session, 0.5, click(finding=finding.number, shown=True))
+    assert (np.asarray(shown(updates, page.picture)) == on).all()
+
+    heat = page.show_heat_map(session, 0.5, click(finding=0))
+    code = session.findings[0].region.code
+    assert code in shown(heat, page.card) and code in heat[page.picture]["alt_text"] and heat[page.back]["visible"]
+    assert (np.asarray(shown(heat, page.picture)) != on).any()
+    back = page.show_masks(session, 0.5)
+    assert (np.asarray(shown(back, page.picture)) == on).all() and not back[page.back]["visible"]
+    with pytest.warns(UserWarning, match="not there any more"):
+        assert page.show_heat_map(session, 0.5, click(finding=99)) == gr.skip()
+
+
+def test_the_card_says_what_a_code_usually_means(
+    tiny_checkpoint: Path, tmp_path: Path, upload: Callable[..., str], picture_file: bytes, page: Any
+) -> None:
+    from medsight.app.page import Page
+    from medsight.predictor import Predictor
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "described"))
+    config = page.predictor.model.config
+    codes = [config.region_code_token(k, m) for k in range(config.num_groups) for m in range(config.codes_per_group)]
+    meaning = {"n": 1234, "structures": {"<spleen>": 0.25, "liver": 0.75}}
+    (folder / "region_codes.json").write_text(json.dumps({"codes": dict.fromkeys(codes, meaning)}))
+    described = Page(Predictor(folder, device="cpu"), page.folder)
+    session = opened(described, upload(picture_file, "a.png"))
+    asked(described, session)
+    card = shown(described.show_heat_map(session, 0.5, click(finding=0)), described.card)
+    assert "<b>liver</b> 75%, <b>&lt;spleen&gt;</b> 25% (of 1,234 reference masks)" in card
+
+
+def test_each_slice_has_its_own_masks_and_conversation(
+    page: Any, upload: Callable[..., str], volume_file: bytes
+) -> None:
+    updates = page.open_upload(None, [upload(volume_file, "anything")], 0.5)
+    session = updates[page.session]
+    assert updates[page.slice]["visible"] and updates[page.slice]["maximum"] == 4 and session.slice_index == 2
+    assert "2 × 2 × 5 mm" in shown(updates, page.facts)
+    asked(page, session, "First?")
+    updates = page.show_slice(session, 1, 0.5)
+    assert session.slice_index == 0 and shown(updates, page.layers) == "" and not updates[page.layers]["visible"]
+    asked(page, session, "Second?")
+    page.show_slice(session, 3, 0.5)
+    chat = asked(page, session, "Third?")[-1][page.chat]
+    assert re.findall(r"Slice (\d) of 4", chat) == ["3", "1", "3"]
+
+    messages = session.messages(session.turns[2])
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    assert texts == ["First?", session.turns[0].answer.raw_text, "Third?"]
+    assert sum(part["type"] == "image" for message in messages for part in message["content"]) == 1
+    assert [finding.slice_index for finding in session.findings_here()] == [2] * len(session.findings_here())
+
+    heat = page.show_heat_map(session, 0.5, click(finding=session.turns[1].findings[0].number))
+    assert session.slice_index == 0 and heat[page.slice] == 1
+
+
+def test_a_window_is_a_name_or_two_numbers_or_refused(
+    page: Any, upload: Callable[..., str], volume_file: bytes
+) -> None:
+    session = opened(page, upload(volume_file, "a.nii"))
+    plain = np.asarray(shown(page.redraw(session, 0.5), page.picture))
+    narrow = page.show_window(session, " 200 / 100 ", 0.5)
+    assert session.window == (200.0, 100.0) and (np.asarray(shown(narrow, page.picture)) != plain).any()
+    for wrong in ("tall", "1/2/3", "40/-1", "nan/10"):
+        with pytest.warns(UserWarning, match="indow"):
+            assert page.show_window(session, wrong, 0.5) == {page.window: "200/100"}
+        assert session.window == (200.0, 100.0)
+    assert (np.asarray(shown(page.show_window(session, "default", 0.5), page.picture)) == plain).all()
+
+
+def test_a_stopped_answer_stays_with_its_masks(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    steps = page.ask(session, "Go on", 400, False, 0.5)
+    next(steps)
+    page.stop(session)
+    last = list(steps)[-1]
+    (turn,) = session.turns
+    assert turn.stopped and "(stopped)" in last[page.chat] and last[page.question]["submit_btn"]
+    assert len(page.predictor.processor.tokenizer(turn.answer.raw_text)["input_ids"]) < 400
+    assert len(turn.findings) == len(turn.answer.regions)
+
+
+def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
+    page: Any, upload: Callable[..., str], picture_file: bytes
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    steps = page.ask(session, "Go on", 400, False, 0.5)
+    next(steps), next(steps)
+    stop = session.stop
+    steps.close()
+    assert stop.is_set() and session.turns == []
+
+    steps = page.ask(session, "Go on", 400, False, 0.5)
+    next(steps), next(steps)
+    page.open_upload(session, [upload(picture_file, "b.png")], 0.5)
+    assert "ms-question" not in list(steps)[-1][page.chat] and session.turns == []
+
+
+def test_the_threshold_redraws_and_only_shrinks_masks(
+    page: Any, upload: Callable[..., str], picture_file: bytes
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    asked(page, session)
+    masks = [page._mask(session, session.findings[0], threshold) for threshold in (0.05, 0.5, 0.95)]
+    assert (masks[0] >= masks[1]).all() and (masks[1] >= masks[2]).all() and masks[0].sum() > masks[2].sum()
+
+
+@pytest.mark.parametrize("kind", ["picture", "volume", "dicom"])
+def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
+    page: Any, upload: Callable[..., str], picture_file: bytes, volume_file: bytes, kind: str
+) -> None:
+    content = {"picture": picture_file, "volume": volume_file}.get(kind)
+    if content is None:
+        pytest.importorskip("highdicom")
+        data = pytest.importorskip("pydicom.data")
+        content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+    updates = page.open_upload(None, [upload(content, "x")], 0.5)
+    session, formats = updates[page.session], updates[page.formats]["choices"]
+    wanted = {"picture": {"png", "coco"}, "volume": {"png", "coco", "nifti"}, "dicom": {"png", "coco", "dicom-seg"}}
+    assert wanted[kind] <= set(formats) and ("nifti" in formats) == (session.scan.affine is not None)
+    assert updates[page.deidentify]["visible"] == (kind == "dicom")
+    with pytest.warns(UserWarning, match="no mask to download"):
+        assert page.save(session, ["png"], True, 0.5) == gr.skip()
+    asked(page, session)
+    saved = page.save(session, sorted(wanted[kind]), True, 0.05)
+    with zipfile.ZipFile(shown(saved, page.archive)) as archive:
+        names = set(archive.namelist())
+        mask = np.asarray(Image.open(archive.open("mask-01.png"))) > 0
+    assert (mask == page._mask(session, session.findings[0], 0.05)).all()
+    assert {"regions.json", "overview.png", "coco-rle.json"} <= names
+    assert ("labels.nii.gz" in names) == (kind == "volume") and ("segmentation.dcm" in names) == (kind == "dicom")
+
+
+def test_nothing_happens_without_an_image(page: Any) -> None:
+    with pytest.warns(UserWarning, match="Open an image first"):
+        assert list(page.ask(None, "What?", **ASK)) == [gr.skip()]
+    for event in (page.show_slice, page.show_window):
+        with pytest.warns(UserWarning, match="Open an image first"):
+            assert event(None, 1, 0.5) == gr.skip()
+    with pytest.warns(UserWarning, match="Open an image first"):
+        assert page.save(None, ["png"], False, 0.5) == gr.skip()
+    assert page.stop(None) == page.begin_anew(None, 0.5) == page.redraw(None, 0.5) == gr.skip()
+    assert page.show_heat_map(None, 0.5, click(finding=0)) == gr.skip()
+
+
+def test_an_empty_question_is_refused_and_kept_out_of_the_conversation(
+    page: Any, upload: Callable[..., str], picture_file: bytes
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    with pytest.warns(UserWarning, match="prompt is empty"):
+        last = asked(page, session, "  ")[-1]
+    assert session.turns == [] and "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
+
+
+def test_a_conversation_too_long_for_the_model_is_refused(
+    page: Any, upload: Callable[..., str], picture_file: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    monkeypatch.setattr(page.predictor.model.config.text_config, "max_position_embeddings", 20)
+    with pytest.warns(UserWarning, match="begin a new conversation"):
+        last = asked(page, session, "What is it?")[-1]
+    assert session.turns == [] and last[page.question]["value"] == "What is it?"
+
+
+def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
+    one, other = (opened(page, upload(picture_file, "a.png")) for _ in range(2))
+    asked(page, one)
+    assert one.findings and not other.turns and "ms-question" not in page.begin_anew(other, 0.5)[page.chat]
+    page.begin_anew(one, 0.5)
+    assert one.turns == [] and one.scan is not None
+
+
+def test_every_example_opens_and_suits_its_prompt(page: Any) -> None:
+    assert page.examples
+    for number, example in enumerate(page.examples):
+        updates = page.open_example(None, number, 0.5)
+        assert updates[page.session].scan is not None and updates[page.question]["value"] == example.prompt
+        updates[page.session].close()

@@ -1,0 +1,68 @@
+"""Scans of known content, and real ones, with regions where they are bright."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight.export import FoundRegion
+from processing_medsight.scan_medsight import Scan, open_scan
+
+from .scans import BRIGHT, bright_volume, write_dicom_series, write_nifti_volume
+
+
+@pytest.fixture(scope="session")
+def volumes() -> Path:
+    """Real scans: in the folder that MEDSIGHT_SHARED names, or in one beside the repository."""
+    shared = Path(os.environ.get("MEDSIGHT_SHARED") or Path(__file__).resolve().parents[4] / "shared")
+    folder = shared / "data" / "volumes"
+    if not folder.is_dir():
+        pytest.skip(f"real scans are not here: there is no folder {folder} (MEDSIGHT_SHARED names another)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an oblique CT series in no order."""
+    folder = tmp_path_factory.mktemp("dicom") / "series"
+    write_dicom_series(folder, bright_volume((6, 40, 32)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nifti(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An oblique NIfTI volume whose third axis runs downwards."""
+    path = tmp_path_factory.mktemp("nifti") / "volume.nii.gz"
+    write_nifti_volume(path, bright_volume((21, 30, 9)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(bright_volume((2, 45, 60))[1].astype(np.uint8) * 255).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bright_regions() -> Callable[..., list[FoundRegion]]:
+    """A region for each slice, or for some, where what is displayed lies above `level`."""
+
+    def find(scan: Scan, level: float = BRIGHT / 2, label: str = "bright", every: int = 1) -> list[FoundRegion]:
+        regions = []
+        for index in range(0, scan.num_slices, every):
+            window = None if scan.kind == "image" else (level, 2.0)
+            shown = np.asarray(scan.slice_image(index, window).convert("L"))
+            regions.append(FoundRegion(index, shown > 127, label, f"[C0_{index % 16}]", 0.5))
+        return regions
+
+    return find
+
+
+@pytest.fixture
+def scan(request: pytest.FixtureRequest) -> Scan:
+    """The scan of the fixture that a test names."""
+    return open_scan(request.getfixturevalue(request.param))

@@ -1,0 +1,151 @@
+"""Scans with a known content, and readers of masks that share nothing with the writers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+BRIGHT = 1000  # of tissue at 0: any sensible window tells them apart
+WINDOW = (BRIGHT / 2, BRIGHT)  # the middle of the displayed range is halfway between tissue and bright
+SENTINEL = "Zyzzogeton"  # stands wherever a file can say who the patient is
+SECRET_DATE = "19031107"
+
+# An orthonormal frame that no axis of the patient is parallel to.
+OBLIQUE = np.linalg.qr(np.array([[0.9, -0.3, 0.2], [0.2, 0.8, -0.4], [0.1, 0.5, 0.95]]))[0]
+
+
+def bright_volume(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """Boolean (slices, rows, columns): a box off the centre with a hole, a bar, a single pixel; one slice is empty."""
+    rng = np.random.default_rng(seed)
+    slices, rows, columns = shape
+    bright = np.zeros(shape, dtype=bool)
+    for index in range(1, slices):
+        top, left = rng.integers(1, rows // 3), rng.integers(1, columns // 3)
+        bright[index, top : top + rows // 2, left : left + columns // 2] = True
+        bright[index, top + 2 : top + rows // 4, left + 3 : left + columns // 4] = False
+        bright[index, -1, : columns // 2] = True
+        bright[index, 0, -1] = True
+    return bright
+
+
+def write_dicom_series(folder: Path, bright: np.ndarray, **changes: Any) -> list[Path]:
+    """A CT series, oblique, its files named and numbered in no order; `bright` is (slices, rows, columns)."""
+    import pydicom
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir(parents=True)
+    across, down, through = OBLIQUE.T
+    if np.dot(np.cross(across, down), through) < 0:
+        through = -through
+    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    order = np.random.default_rng(1).permutation(len(bright))
+    files = []
+    for index, pixels in enumerate(bright):
+        dataset = pydicom.Dataset()
+        dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, generate_uid()
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
+        dataset.PatientName, dataset.PatientID = f"{SENTINEL}^Anna", f"{SENTINEL}-17"
+        dataset.PatientBirthDate, dataset.PatientSex, dataset.PatientAge = SECRET_DATE, "F", "077Y"
+        dataset.StudyDate = dataset.SeriesDate = dataset.AcquisitionDate = dataset.ContentDate = SECRET_DATE
+        dataset.StudyTime, dataset.StudyID, dataset.AccessionNumber = "101112", f"{SENTINEL}-S", f"{SENTINEL}-A"
+        dataset.ReferringPhysicianName, dataset.InstitutionName = f"{SENTINEL}^Doctor", f"{SENTINEL} Clinic"
+        dataset.StudyDescription = dataset.SeriesDescription = dataset.PatientComments = f"{SENTINEL} thorax"
+        dataset.add_new(0x00091001, "LO", f"{SENTINEL} private")
+        dataset.Modality, dataset.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        dataset.InstanceNumber = int(order[index]) + 1
+        dataset.Rows, dataset.Columns = pixels.shape
+        dataset.PixelSpacing, dataset.SliceThickness = [0.75, 0.5], 2.5
+        dataset.ImagePositionPatient = [f"{value:.8f}" for value in np.array([-40, 25, 100]) + 2.5 * index * through]
+        dataset.ImageOrientationPatient = [f"{value:.10f}" for value in (*across, *down)]
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+        dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = 0, 1, "HU"
+        dataset.PixelData = (pixels.astype(np.int16) * BRIGHT).tobytes()
+        for keyword, value in changes.items():
+            setattr(dataset, keyword, value)
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        files.append(folder / f"{order[index]:03d}.dcm")
+        dataset.save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def write_multi_frame(path: Path, bright: np.ndarray) -> None:
+    """An enhanced CT object whose frames are stored from last to first; `bright` is (slices, rows, columns)."""
+    import pydicom
+
+    single = [pydicom.dcmread(file) for file in reversed(write_dicom_series(path.with_suffix(""), bright))]
+    dataset = single[0]
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedCTImageStorage
+    shared, measures, orientation = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing, measures.SliceThickness = dataset.PixelSpacing, dataset.SliceThickness
+    orientation.ImageOrientationPatient = dataset.ImageOrientationPatient
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
+    for frame in single:
+        groups, place = pydicom.Dataset(), pydicom.Dataset()
+        place.ImagePositionPatient = frame.ImagePositionPatient
+        groups.PlanePositionSequence = [place]
+        dataset.PerFrameFunctionalGroupsSequence.append(groups)
+    dataset.NumberOfFrames = len(single)
+    dataset.PixelData = b"".join(frame.PixelData for frame in single)
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+        del dataset[keyword]
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def write_nifti_volume(path: Path, bright: np.ndarray, qform_code: int = 1, sform_code: int = 2) -> np.ndarray:
+    """A NIfTI whose voxel array is `bright` as it is, with an oblique affine; returns that affine."""
+    import nibabel
+
+    affine = np.eye(4)
+    affine[:3, :3] = OBLIQUE @ np.diag([0.7, 1.1, -3.0])
+    affine[:3, 3] = 12, -34, 56
+    image = nibabel.Nifti1Image(bright.astype(np.int16) * BRIGHT, affine)
+    image.set_qform(affine, qform_code)
+    image.set_sform(affine, sform_code)
+    image.header["descrip"] = image.header["aux_file"] = image.header["db_name"] = SENTINEL.encode()
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", f"{SENTINEL}^Anna".encode()))
+    nibabel.save(image, path)
+    return affine
+
+
+def fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Pixels whose centre lies inside by the even-odd rule; (0, 0) is the corner of the image, as in COCO."""
+    inside = np.zeros((height, width), dtype=bool)
+    x = np.arange(width) + 0.5
+    for polygon in polygons:
+        for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+            for row in range(max(0, int(min(y0, y1)) - 1), min(height, int(max(y0, y1)) + 2)):
+                if (y0 <= row + 0.5) != (y1 <= row + 0.5):
+                    inside[row] ^= x < x0 + (row + 0.5 - y0) / (y1 - y0) * (x1 - x0)
+    return inside
+
+
+def fill_with_pil(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    """The same by PIL, which knows whole coordinates only and colours the border too: drawn fourfold, centres read."""
+    inside = np.zeros((height, width), dtype=bool)
+    for polygon in polygons:
+        canvas = Image.new("1", (4 * width, 4 * height))
+        ImageDraw.Draw(canvas).polygon([(4 * x, 4 * y) for x, y in polygon], fill=1)
+        inside |= np.asarray(canvas)[2::4, 2::4]
+    return inside
+
+
+def decode_run_lengths(counts: str, height: int, width: int) -> np.ndarray:
+    """A mask from COCO's compressed run lengths, by the description of their format."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode("ascii"):
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            if bits & 0x10:
+                value |= -1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(width, height).T

@@ -1,0 +1,222 @@
+"""A card says what is known of a checkpoint, from files, and that the rest is not known."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from medsight.evaluation.runner import checkpoint_fingerprint
+from medsight.hub import CardFacts, push, render_card, write_card
+from tests.medsight.hub.fake_hub import FakeHub
+from tests.training.tiny_run import draw_data
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "run" / "model"))
+
+
+def figure(value: float, spread: float | None = 0.05, n: int = 40) -> dict[str, Any]:
+    ends = {"low": None, "high": None} if spread is None else {"low": value - spread, "high": value + spread}
+    return {"value": value, **ends, "n": n}
+
+
+def metrics_of(folder: Path, dice: float) -> dict[str, Any]:
+    """A metrics.json as `medsight evaluate` writes it."""
+    return {
+        "system": "tiny",
+        "benchmark": "segmentation",
+        "title": "Text-prompted segmentation",
+        "task": "segment",
+        "protocol": {"masks": "medsight", "mask_flags": {"threshold": 0.5}},
+        "n": 41,
+        "patients": 17,
+        "interval_unit": "patient or image",
+        "scores": {"dice": {"micro": figure(dice), "macro": figure(dice / 2)}},
+        "by": {
+            "dataset": {"busi": {"n": 38, "dice": figure(0.8125)}, "tnbc": {"n": 3, "dice": figure(0.0625, None, 1)}}
+        },
+        "counts": {"by_modality": {"CT": 41}, "label_origin": {"expert": 30, "model (some network)": 11}},
+        "refused": {"mask": {"empty reference": 2}},
+        "present": {"n": 40, "no_region_rate": figure(0.25)},
+        "negatives": {"n": 1, "no_region_rate": None, "false_mask_rate": None},
+        "problems": {"missing": {"count": 1, "rows": ["patient Jane Doe"]}},
+        "notes": ["Limited to the first 41 rows."],
+        "run": {"medsight_version": "0.1.0", "checkpoint": checkpoint_fingerprint(folder), "data": {"sha256": "ab"}},
+    }
+
+
+def save(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_a_card_without_facts_has_no_figures_and_says_so(folder: Path) -> None:
+    text = render_card(folder, "me/tiny")
+    card = ModelCard(text)
+    assert card.data.license == "other" and card.data.eval_results is None and card.data.datasets is None
+    assert "None were measured" in section(text, "Results")
+    assert "Not recorded" in section(text, "Training data and licences")
+    assert "not recorded" in section(text, "Training, time and carbon")
+    assert "Not a medical device" in text and section(text, "Intended use") and section(text, "Forbidden use")
+    assert "2606.06760" in section(text, "How to cite")
+    assert "{{" not in text and "{%" not in text and "None\n" not in text
+    assert not re.search(r"\d+\.\d+ ?%|Dice", text)
+
+
+def test_figures_and_intervals_are_those_of_metrics_json(folder: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "scores" / "metrics.json", metrics_of(folder, 0.6875))
+    text = render_card(folder, "me/tiny", CardFacts(license="cc-by-4.0", metrics=(path.parent,)))
+    results = section(text, "Results")
+    assert "| Dice | 68.8 (63.7–73.8) | 34.4 (29.4–39.4) | 40 |" in results
+    assert "| busi | 81.2 (76.2–86.2) | 40 |" in results and "| tnbc | 6.2 | 1 |" in results
+    assert "| No mask where there is one | 25.0 (20.0–30.0) | | 40 |" in results
+    for note in ("11 rows are not an expert's: model (some network)", "Limited to the first", "empty reference"):
+        assert note in results
+    assert "hardly a figure: tnbc" in results and "1 predictions with a problem: missing" in results
+    assert "intervals drawn by patient or image" in results and "Jane" not in text
+    data = ModelCard(text).data
+    assert data.license == "cc-by-4.0"
+    found = {(one.metric_type, one.metric_name): (one.metric_value, one.metric_args) for one in data.eval_results}
+    assert found["dice", "Dice, mean over rows"] == (0.6875, {"low": 0.6375, "high": 0.7375, "n": 40})
+    assert len(found) == 2 and {one.task_type for one in data.eval_results} == {"image-segmentation"}
+
+
+def test_metrics_in_the_folder_are_taken_and_stay_there(folder: Path) -> None:
+    save(folder / "metrics.json", metrics_of(folder, 0.6875))
+    planned = push(folder, "me/tiny", dry_run=True)
+    assert "68.8" in render_card(folder, "me/tiny")
+    assert "README.md" in planned.files and "metrics.json" in planned.left_out
+
+
+def test_figures_of_other_weights_or_of_unknown_ones_are_refused(folder: Path, tmp_path: Path) -> None:
+    metrics = metrics_of(folder, 0.5)
+    for checkpoint, message in (({"weights_sha256": "f" * 64}, "is about weights ffff"), (None, "does not say which")):
+        metrics["run"]["checkpoint"] = checkpoint
+        path = save(tmp_path / "metrics.json", metrics)
+        with pytest.raises(ValueError, match=message):
+            render_card(folder, "me/tiny", CardFacts(metrics=(path,)))
+    with pytest.raises(ValueError, match=r"no metrics\.json of medsight evaluate"):
+        render_card(folder, "me/tiny", CardFacts(metrics=(save(tmp_path / "x.json", {"dice": 1}),)))
+    path = save(tmp_path / "metrics.json", metrics_of(folder, 0.5))
+    with pytest.raises(ValueError, match="given twice"):
+        render_card(folder, "me/tiny", CardFacts(metrics=(path, path)))
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path) -> Path:
+    """The records of a finished run on drawn data, its result being the tiny checkpoint."""
+    import yaml
+
+    from medsight.training.corpus import fingerprint, read_corpus
+    from medsight.training.recipe import load_recipe
+
+    root = draw_data(tmp_path / "drawn")
+    manifest = root / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
+    for row in rows:
+        made = row["image"].startswith("totalsegmentator")
+        row |= {"label_origin": "model (a network)" if made else "expert", "licence": "CC-BY-9.9", "tier": "B"}
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {"model": {"preset": "tiny"}, "data": {"regions": [{"layout": "biomedparse", "path": str(root)}]}}
+    (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    corpus = read_corpus(load_recipe(folder.parent / "recipe.yaml"))
+    described = {
+        name: {"rows": len(corpus.split(name)), "sha256": fingerprint(corpus.split(name))}
+        for name in ("training", "validation")
+    }
+    save(folder.parent / "data.json", described)
+    save(folder.parent / "environment.json", {"device": "Some GPU", "processes": 2, "torch": "2.13.0"})
+    for stage, seconds in (("1_perceiver", 3600), ("4_unified", 1830)):
+        save(folder.parent / "stages" / stage / "finished.json", {"metrics": {"train_runtime": seconds}})
+    return folder.parent
+
+
+def test_a_run_gives_data_licences_counts_and_time(folder: Path, run: Path) -> None:
+    text = render_card(folder, "me/tiny")
+    data, training = section(text, "Training data and licences"), section(text, "Training, time and carbon")
+    rows = {line.split(" ")[1]: line for line in data.splitlines() if line.startswith("| ")}
+    counts = json.loads((run / "data.json").read_text("utf-8"))
+    assert f"{counts['training']['rows']} training images" in data
+    table = {name: [cell.strip() for cell in line.split("|")] for name, line in rows.items()}
+    images = {
+        name: int(cells[2]) for name, cells in table.items() if name in ("busi", "sunnybrook", "totalsegmentator")
+    }
+    assert sum(images.values()) == counts["training"]["rows"] and len(images) == 3
+    assert "CC-BY-9.9, not verified at the source" in rows["busi"] and "Al-Dhabyani" in rows["busi"]
+    assert "pseudo-labels" in rows["totalsegmentator"] and "pseudo" not in rows["busi"]
+    assert f"{images['totalsegmentator']} images are **pseudo-labels**" in data
+    for fact in ("Some GPU", "| 1_perceiver | 1:00 |", "| together | 1:30 |", "preset `tiny`", "not measured"):
+        assert fact in training, fact
+    assert str(run) not in text
+    assert ModelCard(text).data.datasets == sorted(images)
+
+
+def test_carbon_is_what_codecarbon_recorded(folder: Path, run: Path) -> None:
+    for stage, kilograms in (("1_perceiver", 0.25), ("4_unified", 1.0)):
+        table = f"timestamp,emissions\nnow,{kilograms}\n"
+        (run / "stages" / stage / "emissions.csv").write_text(table, encoding="utf-8")
+    text = render_card(folder, "me/tiny")
+    assert ModelCard(text).data["co2_eq_emissions"]["emissions"] == 1250.0 and "1,250.0 g of CO₂" in text
+    (run / "stages" / "4_unified" / "emissions.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"emissions\.csv is no record"):
+        render_card(folder, "me/tiny")
+
+
+def test_data_that_changed_or_went_away_is_not_described(folder: Path, run: Path) -> None:
+    manifest = run.parent / "drawn" / "manifest.jsonl"
+    lines = manifest.read_text("utf-8").splitlines(keepends=True)
+    first = json.loads(lines[0])["image"]
+    manifest.write_text("".join(line for line in lines if first not in line), encoding="utf-8")
+    assert "have changed since" in render_card(folder, "me/tiny")
+    manifest.parent.rename(run.parent / "elsewhere")
+    text = render_card(folder, "me/tiny")
+    assert "could not be read" in text and "| busi" not in text
+
+
+def test_a_run_that_ended_with_other_weights_is_refused(folder: Path, run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    facts = CardFacts(run=run)
+    assert "1_perceiver" in render_card(copy, "me/tiny", facts)
+    assert "1_perceiver" not in render_card(copy, "me/tiny")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(ValueError, match="ended with weights"):
+        render_card(copy, "me/tiny", facts)
+
+
+def test_a_written_card_is_the_one_that_is_published(hub: FakeHub, folder: Path) -> None:
+    facts = CardFacts(license="cc-by-4.0", limits="* One more limit.", prompt="Segment the moon.")
+    Image.new("RGB", (8, 8)).save(folder / "example.png")
+    path = write_card(folder, "me/tiny", facts)
+    assert path.read_text("utf-8") == render_card(folder, "me/tiny", facts)
+    with pytest.raises(FileExistsError, match="exists"):
+        write_card(folder, "me/tiny", facts)
+    push(folder, "me/tiny")
+    card = ModelCard(hub.files("me/tiny")["README.md"].decode())
+    (widget,) = card.data["widget"]
+    assert widget["text"] == "Segment the moon." and "* One more limit." in card.text
+    assert widget["src"] == f"{hub.url}/me/tiny/resolve/main/example.png" and "example.png" in hub.files("me/tiny")
+
+
+def test_the_example_in_the_card_runs_as_it_is_printed(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    push(folder, "me/tiny")
+    text = hub.files("me/tiny")["README.md"].decode()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]  # type: ignore[index]
+    Image.new("RGB", (40, 30), (200, 20, 20)).save(tmp_path / "scan.png")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()

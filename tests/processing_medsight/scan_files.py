@@ -1,0 +1,104 @@
+"""Small scans of every kind for tests: drawn here, or shipped by pydicom."""
+
+import gzip
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+SHAPE = (5, 6, 7)
+
+
+def picture_bytes(kind: str, mode: str = "RGB", size: tuple[int, int] = (12, 9), **options: object) -> bytes:
+    """A small picture file; size is (width, height)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def nifti_bytes(
+    voxels: np.ndarray, affine: np.ndarray | None = None, packed: bool = False, second: bool = False
+) -> bytes:
+    import nibabel
+
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    content = kind(voxels, np.eye(4) if affine is None else affine).to_bytes()
+    return gzip.compress(content, mtime=0) if packed else content
+
+
+def ct_volume() -> np.ndarray:
+    """(5, 6, 7) int16 in Hounsfield units: air with a body in it, each voxel told from the others."""
+    voxels = np.full(SHAPE, -1000, np.int16)
+    voxels[1:4, 1:5, 1:6] = np.random.default_rng(0).integers(-150, 230, (3, 4, 5))
+    return voxels
+
+
+def dicom_dataset(pixels: np.ndarray, **elements: object) -> object:
+    """A data set around (rows, columns), (frames, rows, columns) or (rows, columns, 3) pixels."""
+    import pydicom
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = CTImageStorage
+    dataset.SOPInstanceUID = generate_uid()
+    dataset.SeriesInstanceUID = "1.2.3"
+    dataset.PatientName, dataset.PatientID = "Doe^Secret", "Secret-4711"
+    colour = pixels.ndim == 3 and pixels.shape[2] == 3
+    rows, columns = pixels.shape[:2] if colour or pixels.ndim == 2 else pixels.shape[1:]
+    if pixels.ndim == 3 and not colour:
+        dataset.NumberOfFrames = len(pixels)
+    bits = 8 * pixels.itemsize
+    values = {
+        "Modality": "CT",
+        "Rows": rows,
+        "Columns": columns,
+        "SamplesPerPixel": 3 if colour else 1,
+        "PhotometricInterpretation": "RGB" if colour else "MONOCHROME2",
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": bits - 1,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"),
+        "RescaleIntercept": 0,
+        "RescaleSlope": 1,
+        **({"PlanarConfiguration": 0} if colour else {}),
+        **elements,
+    }
+    for key, value in values.items():
+        if value is not None:
+            setattr(dataset, key, value)
+    dataset.PixelData = pixels.tobytes()
+    dataset["PixelData"].VR = "OW" if bits > 8 else "OB"
+    return dataset
+
+
+def dicom_bytes(dataset: object) -> bytes:
+    file = BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def write_series(folder: Path, volume: np.ndarray, names: list[str], **elements: object) -> None:
+    """A CT series of (slices, rows, columns), its files named so; slices 2 mm apart, pixels 1.5 x 0.5 mm."""
+    folder.mkdir(exist_ok=True)
+    for i, (pixels, name) in enumerate(zip(volume, names, strict=True)):
+        place = {"ImagePositionPatient": [-10, -20, 30 + 2 * i], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        spacing = {"PixelSpacing": [1.5, 0.5], "SliceThickness": 2, "InstanceNumber": i + 1}
+        (folder / name).write_bytes(dicom_bytes(dicom_dataset(pixels, **place, **spacing, **elements)))
+
+
+def shipped_dicoms() -> Iterator[tuple[str, Path]]:
+    """Every DICOM that pydicom ships for tests: name and path."""
+    import pydicom
+
+    root = Path(pydicom.__file__).parent / "data"
+    for path in sorted((root / "test_files").rglob("*")):
+        if path.is_file() and path.suffix in (".dcm", ".gz", "") and path.name != "README":
+            yield path.relative_to(root / "test_files").as_posix(), path

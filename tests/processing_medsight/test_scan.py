@@ -1,0 +1,579 @@
+"""Scans: every kind of source, the right slices in the right orientation, and masks back in their place."""
+
+import gzip
+import itertools
+import logging
+import struct
+import sys
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processing_medsight import MedSightImageProcessor, MedSightProcessor, dicom_medsight, open_scan
+from processing_medsight.dicom_medsight import codestream_size
+from processing_medsight.windows_medsight import WINDOWS, apply_window, percentile_window
+from tests.processing_medsight.scan_files import (
+    ct_volume,
+    dicom_bytes,
+    dicom_dataset,
+    nifti_bytes,
+    picture_bytes,
+    shipped_dicoms,
+    write_series,
+)
+
+
+nibabel = pytest.importorskip("nibabel")
+pydicom = pytest.importorskip("pydicom")
+
+ORIENTATIONS = [
+    np.array(list(zip(axes, flips, strict=True)))
+    for axes in itertools.permutations(range(3))
+    for flips in itertools.product([1, -1], repeat=3)
+]
+SPACING = np.diag([0.5, 1.5, 2.0, 1.0])  # right, front, up
+
+
+def soft_tissue(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(float) + 160) / 400 * 255).clip(0, 255)
+
+
+def shows(image: Image.Image, levels: np.ndarray) -> bool:
+    """Whether a picture has these grey levels, rounded."""
+    return bool(np.abs(np.asarray(image, dtype=float) - levels).max() <= 0.51)
+
+
+def turned(volume: np.ndarray, orientation: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same body on a grid whose axes are others."""
+    back = nibabel.orientations.inv_ornt_aff(orientation, volume.shape)
+    return nibabel.apply_orientation(volume, orientation), affine @ back
+
+
+@pytest.mark.parametrize("oblique", [False, True])
+@pytest.mark.parametrize("orientation", ORIENTATIONS, ids=lambda o: str(o.tolist()))
+def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(orientation: np.ndarray, oblique: bool) -> None:
+    volume, affine = ct_volume(), SPACING.copy()
+    if oblique:
+        angle = 0.3
+        turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+        affine[:3, :3] = turn @ affine[:3, :3]
+    voxels, own = turned(volume, orientation, affine)
+    scan = open_scan(nifti_bytes(voxels, own))
+    assert (scan.num_slices, scan.height, scan.width) == (7, 6, 5)
+    assert np.allclose(scan.pixel_spacing, (1.5, 0.5)) and np.isclose(scan.slice_spacing, 2)
+    masks = {}
+    for index in range(7):
+        shown = volume[::-1, ::-1, index].T  # the patient's right at the left, the front at the top
+        assert shows(scan.slice_image(index), soft_tissue(shown))
+        masks[index] = shown > 0
+    mask = scan.to_source(masks)
+    assert mask.dtype == np.bool_ and np.array_equal(mask, voxels > 0)
+    assert np.allclose(scan.affine, own)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_series_is_sorted_by_position_whatever_its_files_are_called(seed: int, tmp_path: Path) -> None:
+    volume = np.moveaxis(ct_volume(), 2, 0)
+    names = [f"{i}.dcm" for i in np.random.default_rng(seed).permutation(len(volume))]
+    write_series(tmp_path / "series", volume, names, PatientPosition="HFS")
+    scan = open_scan(tmp_path / "series")
+    assert [path.name for path in scan.files] == names
+    assert (scan.num_slices, scan.height, scan.width) == volume.shape
+    assert scan.pixel_spacing == (1.5, 0.5) and scan.slice_spacing == 2 and scan.modality == "CT"
+    for index, stored in enumerate(volume):
+        assert shows(scan.slice_image(index), soft_tissue(stored))
+    assert np.array_equal(scan.to_source({i: stored > 0 for i, stored in enumerate(volume)}), volume > 0)
+    # DICOM says left and back where the affine says right and front
+    assert np.allclose(scan.affine @ [3, 2, 1, 1], [10 - 0.5, 20 - 2 * 1.5, 30 + 3 * 2, 1])
+    headers = scan.dicom_datasets()
+    assert [h.InstanceNumber for h in headers] == list(range(1, 8)) and not any("PixelData" in h for h in headers)
+
+
+def test_a_series_against_the_normal_is_sorted_along_it(tmp_path: Path) -> None:
+    volume = np.moveaxis(ct_volume(), 2, 0)
+    sagittal = [0, 1, 0, 0, 0, -1]
+    for i, pixels in enumerate(volume):
+        dataset = dicom_dataset(
+            pixels, ImageOrientationPatient=sagittal, ImagePositionPatient=[3.0 * i, 0, 0], PixelSpacing=[1, 1]
+        )
+        (tmp_path / f"{i}").write_bytes(dicom_bytes(dataset))
+    scan = open_scan(tmp_path)
+    assert [path.name for path in scan.files] == list("6543210")  # the normal goes to the right: -x
+    assert scan.slice_spacing == 3 and np.allclose(scan.affine @ [1, 0, 0, 1], [-15, 0, 0, 1])
+
+
+@pytest.mark.parametrize("kind", ["gap", "twice"])
+def test_uneven_slices_have_no_spacing(kind: str, tmp_path: Path) -> None:
+    volume = np.moveaxis(ct_volume(), 2, 0)
+    write_series(tmp_path, volume, list("abcdefg"))
+    if kind == "gap":
+        (tmp_path / "c").unlink()
+    else:
+        dataset = pydicom.dcmread(tmp_path / "c")
+        dataset.SOPInstanceUID = "1.2.3.4.5"
+        (tmp_path / "h").write_bytes(dicom_bytes(dataset))
+    scan = open_scan(tmp_path)
+    assert scan.num_slices == (6 if kind == "gap" else 8) and scan.slice_spacing is None and scan.affine is None
+
+
+def enhanced(volume: np.ndarray) -> "pydicom.Dataset":
+    """An enhanced CT: spacing, rescaling and positions are in functional groups."""
+    frames = []
+    for i in range(len(volume)):
+        frame, plane, values = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+        plane.ImagePositionPatient = [0, 0, 4 * i]
+        values.RescaleIntercept, values.RescaleSlope = -100 * i, 1
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [plane], [values]
+        frames.append(frame)
+    shared, measures, turn = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing, turn.ImageOrientationPatient = [2, 3], [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [turn]
+    groups = {"PerFrameFunctionalGroupsSequence": frames, "SharedFunctionalGroupsSequence": [shared]}
+    return dicom_dataset(volume, RescaleIntercept=None, RescaleSlope=None, **groups)
+
+
+def test_frames_of_an_enhanced_file_have_their_own_scale_and_place() -> None:
+    volume = np.moveaxis(ct_volume(), 2, 0)
+    scan = open_scan(dicom_bytes(enhanced(volume)))
+    assert scan.pixel_spacing == (2, 3) and scan.slice_spacing == 4 and scan.num_slices == 7
+    for i, stored in enumerate(volume):
+        assert shows(scan.slice_image(i), soft_tissue(stored.astype(int) - 100 * i))
+    assert np.allclose(scan.affine @ [2, 1, 1, 1], [-3, -2, 8, 1])
+    assert scan.to_source({3: np.ones((5, 6), bool)}).sum(axis=(1, 2)).tolist() == [0, 0, 0, 30, 0, 0, 0]
+
+
+STORED = np.arange(0, 4000, 100, dtype=np.uint16).reshape(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        ({"RescaleIntercept": -1024}, soft_tissue(STORED - 1024.0)),
+        ({"RescaleIntercept": -1024, "BodyPartExamined": "HEAD"}, apply_window(STORED - 1024.0, WINDOWS["brain"])),
+        ({"Modality": "DX", "WindowCenter": 2000.5, "WindowWidth": 4001}, STORED / 4000 * 255),
+        (
+            {"Modality": "DX", "WindowCenter": [2000.5, 1], "WindowWidth": [4001, 2]},
+            STORED / 4000 * 255,
+        ),
+        (
+            {
+                "Modality": "DX",
+                "WindowCenter": 2000.5,
+                "WindowWidth": 4001,
+                "PhotometricInterpretation": "MONOCHROME1",
+            },
+            255 - STORED / 4000 * 255,
+        ),
+        (
+            {"Modality": "DX", "WindowCenter": 2000, "WindowWidth": 1000, "VOILUTFunction": "SIGMOID"},
+            255 / (1 + np.exp(-4 * (STORED - 2000.0) / 1000)),
+        ),
+        ({"Modality": "MR", "WindowCenter": 1, "WindowWidth": 2}, apply_window(STORED, percentile_window(STORED))),
+        ({"Modality": "CR", "WindowCenter": 7, "WindowWidth": 0}, apply_window(STORED, percentile_window(STORED))),
+    ],
+)
+def test_a_frame_is_shown_by_what_its_header_says(elements: dict, expected: np.ndarray) -> None:
+    shown = np.asarray(open_scan(dicom_bytes(dicom_dataset(STORED, **elements))).slice_image(0))
+    assert np.abs(shown.astype(float) - expected).max() <= 1
+
+
+def test_lookup_tables_are_applied() -> None:
+    modality, voi = pydicom.Dataset(), pydicom.Dataset()
+    modality.LUTDescriptor, modality.ModalityLUTType = [256, 0, 16], "US"
+    modality.add_new("LUTData", "US", list(range(0, 1024, 4)))
+    voi.LUTDescriptor = [1024, 0, 16]
+    voi.add_new("LUTData", "US", [64 * i for i in range(1024)])
+    stored = np.arange(40, dtype=np.uint8).reshape(5, 8)
+    dataset = dicom_dataset(stored, Modality="DX", RescaleIntercept=None, RescaleSlope=None)
+    dataset.ModalityLUTSequence, dataset.VOILUTSequence = [modality], [voi]
+    shown = np.asarray(open_scan(dicom_bytes(dataset)).slice_image(0))
+    assert np.abs(shown - stored.astype(float) * 4 * 64 / 65535 * 255).max() <= 1
+
+
+def test_padding_is_black_and_does_not_count() -> None:
+    stored = STORED.copy()
+    stored[0] = 60000
+    elements = {"Modality": "MR", "PhotometricInterpretation": "MONOCHROME1", "PixelPaddingValue": 60000}
+    shown = np.asarray(open_scan(dicom_bytes(dicom_dataset(stored, **elements))).slice_image(0))
+    assert (shown[0] == 0).all() and shown[1, 0] == 255 and shown[-1, -1] == 0
+
+
+@pytest.mark.parametrize(("window", "expected"), [((1000, 500), (750, 1250)), ("lung", (-1350, 150))])
+def test_a_window_of_the_call_is_that_of_dicom_nifti_and_arrays(window: object, expected: tuple) -> None:
+    values = np.arange(-1600, 2400, 100, dtype=np.int16).reshape(5, 8)
+    low, high = expected
+    shown = ((values - low) / (high - low) * 255).clip(0, 255).round()
+    sources = {
+        "dicom": dicom_bytes(dicom_dataset(values)),
+        "nifti": nifti_bytes(values[::-1, ::-1].T[:, :, None]),
+        "array": values,
+        "tensor": torch.from_numpy(values),
+        "picture": Image.fromarray(values.astype(np.int32)),
+    }
+    for name, source in sources.items():
+        assert np.abs(np.asarray(open_scan(source).slice_image(0, window)) - shown).max() <= 1, name
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [("liver", "abdomen, lung, bone"), ((1, 0), "width above 0"), ((1, 2, 3), "centre, width"), (7, "centre, width")],
+)
+def test_a_window_that_makes_no_sense_is_refused(window: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_scan(nifti_bytes(ct_volume())).slice_image(0, window)
+
+
+def test_a_window_is_refused_where_there_are_no_grey_levels_to_choose() -> None:
+    for source in (picture_bytes("PNG"), picture_bytes("PNG", "L")):
+        with pytest.raises(ValueError, match="no grey levels"):
+            open_scan(source).slice_image(0, (1, 2))
+    with pytest.raises(ValueError, match="is of CT, but bytes is MR"):
+        open_scan(dicom_bytes(dicom_dataset(STORED, Modality="MR"))).slice_image(0, "lung")
+
+
+@pytest.mark.parametrize(
+    ("slices", "expected"),
+    [
+        ("middle", [3]),
+        ("all", list(range(7))),
+        ("largest-foreground", [4]),
+        ("2-4", [2, 3, 4]),
+        ("5", [5]),
+        (2, [2]),
+        (np.int64(2), [2]),
+        (-1, [6]),
+        ([6, 0], [6, 0]),
+    ],
+)
+def test_slices_are_chosen(slices: object, expected: list[int]) -> None:
+    volume = np.full((5, 6, 7), -1000, np.int16)
+    volume[2:4, 2:4, 2:6] = 100
+    volume[1:, 1:, 4] = 100
+    assert open_scan(nifti_bytes(volume)).choose_slices(slices) == expected
+
+
+@pytest.mark.parametrize("slices", [7, -8, "7", "0-7", "4-2", "last", "", "-", "1-", 1.0, True, [0, 9], None])
+def test_slices_that_are_not_there_are_refused(slices: object) -> None:
+    with pytest.raises(ValueError, match="slice"):
+        open_scan(nifti_bytes(ct_volume())).choose_slices(slices)
+
+
+@pytest.mark.parametrize(
+    "mask", [np.ones((5, 6), bool), np.ones((6, 5), np.uint8), np.ones((1, 6, 5), bool)], ids=["shape", "type", "axes"]
+)
+def test_a_mask_of_another_size_or_type_is_refused(mask: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="expected 6 x 5 bool"):
+        open_scan(nifti_bytes(ct_volume())).to_source({0: mask})
+    with pytest.raises(ValueError, match="no slice 7"):
+        open_scan(nifti_bytes(ct_volume())).to_source({7: np.ones((6, 5), bool)})
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nifti", "nifti.gz", "nifti-2", "png", "npy", "jpeg", "tiff"])
+def test_a_kind_is_recognised_by_content_in_a_file_of_any_name_and_in_bytes(kind: str, tmp_path: Path) -> None:
+    npy = BytesIO()
+    np.save(npy, STORED)
+    content = {
+        "dicom": lambda: dicom_bytes(dicom_dataset(STORED)),
+        "nifti": lambda: nifti_bytes(ct_volume()),
+        "nifti.gz": lambda: nifti_bytes(ct_volume(), packed=True),
+        "nifti-2": lambda: nifti_bytes(ct_volume(), second=True),
+        "png": lambda: picture_bytes("PNG", "I;16"),
+        "npy": npy.getvalue,
+        "jpeg": lambda: picture_bytes("JPEG"),
+        "tiff": lambda: picture_bytes("TIFF"),
+    }[kind]()
+    (tmp_path / "file.png").write_bytes(content)
+    scans = [open_scan(tmp_path / "file.png"), open_scan(str(tmp_path / "file.png")), open_scan(content, "upload")]
+    expected = "dicom" if kind == "dicom" else "nifti" if kind.startswith("nifti") else "image"
+    assert {scan.kind for scan in scans} == {expected}
+    shown = [np.asarray(scan.slice_image(0)) for scan in scans]
+    assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], shown[2])
+    assert scans[0].files == (tmp_path / "file.png",) and scans[2].files == () and scans[2].name == "upload"
+
+
+def nifti_claiming(field: str, value: object, at: int | None = None) -> bytes:
+    content = nifti_bytes(ct_volume())
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    if at is None:
+        header[field] = value
+    else:
+        header[field][at] = value
+    return header.binaryblock + content[348:]
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    content = bytearray(picture_bytes("PNG"))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def npy_claiming(shape: tuple, kind: str = "<u2") -> bytes:
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(64)
+
+
+def deflated(size: int) -> bytes:
+    dataset = dicom_dataset(STORED)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    content = dicom_bytes(dataset)
+    start = 144 + int.from_bytes(content[140:144], "little")
+    pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    inner = zlib.decompress(content[start:], -zlib.MAX_WBITS)
+    return (
+        content[:start]
+        + pack.compress(inner)
+        + b"".join(pack.compress(bytes(2**20)) for _ in range(size))
+        + pack.flush()
+    )
+
+
+def zeros_in_gzip(shape: tuple[int, int, int]) -> bytes:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.uint8)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    file = BytesIO()
+    with gzip.GzipFile(fileobj=file, mode="wb") as packed:
+        packed.write(header.binaryblock + bytes(4))
+        for _ in range(0, int(np.prod(shape)), 2**20):
+            packed.write(bytes(2**20))
+    return file.getvalue()
+
+
+HOSTILE = {
+    "nifti of 10^12 voxels": (lambda: nifti_claiming("dim", [3, 10000, 10000, 10000, 1, 1, 1, 1]), "10,000 x 10,000"),
+    "nifti of 10^9 voxels": (lambda: nifti_claiming("dim", [3, 1000, 1000, 1000, 1, 1, 1, 1]), "truncated"),
+    "nifti.gz of 10^9 voxels": (
+        lambda: gzip.compress(nifti_claiming("dim", [3, 1000, 1000, 1000, 1, 1, 1, 1])),
+        "would unpack from",
+    ),
+    "gzip bomb": (lambda: zeros_in_gzip((512, 512, 300)), "would unpack from"),
+    "nifti with a negative axis": (lambda: nifti_claiming("dim", -5, 2), "damaged header"),
+    "nifti whose voxels begin nowhere": (lambda: nifti_claiming("vox_offset", np.nan), "damaged header"),
+    "nifti of vectors": (lambda: nifti_claiming("dim", [5, 5, 6, 1, 1, 7, 1, 1]), "several values a voxel"),
+    "nifti of labels": (lambda: nifti_claiming("intent_code", 1002), "label map"),
+    "nifti of complex numbers": (lambda: nifti_bytes(ct_volume().astype(np.complex64)), "complex"),
+    "half of a nifti.gz": (lambda: nifti_bytes(ct_volume(), packed=True)[:200], "truncated"),
+    "header of a pair": (lambda: nifti_claiming("magic", b"ni1"), "another file"),
+    "analyze": (lambda: nifti_claiming("magic", b""), "Analyze"),
+    "dicom of more rows than pixels": (lambda: dicom_bytes(dicom_dataset(STORED, Rows=60000)), "truncated"),
+    "dicom of more frames than pixels": (lambda: dicom_bytes(dicom_dataset(STORED, NumberOfFrames=99)), "99 frames"),
+    "dicom of giant frames": (lambda: dicom_bytes(dicom_dataset(STORED, Rows=65535, Columns=65535)), "at most"),
+    "dicom without rows": (lambda: dicom_bytes(dicom_dataset(STORED, Rows=None)), "no image"),
+    "dicom of 13 bits": (lambda: dicom_bytes(dicom_dataset(STORED, BitsAllocated=13)), "13 bits"),
+    "deflate bomb": (lambda: deflated(3), "inflates to more than"),
+    "segmentation": (lambda: dicom_bytes(dicom_dataset(STORED, Modality="SEG")), "segmentation"),
+    "zip": (lambda: b"PK\x03\x04" + bytes(60), "archive"),
+    "gzip of text": (lambda: gzip.compress(b"no image"), "not NIfTI"),
+    "giant png": (lambda: png_claiming(30000, 30000), "pixels"),
+    "giant npy": (lambda: npy_claiming((10**6, 10**6)), "claims 2,000,000,000,000 bytes"),
+    "npy of objects": (lambda: npy_claiming((1,), "|O"), "numbers"),
+    "nothing": (lambda: b"", "empty"),
+    "text": (lambda: b"this is no image", "not an image"),
+    "eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_a_hostile_file_is_refused_before_anything_is_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, message = HOSTILE[name]
+    content = make()
+    empty = np.empty
+    monkeypatch.setattr(dicom_medsight, "MAX_INFLATED_BYTES", 2**21)
+    monkeypatch.setattr(np, "empty", lambda shape, *a, **k: empty(shape, *a, **k) if np.prod(shape) < 2**20 else 1 / 0)
+    with pytest.raises(ValueError, match=message) as error:
+        open_scan(content, "upload").slice_image(0)
+    assert "upload" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [2**24, None])
+def test_a_compressed_frame_that_is_larger_than_its_header_says_is_refused(size: int | None) -> None:
+    from pydicom.encaps import encapsulate
+
+    photo = picture_bytes("JPEG", "L", size=(8, 5))
+    if size is not None:
+        at = photo.index(b"\xff\xc0")
+        photo = photo[: at + 5] + struct.pack(">HH", 60000, 60000) + photo[at + 9 :]
+    dataset = dicom_dataset(np.zeros((5, 8), np.uint8), Modality="US", RescaleIntercept=None, RescaleSlope=None)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.PixelData = encapsulate([photo])
+    scan = open_scan(dicom_bytes(dataset))
+    assert codestream_size(photo) == ((5, 8) if size is None else (60000, 60000))
+    if size is None:
+        assert np.abs(np.asarray(scan.slice_image(0)).astype(int) - np.asarray(Image.open(BytesIO(photo)))).max() <= 2
+        return
+    with pytest.raises(ValueError, match="claim different sizes"):
+        scan.slice_image(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SeriesInstanceUID": "9.9"}, "holds 2 series"),
+        ({"Rows": 4}, "differs from .* in Rows"),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}, "another direction"),
+        ({"SOPInstanceUID": "same"}, "are the same image"),
+        ({"Modality": "SEG"}, "b is no image but a segmentation"),
+        ({"cut": True}, "b is truncated"),
+    ],
+)
+def test_files_that_make_no_series_are_refused_by_name(change: dict, message: str, tmp_path: Path) -> None:
+    write_series(tmp_path, np.moveaxis(ct_volume(), 2, 0)[:3], list("abc"))
+    dataset = pydicom.dcmread(tmp_path / "b")
+    if "cut" in change:
+        (tmp_path / "b").write_bytes((tmp_path / "b").read_bytes()[:-3])
+    else:
+        for key, value in change.items():
+            setattr(dataset, key, pydicom.dcmread(tmp_path / "a").SOPInstanceUID if value == "same" else value)
+        (tmp_path / "b").write_bytes(dicom_bytes(dataset))
+    with pytest.raises(ValueError, match=message):
+        open_scan(tmp_path)
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="without a DICOM file"):
+        open_scan(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        open_scan(tmp_path / "missing.dcm")
+
+
+def test_no_message_names_the_patient(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
+    good = dicom_bytes(dicom_dataset(STORED))
+    said = []
+    with caplog.at_level(logging.DEBUG):
+        for at in range(132, len(good), 3):
+            try:
+                scan = open_scan(good[:at] + b"\xff\xff" + good[at + 2 :], "upload")
+                said.append(repr(scan))
+                scan.slice_image(0)
+            except ValueError as error:
+                said.append(f"{error} {error.__cause__}")
+    said += [caplog.text, *(str(warning.message) for warning in recwarn)]
+    assert len(said) > 100 and not any("Doe" in text or "4711" in text for text in said)
+
+
+def test_the_first_volume_of_several_is_used_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    volume = ct_volume()
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("processing_medsight").addHandler(caplog.handler)
+        scan = open_scan(nifti_bytes(np.stack([volume, volume[::-1]], axis=3)))
+    single = open_scan(nifti_bytes(volume))
+    assert all(np.array_equal(scan.slice_image(i), single.slice_image(i)) for i in range(7))
+    assert scan.to_source({}).shape == volume.shape
+
+
+def test_colour_voxels_are_shown_in_colour() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
+    voxels = np.ascontiguousarray(colours).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+    scan = open_scan(nifti_bytes(voxels))
+    assert np.array_equal(np.asarray(scan.slice_image(2)), np.moveaxis(colours[::-1, ::-1, 2], 0, 1))
+
+
+def test_voxels_that_are_not_finite_are_black() -> None:
+    voxels = np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32)
+    voxels[0, 0] = np.nan
+    shown = np.asarray(open_scan(nifti_bytes(voxels)).slice_image(3))
+    assert shown[-1, -1] == 0 and shown.max() == 255
+
+
+def test_missing_readers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"pydicom": dicom_bytes(dicom_dataset(STORED)), "nibabel": nifti_bytes(ct_volume())}
+    for library, content in contents.items():
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, library, None)
+            with pytest.raises(ValueError, match=rf'needs {library}: pip install "medsight\[medical\]"'):
+                open_scan(content)
+
+
+class TestProcessor:
+    """The processor takes what open_scan takes."""
+
+    def test_every_source_gives_the_pixels_of_its_slice(self, tmp_path: Path) -> None:
+        content = nifti_bytes(ct_volume())
+        (tmp_path / "v.nii").write_bytes(content)
+        scan = open_scan(content)
+        fullest = scan.choose_slices("largest-foreground")[0]
+        processor = MedSightImageProcessor(size=28)
+        for source in (content, tmp_path / "v.nii", str(tmp_path / "v.nii")):
+            for arguments, index, window in [
+                ({}, 3, None),
+                ({"slices": 1}, 1, None),
+                ({"slices": "largest-foreground", "window": "lung"}, fullest, "lung"),
+                ({"window": (0, 900)}, 3, (0, 900)),
+            ]:
+                expected = processor(scan.slice_image(index, window), return_tensors="pt")
+                out = processor(source, return_tensors="pt", **arguments)
+                assert torch.equal(out["pixel_values"], expected["pixel_values"])
+                assert out["original_sizes"].tolist() == [[6, 5]]
+
+    def test_several_slices_are_several_images(self, image: Image.Image) -> None:
+        content = nifti_bytes(ct_volume())
+        processor = MedSightImageProcessor(size=28)
+        assert len(processor(content, slices="all")["pixel_values"]) == 7
+        out = processor([image, content, image], slices="2-4")
+        assert [tuple(size) for size in out["original_sizes"]] == [(30, 50), (6, 5), (6, 5), (6, 5), (30, 50)]
+        assert len(MedSightImageProcessor(size=28, slices="all")(content)["pixel_values"]) == 7
+
+    def test_text_and_chat_take_volumes(self, processor: MedSightProcessor, tmp_path: Path) -> None:
+        content = dicom_bytes(dicom_dataset(np.moveaxis(ct_volume(), 2, 0)))
+        (tmp_path / "v").write_bytes(content)
+        scan = open_scan(content)
+        place = "<|image_pad|>"
+        expected = processor(text=f"a {place}", images=scan.slice_image(5, "bone"), return_tensors="pt")
+        for kwargs in ({"slices": 5, "window": "bone"}, {"images_kwargs": {"slices": 5, "window": "bone"}}):
+            out = processor(text=f"a {place}", images=tmp_path / "v", return_tensors="pt", **kwargs)
+            assert torch.equal(out["pixel_values"], expected["pixel_values"])
+        both = processor(text=f"{place}{place}", images=content, slices="0-1", return_tensors="pt")
+        assert len(both["pixel_values"]) == 2
+        for entry in ({"path": str(tmp_path / "v")}, {"image": tmp_path / "v"}, {"image": content}):
+            parts = [{"type": "image", **entry}, {"type": "text", "text": "x"}]
+            chat = processor.apply_chat_template(
+                [{"role": "user", "content": parts}],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"slices": 5, "window": "bone"},
+            )
+            assert torch.equal(chat["pixel_values"], expected["pixel_values"])
+
+    def test_a_window_is_for_wide_arrays_and_leaves_pictures_of_8_bits(self, image: Image.Image) -> None:
+        processor = MedSightImageProcessor(size=28)
+        values = np.arange(-1600, 2400, 100, dtype=np.int16).reshape(5, 8)
+        expected = open_scan(values).slice_image(0, "lung")
+        out = processor([values, image, values.clip(0).astype(np.uint16)], window="lung", return_tensors="pt")
+        assert torch.equal(out["pixel_values"][:1], processor(expected, return_tensors="pt")["pixel_values"])
+        assert torch.equal(out["pixel_values"][1:2], processor(image, return_tensors="pt")["pixel_values"])
+
+
+def test_training_images_are_made_as_scans_are_shown(shared_data: Path) -> None:
+    """The CT images of the training data, slice by slice: same orientation, same window."""
+    scan = open_scan(shared_data / "volumes/tcia_sts/sts002_CT.nii.gz")
+    for number, index in ((25, 16), (26, 18), (27, 20)):
+        trained = Image.open(shared_data / f"segmentation/tcia_sts/test/{number:04d}_CT_extremity.png").convert("L")
+        assert np.abs(np.asarray(trained).astype(int) - np.asarray(scan.slice_image(index))).max() <= 1
+
+
+def test_the_series_of_the_shared_data_lies_where_its_label_map_does(shared_data: Path) -> None:
+    folder = shared_data / "volumes/totalsegmentator"
+    series, labels = open_scan(folder / "example_ct_dicom"), nibabel.load(folder / "example_ct_dicom_seg.nii.gz")
+    corner, far = np.array([0, 0, 0, 1]), np.array([series.num_slices - 1, 511, 511, 1])
+    ends = np.sort([(series.affine @ corner)[:3], (series.affine @ far)[:3]], axis=0)
+    shape = np.array(labels.shape) - 1
+    own = np.sort([labels.affine[:3, 3], (labels.affine @ [*shape, 1])[:3]], axis=0)
+    assert np.allclose(ends, own, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm"]
+)
+def test_the_encodings_of_one_image_look_alike(name: str) -> None:
+    paths = dict(shipped_dicoms())
+    assert np.array_equal(open_scan(paths[name]).slice_image(0), open_scan(paths["MR_small_expb.dcm"]).slice_image(0))

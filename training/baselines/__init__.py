@@ -1,0 +1,1 @@
+"""Systems that the model is held against, trained on the same rows."""

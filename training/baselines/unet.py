@@ -1,0 +1,318 @@
+"""A plain target-conditioned U-Net, trained on a recipe's own rows: what a model of that recipe has to be ahead of.
+
+python -m medsight.training.baselines.unet nano --minutes 45 --threads 2 --output runs/unet \\
+    --benchmark segmentation --data ../shared/data/segmentation
+medsight evaluate --benchmark segmentation --data ../shared/data/segmentation \\
+    --predictions runs/unet/predictions.jsonl --output scores/unet --name U-Net
+
+It is told a picture and one mask class, and gives that class's mask. Rows, validation split, pictures' places and
+augmentation are those of the recipe's perceiver stage. A target that is no class of the training rows is taken for all
+classes whose names end with it ("tumor": "liver tumor", "kidney tumor"), their masks united; where no pixel reaches a
+probability of 0.5, it gives no mask.
+
+OUTPUT/summary.json, predictions.jsonl      written together, when all is done
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from medsight.evaluation.items import Item
+    from medsight.evaluation.predictions import Prediction
+    from medsight.training.corpus import Corpus
+    from medsight.training.data.items import Items, Places
+
+WIDTHS = (16, 32, 64, 128, 128)
+BATCH_SIZE = 8
+LEARNING_RATE, WARMUP, LEAST = 2e-3, 0.02, 0.01  # peak; share of the budget; share of the peak that is left at the end
+VALIDATIONS = 4
+THRESHOLD = 0.5
+SUMMARY, PREDICTIONS = "summary.json", "predictions.jsonl"
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions; the class scales and shifts the channels of the second."""
+
+    def __init__(self, channels: int, width: int, condition: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.first_norm, self.second_norm = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.modulation = nn.Linear(condition, 2 * width)
+
+    def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        features = F.relu(self.first_norm(self.first(features)))
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        return F.relu(self.second_norm(self.second(features)) * (1 + scale) + shift)
+
+
+class UNet(nn.Module):
+    """A U-Net whose every block is conditioned on a mask class.
+
+    Args:
+        num_classes: mask classes.
+        widths: channels of each level, each of half the side of the one before; multiples of 8.
+        condition: width of a class's embedding.
+    """
+
+    def __init__(self, num_classes: int, widths: Sequence[int] = WIDTHS, condition: int = 64) -> None:
+        super().__init__()
+        self.classes = nn.Embedding(num_classes, condition)
+        inputs = (3, *widths[:-1])
+        self.down = nn.ModuleList(Block(*pair, condition) for pair in zip(inputs, widths, strict=True))
+        levels = reversed(list(itertools.pairwise(widths)))
+        self.up = nn.ModuleList(Block(width + below, width, condition) for width, below in levels)
+        self.head = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, pixel_values: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Mask logits (n, S, S) of class i (n,) in picture i (n, 3, S, S)."""
+        condition, features = self.classes(classes), pixel_values
+        levels: list[torch.Tensor] = []
+        for block in self.down:
+            features = block(F.max_pool2d(features, 2) if levels else features, condition)
+            levels.append(features)
+        for block, level in zip(self.up, reversed(levels[:-1]), strict=True):
+            features = F.interpolate(features, size=level.shape[-2:], mode="bilinear")
+            features = block(torch.cat((features, level), dim=1), condition)
+        return self.head(features)[:, 0]
+
+
+@dataclasses.dataclass
+class Budget:
+    """How long training takes: steps, or minutes of them, validation left out."""
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None) or (self.steps or self.minutes or 0) <= 0:
+            raise ValueError(f"--steps {self.steps}, --minutes {self.minutes}: expected one of them, above 0")
+
+    def spent(self, steps: int, seconds: float) -> float:
+        """The share of the budget that is spent."""
+        return steps / self.steps if self.steps else seconds / (60 * self.minutes)
+
+
+def learning_rate(spent: float) -> float:
+    """A short warm-up, then half a cosine over the whole budget."""
+    cosine = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
+    return LEARNING_RATE * min(1.0, (spent + 1e-3) / WARMUP) * cosine
+
+
+def region_items(recipe: Any, corpus: "Corpus", size: int) -> "Items":
+    """The training samples of the recipe's perceiver stage, on a canvas of `size` pixels, with masks of that size."""
+    from medsight.training.data.items import Places
+    from medsight.training.run import stage_items, stage_settings
+    from medsight.training.stage_1_perceiver import PerceiverSettings, PerceiverStage
+    from processing_medsight.image_processing_medsight import MedSightImageProcessor
+
+    look = {name: getattr(recipe.model, name) for name in ("fit", "image_mean", "image_std")}
+    processor = SimpleNamespace(image_processor=MedSightImageProcessor(size={"height": size, "width": size}, **look))
+    canvas = SimpleNamespace(
+        image_size=size, mask_size=(size, size), mask_class_names=corpus.classes, use_region_codebook=True
+    )
+    settings, _ = stage_settings(recipe).get("perceiver", (PerceiverSettings(), {}))
+    places = Places(processor, canvas, corpus.groups, recipe.data.keep_in_memory)
+    return stage_items(PerceiverStage(settings, places, recipe.seed), recipe, corpus, Path(recipe.output), "training")
+
+
+def batches(items: "Items", power: float, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Without end: pictures (n, 3, S, S), a class asked of each (n,), and its masks (n, S, S), empty where absent.
+
+    Args:
+        power: sets are drawn in proportion to their size to this power.
+    """
+    from medsight.training.data.items import Skipped
+    from medsight.training.data.sampler import DrawSampler, set_weights
+
+    weights = set_weights([name or "" for name in items.rows["dataset"]], power)
+    sampler = DrawSampler(len(items), seed, weights, batch_size=BATCH_SIZE)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        draws = list(sampler)
+        for start in range(0, len(draws), BATCH_SIZE):
+            samples = [items[draw] for draw in draws[start : start + BATCH_SIZE]]
+            samples = [sample for sample in samples if not isinstance(sample, Skipped)]
+            asked = [sample["asked"][int(sample["chance"] * len(sample["asked"]))] for sample in samples]
+            masks = [
+                sample["mask_labels"][sample["class_labels"] == one].sum(0).clamp(max=1)
+                for sample, one in zip(samples, asked, strict=True)
+            ]
+            if samples:
+                yield torch.stack([s["pixel_values"] for s in samples]), torch.stack(asked), torch.stack(masks)
+
+
+def classes_asked(target: str | None, names: Sequence[str], item: str) -> list[int]:
+    """The class of a target, or all classes whose names end with it.
+
+    Raises:
+        ValueError: there is none; the message names `item`.
+    """
+    found = [names.index(target)] if target in names else [i for i, n in enumerate(names) if n.endswith(f" {target}")]
+    if not found:
+        raise ValueError(f"{item}: target {target!r} is none of the {len(names)} classes of the training rows")
+    return found
+
+
+@torch.inference_mode()
+def predict(network: UNet, places: "Places", items: Sequence["Item"]) -> list["Prediction"]:
+    """A mask, at the picture's own size, for the target of each item; none where no pixel reaches `THRESHOLD`."""
+    from medsight.evaluation.predictions import Prediction, encode_mask
+
+    network.eval()
+    device, names, predictions = next(network.parameters()).device, list(places.classes), []
+    for item in items:
+        pixels, (width, height) = places.load_image(item.images[0])
+        asked = torch.tensor(classes_asked(item.target, names, item.id), device=device)
+        logits = network(on_device(pixels.expand(len(asked), -1, -1, -1), device), asked).amax(0, keepdim=True)
+        (masks,) = places.image_processor.post_process_masks([logits], [(height, width)], threshold=THRESHOLD)
+        shown = [encode_mask(mask.cpu().numpy()) for mask in masks if mask.any()]
+        answer = f"{item.target}." if shown else f"There is no {item.target} in this image."
+        predictions.append(Prediction(item.id, answer, answer, shown, phrases=[item.target] * len(shown)))
+    return predictions
+
+
+def on_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pictures with their channels last, which halves the time of a CPU's convolutions."""
+    return pixels.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def train(corpus: "Corpus", recipe: Any, budget: Budget, size: int) -> tuple[UNet, "Places", dict[str, Any]]:
+    """Train on the recipe's training rows, and score the validation rows `VALIDATIONS` times on the way.
+
+    Returns:
+        The network, where its pictures lie, and what summary.json says.
+    """
+    from medsight.training.held_out import figures, held_out_items, score_predictions, set_dice
+    from modeling_medsight.loss_medsight import mask_bce, mask_dice
+
+    torch.manual_seed(recipe.seed)
+    items, validation = region_items(recipe, corpus, size), held_out_items(corpus, "segmentation")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = UNet(len(corpus.classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    power = recipe.stages.get("perceiver", {}).get("set_power", 1.0)
+    drawn = batches(items, power, recipe.seed)
+    steps = images = 0
+    seconds = cpu_seconds = spent = 0.0
+    validations: list[dict[str, Any]] = []
+    while spent < 1:
+        clock, cpu_clock = time.perf_counter(), time.process_time()
+        network.train()
+        pixels, asked, masks = next(drawn)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(spent)
+        logits, masks = network(on_device(pixels, device), asked.to(device)), masks.to(device)
+        loss = (mask_bce(logits, masks) + mask_dice(logits, masks)).mean()
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of step {steps + 1} is {loss.item()}")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        steps, images = steps + 1, images + len(pixels)
+        seconds, cpu_seconds = seconds + time.perf_counter() - clock, cpu_seconds + time.process_time() - cpu_clock
+        spent = budget.spent(steps, seconds)
+        if spent >= (len(validations) + 1) / VALIDATIONS:
+            scores = score_predictions(validation, predict(network, items.places, validation), "segmentation")
+            done = {"steps": steps, "images": images, "seconds": round(seconds), "cpu_seconds": round(cpu_seconds)}
+            validations.append({**done, **figures(scores), "sets": set_dice(scores)})
+            shown = {name: "-" if value is None else f"{value:.3f}" for name, value in figures(scores).items()}
+            print(
+                f"{images:,} images, {seconds:,.0f} s: validation Dice {shown['dice']} (rows), {shown['dice_sets']} "
+                f"(unweighted over sets); absent, no mask {shown['no_mask']}",
+                flush=True,
+            )
+    return network, items.places, {**done, "validation_rows": len(validation), "validation": validations}
+
+
+def run(
+    recipe_name: str,
+    output: Path,
+    budget: Budget,
+    size: int = 112,
+    threads: int | None = None,
+    seed: int = 0,
+    benchmark: str | None = None,
+    data: str | None = None,
+) -> None:
+    """Train, predict the rows of a benchmark, and write both files of OUTPUT.
+
+    Args:
+        size: pixels of the picture's side that the network sees.
+        seed: of weights, order and augmentation; the validation split stays the recipe's.
+        benchmark, data: a benchmark of segmentation and the folder with its rows.
+
+    Raises:
+        OSError: `output` is there, or something is missing.
+        ValueError: the recipe, the data or the benchmark is bad, or the loss is not finite.
+    """
+    from medsight.evaluation.benchmarks import load_benchmark
+    from medsight.evaluation.items import read_items
+    from medsight.evaluation.predictions import PredictionWriter
+    from medsight.output_folder import staged_folder
+    from medsight.training.corpus import read_corpus
+    from medsight.training.recipe import load_recipe
+    from medsight.training.run import write_json
+
+    if output.exists():
+        raise FileExistsError(f"{output} exists; name another output")
+    if (benchmark is None) != (data is None):
+        raise ValueError("--benchmark and --data go together")
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = load_recipe(recipe_name)
+    corpus = read_corpus(recipe)
+    asked, _ = read_items(load_benchmark(benchmark), data) if benchmark and data else ([], 0)
+    for item in asked:
+        classes_asked(item.target, corpus.classes, item.id)
+    with staged_folder(output, overwrite=False) as folder:
+        network, places, summary = train(corpus, dataclasses.replace(recipe, seed=seed), budget, size)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        setting = {"recipe": recipe_name, "size": size, "seed": seed, "threads": torch.get_num_threads()}
+        write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
+        if asked:
+            with PredictionWriter(folder / PREDICTIONS) as writer:
+                writer.write(predict(network, places, asked))
+        files = sorted(file.name for file in folder.iterdir())
+    print(f"{parameters:,} parameters; written to {output}/: {', '.join(files)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    from medsight.cli import describe, report
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="recipe (YAML file), or the name of a shipped one, such as nano")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--minutes", type=float, help="of training, validation left out")
+    parser.add_argument("--steps", type=int, help=f"of {BATCH_SIZE} pictures, in place of minutes")
+    parser.add_argument("--size", type=int, default=112, help="pixels of a picture's side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)")
+    parser.add_argument("--benchmark", help="predict the rows of this benchmark, such as segmentation")
+    parser.add_argument("--data", help="folder with the benchmark's rows")
+    args = vars(parser.parse_args(arguments))
+    try:
+        budget = Budget(args.pop("steps"), args.pop("minutes"))
+        run(args.pop("recipe"), budget=budget, **args)
+    except (OSError, ValueError) as error:
+        return report(error, describe(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

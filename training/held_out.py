@@ -1,0 +1,94 @@
+"""A recipe's own held-out rows as items of a benchmark, and the few figures that runs are compared by."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .corpus import Corpus
+from .data.sources import Source
+
+
+if TYPE_CHECKING:
+    from medsight.evaluation.items import Item
+    from medsight.evaluation.predictions import Prediction
+
+SPLITS = ("validation", "test")
+
+
+def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") -> list["Item"]:
+    """The items of a benchmark that a recipe's data hold.
+
+    Args:
+        benchmark: a shipped benchmark of the layout biomedparse, such as "segmentation".
+        split: "validation", the images of the training rows that no stage trains on; or "test".
+
+    Raises:
+        ValueError: the benchmark or a source has another layout, two rows have one id, or there is no row.
+    """
+    from medsight.evaluation.benchmarks import load_benchmark
+    from medsight.evaluation.items import read_items
+
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    declared = load_benchmark(benchmark)
+    held = {os.path.abspath(image["path"]) for image in corpus.validation["image"]}
+    found: dict[str, Item] = {}
+    for source in map(Source.from_mapping, corpus.recipe.data.regions):
+        if {source.layout, declared.layout} != {"biomedparse"}:
+            raise ValueError(
+                f"benchmark {benchmark} reads the layout {declared.layout}, {source.path} has {source.layout}: "
+                "expected biomedparse of both"
+            )
+        of_split = source.split if split == "validation" else "test"
+        items, _ = read_items(dataclasses.replace(declared, split=of_split), source.path)
+        for item in items:
+            if split == "validation" and os.path.abspath(item.images[0]["path"]) not in held:
+                continue
+            if item.id in found:
+                raise ValueError(f"{source.path}: the row {item.id!r} is in two sources")
+            found[item.id] = item
+    if not found:
+        raise ValueError(f"benchmark {benchmark}: the recipe's data have no {split} row for it")
+    return list(found.values())
+
+
+def score_predictions(items: Sequence["Item"], predictions: Sequence["Prediction"], benchmark: str) -> dict[str, Any]:
+    """What metrics.json would say of predictions, by the benchmark's own protocol."""
+    from medsight.evaluate import protocol_of
+    from medsight.evaluation.benchmarks import load_benchmark
+    from medsight.evaluation.predictions import Problems
+    from medsight.evaluation.scoring import score_rows
+    from medsight.evaluation.summary import summarise
+
+    declared = load_benchmark(benchmark)
+    protocol = protocol_of(declared, None, None, {})
+    by_id = {prediction.id: prediction for prediction in predictions}
+    rows = score_rows(items, by_id, declared, protocol, Problems())
+    return {"task": declared.task, **summarise(rows, declared)}
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures of a metrics.json by which runs are compared; None where no row has one.
+
+    Returns:
+        `dice`, the mean over rows; `dice_sets`, the unweighted mean over data sets; `no_mask`, the share of rows about
+        something absent that are answered without a mask; of diagnoses, `recall` first.
+    """
+    dice = metrics["scores"].get("dice")
+    sets = list(set_dice(metrics).values())
+    absent = metrics["negatives"]["no_region_rate"]
+    found = {
+        "dice": dice["micro"]["value"] if dice else None,
+        "dice_sets": sum(sets) / len(sets) if sets else None,
+        "no_mask": absent["value"] if absent else None,
+    }
+    if metrics["task"] == "diagnose":
+        found = {"recall": metrics["scores"]["answer"]["micro"]["value"], **found}
+    return found
+
+
+def set_dice(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Mean Dice of each data set that has rows with something to find."""
+    by_set = metrics["by"]["dataset"]
+    return {name: entry["dice"]["value"] for name, entry in by_set.items() if entry.get("dice")}
