@@ -99,7 +99,8 @@ def shared_stages(full: Recipe, other: Recipe) -> list[str]:
 
 def take_over(full: Recipe, other: Recipe) -> None:
     """Open the folder of another run, and copy the finished stages there that it shares with the full one."""
-    from .run import STAGES, open_folder
+    from .run import STAGES
+    from .run_folder import open_folder
 
     open_folder(Path(other.output), other)
     shared = shared_stages(full, other)
@@ -159,7 +160,8 @@ def run(
     """
     from .corpus import read_corpus
     from .held_out import figures, held_out_items
-    from .run import train, write_json, write_text
+    from .run import train
+    from .run_folder import write_json, write_text
 
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
     corpora = {seed: read_corpus(dataclasses.replace(recipe, seed=seed)) for seed in seeds}

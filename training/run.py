@@ -10,35 +10,26 @@ OUTPUT/model/                                       the result
 
 import contextlib
 import dataclasses
-import json
-import os
-import platform
-import shutil
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from transformers import GenerationConfig, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
-from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
-from processing_medsight.processing_medsight import MedSightProcessor
 
-from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, fingerprint, read_corpus
+from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus
 from .data.augmentation import Augmentation, Augmenter, sided_groups
 from .data.items import ConversationItems, Items, Places
 from .data.sampler import DrawSampler, set_weights
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
-from .recipe import Recipe, build, convert, differences, refuse_unknown
+from .recipe import Recipe, build, convert, refuse_unknown
+from .run_folder import describe_data, finish_stage, load_folder, lock, on_main, open_folder, save_folder, save_result
 from .stage import Stage, StageSettings
 from .stage_0_language_model import LanguageModelStage
 from .stage_1_perceiver import PerceiverStage
@@ -60,8 +51,6 @@ STAGES: dict[str, type[Stage]] = {
         UnifiedStage,
     )
 }
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
-LOCK_FILE = ".lock"
 LONGEST_WAIT = timedelta(hours=6)  # while one process annotates, the others wait
 DEFAULTS = {
     "eval_strategy": "epoch",
@@ -180,26 +169,6 @@ def arguments_class(trainer: str) -> type[TrainingArguments]:
     return SFTConfig
 
 
-@contextlib.contextmanager
-def lock(output: Path) -> Iterator[None]:
-    """Keep a run's folder from being trained in twice at once; the system lets go of it however a process ends.
-
-    Raises:
-        ValueError: another process trains there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(output / LOCK_FILE, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{output}: another process is training there; wait for it, or end it") from error
-        yield
-
-
 def stage_folder(output: Path, key: str) -> Path:
     return output / "stages" / STAGES[key].folder
 
@@ -207,88 +176,6 @@ def stage_folder(output: Path, key: str) -> Path:
 def finished(output: Path, key: str) -> bool:
     """Whether a stage's result is there; its model and this mark appear together."""
     return (stage_folder(output, key) / "finished.json").is_file()
-
-
-def on_main(work: Callable[[], Any]) -> Any:
-    """Do something on the main process alone; all wait, and all raise if it fails."""
-    state = PartialState()
-    result: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            result[0] = work()
-        except (OSError, ValueError) as error:
-            if state.num_processes == 1:
-                raise
-            result[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(result)
-        if result[1] is not None:
-            raise result[1]
-    return result[0]
-
-
-def open_folder(output: Path, recipe: Recipe) -> None:
-    """Make the run's folder, or go on in it if it holds a run of the same recipe.
-
-    Raises:
-        ValueError: the folder holds another run (with the differences), or something else.
-    """
-    file = output / "recipe.yaml"
-    now = recipe.to_dict()
-    if file.is_file():
-        lines = differences(yaml.safe_load(file.read_text(encoding="utf-8")), now)
-        if lines:
-            raise ValueError(
-                f"{output} holds a run of another recipe; go on with the same one, or choose another output. "
-                f"It differs in {'; '.join(lines)}"
-            )
-        return
-    if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no run: choose another output")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "environment.json", environment())
-    write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-
-
-def environment() -> dict[str, Any]:
-    """Versions of what a run depends on."""
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    from medsight import __version__
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "medsight": __version__,
-        "python": platform.python_version(),
-        "device": device,
-        "processes": PartialState().num_processes,
-        **{package: of(package) for package in PACKAGES},
-    }
-
-
-def describe_data(output: Path, corpus: Corpus) -> None:
-    """Write the data's fingerprints; a run goes on only on the same data.
-
-    Raises:
-        ValueError: the data are not what the run began with.
-    """
-    described = {
-        name: {"rows": len(corpus.split(name)), "sha256": fingerprint(corpus.split(name))}
-        for name in ("training", "validation")
-    }
-    file = output / "data.json"
-    if not file.is_file():
-        write_json(file, described)
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    if before != described:
-        lines = differences(before, described)
-        raise ValueError(f"the data have changed since {output} began: {'; '.join(lines)}; choose another output")
 
 
 def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
@@ -367,16 +254,6 @@ def run_stage(
     on_main(lambda: finish_stage(folder, model, processor, weights, metrics))
 
 
-def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
-    """Save a stage's model and mark the stage as finished."""
-    if (folder / "model").is_dir():
-        shutil.rmtree(folder / "model")  # of a run that was killed between the model and the mark
-    save_folder(model, processor, folder / "model", state)
-    write_json(folder / "finished.json", {"metrics": metrics})
-    for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
-
-
 def stage_items(stage: Stage, recipe: Recipe, corpus: Corpus, output: Path, split: str) -> Items:
     """The training or validation samples of a stage."""
     if stage.key == "language_model":
@@ -430,85 +307,3 @@ def training_arguments(
         values |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         values.setdefault("gradient_checkpointing", False)
     return arguments_class(settings.trainer)(**values)
-
-
-def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[Any, MedSightProcessor]:
-    """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration."""
-    processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
-    config = MedSightConfig.from_pretrained(folder, local_files_only=True)
-    for name in recipe.model.config.keys() - config.sub_configs.keys():
-        setattr(config, name, recipe.model.config[name])
-    config.refuse_contradictions()
-    options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
-    if getattr(settings, "method", "full") == "qlora":
-        options |= quantised(options["dtype"])
-    try:
-        model = MedSightForConditionalGeneration.from_pretrained(
-            folder, config=config, local_files_only=True, **options
-        )
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: its weights do not fit model.config={recipe.model.config} ({error})") from error
-    processor.image_seq_length = config.image_seq_length  # an ablation may leave the region rows out
-    return model, processor
-
-
-def quantised(dtype: torch.dtype) -> dict[str, Any]:
-    """Loading options for QLoRA: 4 bits, which the model applies to its language model's linear layers alone."""
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-    return {"quantization_config": config}
-
-
-def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> None:
-    """Write a checkpoint folder, which appears whole or not at all."""
-    partial = folder.with_name(f".saving-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial, state_dict=state)
-        processor.save_pretrained(partial)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder} could not be written ({error})") from error
-    os.replace(partial, folder)
-
-
-def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
-    """The result of a whole run: the last stage's model, stored in `save_dtype`, answering greedily by default."""
-    if folder.is_dir():
-        return
-    model = MedSightForConditionalGeneration.from_pretrained(last, local_files_only=True, dtype=torch.float32)
-    processor = MedSightProcessor.from_pretrained(last, local_files_only=True)
-    model.generation_config = GenerationConfig(
-        max_new_tokens=160,
-        do_sample=False,
-        return_dict_in_generate=True,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    dtype = getattr(torch, recipe.model.save_dtype)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    stored = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
-    # A small model is stored in half the bytes and still computes in float32.
-    model.config.dtype = torch.float32 if recipe.model.dtype == "float32" else dtype
-    save_folder(model, processor, folder, stored)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from medsight import Predictor
 from medsight.training.recipe import load_recipe
-from medsight.training.run import STAGES, lock, train
+from medsight.training.run import STAGES, train
+from medsight.training.run_folder import lock
 from medsight.training.trainer import StageTrainer, checkpoints
 from tests.training.tiny_run import only, steps_of, tiny_recipe, tiny_values
 
