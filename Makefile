@@ -14,7 +14,7 @@ DEMO_PROMPT := Segment the nucleus.
 # One thread a process: two workers with two threads each would fight for two cores. Nothing may be fetched in a test.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
-SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training tests setup.py
+SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training benchmarks tests setup.py
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-slow lint format types clean
@@ -43,7 +43,7 @@ $(VENV)/.installed: setup.py pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV) (once) ..."
-	@$(PIP) --editable '.[app,dev,eval,jpeg,medical,train]'
+	@$(PIP) --editable '.[app,dev,eval,jpeg,medical,quant,train]'
 	@$(PIP) --no-deps dashscope || echo "note: dashscope is not to be had here; tests on Qwen3's own vocabulary will be skipped"
 	@touch $@
 

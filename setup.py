@@ -54,6 +54,7 @@ extras = {
         *("pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.3"),
     ],
     "jpeg": ["pylibjpeg-libjpeg>=2.1"],  # lossless and 12-bit JPEG in DICOM; under the GPL, so by itself
+    "quant": ["bitsandbytes>=0.46.1", "accelerate>=1.10"],
     "app": ["gradio>=6.31,<7"],
     "demo": ["mahotas>=1.4.13"],
     "dev": [

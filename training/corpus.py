@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,26 @@ def read_corpus(recipe: Recipe) -> Corpus:
     if recipe.data.groups:
         groups = Groups(recipe.data.groups)
     else:
-        groups = Groups.of_pairs(zip(rows["modality"], rows["site"], strict=True))
+        groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for some in rows["targets"] for target in some})
     return Corpus(recipe, training, validation, groups, classes)
+
+
+def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
+    """The code groups of modalities and sites where a recipe names none: those of the checkpoint that it starts from,
+    or one a pair.
+
+    Raises:
+        ValueError: as `match_groups`.
+    """
+    if recipe.model.folder is None:
+        return Groups.of_pairs(pairs)
+    from configuration_medsight.configuration_medsight import MedSightConfig
+
+    from .data.annotate import match_groups
+
+    config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
+    return match_groups(config.group_names, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
 
 
 def corpus_conversations(corpus: Corpus) -> Any:

@@ -211,6 +211,11 @@ def run_stage(
     folder = output / "stages" / kind.folder
     on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     model, processor = load_folder(start, recipe, own)
+    if model.config.use_region_codebook and corpus.groups.names != list(model.config.group_names):
+        raise ValueError(
+            f"data.groups names the groups {corpus.groups.names}, but those of the model, whose order counts, are "
+            f"{list(model.config.group_names)}: name all of these"
+        )
     places = Places(processor, model.config, corpus.groups, recipe.data.keep_in_memory)
     stage = kind(own, places, recipe.seed)
     last = checkpoints(folder)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from configuration_medsight import MedSightConfig
+from medsight.training.corpus import read_corpus
 from medsight.training.run import train
 from medsight.training.trainer import NotFiniteError, StageTrainer, checkpoints
 from tests.training.tiny_run import only, steps_of, tiny_recipe
@@ -178,3 +180,15 @@ def test_a_recipe_that_does_not_fit_its_data_is_told_so(
     stages = {**only("perceiver", "vision_to_text"), **changes.pop("stages", {})}
     with pytest.raises((TypeError, ValueError), match=message):
         train(tiny_recipe(data, tmp_path / "run", stages=stages, **changes))
+
+
+def test_groups_that_are_not_the_models_are_refused_and_by_default_are_the_models_own(
+    drawn_data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    start = unbroken / "model"
+    names = MedSightConfig.from_pretrained(start).group_names
+    swapped = {"groups": {name: [name.replace(" ", "/")] for name in reversed(names)}}
+    with pytest.raises(ValueError, match="whose order counts"):
+        train(perceiver(drawn_data, tmp_path / "swapped", model={"folder": str(start)}, data=swapped))
+    own = perceiver(drawn_data, tmp_path / "own", model={"folder": str(start)})
+    assert read_corpus(own).groups.names == names

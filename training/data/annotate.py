@@ -49,7 +49,8 @@ def match_groups(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> Grou
         if found is None:
             raise ValueError(
                 f"no code group of the model is called '{modality} {site}': its groups are {', '.join(names)}. Say "
-                f"which of them it belongs to with --groups FILE, e.g. {names[0]!r}: ['{modality}/{site}']"
+                f"which of them it belongs to with --groups FILE or a recipe's data.groups, e.g. {names[0]!r}: "
+                f"['{modality}/{site}']"
             )
         patterns[found].append(f"{modality}/{site}")
     return Groups(patterns)

@@ -1,0 +1,170 @@
+"""How long until something happens, and how much memory does loading take?
+
+`imports`: what the three packages add, in one process, to transformers and to what it loads for any model.
+`predict`: `medsight predict` from cold against either import plus the answer by itself.
+`load`: a random sharded checkpoint of `--preset`, written once, loaded in a fresh process: peak memory by its size.
+Resident memory counts the pages of files that are mapped, private memory only what was copied (Linux).
+
+Rows: what, base_s, s, added_s (imports: s - base_s), answer_s, ratio (imports: s / base_s; predict: s / (base_s +
+answer_s); load: peak_bytes / file_bytes), file_bytes, peak_bytes, private_ratio.
+
+    python -m benchmarks.startup --preset small --output startup.json
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import measuring
+
+
+LOADED = """
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoProcessor, BaseImageProcessor, GenerationMixin, PreTrainedModel, ProcessorMixin
+"""
+IMPORTS = f"""
+import json, time
+start = time.perf_counter()
+import torch, transformers
+bare = time.perf_counter()
+{LOADED}
+loaded = time.perf_counter()
+import configuration_medsight, modeling_medsight, processing_medsight
+print(json.dumps([bare - start, loaded - start, time.perf_counter() - start]))
+"""
+LOAD = """
+import json, sys, threading
+from pathlib import Path
+from benchmarks.measuring import process_memory
+from modeling_medsight import MedSightForConditionalGeneration
+from transformers.models.auto import modeling_auto, tokenization_auto  # what loading imports is not its memory
+
+before, private, done = process_memory("VmRSS"), process_memory("RssAnon"), threading.Event()
+most = [0]
+def watch():
+    while not done.wait(0.002):
+        most[0] = max(most[0], process_memory("RssAnon"))
+watcher = threading.Thread(target=watch)
+watcher.start()
+Path("/proc/self/clear_refs").write_text("5")
+model = MedSightForConditionalGeneration.from_pretrained(sys.argv[1], dtype="auto")
+peak = process_memory("VmHWM")
+done.set()
+watcher.join()
+if sys.argv[2] != "cpu":
+    model.to(sys.argv[2])
+print(json.dumps([peak - before, most[0] - private]))
+"""
+
+
+def run_python(*arguments: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments[:2])[:80]}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def import_rows(chosen: Any) -> list[dict[str, Any]]:
+    for _ in range(chosen.warmup):
+        run_python("-c", IMPORTS)
+    rounds = [json.loads(run_python("-c", IMPORTS)) for _ in range(chosen.repeats)]
+    bare, loaded, whole = ([one[part] for one in rounds] for part in range(3))
+    kinds = {
+        "imports, over torch and transformers with what any model loads": loaded,
+        "imports, over import torch, transformers": bare,
+    }
+    return [
+        {
+            "what": name,
+            "base_s": measuring.spread(base),
+            "s": measuring.spread(whole),
+            "added_s": measuring.spread([w - b for w, b in zip(whole, base, strict=True)]),
+            "ratio": measuring.ratio(whole, base),
+        }
+        for name, base in kinds.items()
+    ]
+
+
+def predict_rows(chosen: Any, device: Any) -> list[dict[str, Any]]:
+    from PIL import Image
+
+    from medsight.predictor import Predictor
+
+    with tempfile.TemporaryDirectory() as folder:
+        image, question = Path(folder) / "image.png", "Segment the lesion."
+        Image.effect_noise((320, 256), 60).convert("RGB").save(image)
+        predictor = Predictor(chosen.model, device=str(device))
+        command = ["-m", "medsight.cli", "predict", str(image), "--prompt", question, "--model", str(chosen.model)]
+        command += ["--device", str(device), "--output", f"{folder}/answer", "--overwrite"]
+        times = measuring.paired(
+            {
+                "bare": lambda: run_python("-c", "import torch, transformers"),
+                "loaded": lambda: run_python("-c", f"import torch, transformers\n{LOADED}"),
+                "predict": lambda: run_python(*command),
+                "answer": lambda: predictor(image, question),
+            },
+            chosen,
+            device,
+        )
+    kinds = {
+        "predict, over import torch, transformers": times["bare"],
+        "predict, over these with what any model loads": times["loaded"],
+    }
+    return [
+        {
+            "what": name,
+            "base_s": measuring.spread(base),
+            "s": measuring.spread(times["predict"]),
+            "answer_s": measuring.spread(times["answer"]),
+            "ratio": measuring.ratio(times["predict"], [b + a for b, a in zip(base, times["answer"], strict=True)]),
+        }
+        for name, base in kinds.items()
+    ]
+
+
+def load_row(chosen: Any, device: Any) -> dict[str, Any]:
+    import torch
+
+    from .random_inputs import random_model
+
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+        model = random_model(chosen.preset, torch.device("cpu"), torch.bfloat16)
+        whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        model.save_pretrained(folder, max_shard_size=max(whole // 4, 2**16))
+        del model
+        files = list(Path(folder).glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in files)
+        peaks = []
+        for _ in range(chosen.repeats):
+            peaks.append(json.loads(run_python("-c", LOAD, folder, str(device))))
+    return {
+        "what": f"load {chosen.preset}, {len(files)} files",
+        "file_bytes": size,
+        "peak_bytes": max(peak for peak, _ in peaks),
+        "ratio": measuring.spread([peak / size for peak, _ in peaks]),
+        "private_ratio": measuring.spread([private / size for _, private in peaks]),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = measuring.parser("benchmarks.startup", __doc__)
+    measuring.add_folder(options)
+    options.add_argument("--preset", default="small", help="of the checkpoint that is loaded")
+    options.add_argument("--folder", type=Path, metavar="DIR", help="where it is written for that time")
+    options.add_argument("--only", nargs="+", choices=["imports", "predict", "load"], metavar="PART")
+    chosen = options.parse_args(arguments)
+    device, _ = measuring.prepare(chosen)
+    parts = chosen.only or ["imports", "predict", "load"]
+    rows = import_rows(chosen) if "imports" in parts else []
+    rows += predict_rows(chosen, device) if "predict" in parts else []
+    rows += [load_row(chosen, device)] if "load" in parts else []
+    return measuring.report(chosen, device, rows)
+
+
+if __name__ == "__main__":
+    main()
