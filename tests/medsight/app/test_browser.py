@@ -214,7 +214,8 @@ def test_a_micrograph_is_talked_about_over_several_turns(
     page = open_page(width, "dark")
     page.locator("#ms-upload input[type=file]").set_input_files(mahotas.image_path("nuclear.png"))
     page.get_by_text("Picture · 1344 × 1024 pixels").wait_for()
-    assert not page.locator("#ms-slice").is_visible() and not page.locator("#ms-window").is_visible()
+    for control in ("#ms-slice", "#ms-window"):
+        page.locator(control).wait_for(state="hidden")
     for question in ("Segment the nucleus.", "<img src=x onerror=alert(1)> {{value}} ${2 + 2} `"):
         ask(page, question)
         assert page.locator(".ms-question").last.inner_text().endswith(question)
@@ -222,7 +223,7 @@ def test_a_micrograph_is_talked_about_over_several_turns(
     screenshot(page, f"{width}-dark")
     page.get_by_role("button", name="New conversation").click()
     page.locator(".ms-empty").wait_for()
-    assert page.locator(".ms-layers").count() == 0 or not page.locator(".ms-layers").is_visible()
+    page.locator(".ms-layers").wait_for(state="hidden")  # or not there at all
 
 
 def test_dicom_never_shows_who_the_patient_is_and_is_deleted_with_the_session(
