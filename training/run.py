@@ -25,7 +25,7 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus
 from .data.augmentation import Augmentation, Augmenter, sided_groups
 from .data.items import ConversationItems, Items, Places
-from .data.sampler import DrawSampler, set_weights
+from .data.sampler import DrawSampler, rarity_weights
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
 from .recipe import Recipe, build, convert, refuse_unknown
@@ -294,7 +294,7 @@ def sampler(items: Items, settings: StageSettings, arguments: TrainingArguments,
     lengths = None
     if settings.group_by_length and isinstance(items, ConversationItems):
         lengths = [sum(len(turn["content"]) for turn in messages) for messages in items.rows["messages"]]
-    weights = set_weights([name or "" for name in items.rows["dataset"]], settings.set_power)
+    weights = rarity_weights(items.rows["dataset"], items.rows["targets"], settings.rarity_power)
     size = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
     return DrawSampler(len(items), seed, weights, lengths, size)
 

@@ -20,7 +20,8 @@ class StageSettings:
         data: names of the conversations that a language stage reads (keys of `annotations` or `data.conversations`).
         trainer: `trainer`, or `sft` for TRL's SFTTrainer (stages 2 and 4).
         muon_learning_rate: above 0, inner matrices and kernels take Muon at this rate.
-        set_power: sets are drawn in proportion to their size to this power; with 1 every item once an epoch.
+        rarity_power: below 1, rows with rare targets are drawn more often (`rarity_weights`); with 1 every row comes
+            once an epoch.
         group_by_length: bring conversations of like length together.
         augment: move and recolour the training pictures.
         eval_batches: validation batches an evaluation; all by default.
@@ -30,7 +31,7 @@ class StageSettings:
     data: list[str] = field(default_factory=list)
     trainer: str = "trainer"
     muon_learning_rate: float = 0.0
-    set_power: float = 1.0
+    rarity_power: float = 1.0
     group_by_length: bool = False
     augment: bool = True
     eval_batches: int | None = None

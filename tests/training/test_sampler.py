@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medsight.training.data.sampler import DrawSampler, set_weights
+from medsight.training.data.sampler import DrawSampler, rarity_weights
 
 
 def rows(sampler: DrawSampler, epoch: int) -> list[int]:
@@ -47,10 +47,17 @@ def test_rows_of_like_length_come_together() -> None:
     assert max(batches[0]) == max(lengths)
 
 
-def test_sets_are_drawn_by_their_size_to_a_power() -> None:
-    names = ["large"] * 9 + ["small"]
-    assert set_weights(names, 1) is None
-    even = set_weights(names, 0)
+def test_sets_of_one_target_are_drawn_by_their_size_to_a_power() -> None:
+    names, targets = ["large"] * 9 + ["small"], [["a"]] * 10
+    assert rarity_weights(names, targets, 1) is None
+    even = rarity_weights(names, targets, 0)
     assert even[:9].sum() == pytest.approx(0.5) and even[9] == pytest.approx(0.5)
-    root = set_weights(names, 0.5)
+    root = rarity_weights(names, targets, 0.5)
     assert root[9] == pytest.approx(1 / 4)
+
+
+def test_rows_with_rare_targets_are_drawn_more_often() -> None:
+    weights = rarity_weights([None] * 5, [["liver"], ["liver", "rare"], ["liver", "liver"], ["liver"], []], 0)
+    assert weights[1] == pytest.approx(4 * weights[0]) and weights[0] == weights[2] == weights[3]
+    assert weights[4] == pytest.approx(weights[:4].mean())
+    assert rarity_weights(["a", "b", "b"], [["x"], [], []], 0).tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4])

@@ -133,12 +133,12 @@ def batches(items: "Items", power: float, seed: int) -> Iterator[tuple[torch.Ten
     """Without end: pictures (n, 3, S, S), a class asked of each (n,), and its masks (n, S, S), empty where absent.
 
     Args:
-        power: sets are drawn in proportion to their size to this power.
+        power: rows with rare targets are drawn more often, see `rarity_weights`.
     """
     from medsight.training.data.items import Skipped
-    from medsight.training.data.sampler import DrawSampler, set_weights
+    from medsight.training.data.sampler import DrawSampler, rarity_weights
 
-    weights = set_weights([name or "" for name in items.rows["dataset"]], power)
+    weights = rarity_weights(items.rows["dataset"], items.rows["targets"], power)
     sampler = DrawSampler(len(items), seed, weights, batch_size=BATCH_SIZE)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
@@ -204,7 +204,7 @@ def train(corpus: "Corpus", recipe: Any, budget: Budget, size: int) -> tuple[UNe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = UNet(len(corpus.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-    power = recipe.stages.get("perceiver", {}).get("set_power", 1.0)
+    power = recipe.stages.get("perceiver", {}).get("rarity_power", 1.0)
     drawn = batches(items, power, recipe.seed)
     steps = images = 0
     seconds = cpu_seconds = spent = 0.0

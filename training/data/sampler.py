@@ -1,5 +1,6 @@
 """Which rows an epoch draws, and in what order: a pure function of seed and epoch."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -78,12 +79,29 @@ class DrawSampler(Sampler[int]):
         return [row for batch in batches for row in batch]
 
 
-def set_weights(sets: Sequence[str], power: float) -> torch.Tensor | None:
-    """Chance of drawing each row: sets are drawn in proportion to (their size) ** power; none for power 1."""
+def rarity_weights(
+    sets: Sequence[str | None], targets: Sequence[Sequence[str]], power: float
+) -> torch.Tensor | None:
+    """Chance of drawing each row: in proportion to n ** (power - 1), where n rows of its set show its rarest target.
+
+    So sets of one target are drawn in proportion to (their size) ** power, and a set of many targets more often (the
+    repeat factors of LVIS, Gupta et al., 2019, within each set). A row without a target is drawn as often as the mean
+    row of its set that has one.
+
+    Returns:
+        (rows,) of sum 1; none for power 1, where all rows are alike.
+    """
     if power == 1:
         return None
-    sizes: dict[str, int] = {}
-    for name in sets:
-        sizes[name] = sizes.get(name, 0) + 1
-    weights = torch.tensor([sizes[name] ** (power - 1) for name in sets], dtype=torch.float64)
+    shown = Counter((name, target) for name, row in zip(sets, targets, strict=True) for target in set(row))
+    sizes, sums, with_target = Counter(sets), Counter[str | None](), Counter[str | None]()
+    weights = torch.zeros(len(sets), dtype=torch.float64)
+    for i, (name, row) in enumerate(zip(sets, targets, strict=True)):
+        if row:
+            weights[i] = min(shown[name, target] for target in row) ** (power - 1)
+            sums[name] += weights[i].item()
+            with_target[name] += 1
+    for i, (name, row) in enumerate(zip(sets, targets, strict=True)):
+        if not row:
+            weights[i] = sums[name] / with_target[name] if with_target[name] else sizes[name] ** (power - 1)
     return weights / weights.sum()
