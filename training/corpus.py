@@ -102,11 +102,13 @@ def corpus_conversations(corpus: Corpus) -> Any:
             "images": [],
             "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}],
             "masks": [],
-            "targets": [],
+            **origin,
         }
-        for number, (question, reply) in enumerate(corpus_texts(maker, corpus.training, recipe.data.text_rounds))
+        for number, (question, reply, origin) in enumerate(
+            corpus_texts(maker, corpus.training, recipe.data.text_rounds)
+        )
     ]
-    empty = dict.fromkeys(("dataset", "modality", "site", "split", "patient"))
+    empty = dict.fromkeys(("modality", "site", "split", "patient"))
     made = Dataset.from_list([{**empty, **row} for row in rows], features=CONVERSATION_FEATURES)
     return concatenate_datasets([made, *(load_source(Source.from_mapping(entry)) for entry in recipe.data.text)])
 

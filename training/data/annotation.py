@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -70,11 +71,9 @@ def annotate(
         ValueError: a picture, mask or setting is bad; a target is no class of the model; a row has no group, or groups
             are not the model's.
     """
-    from tqdm import tqdm
-
     from medsight.output_folder import staged_folder
 
-    from .annotation_output import AnnotationCounts, ConversationWriter, write_card
+    from .annotation_output import AnnotationCounts, write_card
     from .items import Places
     from .wording import ConversationMaker, Vocabulary, Wordings
 
@@ -85,44 +84,64 @@ def annotate(
     vocabulary = Vocabulary.from_rows(rows, groups)
     if plain_share < 1:
         _check_targets(sorted(set().union(*vocabulary.targets)), model.config.mask_class_names)
-    maker = ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions)
-    counts = AnnotationCounts(codes={name: [0] * model.config.codes_per_group for name in groups.names})
-    annotator = _Annotator(model, Places(processor, model.config, groups), maker, counts, per_image, plain_share, seed)
-    pictures = _Pictures(embed_images, None if root is None else Path(root))
+    annotator = _Annotator(
+        model,
+        Places(processor, model.config, groups),
+        ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions),
+        AnnotationCounts(codes={name: [0] * model.config.codes_per_group for name in groups.names}),
+        _Pictures(embed_images, None if root is None else Path(root)),
+        per_image,
+        plain_share,
+        seed,
+    )
+    settings = {
+        "seed": seed,
+        "per_image": per_image,
+        "plain_share": plain_share,
+        "max_regions": max_regions,
+        "embed_images": embed_images,
+    }
+    with _evaluating(model), staged_folder(Path(output), False, check_empty) as folder:
+        _write_conversations(folder, rows, annotator, batch_size, on_error, progress)
+        write_card(folder, annotator.counts, {**settings, **_origin(model, wordings)})
+    return annotator.counts
+
+
+def _write_conversations(
+    folder: Path,
+    rows: Iterable[dict[str, Any]],
+    annotator: "_Annotator",
+    batch_size: int,
+    on_error: str,
+    progress: bool,
+) -> None:
+    """Write the shards; pictures are decoded in threads, a batch at a time."""
+    from tqdm import tqdm
+
+    from .annotation_output import ConversationWriter
+
+    counts, numbered = annotator.counts, enumerate(rows)
+    bar = tqdm(total=_length(rows), desc="annotate", unit="image", disable=not progress, file=sys.stderr)
+    with bar, ThreadPoolExecutor(READERS) as pool, closing(ConversationWriter(folder)) as writer:
+        while batch := list(islice(numbered, batch_size)):
+            for reading in annotator.annotated(_readable(pool.map(annotator.read, batch), on_error, counts)):
+                for conversation in annotator.conversations(reading):
+                    writer.write(conversation)
+            bar.update(len(batch))
+        if not counts.images:
+            raise ValueError(f"no image to annotate: {len(counts.skipped)} could not be read, none else came")
+        writer.finish()
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Puts the model into evaluation mode, and back into the one that it was in."""
     was_training = model.training
     model.eval()
     try:
-        with staged_folder(Path(output), False, check_empty) as folder, ThreadPoolExecutor(READERS) as pool:
-            writer = ConversationWriter(folder)
-            bar = tqdm(total=_length(rows), desc="annotate", unit="image", disable=not progress, file=sys.stderr)
-            try:
-                for batch in _batches(enumerate(rows), batch_size):
-                    for reading in annotator.annotated(_readable(pool.map(annotator.read, batch), on_error, counts)):
-                        for conversation in annotator.conversations(reading, pictures):
-                            writer.write(conversation)
-                    bar.update(len(batch))
-                if not counts.images:
-                    raise ValueError(f"no image to annotate: {len(counts.skipped)} could not be read, none else came")
-                writer.finish()
-            finally:
-                writer.close()
-                bar.close()
-            provenance = {
-                "seed": seed,
-                "per_image": per_image,
-                "plain_share": plain_share,
-                "max_regions": max_regions,
-                "embed_images": embed_images,
-                "templates": Path(wordings.path).name,
-                "templates_sha256": wordings.sha256,
-                "model": _model_name(model),
-                "weights_sha256": weights_sha256(model),
-                "torch": version("torch"),
-            }
-            write_card(folder, counts, provenance)
+        yield
     finally:
         model.train(was_training)
-    return counts
 
 
 @dataclass
@@ -142,10 +161,13 @@ class _Reading:
 
 @dataclass
 class _Annotator:
+    """Takes rows to conversations: reads their pictures, draws the words, gives cited masks their codes."""
+
     model: Any
     canvas: "Places"
     maker: "ConversationMaker"
     counts: "AnnotationCounts"
+    pictures: "_Pictures"
     per_image: int
     plain_share: float
     seed: int
@@ -184,7 +206,6 @@ class _Annotator:
         """Draw the words, and let the model see the images whose masks these cite."""
         import torch
 
-        from .pictures import picture_name
         from .region_codes import assign_codes
 
         for reading in readings:
@@ -193,13 +214,6 @@ class _Annotator:
         if not seen:
             return readings
         named = self.model.config.mask_class_names is not None
-        classes = [
-            torch.tensor(
-                [self.canvas.class_of(target, picture_name(reading.row["image"])) for target in reading.row["targets"]]
-            )
-            for reading in seen
-            if named
-        ]
         with torch.no_grad():
             pixels = torch.stack([reading.pixels for reading in seen])
             regions = self.model.get_region_features(pixels.to(self.model.device, self.model.dtype))
@@ -207,7 +221,7 @@ class _Annotator:
             self.model,
             regions,
             [reading.masks for reading in seen],
-            classes if named else None,
+            [self._classes(reading.row) for reading in seen] if named else None,
             torch.tensor([self.canvas.group(reading.row) for reading in seen]),
         )
         queries = regions.masks_queries_logits.shape[1]
@@ -219,31 +233,17 @@ class _Annotator:
             self.counts.masks_beyond_queries += max(0, len(reading.codes) - queries)
         return readings
 
-    def conversations(self, reading: _Reading, pictures: "_Pictures") -> Iterator[dict[str, Any]]:
-        """The rows to write, counted."""
+    def conversations(self, reading: _Reading) -> Iterator[dict[str, Any]]:
+        """The rows of `CONVERSATION_FEATURES` to write, counted."""
         from .schema import IMAGE_MARKER
 
-        row, config = reading.row, self.model.config
+        row, split = reading.row, reading.row["split"] or "train"
         group = self.canvas.group(row)
-        tokens = [config.region_code_token(group, code) for code in reading.codes]
-        self.counts.images += 1
-        for target in sorted(set(row["targets"])):
-            if row["targets"].count(target) > self.maker.max_regions:
-                self.counts.add("not_asked", target)
-        image = pictures.entry(row["image"])
-        masks = {mask: pictures.entry(row["masks"][mask]) for turn in reading.turns for mask in turn.regions}
+        tokens = [self.model.config.region_code_token(group, code) for code in reading.codes]
+        image = self.pictures.entry(row["image"])
+        masks = {mask: self.pictures.entry(row["masks"][mask]) for turn in reading.turns for mask in turn.regions}
+        self._count(row, split, reading.turns)
         for number, turn in enumerate(reading.turns):
-            split = row["split"] or "train"
-            for kind, name in (
-                ("intents", turn.intent),
-                ("groups", self._group_name(row)),
-                ("splits", split),
-                ("datasets", row["dataset"] or "unnamed"),
-            ):
-                self.counts.add(kind, name)
-            if turn.absent:
-                self.counts.add("absent", turn.absent)
-            self.counts.conversations += 1
             answer = turn.text([tokens[mask] for mask in turn.regions])
             yield {
                 "id": f"{row['dataset'] or 'row'}-{reading.index}-{number}",
@@ -265,6 +265,30 @@ class _Annotator:
             if reading.plain[number]
             else self.maker.grounded(reading.row, reading.places)
         )
+
+    def _count(self, row: dict[str, Any], split: str, turns: "Sequence[Turn]") -> None:
+        counts = self.counts
+        counts.images += 1
+        counts.conversations += len(turns)
+        for target in sorted(set(row["targets"])):
+            if row["targets"].count(target) > self.maker.max_regions:
+                counts.add("not_asked", target)
+        for turn in turns:
+            counts.add("intents", turn.intent)
+            counts.add("groups", self._group_name(row))
+            counts.add("splits", split)
+            counts.add("datasets", row["dataset"] or "unnamed")
+            if turn.absent:
+                counts.add("absent", turn.absent)
+
+    def _classes(self, row: dict[str, Any]) -> "torch.Tensor":
+        """(n,) long, the mask classes of a row's targets."""
+        import torch
+
+        from .pictures import picture_name
+
+        name = picture_name(row["image"])
+        return torch.tensor([self.canvas.class_of(target, name) for target in row["targets"]], dtype=torch.long)
 
     def _group_name(self, row: dict[str, Any]) -> str:
         groups = self.maker.groups
@@ -303,6 +327,17 @@ def weights_sha256(model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _origin(model: Any, wordings: "Wordings") -> dict[str, Any]:
+    """What wrote the conversations, for the card."""
+    return {
+        "templates": Path(wordings.path).name,
+        "templates_sha256": wordings.sha256,
+        "model": _model_name(model),
+        "weights_sha256": weights_sha256(model),
+        "torch": version("torch"),
+    }
 
 
 def _model_name(model: Any) -> str:
@@ -349,12 +384,6 @@ def _readable(readings: Iterable[Any], on_error: str, counts: "AnnotationCounts"
             counts.skipped.append(str(reading))
             logger.warning("left out (number %d): %s", len(counts.skipped), reading)
     return kept
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def _length(rows: Any) -> int | None:

@@ -79,9 +79,7 @@ class DrawSampler(Sampler[int]):
         return [row for batch in batches for row in batch]
 
 
-def rarity_weights(
-    sets: Sequence[str | None], targets: Sequence[Sequence[str]], power: float
-) -> torch.Tensor | None:
+def rarity_weights(sets: Sequence[str | None], targets: Sequence[Sequence[str]], power: float) -> torch.Tensor | None:
     """Chance of drawing each row: in proportion to n ** (power - 1), where n rows of its set show its rarest target.
 
     So sets of one target are drawn in proportion to (their size) ** power, and a set of many targets more often (the

@@ -36,6 +36,8 @@ ANSWER_WORDS = {
     "is_there": _PICTURE | {"cited"},
     "diagnose": _PICTURE | {"finding", "codes"},
     "diagnose_by_target": _PICTURE | {"finding", "cited"},
+    "diagnose_without_mask": _PICTURE | {"finding"},
+    "diagnose_normal": _PICTURE | {"finding", "target"},
     "absent": _PICTURE | {"target"},
     "modality": _PICTURE,
     "site": _PICTURE,

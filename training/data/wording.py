@@ -145,7 +145,7 @@ class ConversationMaker:
             "segment_all": bool(regions) and len(row["targets"]) <= self.max_regions,
             "where_is": any(len(masks) == 1 for masks in regions.values()),
             "is_there": bool(regions),
-            "diagnose": bool(self._signs(row, regions)) or (self._is_normal(row) and bool(row["absent"])),
+            "diagnose": bool(self._signs(row, regions)) or self._is_diagnosis_without_mask(row),
             "absent": bool(absent),
         }
         weights = {name: weight for name, weight in self.wordings.weights["grounded"].items() if possible[name]}
@@ -193,13 +193,19 @@ class ConversationMaker:
     def _is_normal(self, row: Mapping[str, Any]) -> bool:
         return bool(row["finding"]) and matches(row["finding"], self.wordings.findings["normal"])
 
+    def _is_diagnosis_without_mask(self, row: Mapping[str, Any]) -> bool:
+        return bool(row["absent"]) if self._is_normal(row) else bool(row["finding"]) and not row["targets"]
+
     def _signs(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> list[str]:
-        """Targets that show the row's finding: those that name it, else abnormal ones, else the only one there is."""
-        if not row["finding"] or self._is_normal(row):
+        """Targets that show what is wrong: those that name the row's finding, else abnormal ones, else the only one
+        there is; abnormal ones alone where the row has no finding."""
+        if self._is_normal(row):
             return []
-        named = [target for target in regions if _names(target, row["finding"])]
         abnormal = [target for target in regions if matches(target, self.wordings.findings["abnormal"])]
-        signs = named or abnormal or (list(regions) if len(set(row["targets"])) == 1 else [])
+        signs = abnormal
+        if row["finding"]:
+            named = [target for target in regions if _names(target, row["finding"])]
+            signs = named or abnormal or (list(regions) if len(set(row["targets"])) == 1 else [])
         return signs if sum(len(regions[target]) for target in signs) <= self.max_regions else []
 
     def _draw(self, weights: Mapping[str, float]) -> str:
@@ -274,15 +280,19 @@ class ConversationMaker:
 
     def _diagnose(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
         signs = self._signs(row, regions)
-        if not signs:
+        if not signs and self._is_normal(row):
             target = self.generator.choice(row["absent"])
-            return self._turn(row, "diagnose", "absent", {"target": _literal(target)}, absent=target)
+            words = {"finding": _literal(row["finding"]), "target": _literal(target)}
+            return self._turn(row, "diagnose", "diagnose_normal", words, absent=target)
+        if not signs:
+            return self._turn(row, "diagnose", "diagnose_without_mask", {"finding": _literal(row["finding"])})
         cited, masks = _cite({target: regions[target] for target in signs})
-        if len(signs) == 1 and _names(signs[0], row["finding"]):
+        finding = row["finding"] or enumerate_words(signs)
+        if len(signs) == 1 and _names(signs[0], finding):
             codes = enumerate_words([f"{{{slot}}}" for slot in range(len(masks))])
             words = {"finding": _literal(signs[0]), "codes": codes}
             return self._turn(row, "diagnose", "diagnose", words, regions=masks)
-        words = {"finding": _literal(row["finding"]), "cited": cited}
+        words = {"finding": _literal(finding), "cited": cited}
         return self._turn(row, "diagnose", "diagnose_by_target", words, regions=masks)
 
     def _absent(self, row: Mapping[str, Any], absent: Sequence[Sequence[str]]) -> Turn:
@@ -327,10 +337,11 @@ def with_article(words: str) -> str:
 
 def corpus_texts(
     maker: ConversationMaker, rows: Iterable[Mapping[str, Any]], rounds: int = 1
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Questions and answers of the corpus without images and without codes, for training the language model alone.
 
-    A grounded and a plain pair for every row and round; positions are drawn by lot, since no picture is read.
+    A grounded and a plain pair for every row and round; positions are drawn by lot, since no picture is read. Each
+    comes with the row's `dataset` and the `targets` of which the answer had cited a mask.
 
     Raises:
         ValueError: as [`Groups.index`] and [`Wordings.modality`].
@@ -344,7 +355,8 @@ def corpus_texts(
             places = [maker.generator.choice(POSITIONS) for _ in row["targets"]]
             for turn in (maker.grounded(row, places), maker.plain(row)):
                 pieces = re.split(r"(?<!\{)\{\d+\}(?!\})", turn.answer)
-                yield turn.prompt, tidy_answer([piece.format() for piece in pieces])[0]
+                origin = {"dataset": row["dataset"], "targets": [row["targets"][mask] for mask in turn.regions]}
+                yield turn.prompt, tidy_answer([piece.format() for piece in pieces])[0], origin
 
 
 def _literal(text: str) -> str:

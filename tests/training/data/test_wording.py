@@ -32,7 +32,14 @@ GROUPS = Groups(
 
 
 def row(modality: str, site: str, targets=(), absent=(), finding=None) -> dict:
-    return {"modality": modality, "site": site, "targets": [*targets], "absent": [*absent], "finding": finding}
+    return {
+        "dataset": "some",
+        "modality": modality,
+        "site": site,
+        "targets": [*targets],
+        "absent": [*absent],
+        "finding": finding,
+    }
 
 
 TORSO = row("CT", "torso", ["liver", "left kidney", "spleen", "aorta"])
@@ -98,8 +105,8 @@ def test_no_answer_has_more_codes_than_allowed(wordings: Wordings) -> None:
 
 def test_an_absent_structure_is_answered_without_a_code(maker: ConversationMaker) -> None:
     for turn in turns(maker, NORMAL):
-        assert turn.regions == () and turn.answer == f"There is no {turn.absent} in this image."
-        assert turn.intent in ("absent", "diagnose")
+        said = {"absent": "There is no {} in this image.", "diagnose": "The image is normal: there is no {}."}
+        assert turn.regions == () and turn.answer == said[turn.intent].format(turn.absent)
     listed = Counter(turn.absent == "breast tumor" for turn in turns(maker, NORMAL))
     assert 0.5 < listed[True] / 300 < 0.95
 
@@ -146,8 +153,15 @@ def test_a_diagnosis_names_the_finding_and_cites_what_shows_it(maker: Conversati
     assert diagnoses(chest) == {(present.format("pneumonia") + ": ground glass opacity {0}.", (1,))}
     twice = row("CT", "torso", ["liver tumor", "liver", "liver tumor"], finding="Tumor")
     assert diagnoses(twice) == {(present.format("liver tumor") + ", segmented as {0} and {1}.", (0, 2))}
-    assert diagnoses(NORMAL) == {("There is no breast tumor in this image.", ())}
+    assert diagnoses(NORMAL) == {("The image is normal: there is no breast tumor.", ())}
+    assert diagnoses(row("endoscope", "colon", absent=["polyp"], finding="colitis")) == {
+        (present.format("colitis") + ".", ())
+    }
     assert diagnoses(row("CT", "torso", ["lung", "heart"], finding="pneumonia")) == set()
+    assert diagnoses(POLYP) == {(present.format("polyp") + ", segmented as {0}.", (0,))}
+    limb = row("CT", "torso", ["soft tissue sarcoma", "bone", "renal cyst"])
+    both = present.format("renal cyst and soft tissue sarcoma") + ": renal cyst {0}, soft tissue sarcoma {1}."
+    assert diagnoses(limb) == {(both, (2, 0))}
     assert diagnoses(TORSO) == set()
 
 
@@ -212,7 +226,7 @@ def test_braces_in_names_stay_braces(maker: ConversationMaker) -> None:
         assert "[C0_1]" not in text.replace("a {0} b [C0_1]", "").replace("as [C0_1]", "")
     captions = {turn.answer.format() for turn in (maker.plain(strange) for _ in range(20)) if turn.intent == "caption"}
     assert captions == {"An odd image of the {site} with a {0} b."}
-    for _, answer in corpus_texts(maker, [strange], 20):
+    for _, answer, _ in corpus_texts(maker, [strange], 20):
         assert "[" not in answer
 
 
@@ -250,10 +264,11 @@ def test_articles(words: str) -> None:
 def test_the_language_models_own_text_has_no_codes_left(maker: ConversationMaker) -> None:
     pairs = list(corpus_texts(maker, ROWS, rounds=20))
     assert len(pairs) == len(ROWS) * 2 * 20
-    for question, answer in pairs:
+    for question, answer, origin in pairs:
+        assert origin["dataset"] and all(target in answer for target in origin["targets"])
         assert question and not set("{}\ufffc") & set(question + answer)
         assert "  " not in answer and " ." not in answer and " ," not in answer and "segmented as" not in answer
-    assert {"liver.", "Yes, there is polyp."} <= {answer for _, answer in pairs}
+    assert {"liver.", "Yes, there is polyp."} <= {answer for _, answer, _ in pairs}
 
 
 def test_the_vocabulary_is_read_in_one_pass_without_pictures() -> None:
