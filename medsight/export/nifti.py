@@ -45,12 +45,15 @@ def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> t
         The file, and the overlaps that were decided so.
 
     Raises:
-        ValueError: the scan has no voxel grid: a picture, or a series that is not evenly spaced.
+        ValueError: the scan has no voxel grid with a place: a picture, an array, the pages of a TIFF, or a series that
+            is not evenly spaced.
     """
     nifti1 = load("nibabel.nifti1", "nifti")
     if scan.affine is None:
+        others = "png, coco or dicom-seg" if scan.kind == "dicom" else "png or coco"
         raise ValueError(
-            f"{scan.name}: nifti needs an evenly spaced voxel grid, and it has none; use png, coco or dicom-seg"
+            f"{scan.name}: nifti needs an evenly spaced voxel grid with a place in the patient, and it states none; "
+            f"use {others}"
         )
     labels = group_by_label(regions)
     volume, overlaps = label_map(scan, labels)

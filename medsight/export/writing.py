@@ -113,6 +113,7 @@ def describe_regions(scan: "Scan", regions: Sequence[FoundRegion], deidentify: b
             "kind": scan.kind,
             "modality": scan.modality,
             "slices": scan.num_slices,
+            "plane": scan.plane,
             "width": scan.width,
             "height": scan.height,
             "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),

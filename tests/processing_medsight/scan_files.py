@@ -32,6 +32,12 @@ def nifti_bytes(
     return gzip.compress(content, mtime=0) if packed else content
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def ct_volume() -> np.ndarray:
     """(5, 6, 7) int16 in Hounsfield units: air with a body in it, each voxel told from the others."""
     voxels = np.full(SHAPE, -1000, np.int16)

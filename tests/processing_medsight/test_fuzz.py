@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from processing_medsight.scan_medsight import open_scan
 from tests.processing_medsight.scan_files import (
@@ -15,6 +16,7 @@ from tests.processing_medsight.scan_files import (
     dicom_bytes,
     dicom_dataset,
     nifti_bytes,
+    npy_bytes,
     picture_bytes,
     shipped_dicoms,
 )
@@ -44,6 +46,8 @@ def seeds() -> list[tuple[str, bytes]]:
         "tiff": picture_bytes("TIFF"),
         "tiff16": picture_bytes("TIFF", "I;16", compression="tiff_deflate"),
         "tiff lzw": picture_bytes("TIFF", compression="tiff_lzw"),
+        "tiff pages": picture_bytes("TIFF", save_all=True, append_images=[Image.new("RGB", (12, 9), "red")] * 3),
+        "npy": npy_bytes(volume),
         "dicom": dicom_bytes(dicom_dataset(volume[2])),
         "dicom frames": dicom_bytes(dicom_dataset(volume)),
     }

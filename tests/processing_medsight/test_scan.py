@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from processing_medsight import MedSightImageProcessor, MedSightProcessor, dicom_medsight, open_scan
-from processing_medsight.dicom_medsight import codestream_size
+from processing_medsight import MedSightImageProcessor, MedSightProcessor, dicom_file_medsight, open_scan
+from processing_medsight.dicom_file_medsight import codestream_size
 from processing_medsight.windows_medsight import WINDOWS, apply_window, percentile_window
 from tests.processing_medsight.scan_files import (
     ct_volume,
@@ -54,21 +54,37 @@ def turned(volume: np.ndarray, orientation: np.ndarray, affine: np.ndarray) -> t
     return nibabel.apply_orientation(volume, orientation), affine @ back
 
 
+# plane -> what a slice shows of a (right, anterior, superior) volume, and the axis that is cut through
+PLANES = {
+    "axial": (lambda volume, index: volume[::-1, ::-1, index].T, 2),
+    "coronal": (lambda volume, index: volume[::-1, index, ::-1].T, 1),
+    "sagittal": (lambda volume, index: volume[index, ::-1, ::-1].T, 0),
+}
+
+
 @pytest.mark.parametrize("oblique", [False, True])
+@pytest.mark.parametrize("plane", [None, *PLANES])
 @pytest.mark.parametrize("orientation", ORIENTATIONS, ids=lambda o: str(o.tolist()))
-def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(orientation: np.ndarray, oblique: bool) -> None:
+def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(
+    orientation: np.ndarray, plane: str | None, oblique: bool
+) -> None:
     volume, affine = ct_volume(), SPACING.copy()
     if oblique:
         angle = 0.3
         turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
         affine[:3, :3] = turn @ affine[:3, :3]
     voxels, own = turned(volume, orientation, affine)
-    scan = open_scan(nifti_bytes(voxels, own))
-    assert (scan.num_slices, scan.height, scan.width) == (7, 6, 5)
-    assert np.allclose(scan.pixel_spacing, (1.5, 0.5)) and np.isclose(scan.slice_spacing, 2)
+    scan = open_scan(nifti_bytes(voxels, own), plane=plane)
+    section, through = PLANES[plane or "axial"]
+    across, down = (axis for axis in range(3) if axis != through)
+    sizes, spacing = volume.shape, np.diag(SPACING)
+    assert scan.plane == (plane or "axial")
+    assert (scan.num_slices, scan.height, scan.width) == (sizes[through], sizes[down], sizes[across])
+    assert np.allclose(scan.pixel_spacing, (spacing[down], spacing[across]))
+    assert np.isclose(scan.slice_spacing, spacing[through])
     masks = {}
-    for index in range(7):
-        shown = volume[::-1, ::-1, index].T  # the patient's right at the left, the front at the top
+    for index in range(scan.num_slices):
+        shown = section(volume, index)
         assert shows(scan.slice_image(index), soft_tissue(shown))
         masks[index] = shown > 0
     mask = scan.to_source(masks)
@@ -386,7 +402,7 @@ def test_a_hostile_file_is_refused_before_anything_is_allocated(name: str, monke
     make, message = HOSTILE[name]
     content = make()
     empty = np.empty
-    monkeypatch.setattr(dicom_medsight, "MAX_INFLATED_BYTES", 2**21)
+    monkeypatch.setattr(dicom_file_medsight, "MAX_INFLATED_BYTES", 2**21)
     monkeypatch.setattr(np, "empty", lambda shape, *a, **k: empty(shape, *a, **k) if np.prod(shape) < 2**20 else 1 / 0)
     with pytest.raises(ValueError, match=message) as error:
         open_scan(content, "upload").slice_image(0)
@@ -435,6 +451,23 @@ def test_files_that_make_no_series_are_refused_by_name(change: dict, message: st
         (tmp_path / "b").write_bytes(dicom_bytes(dataset))
     with pytest.raises(ValueError, match=message):
         open_scan(tmp_path)
+
+
+def test_errors_call_files_by_the_name_that_was_given(tmp_path: Path) -> None:
+    write_series(tmp_path, np.moveaxis(ct_volume(), 2, 0)[:3], list("abc"))
+    whole = (tmp_path / "b").read_bytes()
+    for content in (whole[:-3], whole[:300]):
+        (tmp_path / "b").write_bytes(content)
+        for source, called in ((tmp_path / "b", "upload"), (tmp_path, "upload/b")):
+            with pytest.raises(ValueError, match=rf"^{called}\b") as error:
+                open_scan(source, "upload")
+            assert str(tmp_path) not in str(error.value)
+    (tmp_path / "b").write_bytes(whole)
+    scan = open_scan(tmp_path, "upload")
+    (tmp_path / "b").write_bytes(whole[:-3])  # after its header was read
+    with pytest.raises(ValueError, match=r"^upload/b\b") as error:
+        scan.slice_image(1)
+    assert str(tmp_path) not in str(error.value)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

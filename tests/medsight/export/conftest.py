@@ -48,6 +48,23 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def array(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .npy file of slices, which says nothing of a place."""
+    path = tmp_path_factory.mktemp("array") / "volume.npy"
+    np.save(path, bright_volume((6, 30, 26)).astype(np.int16) * BRIGHT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TIFF of several pages."""
+    path = tmp_path_factory.mktemp("pages") / "pages.tif"
+    first, *others = (Image.fromarray(page.astype(np.uint8) * 255) for page in bright_volume((5, 30, 26)))
+    first.save(path, save_all=True, append_images=others)
+    return path
+
+
+@pytest.fixture(scope="session")
 def bright_regions() -> Callable[..., list[FoundRegion]]:
     """A region for each slice, or for some, where what is displayed lies above `level`."""
 

@@ -11,7 +11,7 @@ import pydicom
 import pytest
 
 from medsight.export import FoundRegion, write_masks
-from processing_medsight.scan_medsight import open_scan
+from processing_medsight.scan_medsight import Scan, open_scan
 
 from .scans import BRIGHT, SENTINEL, bright_volume, write_dicom_series, write_nifti_volume
 
@@ -33,8 +33,11 @@ def assert_same_grid(labels: "sitk.Image", source: "sitk.Image") -> None:
     assert labels.GetDirection() == pytest.approx(source.GetDirection(), abs=1e-5)
 
 
-def test_voxels_lie_where_the_source_has_them(nifti: Path, bright_regions: Regions, tmp_path: Path) -> None:
-    scan = open_scan(nifti)
+@pytest.mark.parametrize("plane", [None, "axial", "coronal", "sagittal"])
+def test_voxels_lie_where_the_source_has_them(
+    plane: str | None, nifti: Path, bright_regions: Regions, tmp_path: Path
+) -> None:
+    scan = open_scan(nifti, plane=plane)
     write_masks(scan, bright_regions(scan), tmp_path / "out", ["nifti"])
     labels, source = sitk.ReadImage(tmp_path / "out" / "labels.nii.gz"), sitk.ReadImage(nifti)
     assert_same_grid(labels, source)
@@ -135,8 +138,8 @@ def test_nothing_of_the_source_header_but_its_geometry(nifti: Path, bright_regio
         assert SENTINEL.encode() not in (gzip.decompress(content) if file.suffix == ".gz" else content)
 
 
-def test_a_picture_has_no_voxels(picture: Path, bright_regions: Regions, tmp_path: Path) -> None:
-    scan = open_scan(picture)
-    with pytest.raises(ValueError, match="needs an evenly spaced voxel grid"):
+@pytest.mark.parametrize("scan", ["picture", "array", "pages"], indirect=True)
+def test_what_has_no_place_has_no_voxels(scan: Scan, bright_regions: Regions, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs an evenly spaced voxel grid with a place .* use png or coco$"):
         write_masks(scan, bright_regions(scan), tmp_path / "out", ["png", "nifti"])
     assert not any(tmp_path.iterdir())

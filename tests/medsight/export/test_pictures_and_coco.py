@@ -18,7 +18,7 @@ from .scans import decode_run_lengths, fill, fill_with_pil
 
 
 Regions = Callable[..., list[FoundRegion]]
-all_kinds = pytest.mark.parametrize("scan", ["series", "nifti", "picture"], indirect=True)
+all_kinds = pytest.mark.parametrize("scan", ["series", "nifti", "picture", "array", "pages"], indirect=True)
 
 
 @all_kinds
@@ -93,8 +93,21 @@ def test_sizes_follow_from_the_spacing(series: Path, picture: Path, bright_regio
     assert [region["area_mm2"] for region in content["regions"]] == pytest.approx(measures.area_mm2)
     assert content["labels"][0]["volume_ml"] == pytest.approx(measures.volume_ml["bright"])
 
+    assert content["scan"]["plane"] is None
+
     unknown = measure(open_scan(picture), bright_regions(open_scan(picture)))
     assert unknown.area_mm2 == [None] and unknown.volume_ml == {"bright": None}
+
+
+def test_a_volume_is_as_large_in_every_plane(nifti: Path, bright_regions: Regions, tmp_path: Path) -> None:
+    sizes = []
+    for plane in ("axial", "coronal", "sagittal"):
+        scan = open_scan(nifti, plane=plane)
+        regions = bright_regions(scan)
+        sizes.append(measure(scan, regions).volume_ml["bright"])
+        write_masks(scan, regions, tmp_path / plane, [])
+        assert json.loads((tmp_path / plane / "regions.json").read_text("utf-8"))["scan"]["plane"] == plane
+    assert sizes == pytest.approx([sizes[0]] * 3) and sizes[0] > 0
 
 
 @all_kinds
