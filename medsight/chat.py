@@ -18,6 +18,7 @@ from medsight.predict import (
     Formats,
     MaxNewTokens,
     Model,
+    Plane,
     Threshold,
     Window,
     parse_formats,
@@ -98,6 +99,7 @@ def command(
         str, typer.Option("--slice", metavar="SLICE", help="Of a volume: N, middle or largest-foreground.")
     ] = "middle",
     window: Window = None,
+    plane: Plane = None,
     formats: Formats = "png",
     deidentify: Deidentify = False,
     max_new_tokens: MaxNewTokens = AnswerSettings.max_new_tokens,
@@ -113,12 +115,14 @@ def command(
     Answers appear as they are generated. After each turn its regions are listed, and its answer.json, masks and
     overlay are saved in a folder of their own (turn-01, turn-02, ...) in the output folder. Not a medical device.
     """
+    from processing_medsight.scan_medsight import open_scan
+
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
     view, kinds = parse_window(window), parse_formats(formats)
     found = find_images([image])
     if len(found.images) != 1:
         raise ValueError(f"{image} holds {len(found.images)} images; a conversation is about one of them: name it")
-    chosen = list(read_slices(found.images[0], slice_choice, view))
+    chosen = list(read_slices(open_scan(found.images[0], plane=plane), slice_choice, view))
     if len(chosen) != 1:
         raise ValueError(f"--slice {slice_choice} chooses {len(chosen)} slices; a conversation is about one of them")
     folder = Path(output) if output is not None else Path(f"{safe_name(Path(image))}-chat")

@@ -119,10 +119,18 @@ def sha256_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def settings_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's configuration, tokenizer and processor, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja") and path.name != CODES_FILE)
+
+
 def checkpoint_sha256(folder: Path) -> str:
-    """One hash of all that decides on answers: weights, configuration, tokenizer and processor settings."""
-    settings = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja") and path.name != CODES_FILE]
-    return sha256_of(sorted({*weight_files(folder), *settings}))
+    """One hash of all that decides on answers: weights, configuration, tokenizer and processor settings.
+
+    Raises:
+        OSError, ValueError: see `weight_files`.
+    """
+    return sha256_of(sorted({*weight_files(folder), *settings_files(folder)}))
 
 
 def choose_device(device: str) -> Any:

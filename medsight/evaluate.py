@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from medsight.console import Device, Json, quiet_transformers, results
+from medsight.console import Device, Json, Results, quiet_transformers, results
 
 
 if TYPE_CHECKING:
@@ -85,51 +85,75 @@ def command(
     Writes predictions.jsonl (row by row: a run goes on where it stopped), scores.jsonl, metrics.json and report.html.
     Over several processes: accelerate launch -m medsight.cli evaluate ... Not a medical device.
     """
-    from medsight.evaluation.benchmarks import check_counts, load_benchmark, load_declarations
-    from medsight.evaluation.items import read_items
-    from medsight.evaluation.report import figures_text
+    from medsight.evaluation.benchmarks import load_benchmark
+    from medsight.evaluation.figures import figures_text
     from medsight.evaluation.runner import Processes, RunSettings
 
     with results(as_json) as out:
         if list_benchmarks:
-            for title, entry in load_declarations().items():
-                rows = entry.expected_rows or "any number of"
-                content = {"benchmark": title, "title": entry.title, "task": entry.task, "rows": entry.expected_rows}
-                out.show(content, f"{title:24}{entry.title} ({entry.task}, {rows} rows)")
+            show_benchmarks(out)
             return
         if benchmark is None or data is None or output is None:
             missing_option = "benchmark" if benchmark is None else "data" if data is None else "output"
             raise ValueError(f"--{missing_option} is required (medsight evaluate --list shows the benchmarks)")
         if predictions is not None and model is not None:
             raise ValueError("--predictions are scored without a model: leave out --model")
-        if limit is not None and limit < 1:
-            raise ValueError(f"--limit {limit}: expected at least 1")
         declared = load_benchmark(benchmark)
         flags = {"threshold": threshold, "missing": missing, "multi": multi, "average": average}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
-        items, shards = read_items(declared, Path(data), held_out_prompts, seed)
-        counted = check_counts(declared, items, shards, allow_row_count)
-        notes = [*declared.notes, *([counted] if counted else [])]
-        if limit is not None and limit < len(items):
-            notes.append(f"Limited to the first {limit:,} of {len(items):,} rows: not comparable with the whole set.")
-            items = items[:limit]
-        processes = Processes()
-        folder = Path(output)
+        items, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
+        processes, folder = Processes(), Path(output)
         if predictions is None:
             settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype)
             described, path = answer(
                 model, folder, declared, Path(data), items, settings, device, batch_size, overwrite, processes
             )
         else:
-            described, path = saved(Path(predictions), folder, declared, Path(data), items, overwrite)
+            path = Path(predictions)
+            described = saved(path, folder, declared, Path(data), items, overwrite)
         if processes.rank == 0:
             metrics = score(folder, declared, items, protocol, path, described, notes, name, seed, accept_problems)
             out.show(metrics, figures_text(metrics), f"\nWritten to {folder}/: {METRICS}, {SCORES}, {REPORT}")
         processes.wait()
 
 
+def show_benchmarks(out: Results) -> None:
+    """A line a shipped benchmark."""
+    from medsight.evaluation.benchmarks import load_declarations
+
+    for name, entry in load_declarations().items():
+        rows = entry.expected_rows or "any number of"
+        content = {"benchmark": name, "title": entry.title, "task": entry.task, "rows": entry.expected_rows}
+        out.show(content, f"{name:24}{entry.title} ({entry.task}, {rows} rows)")
+
+
+def rows_to_score(
+    benchmark: "Benchmark", data: Path, limit: int | None, held_out_prompts: bool, seed: int, allow_row_count: bool
+) -> tuple[list["Item"], list[str]]:
+    """The rows of a benchmark, and what the report has to say of them.
+
+    Raises:
+        OSError, ValueError: see `read_items` and `check_counts`; or the limit is below 1.
+    """
+    from medsight.evaluation.benchmarks import check_counts
+    from medsight.evaluation.items import read_items
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: expected at least 1")
+    items, shards = read_items(benchmark, data, held_out_prompts, seed)
+    counted = check_counts(benchmark, items, shards, allow_row_count)
+    notes = [*benchmark.notes, *([counted] if counted else [])]
+    if limit is not None and limit < len(items):
+        notes.append(f"Limited to the first {limit:,} of {len(items):,} rows: not comparable with the whole set.")
+    return items[:limit], notes
+
+
 def protocol_of(benchmark: "Benchmark", answers: str | None, masks: str | None, flags: dict[str, Any]) -> "Protocol":
-    """The benchmark's protocol, or what the arguments put in its place."""
+    """The benchmark's protocol, or what the arguments put in its place.
+
+    Raises:
+        ValueError: an argument is unknown, or is about what the benchmark does not score.
+    """
     from medsight.evaluation.scoring import Protocol
     from medsight.metrics.mask_dice.mask_counts import PRESETS
 
@@ -155,9 +179,12 @@ def answer(
     overwrite: bool,
     processes: "Processes",
 ) -> tuple[dict[str, Any], Path]:
-    """Lets the checkpoint answer; what run.json says, and the path of the predictions."""
+    """Lets the checkpoint answer; what run.json says, and the path of the predictions.
+
+    Raises:
+        OSError, ValueError: see `check_checkpoint`, `load_for_evaluation`, `prepare_output` and `answer_items`.
+    """
     from medsight.checkpoint import check_checkpoint, shipped_checkpoint
-    from medsight.evaluation.items import fingerprint
     from medsight.evaluation.runner import (
         answer_items,
         checkpoint_fingerprint,
@@ -172,11 +199,10 @@ def answer(
         loaded, processor = load_for_evaluation(folder, settings, device, processes.device)
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
         described = describe_run(
+            settings,
             model=folder.name,
             checkpoint=checkpoint_fingerprint(folder),
-            benchmark=benchmark.name,
-            data={"path": data.name, "sha256": fingerprint(items), "rows": len(items)},
-            settings=settings,
+            **questions(benchmark, data, items),
             **({"codes_per_group": codebook_of(loaded.config)} if loaded.config.use_region_codebook else {}),
         )
         if processes.rank == 0:
@@ -193,33 +219,47 @@ def codebook_of(config: Any) -> dict[str, int]:
 
 def saved(
     path: Path, output: Path, benchmark: "Benchmark", data: Path, items: "list[Item]", overwrite: bool
-) -> tuple[dict[str, Any], Path]:
-    """What is known of saved predictions: their own run.json, if one lies beside them, and their file's hash."""
-    from medsight.evaluation.items import fingerprint
+) -> dict[str, Any]:
+    """What is known of saved predictions: their own run.json, if one lies beside them, and their file's hash.
+
+    Raises:
+        OSError: a file cannot be read, or the output folder holds something else.
+        ValueError: their run.json is damaged.
+    """
+    from medsight.checkpoint import read_json
     from medsight.evaluation.runner import RUN
 
     content = path.read_bytes()
     described: dict[str, Any] = {"model": path.stem}
     if (path.parent / RUN).is_file():
-        described = json.loads((path.parent / RUN).read_text(encoding="utf-8"))
-    described |= {
+        described = read_json(path.parent / RUN)
+    described |= {"predictions_sha256": hashlib.sha256(content).hexdigest(), **questions(benchmark, data, items)}
+    _make_scores_folder(output, {RUN, path.name}, overwrite)
+    return described
+
+
+def questions(benchmark: "Benchmark", data: Path, items: "list[Item]") -> dict[str, Any]:
+    """What run.json says of the rows that are asked about."""
+    from medsight.evaluation.items import fingerprint
+
+    return {
         "benchmark": benchmark.name,
-        "predictions_sha256": hashlib.sha256(content).hexdigest(),
         "data": {"path": data.name, "sha256": fingerprint(items), "rows": len(items)},
     }
-    known = {METRICS, SCORES, REPORT, RUN, path.name}
+
+
+def _make_scores_folder(output: Path, beside: set[str], overwrite: bool) -> None:
+    """Makes the folder; one that holds more than scores and the files `beside` them is refused."""
+    scores = {METRICS, SCORES, REPORT}
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file; name a folder")
-    names = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    foreign = [name for name in names if name not in known]
-    if foreign or (set(names) & {METRICS, SCORES, REPORT} and not overwrite):
-        raise FileExistsError(
-            f"output folder {output} holds {foreign[0]}; name another one"
-            if foreign
-            else f"output folder {output} holds an evaluation; name another one, or add --overwrite"
-        )
+    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    foreign = sorted(names - scores - beside)
+    if foreign:
+        raise FileExistsError(f"output folder {output} holds {foreign[0]}; name another one")
+    if names & scores and not overwrite:
+        raise FileExistsError(f"output folder {output} holds an evaluation; name another one, or add --overwrite")
     output.mkdir(parents=True, exist_ok=True)
-    return described, path
 
 
 def score(

@@ -110,6 +110,7 @@ def describe_image(path: Path) -> dict[str, Any]:
         "modality": scan.modality,
         "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
         "slice_spacing_mm": scan.slice_spacing,
+        "window_of_its_own": scan.has_window,
         "files": len(scan.files) or 1,
         "bytes": sum(file.stat().st_size for file in scan.files or image_content(path)),
     }
@@ -180,6 +181,8 @@ def _as_text(value: Any) -> str:
         return ", ".join(f"{name} {_as_text(entry)}" for name, entry in value.items())
     if isinstance(value, list):
         return ", ".join(map(_as_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

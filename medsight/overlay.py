@@ -1,7 +1,7 @@
-"""Draws regions over an image: a translucent fill, a contour and a number each, and a legend below.
+"""Draws regions over an image: a translucent fill, a contour and a number each, and a legend below; or heat.
 
-Colours are Okabe and Ito's palette, which readers with any common colour blindness can tell apart; the numbers say the
-same without colour.
+Regions' colours are Okabe and Ito's palette, which readers with any common colour blindness can tell apart; the
+numbers say the same without colour.
 """
 
 from bisect import bisect_right
@@ -18,6 +18,8 @@ FILL_OPACITY = 0.35
 FONT_SIZE = 16
 LINE_HEIGHT = 26
 MARGIN = 8
+# Black, purple, orange, yellow: rises evenly in lightness, so that it reads without colour too.
+HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
 
 
 def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
@@ -39,7 +41,18 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
                 f"mask {index + 1}: expected {image.width} x {image.height} pixels, as the image has, "
                 f"got {mask.shape[-1]} x {mask.shape[0]}"
             )
-    return add_legend(draw_regions(image, masks, min(max(*image.size, MIN_SIDE), MAX_SIDE)), labels)
+    return add_legend(draw_regions(image, masks, readable_side(image)), labels)
+
+
+def readable_side(image: Image.Image, least: int = MIN_SIDE, most: int = MAX_SIDE) -> int:
+    """Pixels to draw the longer side of an image at: its own, within bounds."""
+    return min(max(*image.size, least), most)
+
+
+def scaled_size(image: Image.Image, longer_side: int) -> tuple[int, int]:
+    """(width, height) of an image whose longer side becomes `longer_side` pixels."""
+    scale = longer_side / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def draw_regions(image: Image.Image, masks: Sequence[np.ndarray], longer_side: int) -> Image.Image:
@@ -47,8 +60,7 @@ def draw_regions(image: Image.Image, masks: Sequence[np.ndarray], longer_side: i
 
     An empty mask keeps its colour and number to itself.
     """
-    scale = longer_side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    size = scaled_size(image, longer_side)
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32).copy()
     drawn = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
     for index, mask in enumerate(drawn):
@@ -63,6 +75,23 @@ def draw_regions(image: Image.Image, masks: Sequence[np.ndarray], longer_side: i
     picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     number_regions(picture, drawn)
     return picture
+
+
+def heat_map(picture: Image.Image, probabilities: np.ndarray) -> Image.Image:
+    """A picture in grey with probabilities over it as heat: where they are low, the picture shows.
+
+    Args:
+        probabilities: (h, w) float, a grid over the whole picture; interpolated.
+    """
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32)
+    values = np.asarray(
+        Image.fromarray(probabilities.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+    )
+    place = values.clip(0, 1) * (len(HEAT) - 1)
+    below = np.floor(place).astype(int).clip(0, len(HEAT) - 2)
+    color = HEAT[below] + (place - below)[..., None] * (HEAT[below + 1] - HEAT[below])
+    opacity = 0.85 * values.clip(0, 1)[..., None]
+    return Image.fromarray((grey + opacity * (color - grey)).round().clip(0, 255).astype(np.uint8))
 
 
 def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:

@@ -33,8 +33,13 @@ Dtype = Annotated[
 Window = Annotated[
     str | None,
     typer.Option(
-        metavar="WINDOW", help="Grey levels shown: abdomen, lung, bone, brain, soft tissue, or CENTRE,WIDTH."
+        metavar="WINDOW",
+        help="Grey levels shown: abdomen, lung, bone, brain, soft tissue, file (its own), or CENTRE,WIDTH.",
     ),
+]
+Plane = Annotated[
+    Literal["axial", "coronal", "sagittal"] | None,
+    typer.Option(help="That a NIfTI volume is cut along  [default: axial]."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")]
 AllowedGroups = Annotated[
@@ -99,6 +104,7 @@ def command(
         str, typer.Option(metavar="SLICES", help="Of a volume: N, A-B, middle, all or largest-foreground.")
     ] = "middle",
     window: Window = None,
+    plane: Plane = None,
     formats: Formats = "png",
     deidentify: Deidentify = False,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Slices answered at once.")] = BATCH_SIZE,
@@ -133,6 +139,7 @@ def command(
         "dtype": dtype,
         "slices": slices,
         "window": window,
+        "plane": plane,
         "formats": kinds,
         "deidentify": deidentify,
         **settings.to_dict(),
@@ -143,7 +150,7 @@ def command(
     with results(as_json) as out:
         for job in finished:
             show(out, job, found.is_single, "Answered before:")
-        reading = read_jobs(unfinished, slices, view)
+        reading = read_jobs(unfinished, slices, view, plane)
         # Read before the model is loaded, which takes longer than to see that the one image is broken.
         first = list(zip(range(1), reading, strict=False))
         if first and found.is_single and unfinished[0].error is not None:
@@ -216,14 +223,14 @@ def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
 
 
 def read_jobs(
-    jobs: Iterable[Job], slices: str, window: str | tuple[float, float] | None
+    jobs: Iterable[Job], slices: str, window: str | tuple[float, float] | None, plane: str | None = None
 ) -> Iterator[tuple[Job, Slice | None]]:
     """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read."""
     from processing_medsight.scan_medsight import open_scan
 
     for job in jobs:
         try:
-            scan = open_scan(job.image)
+            scan = open_scan(job.image, plane=plane)
             job.expected = len(scan.choose_slices(slices))
             for one in read_slices(scan, slices, window):
                 yield job, one
@@ -300,7 +307,7 @@ def parse_groups(text: str | None) -> str | list[int | str] | None:
 
 
 def parse_window(text: str | None) -> str | tuple[float, float] | None:
-    """The value of --window: a name, or CENTRE,WIDTH.
+    """The value of --window: a name, "file", or CENTRE,WIDTH.
 
     Raises:
         ValueError: it is neither.
@@ -314,7 +321,8 @@ def parse_window(text: str | None) -> str | tuple[float, float] | None:
         view = (float(centre), float(width)) if comma else text
     except ValueError:
         view = text
-    windows_medsight.parse_window(view)
+    if not windows_medsight.is_file_window(view):
+        windows_medsight.parse_window(view)
     return view
 
 

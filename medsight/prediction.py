@@ -111,6 +111,7 @@ def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = Non
         "scan": {
             "kind": scan.kind,
             "slices": scan.num_slices,
+            "plane": scan.plane,
             "modality": scan.modality,
             "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
             "slice_spacing_mm": scan.slice_spacing,

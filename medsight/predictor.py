@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -47,7 +48,16 @@ class AnswerSettings:
             raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
 
     def to_dict(self) -> dict[str, Any]:
+        """Its fields, by name."""
         return asdict(self)
+
+    def decoding(self) -> dict[str, Any]:
+        """What of it is for `generate`."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "allowed_groups": self.allowed_groups,
+            "force_region": self.force_region,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +183,7 @@ class Predictor:
             for one in read_slices(source, slices, window)
         )
         predictions: list[Prediction] = []
-        while batch := [entry for _, entry in zip(range(batch_size), entries, strict=False)]:
+        while batch := list(islice(entries, batch_size)):
             predictions += self.predict_slices(*(list(column) for column in zip(*batch, strict=True)), **settings)
         return predictions
 
@@ -215,33 +225,48 @@ class Predictor:
 
         Returns:
             An answer a conversation; the masks of its regions are at the size of the image they belong to.
-        """
-        import torch
 
+        Raises:
+            ValueError: a conversation cannot be tokenized, a setting is out of range, or there is no such group.
+        """
         chosen = AnswerSettings(**settings)
-        inputs = self.processor.apply_chat_template(
-            [list(messages) for messages in conversations],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.device, dtype=self.model.dtype)
-        with torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=chosen.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                return_dict_in_generate=True,
-                allowed_groups=chosen.allowed_groups,
-                force_region=chosen.force_region,
-                streamer=streamer,
-            )
+        inputs = tokenize_chats(self.model, self.processor, conversations)
+        output = decode_greedily(self.model, inputs, streamer=streamer, **chosen.decoding())
         answers: list[GroundedAnswer] = self.processor.post_process_grounded_answer(
             output, inputs, threshold=chosen.threshold
         )
         return answers
+
+
+def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Any:
+    """Conversations as one left-padded batch for `decode_greedily`, on the model's device and in its precision.
+
+    Args:
+        conversations: chat messages, as `apply_chat_template` takes them; each ends with a turn of the user.
+
+    Raises:
+        ValueError: one of them cannot be tokenized.
+    """
+    return processor.apply_chat_template(
+        [list(messages) for messages in conversations],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device, dtype=model.dtype)
+
+
+def decode_greedily(model: Any, inputs: Any, **settings: Any) -> Any:
+    """What the model's `generate` returns for the inputs, at the likeliest token each time.
+
+    Args:
+        **settings: more of `generate`, such as `max_new_tokens` or `streamer`.
+    """
+    import torch
+
+    with torch.inference_mode():
+        return model.generate(**inputs, do_sample=False, num_beams=1, return_dict_in_generate=True, **settings)
 
 
 def user_turn(prompt: str, image: Any = None) -> dict[str, Any]:

@@ -17,6 +17,10 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be uploaded, without the network, and upload nothing.")
     ] = False,
+    only_card: Annotated[
+        bool,
+        typer.Option("--write-card", help="Write the card into the folder, to be read and edited; upload nothing."),
+    ] = False,
     license: Annotated[
         str | None, typer.Option(metavar="ID", help="The weights' licence, as the Hub calls it, for the card.")
     ] = None,
@@ -40,11 +44,15 @@ def command(
 ) -> None:
     """Put a checkpoint folder, or an adapter, on the Hub: model, code, region codes and card, in one commit.
 
-    A README.md in the folder is published as it is; otherwise a card is written from what the folder, its evaluations
+    A README.md in the folder is published as it is; otherwise a card is made from what the folder, its evaluations
     and its training run say. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from medsight.hub import CardFacts, push
+    from medsight.hub import CardFacts, push, write_card
 
+    if only_card and (dry_run or private or revision or message or contact_sheets):
+        raise ValueError(
+            "--write-card uploads nothing: leave out --dry-run, --private, --revision, --message and --contact-sheets"
+        )
     facts = CardFacts(
         license=license,
         base_model=base_model,
@@ -54,6 +62,10 @@ def command(
         prompt=prompt,
     )
     with results(as_json) as out:
+        if only_card:
+            card = write_card(Path(folder), repo_id, facts)
+            out.show({"card": str(card)}, f"Written to {card}: read and edit it; medsight push publishes it as it is")
+            return
         done = push(
             folder,
             repo_id,

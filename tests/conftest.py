@@ -1,9 +1,13 @@
 """Fixtures that all tests share."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from medsight import cli
 from tests.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -11,3 +15,17 @@ from tests.tiny_checkpoint import save_tiny_checkpoint
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and its processor; read only."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
+    """Runs a verb with --json; the objects that it printed."""
+
+    def run(*arguments: object) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        status = cli.main([*map(str, arguments), "--json"])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return [json.loads(line) for line in captured.out.splitlines()]
+
+    return run

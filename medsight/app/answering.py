@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from medsight.predictor import decode_greedily, tokenize_chats
+
 
 if TYPE_CHECKING:
     from medsight.predictor import AnswerSettings
@@ -49,9 +51,7 @@ def stream_answer(
         ValueError: the conversation is too long for the model, or cannot be tokenized.
     """
     model, processor = predictor.model, predictor.processor
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-    ).to(model.device, dtype=model.dtype)
+    inputs = tokenize_chats(model, processor, [messages])
     length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
     if length + settings.max_new_tokens > limit:
         raise ValueError(
@@ -59,23 +59,14 @@ def stream_answer(
             f"than the model's {limit}: begin a new conversation"
         )
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopping = StoppingCriteriaList([StopWhenSet(stop)])
     outcome: list[Any] = []
 
     def generate() -> None:
         try:
-            with torch.inference_mode():
-                outcome.append(
-                    model.generate(
-                        **inputs,
-                        max_new_tokens=settings.max_new_tokens,
-                        do_sample=False,
-                        return_dict_in_generate=True,
-                        allowed_groups=settings.allowed_groups,
-                        force_region=settings.force_region,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
-                    )
-                )
+            outcome.append(
+                decode_greedily(model, inputs, streamer=streamer, stopping_criteria=stopping, **settings.decoding())
+            )
         except Exception as error:  # raised again below, in the caller's thread
             outcome.append(error)
             streamer.end()

@@ -154,7 +154,7 @@ def code_card(finding: Finding, region_codes: Mapping[str, Any] | None) -> str:
 
 def scan_facts(kind: str, modality: str | None, slices: int, width: int, height: int, spacing: str) -> str:
     """One line on what is open; nothing in it is about a person."""
-    name = {"image": "Picture", "dicom": "DICOM", "nifti": "NIfTI"}[kind]
+    name = {"image": "Picture", "array": "Array", "dicom": "DICOM", "nifti": "NIfTI"}[kind]
     parts = [name if modality is None else f"{name}, {modality}", f"{width} × {height} pixels"]
     if slices > 1:
         parts.insert(1, f"{slices} slices")

@@ -180,11 +180,12 @@ class Page:
 
     def _opened(self, session: Session, threshold: float) -> Updates:
         from medsight.export import FORMATS
-        from processing_medsight.windows_medsight import WINDOWS
+        from processing_medsight.windows_medsight import FILE_WINDOW, WINDOWS
 
         scan = session.scan
         slices = 1 if scan is None else scan.num_slices
-        names = [DEFAULT_WINDOW, *(WINDOWS if scan is not None and scan.modality == "CT" else ())]
+        own = [FILE_WINDOW] if scan is not None and scan.has_window else []
+        names = [DEFAULT_WINDOW, *own, *(WINDOWS if scan is not None and scan.modality == "CT" else ())]
         formats = ["png", "coco"]
         if scan is not None:
             left_out = (["nifti"] if scan.affine is None else []) + (
@@ -199,7 +200,9 @@ class Page:
                 visible=slices > 1, maximum=max(2, slices), value=session.slice_index + 1, label=f"Slice (of {slices})"
             ),
             self.window: gr.update(
-                visible=scan is not None and scan.kind != "image", choices=names, value=DEFAULT_WINDOW
+                visible=scan is not None and (scan.kind != "image" or scan.num_slices > 1),
+                choices=names,
+                value=DEFAULT_WINDOW,
             ),
             self.formats: gr.update(choices=formats, value=["png"]),
             self.deidentify: gr.update(visible=scan is not None and scan.kind == "dicom"),
@@ -216,7 +219,7 @@ class Page:
         return self._view(session, threshold)
 
     def show_window(self, session: Session | None, text: str | None, threshold: float) -> Updates:
-        """Shows the slices under another window: a name, centre/width, or the default."""
+        """Shows the slices under another window: a name, the file's own, centre/width, or the default."""
         if session is None or session.scan is None:
             return _warn(NOTHING_OPEN)
         before = session.window
@@ -419,22 +422,22 @@ def build(predictor: Any, folder: Path | None = None) -> gr.Blocks:
 
 
 def parse_window_text(text: str) -> Window:
-    """A window as typed: empty or "default", a name, or centre/width.
+    """A window as typed: empty or "default", a name, "file" (its own), or centre/width.
 
     Raises:
         ValueError: it is none of these.
     """
-    from processing_medsight.windows_medsight import WINDOWS
+    from processing_medsight.windows_medsight import FILE_WINDOW, WINDOWS
 
     text = text.strip().lower()
     if text in ("", DEFAULT_WINDOW):
         return None
-    if text in WINDOWS:
+    if text in (*WINDOWS, FILE_WINDOW):
         return text
     try:
         centre, width = (float(part) for part in text.replace(",", "/").split("/"))
     except ValueError:
-        names = ", ".join((DEFAULT_WINDOW, *WINDOWS))
+        names = ", ".join((DEFAULT_WINDOW, FILE_WINDOW, *WINDOWS))
         raise ValueError(f"window {text!r}: expected {names}, or centre/width such as 40/400") from None
     return centre, width
 

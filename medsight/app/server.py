@@ -11,6 +11,15 @@ from typing import Any
 
 MAX_FILE_SIZE = "1gb"
 STYLE = Path(__file__).with_name("page.css")
+# Nothing of a visitor's leaves this process, and the page has no more on it than ours.
+PRIVATE = {
+    "share": False,
+    "footer_links": [],
+    "run_history": False,
+    "enable_monitoring": False,
+    "mcp_server": False,
+    "ssr_mode": False,
+}
 
 
 def launch(
@@ -41,15 +50,7 @@ def launch(
         OSError: the checkpoint is missing, or the port is taken.
         ValueError: gradio is not installed, or the checkpoint is bad.
     """
-    # Read by libraries when they are imported: no telemetry, no look at whether there is a newer version.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ValueError('the page needs gradio: pip install "medsight[app,medical]"') from error
+    gradio = _import_gradio()
     from medsight.predictor import Predictor
 
     if port:
@@ -75,18 +76,13 @@ def launch(
         blocks.launch(
             server_name=host,
             server_port=port or None,
-            share=False,
             inbrowser=open_browser,
             prevent_thread_lock=True,
             quiet=True,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            ssr_mode=False,
             max_file_size=MAX_FILE_SIZE,
             theme=theme,
             css_paths=STYLE,
+            **PRIVATE,
         )
         print(f"MedSIGHT is at {blocks.local_url} (Ctrl+C stops it)", flush=True)
         if block:
@@ -96,6 +92,19 @@ def launch(
             blocks.close()
             folder.cleanup()
     return blocks
+
+
+def _import_gradio() -> Any:
+    """Gradio, without its telemetry and its look for newer versions."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the page needs gradio: pip install "medsight[app,medical]"') from error
+    return gradio
 
 
 def _stop_on_termination() -> None:

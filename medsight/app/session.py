@@ -150,7 +150,7 @@ class Session:
         if self._folder is None:
             return text
         several = len(list(self._folder.glob("*/00002"))) > 0
-        inside = re.compile(rf"{re.escape(str(self._folder))}(?:/\w+(?:/(\d{{5}}))?)?")
+        inside = re.compile(rf"(?:{re.escape(str(self._folder))}(?:/\w+)?|{UPLOAD_NAME})(?:/(\d{{5}}))?")
         return inside.sub(
             lambda found: f"file {int(found[1])} of {UPLOAD_NAME}" if found[1] and several else UPLOAD_NAME, text
         )

@@ -8,6 +8,7 @@ reference_codes  what a model's codebook calls the reference masks, and the grou
 runner       a checkpoint's answers to the items, batched, resumable, over several processes
 scoring      a score a row, by the metrics of medsight.metrics
 summary      means with intervals, by data set, modality and target
+figures      the figures of metrics.json in words
 report       report.html, one self-contained page, with report_cases and report_codes
 compare      paired differences of two evaluations over the same rows
 codes        what each region code of a checkpoint stands for

@@ -1,25 +1,21 @@
 """What each region code stands for: the structures whose masks it gets, and where its mask is hottest."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from processing_medsight.region_codes_medsight import REGION_CODES_FILE as CODES_FILE
-from processing_medsight.region_codes_medsight import read_region_codes
+from medsight.overlay import heat_map, shorten
 
 
 if TYPE_CHECKING:
     from medsight.training.data.groups import Groups
 
 TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
-# Black, purple, orange, yellow: rises evenly in lightness, so that it reads without colour too.
-HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
 
 
 @dataclass(order=True)
@@ -80,9 +76,12 @@ def describe_codes(
 
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its one code [SEG] stands for anything")
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: expected at least 1")
     found = CodeMeanings()
     kept: dict[str, list[Example]] = {}
-    for batch in _batches((row for row in rows if row["masks"]), batch_size):
+    with_masks = (row for row in rows if row["masks"])
+    while batch := list(islice(with_masks, batch_size)):
         pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
         owners = torch.tensor([groups.index(row["modality"], row["site"]) for row in batch])
         with torch.inference_mode():
@@ -127,13 +126,6 @@ def code_masks(model: Any, image_features: Any, group: int, codes: Any) -> np.nd
     return logits.float().sigmoid().cpu().numpy()
 
 
-def _batches(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
-    if size < 1:
-        raise ValueError(f"batch size {size}: expected at least 1")
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
 def _placed(row: Mapping[str, Any], processor: Any, side: int) -> tuple[Any, Any]:
     """An image and its masks on the model's canvas."""
     from medsight.training.data.pictures import read_mask, read_picture
@@ -157,23 +149,8 @@ def _picture(pixels: Any, processor: Any) -> Image.Image:
     return picture
 
 
-def heat_map(picture: Image.Image, probabilities: np.ndarray) -> Image.Image:
-    """A picture in grey with probabilities (H, W) over it as heat: where they are low, the picture shows."""
-    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32)
-    values = np.asarray(
-        Image.fromarray(probabilities.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
-    )
-    place = values.clip(0, 1) * (len(HEAT) - 1)
-    below = np.floor(place).astype(int).clip(0, len(HEAT) - 2)
-    color = HEAT[below] + (place - below)[..., None] * (HEAT[below + 1] - HEAT[below])
-    opacity = 0.85 * values.clip(0, 1)[..., None]
-    return Image.fromarray((grey + opacity * (color - grey)).round().clip(0, 255).astype(np.uint8))
-
-
 def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image:
     """The examples of one code on a white sheet, with the structure and the score below each."""
-    from medsight.overlay import shorten
-
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
     rows = -(-len(examples) // COLUMNS)
     columns = min(COLUMNS, max(2, len(examples)))
@@ -209,14 +186,3 @@ def meanings_to_json(found: CodeMeanings, codes_per_group: Mapping[str, int], **
     }
     overall = {key: value for key, value in usage.items() if key != "groups"}
     return {**origin, "images": found.images, "overall": overall, "groups": groups, "codes": codes}
-
-
-def read_meanings(folder: Path) -> dict[str, dict[str, float]]:
-    """For each described code of a checkpoint the structures that it stands for, with shares; empty if none are.
-
-    Raises:
-        OSError, ValueError: region_codes.json cannot be read, or is damaged.
-    """
-    path = folder / CODES_FILE
-    codes = read_region_codes(path)["codes"] if path.is_file() else {}
-    return {code: entry["structures"] for code, entry in codes.items()}

@@ -128,24 +128,24 @@ def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
     from medsight.console import align
-    from medsight.evaluation.report import LABELS as SCORE_LABELS
+    from medsight.evaluation.figures import LABELS as SCORE_LABELS
 
     labels = {**SCORE_LABELS, **LABELS}
     lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]
     for kind, scores in (("micro", result["scores"]), ("macro", result["macro"])):
         for name, found in scores.items():
-            scale, digits = (1, 1) if name.endswith("_mm") else (100, 1)
+            scale = 1 if name.endswith("_mm") else 100
             if kind == "macro" and name == "negatives_right":
                 continue
             ends = [found["low"], found["high"]]
-            spread = "–" if None in ends else " to ".join(f"{scale * end:+.{digits}f}" for end in ends)
+            spread = "–" if None in ends else " to ".join(f"{scale * end:+.1f}" for end in ends)
             clear = None not in ends and (ends[0] > 0 or ends[1] < 0)
             lines.append(
                 (
                     f"{labels[name]}, {kind}",
-                    f"{scale * found['a']:.{digits}f}",
-                    f"{scale * found['b']:.{digits}f}",
-                    f"{scale * found['difference']:+.{digits}f}",
+                    f"{scale * found['a']:.1f}",
+                    f"{scale * found['b']:.1f}",
+                    f"{scale * found['difference']:+.1f}",
                     spread,
                     "*" if clear else "",
                     *(f"{found[key]:,}" for key in ("better", "equal", "worse", "n")),

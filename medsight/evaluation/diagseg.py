@@ -3,8 +3,9 @@
 import csv
 import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,8 +119,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
             not there, or no row has a diagnosis.
     """
-    from medsight.evaluation.items import relative
     from medsight.output_folder import staged_folder
+    from medsight.training.data.annotation import check_empty
     from medsight.training.data.sources import Source, iterate
 
     diagnoses = None if table is None else read_table(table)
@@ -128,110 +129,92 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         if entry.error is not None:
             raise entry.error
         rows.append(entry.row)
+    tests = [row for row in rows if row["split"] == "test"]
+    findings = [None] * len(tests) if diagnoses is None else _look_up(diagnoses, tests, data, table)
     elsewhere = {row["patient"] for row in rows if row["split"] != "test"}
     counts: Counter[str] = Counter()
     chosen: list[tuple[dict[str, Any], Diagnosis]] = []
-    used: set[str] = set()
-    for row in rows:
-        if row["split"] != "test":
-            continue
-        image, finding = relative(row["image"]["path"], data), None
-        if diagnoses is not None:
-            key = next((name for name in (image, Path(image).name) if name in diagnoses), None)
-            if key is None:
-                counts["not in the table"] += 1
-                continue
-            used.add(key)
-            finding = diagnoses[key]
-        if row["patient"] in elsewhere:
+    for row, finding in zip(tests, findings, strict=True):
+        if table is not None and finding is None:
+            counts["not in the table"] += 1
+        elif row["patient"] in elsewhere:
             counts["patient also in another split"] += 1
-            continue
-        diagnosis = diagnosis_of(row, finding)
-        if diagnosis is None:
+        elif (diagnosis := diagnosis_of(row, finding)) is None:
             counts["no diagnosis"] += 1
-            continue
-        chosen.append((row, diagnosis))
-    if diagnoses is not None and set(diagnoses) - used:
-        unknown = sorted(set(diagnoses) - used)
-        raise ValueError(f"{table}: {len(unknown)} image(s) are no test images of {data}, first: {unknown[0]}")
+        else:
+            chosen.append((row, diagnosis))
     if not chosen:
         raise ValueError(f"{data}: no test row has a diagnosis; name one for each image with --table FILE")
-    counts["items"] = len(chosen)
-    with staged_folder(output, False, _check_empty) as folder:
-        _write(folder, data, chosen, question, counts, table)
-    return dict(counts)
+    with staged_folder(output, False, check_empty) as folder:
+        records = [_copied(row, diagnosis, question, data, folder) for row, diagnosis in chosen]
+        (folder / ITEMS).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(_card(records, counts, data, table), encoding="utf-8")
+    return {**counts, "items": len(chosen)}
 
 
-def _check_empty(output: Path, overwrite: bool) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"output {output} is not an empty folder; name another one")
-
-
-def _write(
-    folder: Path,
-    data: Path,
-    chosen: list[tuple[dict[str, Any], Diagnosis]],
-    question: str,
-    counts: Counter[str],
-    table: Path | None,
-) -> None:
-    import shutil
-
+def _look_up(
+    diagnoses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], data: Path, table: Path | None
+) -> list[str | None]:
+    """What the table says of each row, by its image's path below the data or by its file name."""
     from medsight.evaluation.items import relative
 
-    records = []
-    for row, diagnosis in chosen:
-        files = [row["image"]["path"], *(row["masks"][index]["path"] for index in diagnosis.masks)]
-        copies = []
-        for file in files:
-            copy = folder / "files" / relative(file, data)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-            copies.append(copy.relative_to(folder).as_posix())
-        records.append(
-            {
-                "qa_id": relative(row["image"]["path"], data),
-                "question": question,
-                "short_answer": diagnosis.answer,
-                "image_file": copies[0],
-                "mask_files": copies[1:],
-                "target": " and ".join(diagnosis.targets) or None,
-                **{name: row[name] for name in ("dataset", "modality", "site", "patient", "label_origin")},
-            }
-        )
-    (folder / ITEMS).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    by_modality = Counter(row["modality"] for row, _ in chosen)
-    by_answer = Counter(diagnosis.answer for _, diagnosis in chosen)
+    images = [relative(row["image"]["path"], data) for row in rows]
+    keys = [next((name for name in (image, Path(image).name) if name in diagnoses), None) for image in images]
+    unknown = sorted(set(diagnoses).difference(keys))
+    if unknown:
+        raise ValueError(f"{table}: {len(unknown)} image(s) are no test images of {data}, first: {unknown[0]}")
+    return [None if key is None else diagnoses[key] for key in keys]
+
+
+def _copied(row: Mapping[str, Any], diagnosis: Diagnosis, question: str, data: Path, folder: Path) -> dict[str, Any]:
+    """The record of an item, whose image and masks are copied into the folder."""
+    from medsight.evaluation.items import relative
+
+    copies = []
+    for file in [row["image"]["path"], *(row["masks"][index]["path"] for index in diagnosis.masks)]:
+        copy = folder / "files" / relative(file, data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+        copies.append(copy.relative_to(folder).as_posix())
+    return {
+        "qa_id": relative(row["image"]["path"], data),
+        "question": question,
+        "short_answer": diagnosis.answer,
+        "image_file": copies[0],
+        "mask_files": copies[1:],
+        "target": " and ".join(diagnosis.targets) or None,
+        **{name: row[name] for name in ("dataset", "modality", "site", "patient", "label_origin")},
+    }
+
+
+def _card(records: Sequence[Mapping[str, Any]], left_out: Mapping[str, int], data: Path, table: Path | None) -> str:
+    """README.md: how the items were made, and how many of each kind there are."""
+    found = (
+        "the data's own `finding`; where there is none, structures that are abnormal by their names."
+        if table is None
+        else f"from the table `{table.name}`."
+    )
     lines = [
         "# Diagnose, then segment",
         "",
-        f"{len(chosen)} items from the test rows of `{data.name}`: a question, a short answer, and the masks that",
-        f'show it. Question: "{question}"',
+        f"{len(records)} items from the test rows of `{data.name}`: a question, a short answer, and the masks that",
+        f'show it. Question: "{records[0]["question"]}"',
         "",
-        "How a diagnosis was found: "
-        + (
-            f"from the table `{table.name}`."
-            if table is not None
-            else "the data's own `finding`; where there is none, structures that are abnormal by their names."
-        ),
+        f"How a diagnosis was found: {found}",
         "Its masks: of the structures that name it, else of abnormal ones, else of the only one. A normal finding has",
         "none, and giving a mask there is wrong.",
         "",
         "Patients: only those all of whose images are test rows.",
         "",
-        "| left out | rows |",
-        "|---|---|",
-        *(f"| {reason} | {count} |" for reason, count in sorted(counts.items()) if reason != "items"),
-        "",
-        "| modality | items |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in sorted(by_modality.items())),
-        "",
-        "| short answer | items |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in sorted(by_answer.items())),
-        "",
+        *_table("left out", "rows", left_out),
+        *_table("modality", "items", Counter(record["modality"] for record in records)),
+        *_table("short answer", "items", Counter(record["short_answer"] for record in records)),
         "Licences are those of the images' own sets. Score it with "
         "`medsight evaluate --benchmark diagseg --data THIS_FOLDER`.",
     ]
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
+
+
+def _table(what: str, counted: str, counts: Mapping[str, int]) -> list[str]:
+    rows = [f"| {name} | {count} |" for name, count in sorted(counts.items())]
+    return [f"| {what} | {counted} |", "|---|---|", *rows, ""]

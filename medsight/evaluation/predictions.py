@@ -177,6 +177,7 @@ class PredictionWriter:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file; all that was written is on the disk already."""
         self._file.close()
 
     def __enter__(self) -> "PredictionWriter":

@@ -5,6 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from medsight import __version__
+from medsight.evaluation.figures import (
+    has_modalities,
+    label,
+    main_score,
+    notes_of,
+    number_and_range,
+    protocol_text,
+    rates,
+    row_count,
+)
 from medsight.evaluation.items import Item
 from medsight.evaluation.predictions import Prediction
 from medsight.evaluation.report_cases import choose_cases
@@ -12,17 +22,6 @@ from medsight.evaluation.report_codes import code_usage, confusion
 
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-LABELS = {
-    "answer": "All questions",
-    "closed_accuracy": "Closed accuracy",
-    "open_recall": "Open recall",
-    "dice": "Dice",
-    "iou": "IoU",
-    "hd95_mm": "HD95 (mm)",
-    "surface_dice": "Surface Dice",
-    "code_accuracy": "Right codes",
-    "group_accuracy": "Codes of the right group",
-}
 FIELDS = {
     "modality": "modality",
     "dataset": "data set",
@@ -32,11 +31,6 @@ FIELDS = {
     "reference": "diagnosis",
 }
 Row = Mapping[str, Any]
-
-
-def label(metrics: Mapping[str, Any], score: str) -> str:
-    """What a score is called in a task."""
-    return "Diagnosis (recall)" if score == "answer" and metrics["task"] == "diagnose" else LABELS[score]
 
 
 def write_report(
@@ -62,10 +56,10 @@ def write_report(
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=metrics["title"],
         system=metrics["system"],
-        count=_count(metrics),
+        count=row_count(metrics),
         protocol=protocol_text(metrics),
         cards=_cards(metrics),
-        notes=_notes(metrics),
+        notes=notes_of(metrics),
         charts=_charts(metrics),
         tables=_tables(metrics),
         table_caption=f"Small print: 95% bootstrap intervals, drawn by {metrics['interval_unit']}.",
@@ -81,120 +75,23 @@ def write_report(
     scratch.replace(path)
 
 
-def main_score(metrics: Mapping[str, Any]) -> str:
-    """The score that a task is judged by first."""
-    return "dice" if "dice" in metrics["scores"] else "answer"
-
-
-def protocol_text(metrics: Mapping[str, Any]) -> str:
-    """The protocol in a few words."""
-    protocol = metrics["protocol"]
-    parts = [protocol["answers"]] if "answers" in protocol else []
-    if "masks" in protocol:
-        flags = protocol["mask_flags"]
-        flags_text = ", ".join(f"{name} {value}" for name, value in flags.items())
-        parts.append(f"{protocol['masks']} ({flags_text})")
-    return "; ".join(parts)
-
-
-def figures_text(metrics: Mapping[str, Any]) -> str:
-    """The main figures for a terminal."""
-    from medsight.console import align
-
-    lines = [("", "micro", "95%", "macro", "95%", "rows")]
-    for name, both in metrics["scores"].items():
-        micro, macro = both["micro"], both["macro"]
-        lines.append(
-            (label(metrics, name), *_number_and_range(name, micro), *_number_and_range(name, macro), f"{micro['n']:,}")
-        )
-    for title, figure in _rates(metrics):
-        lines.append((title, *_number_and_range("rate", figure), "", "", f"{figure['n']:,}"))
-    head = f"{metrics['title']}: {metrics['system']}, {_count(metrics)}, protocol {protocol_text(metrics)}"
-    notes = "".join(f"\nnote: {note}" for note in _notes(metrics))
-    return f"{head}\n\n{align(lines)}{notes}"
-
-
-def _rates(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    if "negatives" not in metrics:
-        return []
-    found = [
-        ("No mask where there is one", metrics["present"]["no_region_rate"]),
-        ("No mask where there is none", metrics["negatives"]["no_region_rate"]),
-        ("False mask", metrics["negatives"]["false_mask_rate"]),
-    ]
-    return [(title, figure) for title, figure in found if figure is not None]
-
-
-def _number(score: str, value: float) -> str:
-    return f"{value:.1f}" if score.endswith("_mm") else f"{100 * value:.1f}"
-
-
-def _number_and_range(score: str, figure: Mapping[str, Any]) -> tuple[str, str]:
-    if figure["low"] is None:
-        return _number(score, figure["value"]), "–"
-    return _number(score, figure["value"]), f"{_number(score, figure['low'])}–{_number(score, figure['high'])}"
-
-
-def _count(metrics: Mapping[str, Any]) -> str:
-    patients = f" of {metrics['patients']:,} patients or images" if metrics.get("patients") else ""
-    return f"{metrics['n']:,} rows{patients}"
-
-
-def _several(metrics: Mapping[str, Any]) -> bool:
-    """Whether there are modalities to take a macro mean over."""
-    return len(metrics["counts"]["by_modality"]) > 1
-
-
 def _cards(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     cards = []
     main = main_score(metrics)
     for name, both in metrics["scores"].items():
         for kind in ("macro", "micro"):
             figure = both[kind]
-            if kind == "macro" and (name != main or not _several(metrics)):
+            if kind == "macro" and (name != main or not has_modalities(metrics)):
                 continue
-            value, spread = _number_and_range(name, figure)
+            value, spread = number_and_range(name, figure)
             called = label(metrics, name)
-            title = f"{called}, {kind}" if name == main and _several(metrics) else called
+            title = f"{called}, {kind}" if name == main and has_modalities(metrics) else called
             over = " over modalities" if name == main and kind == "macro" else ""
             cards.append({"label": title, "value": value, "detail": f"95%: {spread} · {figure['n']:,} rows{over}"})
-    for title, figure in _rates(metrics):
-        value, spread = _number_and_range("rate", figure)
+    for title, figure in rates(metrics):
+        value, spread = number_and_range("rate", figure)
         cards.append({"label": title, "value": f"{value} %", "detail": f"95%: {spread} · {figure['n']:,} rows"})
     return cards
-
-
-def _notes(metrics: Mapping[str, Any]) -> list[str]:
-    notes = list(metrics["notes"])
-    notes += _reference_notes(metrics)
-    for kind, reasons in metrics["refused"].items():
-        for reason, count in reasons.items():
-            notes.append(f"{count:,} {'answers' if kind == 'answer' else 'rows'} without a score: {reason}.")
-    for kind, found in metrics["problems"].items():
-        some = ", ".join(found["rows"][:3]) + (", …" if found["count"] > 3 else "")
-        notes.append(f"{found['count']:,} predictions with a problem: {kind} ({some}).")
-    for origin, count in metrics["counts"]["label_origin"].items():
-        if origin not in ("expert", "unknown"):
-            notes.append(f"The references of {count:,} rows are not an expert's: {origin}.")
-    few = [f"{name} ({count})" for name, count in metrics["counts"]["by_modality"].items() if count < 10]
-    if few and _several(metrics):
-        notes.append(f"Fewer than ten rows, so hardly a figure: {', '.join(few)}.")
-    return notes
-
-
-def _reference_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Why cited codes of some rows were not held against right ones."""
-    found = metrics.get("reference_codes")
-    if found is None or not found["unknown"]:
-        return []
-    origins = list(found["unknown_by_origin"])
-    some = ", ".join(origins[:3]) + (", …" if len(origins) > 3 else "")
-    why = (
-        f"no code group of the model is called like their modality and site ({some})"
-        if found["group_unknown"] == found["unknown"]
-        else "neither the data nor the predictions name them"
-    )
-    return [f"The right codes of {found['unknown']:,} rows are not known: {why}."]
 
 
 def _charts(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -220,10 +117,10 @@ def _charts(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _bar(score: str, name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
-    number, spread = _number_and_range(score, figure)
+    number, spread = number_and_range(score, figure)
     ends = figure["low"] is not None
     return {
-        "name": f"{name}",
+        "name": name,
         "value": round(100 * figure["value"], 2),
         "low": round(100 * figure["low"], 2) if ends else None,
         "width": round(100 * (figure["high"] - figure["low"]), 2) if ends else None,
@@ -232,7 +129,7 @@ def _bar(score: str, name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    means = ["micro", "macro"] if _several(metrics) else ["micro"]
+    means = ["micro", "macro"] if has_modalities(metrics) else ["micro"]
     tables = [
         {
             "title": "overall",
@@ -267,7 +164,7 @@ def _tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cell(score: str, figure: Mapping[str, Any]) -> dict[str, str]:
-    number, spread = _number_and_range(score, figure)
+    number, spread = number_and_range(score, figure)
     return {"text": number, "range": "" if spread == "–" else spread}
 
 
@@ -278,12 +175,12 @@ def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if counts["closed"] or counts["open"]:
         lines.append(("Questions", f"{counts['closed']:,} closed, {counts['open']:,} open"))
     if codes:
-        rates = codes["answers"]
+        cited = codes["answers"]
         lines.append(
             (
                 "Codes",
-                f"{rates['codes_per_answer']:.2f} an answer for {rates['references_per_answer']:.2f} references; "
-                f"share of answers with no code {100 * rates['no_code_rate']:.1f}%",
+                f"{cited['codes_per_answer']:.2f} an answer for {cited['references_per_answer']:.2f} references; "
+                f"share of answers with no code {100 * cited['no_code_rate']:.1f}%",
             )
         )
         sources = {"codebook": "the model's codebook", "data set": "the data set"}

@@ -87,7 +87,7 @@ def _case(
 def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
     """An item's image with its reference in orange and the answer's masks, as one, in blue."""
     from medsight.evaluation.scoring import predicted_masks, reference_masks
-    from medsight.overlay import draw_overlay
+    from medsight.overlay import draw_regions, readable_side
     from medsight.training.data.pictures import read_picture
     from processing_medsight.scan_medsight import open_scan
 
@@ -99,11 +99,6 @@ def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
     nothing = np.zeros(size, dtype=bool)
     references = np.logical_or.reduce([nothing, *reference_masks(item)])
     answered = np.logical_or.reduce([nothing, *(predicted_masks(prediction, size) if prediction else [])])
-    drawn = draw_overlay(image, [references, answered], ["reference", "answer"])
-    # The page has one key for all pictures, so the overlay's own legend is cut off.
-    scale = max(max(image.size), PICTURE_SIDE) / max(image.size)
-    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    left = (drawn.width - width) // 2
-    drawn = drawn.crop((left, 0, left + width, height))
+    drawn = draw_regions(image, [references, answered], readable_side(image))
     drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     return drawn

@@ -4,7 +4,6 @@ Greedy decoding, in double precision on the CPU and in single on a GPU unless as
 masks do not depend on what else is in the batch, and one process and several give the same file.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -81,26 +80,15 @@ class Processes:
 
 
 def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
-    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings."""
-    from medsight.checkpoint import weight_files
+    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings.
 
-    weights = sorted(weight_files(folder))
-    settings = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in (".json", ".jinja") and path.name not in ("region_codes.json",)
-    )
-    return {"weights_sha256": _sha256(weights), "settings_sha256": _sha256(settings)}
+    Raises:
+        OSError, ValueError: see `medsight.checkpoint.weight_files`.
+    """
+    from medsight.checkpoint import settings_files, sha256_of, weight_files
 
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            while chunk := content.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    weights, settings = sorted(weight_files(folder)), settings_files(folder)
+    return {"weights_sha256": sha256_of(weights), "settings_sha256": sha256_of(settings)}
 
 
 def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> None:
@@ -108,7 +96,10 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
 
     Raises:
         FileExistsError: it holds something else, or the predictions of another run.
+        ValueError: its run.json is damaged.
     """
+    from medsight.checkpoint import read_json
+
     previous = output / RUN
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file; name a folder")
@@ -119,7 +110,7 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
         for path in (*output.glob(PARTS), output / PREDICTIONS):
             path.unlink(missing_ok=True)
     else:
-        before = json.loads(previous.read_text(encoding="utf-8"))
+        before = read_json(previous)
         differing = [key for key in described if before.get(key) != described[key]]
         if differing:
             raise FileExistsError(
@@ -225,25 +216,11 @@ def answer_batch(
     items: Sequence[Item], model: Any, processor: Any, settings: RunSettings, references: ReferenceCodes
 ) -> list[Prediction]:
     """Greedy answers to some items, with their masks at the images' own sizes, and the codes that would be right."""
-    import torch
+    from medsight.predictor import decode_greedily, tokenize_chats
 
     messages = [[{"role": "user", "content": content_of(item)}] for item in items]
-    inputs = processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device, dtype=model.dtype)
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-        )
+    inputs = tokenize_chats(model, processor, messages)
+    output = decode_greedily(model, inputs, max_new_tokens=settings.max_new_tokens)
     answers = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)
     known = references.of(items, inputs.get("pixel_values"))
     return [prediction_of(item, answer, *own) for item, answer, own in zip(items, answers, known, strict=True)]
@@ -314,9 +291,8 @@ def load_for_evaluation(
     return model.to(place).eval(), processor
 
 
-def describe_run(**parts: Any) -> dict[str, Any]:
+def describe_run(settings: RunSettings, **parts: Any) -> dict[str, Any]:
     """What run.json holds: two runs with the same content give the same predictions."""
     from medsight import __version__
 
-    settings = parts.pop("settings")
     return {"medsight_version": __version__, **parts, **asdict(settings)}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from medsight.checkpoint import read_json
-from medsight.hub.files import ADAPTER_CONFIG, CARD
+from medsight.hub.files import ADAPTER_CONFIG, CARD, check_repo_id, files_to_push
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ def render_card(folder: Path, repo_id: str, facts: CardFacts | None = None) -> s
 
 
 def write_card(folder: Path, repo_id: str, facts: CardFacts | None = None) -> Path:
-    """Write the card into the folder, to be read and edited before it is published.
+    """Write the card into the folder, to be read and edited before it is published; returns its path.
 
     Raises:
-        OSError, ValueError: as `render_card`; or the folder has a README.md already.
+        OSError, ValueError: as `render_card` and `files_to_push`; or the folder has a README.md already.
     """
+    check_repo_id(repo_id)
+    files_to_push(folder)
     path = folder / CARD
     if path.exists():
         raise FileExistsError(f"{path} exists: remove it to have another one written")

@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from medsight.checkpoint import check_checkpoint, read_json, weight_files
+from medsight.checkpoint import CODES_FILE, INDEX_FILE, WEIGHTS_FILE, check_checkpoint, read_json, weight_files
 
 
-CARD, CODES, CODE = "README.md", "region_codes.json", "*_medsight.py"
+CARD, CODE = "README.md", "*_medsight.py"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = (
     *("generation_config.json", "preprocessor_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
-DOCUMENTS = (CARD, CODES, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "example.png")
+DOCUMENTS = (CARD, CODES_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "example.png")
 TEMPLATES, SHEETS = "additional_chat_templates", "region_codes"
 UNFINISHED = (".saving-*", ".*.partial", "*.incomplete", ".*.new")
 RESUMABLE = ("optimizer*", "scheduler.*", "rng_state*", "scaler.*", "stage_state.safetensors")
@@ -82,6 +82,12 @@ class Upload:
         return sum(file.size for file in self.files)
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raises ValueError, with an example, where it is no `namespace/name`."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"repository {repo_id!r}: expected NAMESPACE/NAME, for example my-name/medsight-nano")
+
+
 def files_to_push(folder: Path, contact_sheets: Path | None = None) -> Upload:
     """The files of a checkpoint, or of an adapter, that are published; nothing is read over the network.
 
@@ -145,7 +151,7 @@ def _model_names(folder: Path) -> set[str]:
     for path in folder.glob("*.json"):
         read_json(path)
     weights = {path.name for path in weight_files(folder)}
-    index = {"model.safetensors.index.json"} if weights != {"model.safetensors"} else set()
+    index = {INDEX_FILE} if weights != {WEIGHTS_FILE} else set()
     return {*NEEDED, *OPTIONAL, *DOCUMENTS, *weights, *index, *_code_names(folder)}
 
 
@@ -163,7 +169,7 @@ def _adapter_names(folder: Path) -> set[str]:
         raise ValueError(f"weights file {weights} is damaged or incomplete ({error}); copy it again") from error
     if not names:
         raise ValueError(f"{weights} holds no tensors: save the adapter again")
-    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in DOCUMENTS if name != CODES)}
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in DOCUMENTS if name != CODES_FILE)}
 
 
 def _code_names(folder: Path) -> set[str]:

@@ -1,7 +1,6 @@
 """The upload of a checkpoint folder: one commit with all of it, or none."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,13 +8,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from medsight.checkpoint import read_json
+from medsight.checkpoint import INDEX_FILE, read_json
 from medsight.hub.card import CardFacts, base_model_of_adapter, render_card
-from medsight.hub.files import ADAPTER_CONFIG, CARD, CODE, Upload, UploadFile, files_to_push
+from medsight.hub.files import ADAPTER_CONFIG, CARD, CODE, Upload, UploadFile, check_repo_id, files_to_push
 
 
 # What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
-STALE = ("model*.safetensors", "model.safetensors.index.json", CODE)
+STALE = ("model*.safetensors", INDEX_FILE, CODE)
 MESSAGES = {
     401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: it needs write access to the namespace",
@@ -85,8 +84,7 @@ def push(
             are not about this checkpoint.
     """
     folder = Path(folder)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"repository {repo_id!r}: expected NAMESPACE/NAME, for example my-name/medsight-nano")
+    check_repo_id(repo_id)
     upload = files_to_push(folder, None if contact_sheets is None else Path(contact_sheets))
     files = with_card(folder, repo_id, upload, facts)
     sizes = {file.path: file.size for file in files}
@@ -145,7 +143,11 @@ def _commit(
 
 @contextmanager
 def plain_errors(repo_id: str) -> Iterator[None]:
-    """What the Hub's answers mean, in one line each."""
+    """Says what the Hub's answers mean, in one line each.
+
+    Raises:
+        OSError: the Hub refuses, fails, or cannot be reached.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     try:

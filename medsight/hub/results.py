@@ -5,15 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from medsight.checkpoint import read_json
-from medsight.evaluation.report import label, main_score, protocol_text
+from medsight.evaluation.figures import label, main_score, number_and_range, protocol_text, rates, row_count
 
 
 TASKS = {"vqa": "visual-question-answering", "segment": "image-segmentation", "diagnose": "image-segmentation"}
-RATES = (
-    ("No mask where there is one", "present", "no_region_rate"),
-    ("No mask where there is none", "negatives", "no_region_rate"),
-    ("False mask", "negatives", "false_mask_rate"),
-)
 FEW_ROWS = 10
 
 
@@ -85,11 +80,10 @@ def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[Any]:
 
 
 def _section(metrics: Mapping[str, Any]) -> str:
-    patients = f" of {metrics['patients']:,} patients or images" if metrics.get("patients") else ""
     lines = [
         f"### {metrics['title']}",
         "",
-        f"{metrics['n']:,} rows{patients}; protocol {protocol_text(metrics)}; intervals drawn by "
+        f"{row_count(metrics)}; protocol {protocol_text(metrics)}; intervals drawn by "
         f"{metrics.get('interval_unit', 'row')}; medsight {metrics['run'].get('medsight_version')}.",
         "",
         "| | mean over rows | mean over modalities | rows |",
@@ -100,10 +94,8 @@ def _section(metrics: Mapping[str, Any]) -> str:
         lines.append(
             f"| {label(metrics, score)} | {_figure(score, micro)} | {_figure(score, macro)} | {micro['n']:,} |"
         )
-    for title, part, name in RATES:
-        figure = (metrics.get(part) or {}).get(name)
-        if figure is not None:
-            lines.append(f"| {title} | {_figure(name, figure)} | | {figure['n']:,} |")
+    for title, figure in rates(metrics):
+        lines.append(f"| {title} | {_figure('rate', figure)} | | {figure['n']:,} |")
     main = main_score(metrics)
     sets = {name: some[main] for name, some in metrics["by"].get("dataset", {}).items() if main in some}
     if len(sets) > 1:
@@ -113,11 +105,8 @@ def _section(metrics: Mapping[str, Any]) -> str:
 
 
 def _figure(score: str, figure: Mapping[str, Any]) -> str:
-    value, low, high = (
-        None if figure[name] is None else figure[name] * (1 if score.endswith("_mm") else 100)
-        for name in ("value", "low", "high")
-    )
-    return f"{value:.1f}" if low is None else f"{value:.1f} ({low:.1f}–{high:.1f})"
+    number, spread = number_and_range(score, figure)
+    return number if spread == "–" else f"{number} ({spread})"
 
 
 def _notes(metrics: Mapping[str, Any]) -> list[str]:

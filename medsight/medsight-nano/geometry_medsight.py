@@ -5,6 +5,7 @@ in the model's input at `y * scaled / length + offset`. That one line, and its i
 pixels, mask labels and mask logits all go through it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -103,10 +104,10 @@ def mask_to_grid(mask: np.ndarray, vertical: AxisFit, horizontal: AxisFit, grid:
 
 
 def grid_to_masks(logits: torch.Tensor, vertical: AxisFit, horizontal: AxisFit, threshold: float) -> torch.Tensor:
-    """Carry mask logits on a grid over the model's input back to the original image's pixels.
+    """Carry mask logits on a grid over the model's input back to the original image's pixels, as masks.
 
-    The logits are interpolated bilinearly, once, straight at the original pixels' centres, then compared with the
-    threshold's logit. What a crop left out of the input is `False`.
+    They are interpolated by `grid_to_pixels`, then compared with the threshold's logit. What a crop left out of the
+    input is `False`.
 
     Args:
         logits: (n, h, w), before the sigmoid.
@@ -116,16 +117,30 @@ def grid_to_masks(logits: torch.Tensor, vertical: AxisFit, horizontal: AxisFit, 
         (n, height, width) bool, on the device of `logits`.
     """
     cut = torch.logit(torch.tensor(float(threshold), dtype=torch.float64)).item()
+    out = torch.empty((len(logits), vertical.length, horizontal.length), dtype=torch.bool, device=logits.device)
+    for i, pixels in enumerate(grid_to_pixels(logits, vertical, horizontal)):
+        out[i] = pixels > cut
+    return out
+
+
+def grid_to_pixels(logits: torch.Tensor, vertical: AxisFit, horizontal: AxisFit) -> Iterator[torch.Tensor]:
+    """Mask logits at the original image's pixels: interpolated bilinearly, once, straight at the pixels' centres.
+
+    One mask at a time: at the size of a radiograph, float logits of twenty masks would fill the memory.
+
+    Args:
+        logits: (n, h, w), before the sigmoid.
+
+    Yields:
+        (height, width) float32, on the device of `logits`; minus infinity where a crop left the image out.
+    """
     top, bottom, down, seen_rows = _samples(vertical, logits.shape[1], logits.device)
     left, right, across, seen_columns = _samples(horizontal, logits.shape[2], logits.device)
     seen = seen_rows[:, None] & seen_columns[None, :]
-    out = torch.empty((len(logits), vertical.length, horizontal.length), dtype=torch.bool, device=logits.device)
-    # One mask at a time: at the size of a radiograph, float logits of twenty masks would fill the memory.
-    for i, mask in enumerate(logits.float().clamp(-1e6, 1e6)):  # infinities do not interpolate
+    for mask in logits.float().clamp(-1e6, 1e6):  # infinities do not interpolate
         mask = torch.lerp(mask[:, left], mask[:, right], across[None, :])
         mask = torch.lerp(mask[top], mask[bottom], down[:, None])
-        out[i] = (mask > cut) & seen
-    return out
+        yield mask.masked_fill_(~seen, -torch.inf)
 
 
 def _coverage(axis: AxisFit, cells: int) -> np.ndarray:

@@ -46,11 +46,8 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
     name = name or ("bytes" if isinstance(source, bytes) else display_name(source))
-    opened = _open(source, name)
-    try:
-        frames = getattr(opened, "n_frames", 1)
-    except Exception as error:
-        raise ValueError(f"{name} is damaged or truncated: its frames cannot be counted ({error})") from error
+    opened = open_image(source, name)
+    frames = count_frames(opened, name)
     if frames > 1 and opened.format != "MPO":
         logger.warning(f"{name} holds {frames} frames: only the first is used")
     decode(opened, name)
@@ -59,6 +56,18 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
     except Exception as error:
         raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
     return opened
+
+
+def count_frames(opened: Image.Image, name: str) -> int:
+    """The number of frames or pages of an opened file.
+
+    Raises:
+        ValueError: if they cannot be counted, because the file is damaged.
+    """
+    try:
+        return getattr(opened, "n_frames", 1)
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: its frames cannot be counted ({error})") from error
 
 
 def load_array(source: Path | bytes, name: str) -> np.ndarray:
@@ -171,7 +180,22 @@ def is_wide(image: Image.Image | np.ndarray) -> bool:
     return image.ndim == 2 and image.dtype not in (np.bool_, np.uint8)
 
 
-def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+def is_volume(array: np.ndarray, few_slices: bool = False) -> bool:
+    """Whether an array has slices along the first of its three axes: the last one does not hold channels, nor, unless
+    it is said to be `few_slices`, the first."""
+    return (
+        array.ndim == 3
+        and array.shape[2] not in (0, *_CHANNELS)
+        and array.shape[0] not in ((0,) if few_slices else (0, *_CHANNELS))
+    )
+
+
+def open_image(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+    """A picture file of a known format, opened and not yet decoded.
+
+    Raises:
+        ValueError: if it is missing, or no such file.
+    """
     file = _file(source, name)
     try:
         return Image.open(file, formats=_FORMATS)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +11,19 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 
 from .card_medsight import HubCardMixin
 from .remote_code_medsight import AUTO_MAP, write_remote_code
 
 from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
-from .image_loading_medsight import as_numpy, grey_to_pillow, is_wide, to_array
+from .image_loading_medsight import as_numpy, grey_to_pillow, is_volume, is_wide, to_array
 from .scan_medsight import Picture, open_scan
 
 
+logger = logging.get_logger(__name__)
+
+_MOST_CHANNELS = 4
 _NOT_USED = ("do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
@@ -27,13 +31,15 @@ class MedSightImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """The arguments of any image processor, and MedSIGHT's own.
 
     fit: how an image is brought to the model's fixed input size.
-    slices: which slices of a DICOM or NIfTI volume are taken, see [`Scan.choose_slices`]; each is an image.
+    slices: which slices of a volume are taken, see [`Scan.choose_slices`]; each is an image.
     window: which grey levels of a scan are shown, see [`Scan.slice_image`].
+    plane: that NIfTI volumes are cut along, see [`open_scan`].
     """
 
     fit: Literal["pad", "stretch", "crop"] | None
     slices: int | str | list[int] | None
     window: str | list[float | int] | tuple[float | int, float | int] | None
+    plane: Literal["axial", "coronal", "sagittal"] | None
 
 
 class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
@@ -46,11 +52,15 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         fit (`"pad"`, `"stretch"` or `"crop"`): keep the aspect ratio on centred black padding; scale each axis on its
             own; or keep the centre of an image scaled to cover the input (the released checkpoint's own transform).
         resample (`int`): Pillow's filter, bicubic by default.
-        slices (`int`, `str` or `list[int]`): which slices of a DICOM or NIfTI volume are taken, each as an image: an
-            index, several, `"middle"` (the default), `"all"`, `"largest-foreground"` or `"a-b"`.
+        slices (`int`, `str` or `list[int]`): which slices of a volume (DICOM, NIfTI, TIFF of several pages, array) are
+            taken, each as an image: an index, several, `"middle"` (the default), `"all"`, `"largest-foreground"` or
+            `"a-b"`. Given to a call, it makes a volume of an array of three axes, slices first, also where the first
+            might hold channels; where the last has 1 to 4 entries these stay channels.
         window (`str` or `(float, float)`): which grey levels of DICOM, NIfTI and of pictures and arrays of more than 8
-            bits are shown: `"abdomen"`, `"lung"`, `"bone"`, `"brain"`, `"soft tissue"` (of CT), or (centre, width);
-            by default what suits the modality.
+            bits are shown: `"abdomen"`, `"lung"`, `"bone"`, `"brain"`, `"soft tissue"` (of CT), `"file"` (the one that
+            the file states), or (centre, width); by default what suits the modality.
+        plane (`str`): that NIfTI volumes are cut along: `"axial"` (the default), `"coronal"` or `"sagittal"`. Other
+            files are refused with one.
         do_resize, do_rescale, do_normalize, do_convert_rgb (`bool`): steps to take.
         rescale_factor (`float`): what 8-bit pixels are multiplied by.
         image_mean, image_std (`float` or `list[float]`): CLIP's by default.
@@ -68,6 +78,7 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
     fit = "pad"
     slices = "middle"
     window = None
+    plane = None
     resample = PILImageResampling.BICUBIC
     do_rescale = True
     rescale_factor = 1 / 255
@@ -86,13 +97,14 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         name: str | None = None,
         slices: int | str | Sequence[int] | None = None,
         window: str | Sequence[float] | None = None,
+        plane: str | None = None,
     ) -> Any:
         """Read what is named, in lists of any depth: what [`open_scan`] takes. Pictures in memory pass through.
 
         Args:
             images: paths, http(s) addresses, base64, bytes, Pillow images, arrays or tensors, or lists of these.
             name: what to call it in an error.
-            slices, window: as the class has them, for this call.
+            slices, window, plane: as the class has them, for this call.
 
         Returns:
             As many images in as deep lists; but a volume of which several slices are taken is as many images.
@@ -100,36 +112,18 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         Raises:
             ValueError: naming the file, or the position in the list, of what cannot be read.
         """
-        slices = self.slices if slices is None else slices
-        window = self.window if window is None else window
-        if not isinstance(images, (list, tuple)):
-            found = self._fetch(images, name, slices, window)
-            return found[0] if len(found) == 1 else found
-        fetched: list[Any] = []
-        for i, image in enumerate(images):
-            place = f"image {i}" if name is None else f"{name}.{i}"  # image 0, and image 0.1 where lists are nested
-            if isinstance(image, (list, tuple)):
-                fetched.append(self.fetch_images(image, place, slices, window))
-            else:
-                fetched.extend(self._fetch(image, place, slices, window))
-        return fetched
+        reading = _Reading(
+            slices=self.slices if slices is None else slices,
+            window=self.window if window is None else window,
+            plane=self.plane if plane is None else plane,
+            as_volume=slices is not None,
+        )
+        return _fetch_all(images, name, reading)
 
-    def _fetch(self, image: Any, name: str | None, slices: Any, window: Any) -> list[Any]:
-        """The slices of a volume, or the one image of anything else."""
-        name = name or "image"
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            if window is not None and image.ndim == 2 and is_wide(as_numpy(image, name)):
-                return [open_scan(image, name).slice_image(0, window)]
-            return [grey_to_pillow(image, name) if image.ndim == 2 else image]
-        if isinstance(image, Image.Image):
-            return [open_scan(image, name).slice_image(0, window) if window is not None and is_wide(image) else image]
-        if not isinstance(image, (str, os.PathLike, bytes)):
-            kind = type(image).__name__
-            raise ValueError(f"{name}: expected a Pillow image, an array, a tensor, bytes or a path, got {kind}")
-        scan = open_scan(image, name if isinstance(image, bytes) else None)
-        if isinstance(scan, Picture) and window is None:
-            return [scan.original]
-        return [scan.slice_image(index, window) for index in scan.choose_slices(slices)]
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        # Read here, where a call's own slices can still be told from the processor's.
+        choices = {key: kwargs.get(key) for key in ("slices", "window", "plane")}
+        return super().preprocess(self.fetch_images(images, **choices), *args, **kwargs)
 
     def post_process_masks(
         self,
@@ -230,8 +224,7 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
             _height_and_width(kwargs.get("size"))
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        fetched = self.fetch_images(images, slices=kwargs.get("slices"), window=kwargs.get("window"))
-        flat = list(flatten_images(fetched))
+        flat = list(flatten_images(images))
         if not flat:
             raise ValueError("images is empty: expected at least one image")
         pixel_values, original_sizes = [], []
@@ -296,6 +289,57 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         return fit_image(
             original, _height_and_width({"height": size, "width": size} if isinstance(size, int) else size), fit
         )
+
+
+class _Reading(NamedTuple):
+    """How images are read: as the processor's arguments say, `as_volume` as [`open_scan`] takes `volume`."""
+
+    slices: int | str | Sequence[int]
+    window: str | Sequence[float] | None
+    plane: str | None
+    as_volume: bool
+
+
+def _fetch_all(images: Any, name: str | None, reading: _Reading) -> Any:
+    if not isinstance(images, (list, tuple)):
+        found = _fetch(images, name or "image", reading)
+        return found[0] if len(found) == 1 else found
+    fetched: list[Any] = []
+    for i, image in enumerate(images):
+        place = f"image {i}" if name is None else f"{name}.{i}"  # image 0, and image 0.1 where lists are nested
+        if isinstance(image, (list, tuple)):
+            fetched.append(_fetch_all(image, place, reading))
+        else:
+            fetched.extend(_fetch(image, place, reading))
+    return fetched
+
+
+def _fetch(image: Any, name: str, reading: _Reading) -> list[Any]:
+    """The slices of a volume, or the one image of anything else."""
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        pixels = as_numpy(image, name)
+        if not is_volume(pixels, reading.as_volume):
+            if reading.window is not None and is_wide(pixels):
+                return [open_scan(pixels, name).slice_image(0, reading.window)]
+            return [grey_to_pillow(image, name) if image.ndim == 2 else image]
+        scan = open_scan(pixels, name, volume=True)
+    elif isinstance(image, Image.Image):
+        wide = reading.window is not None and is_wide(image)
+        return [open_scan(image, name).slice_image(0, reading.window) if wide else image]
+    elif isinstance(image, (str, os.PathLike, bytes)):
+        called = name if isinstance(image, bytes) else None
+        scan = open_scan(image, called, reading.plane, reading.as_volume)
+        if isinstance(scan, Picture) and reading.window is None:
+            return [scan.original]
+    else:
+        kind = type(image).__name__
+        raise ValueError(f"{name}: expected a Pillow image, an array, a tensor, bytes or a path, got {kind}")
+    if scan.kind == "array" and scan.num_slices <= _MOST_CHANNELS:
+        logger.warning(
+            f"{scan.name} is read as {scan.num_slices} slices, because slices= is given: leave it out for a picture "
+            f"of {scan.num_slices} channels"
+        )
+    return [scan.slice_image(index, reading.window) for index in scan.choose_slices(reading.slices)]
 
 
 def flatten_images(images: Any) -> Iterable[Any]:

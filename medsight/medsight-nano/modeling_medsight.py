@@ -253,13 +253,19 @@ class MedSightModel(MedSightPreTrainedModel):
         num_entries = codes.num_entries if codes.num_entries is not None else len(regions.patch_features)
         shape = (num_entries, max(codes.counts))
         queries = states.new_zeros(*shape, states.shape[-1]).index_put((codes.entries, codes.slots), states)
-        known = torch.zeros(shape, dtype=torch.bool, device=states.device)
-        known = known.index_put((codes.entries, codes.slots), torch.ones_like(codes.slots, dtype=torch.bool))
+        known = None
+        if len(states) < num_entries * max(codes.counts):
+            known = torch.zeros(shape, dtype=torch.bool, device=states.device)
+            known = known.index_put((codes.entries, codes.slots), torch.ones_like(codes.slots, dtype=torch.bool))
         image_of_entry = torch.zeros(num_entries, dtype=torch.long, device=states.device)
         image_of_entry = image_of_entry.index_put((codes.entries,), codes.images)
-        patches = regions.patch_features[image_of_entry].unflatten(1, self.config.patch_grid)
-        masks = self.region_perceiver(patches, queries=queries, query_mask=known).masks_queries_logits
-        return masks[codes.entries, codes.slots]
+        output = self.region_perceiver(
+            regions.patch_features[image_of_entry].unflatten(1, self.config.patch_grid),
+            queries=queries,
+            query_mask=known,
+            upsampled_features=regions.upsampled_features[image_of_entry],
+        )
+        return output.masks_queries_logits[codes.entries, codes.slots]
 
     def _see(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, MedSightRegionOutput]:
         encoder_output, grid, summary = encode_image(self.vision_tower, pixel_values, self.config, **kwargs)

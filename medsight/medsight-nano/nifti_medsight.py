@@ -1,8 +1,9 @@
-"""NIfTI volumes as axial slices in the radiological convention, whatever the orientation of their voxel array.
+"""NIfTI volumes as slices in the radiological convention, whatever the orientation of their voxel array.
 
 The voxel axes are reordered and flipped to the nearest right-anterior-superior ones (nothing is resampled, so an
-oblique volume is shown along its own axes); a slice has anterior at the top and the patient's right at the left, and
-slices go from feet to head.
+oblique volume is shown along its own axes). An axial slice has anterior at the top and the patient's right at the
+left, a coronal one superior at the top and the right at the left, a sagittal one superior at the top and anterior at
+the left. Slices go from feet to head, from back to front, and from the patient's left to right.
 """
 
 import gzip
@@ -21,7 +22,16 @@ from transformers.utils import logging
 from .file_kinds_medsight import GZIP_MAGIC, check_gzip_ratio
 from .image_loading_medsight import MAX_IMAGE_PIXELS
 from .scan_medsight import MAX_VOXELS, Scan, warn_of_oblong_pixels
-from .windows_medsight import WINDOWS, Window, apply_window, looks_like_hounsfield, parse_window, percentile_window
+from .windows_medsight import (
+    WINDOWS,
+    Window,
+    apply_window,
+    is_file_window,
+    looks_like_hounsfield,
+    no_file_window,
+    parse_window,
+    percentile_window,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +40,7 @@ _MAX_HEADER = 2**24  # extensions stand between header and voxels
 _SAMPLE = 2**20  # voxels that percentiles are taken from
 _LABELS = 1002  # NIFTI_INTENT_LABEL
 _COLOUR = {128: 3, 2304: 4}  # datatype code -> 8-bit channels
+_AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # of right, anterior, superior
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown is taken for what nearly all files mean
 
 
@@ -38,9 +49,10 @@ class NiftiScan(Scan):
 
     kind = "nifti"
 
-    def __init__(self, source: Path | bytes, name: str) -> None:
+    def __init__(self, source: Path | bytes, name: str, plane: str) -> None:
         super().__init__(name, [source] if isinstance(source, Path) else [])
         self._source = source
+        self.plane, self._axes = plane, _AXES[plane]
         with self._open() as file:
             self._header = _read_header(file, name)
         shape = self._header.get_data_shape()
@@ -59,21 +71,29 @@ class NiftiScan(Scan):
     def nifti_header(self) -> Any:
         return self._header.copy()
 
+    @property
+    def has_window(self) -> bool:
+        return self._own_window() is not None
+
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         index = self._index(index)
-        plane = self._to_display(self._canonical(self._raw())[:, :, index])
+        shown = self._displayed(self._raw(), index)
         if self._dtype.names:
             if window is not None:
                 raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
-            return Image.fromarray(np.stack([plane[channel] for channel in "RGB"], axis=2))
-        chosen = self._default_window() if window is None else parse_window(window)
-        return Image.fromarray(apply_window(self._scaled(plane), chosen))
+            return Image.fromarray(np.stack([shown[channel] for channel in "RGB"], axis=2))
+        if is_file_window(window):
+            chosen = self._own_window()
+            if chosen is None:
+                raise ValueError(no_file_window(self.name))
+        else:
+            chosen = self._default_window() if window is None else parse_window(window)
+        return Image.fromarray(apply_window(self._scaled(shown), chosen))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         voxels = np.zeros(self._shape, dtype=bool)
-        canonical = self._canonical(voxels)  # a view: what is written to it is in its place in `voxels`
         for index, mask in self._checked(masks).items():
-            self._to_display(canonical[:, :, index])[...] = mask
+            self._displayed(voxels, index)[...] = mask
         return voxels
 
     @contextmanager
@@ -115,7 +135,7 @@ class NiftiScan(Scan):
             self._orientation = nibabel.io_orientation(np.eye(4))
         unit = _MM_PER_UNIT.get(int(self._header["xyzt_units"]) & 7, 1.0)
         sizes = nibabel.affines.voxel_sizes(affine) * unit
-        source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in range(3)]
+        source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in self._axes]
         self.width, self.height, self.num_slices = (self._shape[axis] for axis in source_axis)
         if self.width * self.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{self.name} has slices of {self.height:,} x {self.width:,} pixels: too many")
@@ -125,16 +145,14 @@ class NiftiScan(Scan):
             self.pixel_spacing, self.slice_spacing = (down, across), through
             warn_of_oblong_pixels(self)
 
-    def _canonical(self, voxels: np.ndarray) -> np.ndarray:
-        """A view of the voxels with axes to the right, to the front and up."""
+    def _displayed(self, voxels: np.ndarray, index: int) -> np.ndarray:
+        """A view of a slice as it is shown: what is written to it is in its place in `voxels`."""
         import nibabel
 
-        return nibabel.apply_orientation(voxels, self._orientation)
-
-    @staticmethod
-    def _to_display(plane: np.ndarray) -> np.ndarray:
-        """A view of an axial plane (right, anterior) as rows from the front and columns from the patient's right."""
-        return plane.T[::-1, ::-1]
+        canonical = nibabel.apply_orientation(voxels, self._orientation)
+        across, down, through = self._axes
+        # Rows begin at the front or the top of the patient, columns at the right or the front.
+        return canonical.transpose(through, down, across)[index, ::-1, ::-1]
 
     def _raw(self) -> np.ndarray:
         """The voxels as stored: of a packed file in memory, of another one mapped from it."""
@@ -166,6 +184,12 @@ class NiftiScan(Scan):
         slope, intercept = self._scale
         with np.errstate(over="ignore", invalid="ignore"):
             return voxels.astype(np.float64) * slope + intercept
+
+    def _own_window(self) -> Window | None:
+        """From `cal_min` to `cal_max`, where they are set."""
+        low, high = float(self._header["cal_min"]), float(self._header["cal_max"])
+        stated = np.isfinite([low, high]).all() and high > low and not self._dtype.names
+        return Window((low + high) / 2, high - low) if stated else None
 
     def _default_window(self) -> Window:
         if self._levels is None:

@@ -24,6 +24,8 @@ class MedSightRegionOutput(ModelOutput):
         class_queries_logits (`torch.FloatTensor` of shape `(B, N, classes + 1)`): a class a query, 'no object' last.
         group_logits (`torch.FloatTensor` of shape `(B, K)`): code group of the image.
         auxiliary_logits (`list[dict]`): mask and class logits of the earlier stages, with `config.auxiliary_loss`.
+        upsampled_features (`torch.FloatTensor` of shape `(B, 2h, 2w, d)`): the perceiver's map before any query
+            touched it, for a second pass.
     """
 
     patch_features: torch.FloatTensor | None = None
@@ -33,6 +35,7 @@ class MedSightRegionOutput(ModelOutput):
     class_queries_logits: torch.FloatTensor | None = None
     group_logits: torch.FloatTensor | None = None
     auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
+    upsampled_features: torch.FloatTensor | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import logging
 
 from .card_medsight import HubCardMixin
 from .remote_code_medsight import AUTO_MAP, write_remote_code
@@ -22,6 +23,9 @@ from .region_codes_medsight import (
     split_at_codes,
     write_region_codes,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class MedSightProcessor(HubCardMixin, ProcessorMixin):
@@ -71,13 +75,15 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MedSightProcessor":
         """As [`ProcessorMixin.from_pretrained`], with what the region codes usually stand for where the folder tells.
 
-        Raises:
-            ValueError: if its region_codes.json is damaged.
+        A damaged region_codes.json is left out, with a warning that names it and the reason.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         place = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
-        processor.region_codes = find_region_codes(pretrained_model_name_or_path, **place)
+        try:
+            processor.region_codes = find_region_codes(pretrained_model_name_or_path, **place)
+        except ValueError as error:
+            logger.warning(f"what the region codes usually stand for is not known: {error}")
         return processor
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -89,7 +95,7 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         if images is not None:
             chosen = {**kwargs, **kwargs.get("images_kwargs", {})}
             images = self.image_processor.fetch_images(
-                images, slices=chosen.get("slices"), window=chosen.get("window")
+                images, slices=chosen.get("slices"), window=chosen.get("window"), plane=chosen.get("plane")
             )
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
@@ -102,6 +108,12 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             if not any(len(entry) if nested else True for entry in images):
                 images = None
         return images, *others
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple:
+        # They are read: what is left of a stack of colour planes is no volume, whatever `slices` says.
+        read = {key: value for key, value in kwargs.items() if key not in ("slices", "window", "plane")}
+        processed: tuple = super()._process_images(images, **read)
+        return processed
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Hold the number of images against the number of placeholders.

@@ -1,7 +1,9 @@
 """The region perceiver: learnable region queries and an upsampled feature map that attend to each other (paper,
 section 3)."""
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
+
+
+# In inference on a CPU:
+WIDE = 256  # features from which on a convolution is faster tap by tap
+NUMBERS_AT_ONCE = 2**20  # of a map that are worked on together
 
 
 @dataclass
@@ -24,6 +31,8 @@ class RegionPerceiverOutput(ModelOutput):
             last.
         auxiliary_logits (`list[dict[str, torch.FloatTensor]]`): the two logits of the initial step and of every stage
             but the last.
+        upsampled_features (`torch.FloatTensor` of shape `(batch, 2h, 2w, d)`): the first stage's map before any query
+            touched it, which a second pass over the same patches can take.
     """
 
     region_embeddings: torch.FloatTensor | None = None
@@ -31,6 +40,7 @@ class RegionPerceiverOutput(ModelOutput):
     masks_queries_logits: torch.FloatTensor | None = None
     class_queries_logits: torch.FloatTensor | None = None
     auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
+    upsampled_features: torch.FloatTensor | None = None
 
 
 def eager_attention_forward(
@@ -46,30 +56,66 @@ def eager_attention_forward(
     """Attention written out, in the form of transformers' attention interface: (batch, heads, length, width) in."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
-def sine_position_encoding(
-    height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """2-D sine position encoding of shape `(height, width, dim)`: dim/2 features for y, then dim/2 for x.
+def sine_position_encoding(features: torch.Tensor) -> torch.Tensor:
+    """2-D sine position encoding (height, width, d) of a map (batch, height, width, d): d/2 features for y, then d/2
+    for x.
 
     Coordinates count from 1 and are divided by (the last + 1e-6) times 2π; temperature 10000; sin on even features,
-        cos on odd.
+    cos on odd.
     """
-    half = dim // 2
+    height, width, dim = features.shape[1:]
+    half, device = dim // 2, features.device
     frequency = 10000 ** (2 * (torch.arange(half, device=device) // 2).float() / half)
 
     def one_axis(length: int) -> torch.Tensor:
         position = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * (2 * math.pi)
         angle = position[:, None] / frequency
-        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=-1).flatten(1)
+        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=-1).flatten(1).to(features.dtype)
 
     rows = one_axis(height)[:, None].expand(height, width, half)
     columns = one_axis(width)[None].expand(height, width, half)
-    return torch.cat((rows, columns), dim=-1).to(dtype)
+    return torch.cat((rows, columns), dim=-1)
+
+
+def _is_lean(states: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether operations and memory are spared by another order of the same sums: in inference on a CPU, where the
+    weights are all there is to the layers (no adapters, nothing offloaded)."""
+    plain = all(type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.device == states.device for layer in layers)
+    return plain and states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    """`function` of pixels (batch, m, d), which do not see each other, some at a time where this spares memory."""
+    batch, length, dim = pixels.shape
+    part = max(1, NUMBERS_AT_ONCE // (batch * dim))
+    if part >= length or not _is_lean(pixels):
+        return function(pixels)
+    return torch.cat([function(some) for some in pixels.split(part, dim=1)], dim=1)
+
+
+def _upsample(features: torch.Tensor) -> torch.Tensor:
+    """A map (batch, h, w, d) at twice the size."""
+    return F.interpolate(features.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear").permute(0, 2, 3, 1)
+
+
+def _upsample_and_convolve(features: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
+    """A map (batch, h, w, d) at twice the size, after a 3x3 convolution."""
+    batch, height, width, dim = features.shape
+    if dim < WIDE or not _is_lean(features, convolution):
+        return convolution(_upsample(features).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    # Each tap of the kernel mixes features before upsampling, where there are a quarter of the pixels.
+    height, width = 2 * height, 2 * width
+    total = convolution.bias.repeat(batch, height, width, 1)
+    for y, x in itertools.product((-1, 0, 1), repeat=2):
+        tap = _upsample(F.linear(features, convolution.weight[:, :, y + 1, x + 1]))
+        inside = total[:, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)]
+        inside += tap[:, max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)]
+    return total
 
 
 class CrossAttention(nn.Module):
@@ -96,18 +142,18 @@ class CrossAttention(nn.Module):
 
         A row that sees nothing attends uniformly.
         """
-        context = self.norm_context(context)
+        few = min(hidden_states.shape[1], context.shape[1]) <= self.head_dim
+        if few and _is_lean(hidden_states, self.to_q, self.to_kv, self.to_out):
+            return self._attend_few(hidden_states, context, visible)
         query = self._split_heads(self.to_q(self.norm_queries(hidden_states)))
-        key, value = (self._split_heads(part) for part in self.to_kv(context).chunk(2, dim=-1))
+        key, value = (self._split_heads(part) for part in self.to_kv(self.norm_context(context)).chunk(2, dim=-1))
 
         mask = None
         if visible is not None:
             # Equal scores make attention uniform in every backend, where a row of very negative ones would not.
             sees_any = visible.any(dim=-1, keepdim=True)
-            query = query * sees_any[:, None].to(query.dtype)
-            hidden = (sees_any & ~visible)[:, None].expand(-1, 1, query.shape[2], -1)
-            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-            mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+            query = query * sees_any[:, None]
+            mask = (visible | ~sees_any)[:, None]
 
         implementation = self.config._attn_implementation
         if mask is not None and implementation not in ("eager", "sdpa"):
@@ -115,6 +161,31 @@ class CrossAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
         return self.to_out(output.flatten(2))
+
+    def _attend_few(
+        self, hidden_states: torch.Tensor, context: torch.Tensor, visible: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`forward` between few and many, with all projections on the side of the few: (A W_q) (B W_k)ᵀ is
+        (A W_q W_kᵀ) Bᵀ, or A (B W_k W_qᵀ)ᵀ."""
+        states, context = self.norm_queries(hidden_states), self.norm_context(context)
+        to_q = self.to_q.weight.unflatten(0, (-1, self.head_dim)) * self.scaling
+        to_k, to_v = self.to_kv.weight.unflatten(0, (2, -1, self.head_dim))
+        to_out = self.to_out.weight.unflatten(1, (-1, self.head_dim))
+        few_queries = states.shape[1] <= context.shape[1]
+        if few_queries:
+            queries = torch.einsum("bnd,hed,hec->bhnc", states, to_q, to_k)
+            scores = torch.einsum("bhnc,bmc->bhnm", queries, context)
+        else:
+            keys = torch.einsum("bmc,hec,hed->bhmd", context, to_k, to_q)
+            scores = torch.einsum("bnd,bhmd->bhnm", states, keys)
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        if few_queries:
+            seen = torch.einsum("bhnm,bmc->bhnc", weights, context)
+            return torch.einsum("bhnc,hec,dhe->bnd", seen, to_v, to_out)
+        values = torch.einsum("bmc,hec,dhe->bhmd", context, to_v, to_out)
+        return torch.einsum("bhnm,bhmd->bnd", weights, values)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -146,8 +217,7 @@ class FeedForwardBlock(nn.Module):
         self.norm_out = nn.LayerNorm(dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        update = self.linear_2(F.gelu(self.linear_1(self.norm_in(hidden_states))))
-        return self.norm_out(hidden_states + update)
+        return self.norm_out(hidden_states + self.linear_2(F.gelu(self.linear_1(self.norm_in(hidden_states)))))
 
 
 class SegmentationHead(nn.Module):
@@ -182,20 +252,21 @@ class RegionPerceiverStage(GradientCheckpointingLayer):
         queries: torch.Tensor,
         image_features: torch.Tensor,
         previous_masks: torch.Tensor,
-        query_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        features = F.interpolate(image_features.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear")
-        features = self.adapter(features).permute(0, 2, 3, 1)
-        height, width, dim = features.shape[1:]
-        features = features + sine_position_encoding(height, width, dim, features.device, features.dtype)
+        query_mask: torch.Tensor | None = None,
+        upsampled_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and map of this stage, and its map before any query touched it, which is made of `image_features`
+        unless it is given."""
+        if upsampled_features is None:
+            upsampled_features = _upsample_and_convolve(image_features, self.adapter)
+            upsampled_features = upsampled_features + sine_position_encoding(upsampled_features)
 
-        masks = F.interpolate(previous_masks.detach().float(), scale_factor=2, mode="bilinear")
-        visible = (masks.sigmoid() >= 0.5).flatten(2)
-        pixels = features.flatten(1, 2)
-        queries = self.region_feed_forward(self.region_to_image(queries, pixels, visible))
+        visible = F.interpolate(previous_masks.detach().float(), scale_factor=2, mode="bilinear").sigmoid() >= 0.5
+        pixels = upsampled_features.flatten(1, 2)
+        queries = self.region_feed_forward(self.region_to_image(queries, pixels, visible.flatten(2)))
         known = None if query_mask is None else query_mask[:, None]
-        pixels = self.image_feed_forward(self.image_to_region(pixels, queries, known))
-        return queries, pixels.unflatten(1, (height, width))
+        pixels = _in_parts(lambda part: self.image_feed_forward(self.image_to_region(part, queries, known)), pixels)
+        return queries, pixels.unflatten(1, upsampled_features.shape[1:3]), upsampled_features
 
 
 class RegionPerceiver(nn.Module):
@@ -222,23 +293,25 @@ class RegionPerceiver(nn.Module):
         patch_features: torch.Tensor,
         queries: torch.Tensor | None = None,
         query_mask: torch.Tensor | None = None,
+        upsampled_features: torch.Tensor | None = None,
     ) -> RegionPerceiverOutput:
         """
         Args:
             patch_features: (batch, h, w, d), a grid of encoder features.
             queries: (batch, n, d), what to ask for; the learnable region queries by default.
             query_mask: (batch, n), false at queries that only pad a batch.
+            upsampled_features: (batch, 2h, 2w, d), what an earlier pass over the same patches gave under this name.
         """
-        height, width, dim = patch_features.shape[1:]
-        features = patch_features + sine_position_encoding(
-            height, width, dim, patch_features.device, patch_features.dtype
-        )
+        features = patch_features + sine_position_encoding(patch_features)
         if queries is None:
             queries = self.region_queries.expand(len(patch_features), -1, -1)
         queries = self.initial_feed_forward(self.initial_attention(queries, features.flatten(1, 2)))
         logits = [self.segmentation_head(queries, features)]
-        for stage in self.stages:
-            queries, features = stage(queries, features, logits[-1][0], query_mask)
+        first, *later = self.stages
+        queries, features, upsampled_features = first(queries, features, logits[-1][0], query_mask, upsampled_features)
+        logits.append(self.segmentation_head(queries, features))
+        for stage in later:
+            queries, features = stage(queries, features, logits[-1][0], query_mask)[:2]
             logits.append(self.segmentation_head(queries, features))
         *auxiliary, (masks, classes) = logits
         return RegionPerceiverOutput(
@@ -249,4 +322,5 @@ class RegionPerceiver(nn.Module):
             auxiliary_logits=[{"masks_queries_logits": m, "class_queries_logits": c} for m, c in auxiliary]
             if self.return_auxiliary_logits
             else None,
+            upsampled_features=upsampled_features,
         )

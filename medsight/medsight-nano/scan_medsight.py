@@ -22,12 +22,13 @@ from .image_loading_medsight import (
     bytes_of_text,
     display_name,
     grey_to_pillow,
+    is_volume,
     is_wide,
     load_array,
     load_image,
     to_array,
 )
-from .windows_medsight import apply_window, parse_window
+from .windows_medsight import apply_window, is_file_window, no_file_window, parse_window
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,7 @@ Source: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | torch
 
 # 1024 x 1024 x 1024, or 512 x 512 x 4096: above what scanners make, below what exhausts a workstation.
 MAX_VOXELS = 2**30
+PLANES = ("axial", "coronal", "sagittal")
 _SQUARE = 1.02  # the largest ratio of a pixel's sides that counts as square
 
 
@@ -44,17 +46,19 @@ class Scan(ABC):
 
     Attributes:
         name: how to call it in messages (no patient data).
-        kind: "image", "dicom" or "nifti".
+        kind: "image", "array" (of slices), "dicom" or "nifti".
         num_slices: 1 for a picture.
         height, width: of a displayed slice, in pixels.
         modality: "CT", "MR", "US", ... where the file says so.
         pixel_spacing: mm between rows and between columns, as displayed; `None` where it is not known.
         slice_spacing: mm between displayed slices; `None` where it is not known or differs from slice to slice.
         files: what is behind it, in slice order for a series; empty for bytes and arrays.
+        plane: that a NIfTI volume is cut along: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
+        has_window: whether it states a window of its own, for `window="file"`.
         affine: (4, 4), index into what `to_source` returns -> mm in RAS; `None` where the file does not say.
     """
 
-    kind: Literal["image", "dicom", "nifti"]
+    kind: Literal["image", "array", "dicom", "nifti"]
 
     def __init__(self, name: str, files: Sequence[Path] = ()) -> None:
         self.name = name
@@ -65,7 +69,12 @@ class Scan(ABC):
         self.modality: str | None = None
         self.pixel_spacing: tuple[float, float] | None = None
         self.slice_spacing: float | None = None
+        self.plane: str | None = None
         self.affine: np.ndarray | None = None
+
+    @property
+    def has_window(self) -> bool:
+        return False
 
     def __repr__(self) -> str:
         return f"<{self.kind} scan {self.name}: {self.num_slices} x {self.height} x {self.width}, {self.modality}>"
@@ -76,17 +85,18 @@ class Scan(ABC):
 
         Args:
             index: from 0; negative ones count from the end.
-            window: "abdomen", "lung", "bone", "brain", "soft tissue" (of CT), or (centre, width) in the scan's own
-                grey levels; by default what suits the modality (docs/files.md).
+            window: "abdomen", "lung", "bone", "brain", "soft tissue" (of CT), "file" (the one that the file states:
+                of several the first), or (centre, width) in the scan's own grey levels; by default what suits the
+                modality (docs/files.md).
 
         Returns:
             8-bit, mode L or RGB, of `width` x `height`.
 
         Raises:
-            ValueError: for a slice that is not there or damaged, or a window that the scan cannot have.
+            ValueError: for a slice that is not there or damaged, or a window that the scan cannot have, or does not
+                state.
         """
 
-    @abstractmethod
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         """Masks of displayed slices on the source's own grid.
 
@@ -95,11 +105,16 @@ class Scan(ABC):
 
         Returns:
             Boolean; `False` on slices without a mask. NIfTI: the voxel array's own three axes (i, j, k). DICOM:
-            (frames of the file or instances in the order of `files`, Rows, Columns). Picture: (height, width).
+            (frames of the file or instances in the order of `files`, Rows, Columns). Array and TIFF of several pages:
+            (slices, height, width). Picture: (height, width).
 
         Raises:
             ValueError: for a slice that is not there, or a mask of another size or type.
         """
+        volume = np.zeros((self.num_slices, self.height, self.width), dtype=bool)
+        for index, mask in self._checked(masks).items():
+            volume[index] = mask
+        return volume
 
     def choose_slices(self, slices: int | str | Sequence[int]) -> list[int]:
         """Indices of displayed slices.
@@ -175,10 +190,8 @@ class Picture(Scan):
             image = grey_to_pillow(image, name)
         self.original = image  # as it was read: of any mode or type
         self._values = np.asarray(image) if wide else None
-        pixels = to_array(image, name, convert_rgb=True, rescale=True)
-        grey = (pixels == pixels[:, :, :1]).all()
-        self._shown = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if grey else pixels)
-        self.height, self.width = pixels.shape[:2]
+        self._shown = to_picture(image, name)
+        self.width, self.height = self._shown.size
 
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         self._index(index)
@@ -186,10 +199,19 @@ class Picture(Scan):
             return self._shown.copy()
         if self._values is None:
             raise ValueError(f"{self.name} is of 8 bits or in colour: it has no grey levels for a window to choose")
+        if is_file_window(window):
+            raise ValueError(no_file_window(self.name))
         return Image.fromarray(apply_window(self._values, parse_window(window)))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         return self._checked(masks).get(0, np.zeros((self.height, self.width), dtype=bool)).copy()
+
+
+def to_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
+    """An image of any kind as it is shown without a window: 8 bits, mode L or RGB."""
+    pixels = to_array(image, name, convert_rgb=True, rescale=True)
+    grey = (pixels == pixels[:, :, :1]).all()
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if grey else pixels)
 
 
 def warn_of_oblong_pixels(scan: Scan) -> None:
@@ -200,26 +222,40 @@ def warn_of_oblong_pixels(scan: Scan) -> None:
             logger.warning(f"{scan.name}: pixels are not square ({rows:.3g} mm high, {columns:.3g} mm wide)")
 
 
-def open_scan(source: Source, name: str | None = None) -> Scan:
+def open_scan(source: Source, name: str | None = None, plane: str | None = None, volume: bool = False) -> Scan:
     """Open what a caller names: one file, a folder that holds one DICOM series, its bytes, or an array.
 
     Args:
         source: path (also an http(s) address or base64, as [`load_image`]), bytes, a Pillow image, or an array or
-            tensor of one picture.
-        name: what to call it in messages; the path by default.
+            tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
+            other one of three axes is a volume, its slices along the first.
+        name: what to call it, and files in it, in messages; the path by default.
+        plane: that a NIfTI volume is cut along, "axial" (the default), "coronal" or "sagittal".
+        volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
+            channels. Where the last axis has 1 to 4 entries, these are channels all the same.
 
     Returns:
         The scan: its header was read and checked, its pixels are decoded when they are asked for.
 
     Raises:
-        ValueError: for what is missing, damaged, too large or no image, saying which and what to do.
+        ValueError: for what is missing, damaged, too large or no image, or a plane of anything but NIfTI, saying which
+            and what to do.
     """
+    if plane is not None and plane not in PLANES:
+        raise ValueError(f"plane={plane!r}: expected one of {', '.join(PLANES)}")
+    scan = _open(source, name, plane, volume)
+    if plane is not None and scan.plane is None:
+        raise ValueError(f"{scan.name}: plane={plane!r} is for NIfTI volumes; anything else is shown as it is stored")
+    return scan
+
+
+def _open(source: Source, name: str | None, plane: str | None, volume: bool) -> Scan:
     if isinstance(source, Image.Image):
         return Picture(source, name or getattr(source, "filename", None) or "image")
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return Picture(as_numpy(source, name or "array"), name or "array")
+        return _open_array(as_numpy(source, name or "array"), name or "array", [], volume)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_bytes(bytes(source), name or "bytes")
+        return _open_bytes(bytes(source), name or "bytes", plane, volume)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise ValueError(f"{name or 'source'}: expected a path, bytes, an image, an array or a tensor, got {kind}")
@@ -229,21 +265,21 @@ def open_scan(source: Source, name: str | None = None) -> Scan:
 
         return DicomScan(series_files(Path(source), name), name)
     if not os.path.isfile(source):
-        return _open_bytes(bytes_of_text(source, name), name)
+        return _open_bytes(bytes_of_text(source, name), name, plane, volume)
     path = Path(source)
     try:
         with path.open("rb") as file:
             kind = recognise(file, name)
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror})") from error
-    return _open_kind(kind, path, name)
+    return _open_kind(kind, path, name, plane, volume)
 
 
-def _open_bytes(content: bytes, name: str) -> Scan:
-    return _open_kind(recognise(BytesIO(content), name), content, name)
+def _open_bytes(content: bytes, name: str, plane: str | None, volume: bool) -> Scan:
+    return _open_kind(recognise(BytesIO(content), name), content, name, plane, volume)
 
 
-def _open_kind(kind: str, source: Path | bytes, name: str) -> Scan:
+def _open_kind(kind: str, source: Path | bytes, name: str, plane: str | None, volume: bool) -> Scan:
     files = [source] if isinstance(source, Path) else []
     if kind == "dicom":
         from .dicom_medsight import DicomScan
@@ -252,7 +288,18 @@ def _open_kind(kind: str, source: Path | bytes, name: str) -> Scan:
     if kind == "nifti":
         from .nifti_medsight import NiftiScan
 
-        return NiftiScan(source, name)
+        return NiftiScan(source, name, plane or PLANES[0])
     if kind == "numpy":
-        return Picture(load_array(source, name), name, files)
-    return Picture(load_image(source, name), name, files)
+        return _open_array(load_array(source, name), name, files, volume)
+    from .stack_medsight import PageStack, tiff_pages
+
+    pages = tiff_pages(source, name)
+    return Picture(load_image(source, name), name, files) if pages is None else PageStack(pages, name, files)
+
+
+def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: bool) -> Scan:
+    if not is_volume(array, volume):
+        return Picture(array, name, files)
+    from .stack_medsight import ArrayStack
+
+    return ArrayStack(array, name, files)

@@ -25,7 +25,9 @@ WINDOWS = {
     "brain": Window(40, 80),
     "soft tissue": Window(40, 400),
 }
+FILE_WINDOW = "file"  # the one that a file states for itself
 PERCENTILES = (1, 99)  # of the volume: what grey levels without a known scale are shown between
+_SAMPLED_SLICES = 16  # that percentiles are taken from
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _AIR = (-3100, -500)  # Hounsfield units of air, and of the padding around a scanner's field of view
 
@@ -41,15 +43,31 @@ def parse_window(window: str | Sequence[float]) -> Window:
     """
     if isinstance(window, str):
         if window not in WINDOWS:
-            raise ValueError(f"window={window!r}: expected one of {', '.join(WINDOWS)}, or (centre, width)")
+            raise ValueError(
+                f"window={window!r}: expected one of {', '.join((*WINDOWS, FILE_WINDOW))}, or (centre, width)"
+            )
         return WINDOWS[window]
     try:
         centre, width = (float(value) for value in window)
     except (TypeError, ValueError):
-        raise ValueError(f"window={window!r}: expected a name ({', '.join(WINDOWS)}) or (centre, width)") from None
+        names = ", ".join((*WINDOWS, FILE_WINDOW))
+        raise ValueError(f"window={window!r}: expected a name ({names}) or (centre, width)") from None
     if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
         raise ValueError(f"window={window!r}: expected a finite centre and a width above 0")
     return Window(centre, width)
+
+
+def is_file_window(window: str | Sequence[float] | None) -> bool:
+    """Whether a caller asks for the window that the file states."""
+    return isinstance(window, str) and window == FILE_WINDOW
+
+
+def no_file_window(name: str) -> str:
+    """The message for a file, or slice, that states none."""
+    return (
+        f'{name} states no window of its own, for window="{FILE_WINDOW}": give a name ({", ".join(WINDOWS)}) or '
+        "(centre, width), or leave the window out"
+    )
 
 
 def file_window(centre: float, width: float, function: str = "LINEAR") -> Window | None:
@@ -57,6 +75,12 @@ def file_window(centre: float, width: float, function: str = "LINEAR") -> Window
     shortest = 1 if function == "LINEAR" else 0
     usable = function in _FUNCTIONS and np.isfinite(centre) and np.isfinite(width) and width > shortest
     return Window(float(centre), float(width), function) if usable else None
+
+
+def sampled_slices(count: int) -> list[int]:
+    """Which of `count` slices percentiles are taken from: 16 at most, evenly spread."""
+    sampled = min(count, _SAMPLED_SLICES)
+    return [i * count // sampled for i in range(sampled)]
 
 
 def percentile_window(values: np.ndarray) -> Window:

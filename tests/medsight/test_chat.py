@@ -84,6 +84,21 @@ def test_turns_are_printed_and_saved_one_by_one(
     assert "scan-chat is not an empty folder" in capsys.readouterr().err
 
 
+def test_a_volume_is_cut_along_the_plane(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).integers(0, 900, (10, 12, 6), dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "v.nii")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where?\n"))
+    arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--max-new-tokens", "4"]
+    view = ["--plane", "sagittal", "--slice", "9", "--output", str(tmp_path / "out")]
+    assert cli.main(["chat", str(tmp_path / "v.nii"), *arguments, *view]) == 0
+    answer = json.loads((tmp_path / "out" / "turn-01" / "answer.json").read_text("utf-8"))
+    assert (answer["scan"]["plane"], answer["slice"]) == ("sagittal", 9)
+    assert answer["size"] == {"width": 12, "height": 6}
+
+
 def test_json_is_a_line_a_turn(chat: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat("Segment the liver.\nWhy?", "--json", "--output", "out") == 0
     turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -81,6 +81,7 @@ def test_a_picture_has_a_size_and_no_spacing(info: Callable, tmp_path: Path) -> 
     Image.new("L", (7, 5)).save(tmp_path / "x.png")
     said = info(tmp_path / "x.png")
     assert (said["kind"], said["slices"], said["width"], said["height"]) == ("image", 1, 7, 5)
+    assert said["window_of_its_own"] is False
     assert said["pixel_spacing_mm"] is None and said["bytes"] == (tmp_path / "x.png").stat().st_size
 
 
@@ -90,6 +91,7 @@ def test_nothing_is_said_about_a_patient(info: Callable, tmp_path: Path, capsys:
     source.PatientName, source.PatientID = "Doe^Jane", "ID4711"
     source.save_as(tmp_path / "ct.dcm")
     said = info(tmp_path / "ct.dcm")
+    assert said["window_of_its_own"] == ("WindowCenter" in source)
     assert (said["kind"], said["modality"]) == ("dicom", "CT") and len(said["pixel_spacing_mm"]) == 2
     cli.main(["info", str(tmp_path / "ct.dcm")])
     assert not any(secret in str(said) + capsys.readouterr().out for secret in ("Doe", "Jane", "4711"))

@@ -8,22 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medsight import cli
 from tests.training.tiny_run import draw_data, tiny_values
-
-
-@pytest.fixture
-def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
-    """Runs a verb with --json; the objects that it printed."""
-
-    def run(*arguments: object) -> list[dict[str, Any]]:
-        capsys.readouterr()
-        status = cli.main([*map(str, arguments), "--json"])
-        captured = capsys.readouterr()
-        assert status == 0, captured.err
-        return [json.loads(line) for line in captured.out.splitlines()]
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -403,6 +403,35 @@ def test_slices_of_a_volume_are_answered_and_measured(
     assert "slice 1: " in printed and "area (mm²)" in printed and " ml" in printed
 
 
+def test_a_volume_is_cut_along_the_plane_and_shown_with_its_own_window(
+    predict: Callable, volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import nibabel
+
+    output = ("--output", str(tmp_path / "out"))
+    assert predict(volume, "--window", "file", *output) == 1
+    assert f"{volume} states no window of its own" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    image = nibabel.load(volume)
+    image.header["cal_min"], image.header["cal_max"] = 100, 500
+    nibabel.save(image, tmp_path / "windowed.nii")
+    arguments = ("--plane", "coronal", "--window", "file", "--slices", "20-23", "--formats", "png,nifti")
+    assert predict(tmp_path / "windowed.nii", *arguments, "--force-region", *output) == 0
+    answer = json.loads((tmp_path / "out" / "answer.json").read_text("utf-8"))
+    assert (answer["scan"]["plane"], answer["scan"]["slices"]) == ("coronal", 24)
+    assert answer["size"] == {"width": 20, "height": 6} and answer["scan"]["pixel_spacing_mm"] == [3.0, 2.0]
+    labels = nibabel.load(tmp_path / "out" / "labels.nii.gz")
+    assert labels.shape == (20, 24, 6) and not np.asarray(labels.dataobj)[:, :20].any()
+    assert predict(tmp_path / "windowed.nii", "--plane", "sagittal", *output) == 1
+    assert "plane" in capsys.readouterr().err
+
+
+def test_a_plane_of_a_picture_is_refused_by_name(
+    predict: Callable, image_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(image_file, "--plane", "sagittal") == 1
+    assert f"{image_file}: plane='sagittal' is for NIfTI volumes" in capsys.readouterr().err
+
+
 def test_one_slice_stands_for_a_volume_unless_several_are_asked_for(predictor: Predictor, volume: Path) -> None:
     settings = {"max_new_tokens": 4, "force_region": True}
     middle = predictor(volume, "Where?", **settings)

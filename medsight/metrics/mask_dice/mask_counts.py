@@ -2,8 +2,8 @@
 
 Sources: Dice (1945) and Jaccard (1912) as counts of pixels; the 95th-percentile Hausdorff distance and the surface
 Dice of Nikolov et al. (2018, arXiv 1809.04430), by DeepMind's implementation in the package `segmentationmetrics`; the
-presets from the evaluation code of MedSIGHT (arXiv 2606.06760), MedPLIB (`model/eval/vqa_infer.py`), Citrus and
-BiomedParse.
+presets from the evaluation code of MedSIGHT (arXiv 2606.06760, ICML 2026), MedPLIB (`model/eval/vqa_infer.py`),
+Citrus and BiomedParse.
 """
 
 import math

@@ -2,7 +2,8 @@
 
 Sources: purity and normalised mutual information as in Manning, Raghavan and Schütze, *Introduction to Information
 Retrieval* (2008), section 16.3, with the arithmetic mean of the entropies; perplexity and live share of a codebook as
-in VQ-VAE (van den Oord et al., 2017, arXiv 1711.00937) and after; region codes as in MedSIGHT (arXiv 2606.06760).
+in VQ-VAE (van den Oord et al., 2017, arXiv 1711.00937) and after; region codes as in MedSIGHT (arXiv 2606.06760,
+ICML 2026).
 """
 
 import math
@@ -38,7 +39,8 @@ Examples:
     (0.0, {'liver': 1.0})
 """
 CITATION = """\
-@misc{medsight2026, title={MedSIGHT}, year={2026}, eprint={2606.06760}, archivePrefix={arXiv}}
+@inproceedings{medsight2026,
+  title={MedSIGHT}, booktitle={International Conference on Machine Learning}, year={2026}, note={arXiv:2606.06760}}
 """
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from medsight.app.drawing import draw_heat_map, draw_layers, probabilities_on_image
+from medsight.app.drawing import draw_heat_map, draw_layers
 from processing_medsight import MedSightImageProcessor
+from processing_medsight.geometry_medsight import fit_image, grid_to_pixels
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch", "crop"])
@@ -18,7 +19,8 @@ def test_where_the_probability_is_above_a_threshold_is_the_mask_of_that_threshol
     logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)) * 3
     processor = MedSightImageProcessor(size={"height": 56, "width": 56}, fit=fit)
     mask = processor.post_process_masks([logits[None]], [size], threshold)[0][0].numpy()
-    probabilities = probabilities_on_image(logits.numpy(), size, (56, 56), fit)
+    (pixels,) = grid_to_pixels(logits[None], *fit_image(size, (56, 56), fit))
+    probabilities = pixels.sigmoid().numpy()
     clear = np.abs(probabilities - threshold) > 1e-5
     assert ((probabilities > threshold) == mask)[clear].all() and clear.mean() > 0.95
 

@@ -232,6 +232,45 @@ def test_a_window_is_a_name_or_two_numbers_or_refused(
     assert (np.asarray(shown(page.show_window(session, "default", 0.5), page.picture)) == plain).all()
 
 
+def test_a_files_own_window_is_offered_where_it_has_one(
+    page: Any, upload: Callable[..., str], volume_file: bytes
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    image = nibabel.Nifti1Image.from_bytes(volume_file)
+    image.header["cal_min"], image.header["cal_max"] = 100, 200
+    updates = page.open_upload(None, [upload(image.to_bytes(), "a.nii")], 0.5)
+    session = updates[page.session]
+    assert updates[page.window]["choices"] == ["default", "file"]
+    own = np.asarray(shown(page.show_window(session, "file", 0.5), page.picture))
+    assert session.window == "file"
+    assert (np.asarray(shown(page.show_window(session, "150/100", 0.5), page.picture)) == own).all()
+
+    updates = page.open_upload(session, [upload(volume_file, "b.nii")], 0.5)
+    assert updates[page.window]["choices"] == ["default"]
+    with pytest.warns(UserWarning, match="^The upload states no window"):
+        assert page.show_window(updates[page.session], "file", 0.5) == {page.window: "default"}
+
+
+@pytest.mark.parametrize("kind", ["array", "tiff"])
+def test_arrays_and_pages_are_volumes_with_slices_and_masks_to_download(
+    kind: str, page: Any, upload: Callable[..., str]
+) -> None:
+    import io
+
+    from PIL import Image
+
+    volume, file = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16), io.BytesIO()
+    if kind == "array":
+        np.save(file, volume)
+    else:
+        first, *others = map(Image.fromarray, volume)
+        first.save(file, "TIFF", save_all=True, append_images=others)
+    updates = page.open_upload(None, [upload(file.getvalue(), "a")], 0.5)
+    assert updates[page.slice]["visible"] and updates[page.slice]["maximum"] == 6
+    assert updates[page.window]["visible"] and "6 slices" in updates[page.facts]["value"]
+    assert updates[page.formats]["choices"] == ["png", "coco"]
+
+
 def test_a_stopped_answer_stays_with_its_masks(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
     session = opened(page, upload(picture_file, "a.png"))
     steps = page.ask(session, "Go on", 400, False, 0.5)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from medsight import cli
-from medsight.evaluation.codes import HEAT, code_masks, heat_map, read_meanings
+from medsight.evaluation.codes import code_masks
+from medsight.overlay import HEAT, heat_map
 
 
 @pytest.fixture
@@ -42,7 +43,6 @@ def test_every_mask_is_counted_under_its_code_and_structure(
     assert content["groups"]["CT torso"]["citations"] == 4 and content["images"] == 5
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == {code.strip("[]") for code in content["codes"]}
     assert "CT torso" in printed and "codes in use" in printed
-    assert read_meanings(checkpoint) == {code: entry["structures"] for code, entry in content["codes"].items()}
     from processing_medsight import MedSightProcessor
 
     assert MedSightProcessor.from_pretrained(checkpoint).region_codes == content
@@ -55,7 +55,7 @@ def test_an_earlier_description_stays_unless_it_may_be_replaced(
     path.write_text('{"codes": {}}')
     assert codes(checkpoint, regions) == 1
     assert "described already; add --overwrite" in capsys.readouterr().err
-    assert path.read_text() == '{"codes": {}}' and read_meanings(checkpoint) == {}
+    assert path.read_text() == '{"codes": {}}'
     assert codes(checkpoint, regions, "--overwrite") == 0
     assert json.loads(path.read_text())["codes"]
 

@@ -103,7 +103,7 @@ def test_a_folder_with_something_in_it_is_not_touched(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert build(regions, tmp_path / "out") == 1
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert "out is not empty" in capsys.readouterr().err
 
 
 def test_json_lines_are_a_table_too(tmp_path: Path, write_lines: Callable[..., Path]) -> None:

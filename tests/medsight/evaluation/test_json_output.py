@@ -4,25 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import pytest
-
-from medsight import cli
-
-
-@pytest.fixture
-def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
-    """Runs a verb with --json; the objects that it printed."""
-
-    def run(*arguments: object) -> list[dict[str, Any]]:
-        capsys.readouterr()
-        status = cli.main([*map(str, arguments), "--json"])
-        captured = capsys.readouterr()
-        assert status == 0, captured.err
-        return [json.loads(line) for line in captured.out.splitlines()]
-
-    return run
 
 
 def test_benchmarks_are_listed_a_line_each(verb: Callable) -> None:

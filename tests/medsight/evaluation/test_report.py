@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from medsight.evaluation.items import Item
 from medsight.evaluation.predictions import encode_mask
-from medsight.evaluation.report_cases import varied
+from medsight.evaluation.report_cases import PICTURE_SIDE, case_picture, varied
 from medsight.evaluation.report_codes import belongs, confusion
 from medsight.evaluation.summary import group_confusion
 
@@ -115,6 +117,22 @@ def test_confusion_else_counts_the_first_cited_group() -> None:
     assert found["rows"][0]["cells"][0]["diagonal"] and not found["rows"][1]["cells"][1]["diagonal"]
     assert group_confusion([row_of("brain", [])]) is None and confusion({}) is None
     assert belongs("CT torso", "ct Torso") and not belongs("CT torso", "MRI torso")
+
+
+@pytest.mark.parametrize("size", [(40, 30), (3000, 400)])
+def test_a_case_is_the_whole_image_and_nothing_else(size: tuple[int, int], tmp_path: Path) -> None:
+    image, mask = Image.new("L", size, 90), Image.new("1", size)
+    mask.paste(1, (0, 0, size[0] // 2, size[1]))
+    image.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.png")
+    entries = ({"path": str(tmp_path / name), "bytes": None} for name in ("image.png", "mask.png"))
+    picture = case_picture(Item("a", "Where?", (next(entries),), masks=tuple(entries)), None)
+    drawn = np.asarray(picture).astype(int)
+    assert picture.size == (PICTURE_SIDE, round(PICTURE_SIDE * size[1] / size[0]))
+    untouched = drawn[:, PICTURE_SIDE // 2 + 16 :]
+    assert np.abs(untouched - 90).max() <= 1
+    # All but a few pixels of the number's rim are of another colour than the image.
+    assert (drawn[:, : PICTURE_SIDE // 2 - 16] != 90).any(axis=2).mean() > 0.99
 
 
 PROBE = """<!DOCTYPE html><body style="margin:0"><pre id="found"></pre><script>

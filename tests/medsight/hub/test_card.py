@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from medsight import cli
 from medsight.evaluation.runner import checkpoint_fingerprint
 from medsight.hub import CardFacts, push, render_card, write_card
 from tests.medsight.hub.fake_hub import FakeHub
@@ -210,6 +211,27 @@ def test_a_written_card_is_the_one_that_is_published(hub: FakeHub, folder: Path)
     (widget,) = card.data["widget"]
     assert widget["text"] == "Segment the moon." and "* One more limit." in card.text
     assert widget["src"] == f"{hub.url}/me/tiny/resolve/main/example.png" and "example.png" in hub.files("me/tiny")
+
+
+def test_push_can_write_the_card_alone(
+    hub: FakeHub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["push", str(folder), "--repo-id", "me/tiny"]
+    alone = [*command, "--write-card"]
+    assert cli.main([*alone, "--dry-run"]) == 1 and "leave out --dry-run" in capsys.readouterr().err
+    assert cli.main([*alone, "--license", "mit", "--json"]) == 0
+    path = Path(json.loads(capsys.readouterr().out)["card"])
+    assert path.read_text("utf-8") == render_card(folder, "me/tiny", CardFacts(license="mit"))
+    assert cli.main([*alone, "--license", "mit"]) == 1 and "README.md exists" in capsys.readouterr().err
+    assert cli.main([*command, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"]["README.md"] == path.stat().st_size
+    assert not hub.log
+
+    half = Path(shutil.copytree(folder, tmp_path / "half"))
+    (half / "README.md").unlink()
+    (half / "tokenizer.json").unlink()
+    assert cli.main(["push", str(half), "--repo-id", "me/tiny", "--write-card"]) == 1
+    assert "has no tokenizer.json" in capsys.readouterr().err and not (half / "README.md").exists()
 
 
 def test_the_example_in_the_card_runs_as_it_is_printed(hub: FakeHub, folder: Path, tmp_path: Path) -> None:

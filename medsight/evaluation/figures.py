@@ -1,0 +1,123 @@
+"""The figures of metrics.json in words, as the terminal, the report and a model's card have them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+LABELS = {
+    "answer": "All questions",
+    "closed_accuracy": "Closed accuracy",
+    "open_recall": "Open recall",
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95_mm": "HD95 (mm)",
+    "surface_dice": "Surface Dice",
+    "code_accuracy": "Right codes",
+    "group_accuracy": "Codes of the right group",
+}
+
+
+def label(metrics: Mapping[str, Any], score: str) -> str:
+    """What a score is called in a task."""
+    return "Diagnosis (recall)" if score == "answer" and metrics["task"] == "diagnose" else LABELS[score]
+
+
+def main_score(metrics: Mapping[str, Any]) -> str:
+    """The score that a task is judged by first."""
+    return "dice" if "dice" in metrics["scores"] else "answer"
+
+
+def protocol_text(metrics: Mapping[str, Any]) -> str:
+    """The protocol in a few words."""
+    protocol = metrics["protocol"]
+    parts = [protocol["answers"]] if "answers" in protocol else []
+    if "masks" in protocol:
+        flags = protocol["mask_flags"]
+        flags_text = ", ".join(f"{name} {value}" for name, value in flags.items())
+        parts.append(f"{protocol['masks']} ({flags_text})")
+    return "; ".join(parts)
+
+
+def figures_text(metrics: Mapping[str, Any]) -> str:
+    """The main figures for a terminal."""
+    from medsight.console import align
+
+    lines = [("", "micro", "95%", "macro", "95%", "rows")]
+    for name, both in metrics["scores"].items():
+        micro, macro = both["micro"], both["macro"]
+        lines.append(
+            (label(metrics, name), *number_and_range(name, micro), *number_and_range(name, macro), f"{micro['n']:,}")
+        )
+    for title, figure in rates(metrics):
+        lines.append((title, *number_and_range("rate", figure), "", "", f"{figure['n']:,}"))
+    head = f"{metrics['title']}: {metrics['system']}, {row_count(metrics)}, protocol {protocol_text(metrics)}"
+    notes = "".join(f"\nnote: {note}" for note in notes_of(metrics))
+    return f"{head}\n\n{align(lines)}{notes}"
+
+
+def rates(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """How often there was a mask and there should be none, or none and there should be: titles and figures."""
+    if "negatives" not in metrics:
+        return []
+    found = [
+        ("No mask where there is one", metrics["present"]["no_region_rate"]),
+        ("No mask where there is none", metrics["negatives"]["no_region_rate"]),
+        ("False mask", metrics["negatives"]["false_mask_rate"]),
+    ]
+    return [(title, figure) for title, figure in found if figure is not None]
+
+
+def number_and_range(score: str, figure: Mapping[str, Any]) -> tuple[str, str]:
+    """A figure and its interval, "–" where it has none; in percent, but for millimetres."""
+    if figure["low"] is None:
+        return _number(score, figure["value"]), "–"
+    return _number(score, figure["value"]), f"{_number(score, figure['low'])}–{_number(score, figure['high'])}"
+
+
+def _number(score: str, value: float) -> str:
+    return f"{value:.1f}" if score.endswith("_mm") else f"{100 * value:.1f}"
+
+
+def row_count(metrics: Mapping[str, Any]) -> str:
+    """How many rows, and patients where they are named."""
+    patients = f" of {metrics['patients']:,} patients or images" if metrics.get("patients") else ""
+    return f"{metrics['n']:,} rows{patients}"
+
+
+def has_modalities(metrics: Mapping[str, Any]) -> bool:
+    """Whether there are modalities to take a macro mean over."""
+    return len(metrics["counts"]["by_modality"]) > 1
+
+
+def notes_of(metrics: Mapping[str, Any]) -> list[str]:
+    """What qualifies the figures, a sentence each."""
+    notes = list(metrics["notes"])
+    notes += _reference_notes(metrics)
+    for kind, reasons in metrics["refused"].items():
+        for reason, count in reasons.items():
+            notes.append(f"{count:,} {'answers' if kind == 'answer' else 'rows'} without a score: {reason}.")
+    for kind, found in metrics["problems"].items():
+        some = ", ".join(found["rows"][:3]) + (", …" if found["count"] > 3 else "")
+        notes.append(f"{found['count']:,} predictions with a problem: {kind} ({some}).")
+    for origin, count in metrics["counts"]["label_origin"].items():
+        if origin not in ("expert", "unknown"):
+            notes.append(f"The references of {count:,} rows are not an expert's: {origin}.")
+    few = [f"{name} ({count})" for name, count in metrics["counts"]["by_modality"].items() if count < 10]
+    if few and has_modalities(metrics):
+        notes.append(f"Fewer than ten rows, so hardly a figure: {', '.join(few)}.")
+    return notes
+
+
+def _reference_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Why cited codes of some rows were not held against right ones."""
+    found = metrics.get("reference_codes")
+    if found is None or not found["unknown"]:
+        return []
+    origins = list(found["unknown_by_origin"])
+    some = ", ".join(origins[:3]) + (", …" if len(origins) > 3 else "")
+    why = (
+        f"no code group of the model is called like their modality and site ({some})"
+        if found["group_unknown"] == found["unknown"]
+        else "neither the data nor the predictions name them"
+    )
+    return [f"The right codes of {found['unknown']:,} rows are not known: {why}."]
