@@ -112,12 +112,15 @@ def _add_file(path: Path, found: ImageFiles, dicom: list[Path] | None = None) ->
 
 
 def _by_series(files: Sequence[Path]) -> list[list[Path]]:
-    from processing_medsight.dicom_medsight import read_header
+    """Files without the identifier of a series are one where they have a place in space, each its own otherwise."""
+    from processing_medsight.dicom_file_medsight import read_header
 
     series: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         try:
-            key = str(read_header(path, str(path)).get("SeriesInstanceUID") or path)
+            header = read_header(path, str(path))
+            placed = "" if header.get("ImagePositionPatient") else path
+            key = str(header.get("SeriesInstanceUID") or placed)
         except ValueError:
             key = str(path)
         series[key].append(path)

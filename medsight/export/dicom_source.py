@@ -89,7 +89,7 @@ def _prepare(source: "Dataset", deidentify: bool) -> "Dataset":
 @contextmanager
 def discreet(name: str, problem: str) -> Iterator[None]:
     """Turns what pydicom and highdicom raise into a ValueError and drops what they log: they may quote a header."""
-    from processing_medsight.dicom_medsight import guarded
+    from processing_medsight.dicom_file_medsight import guarded
 
     own = logging.getLogger("highdicom")
     level, own.level = own.level, logging.CRITICAL + 1
