@@ -17,13 +17,14 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training benchmarks tests setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format types clean
+.PHONY: help demo test test-slow lint format types benchmarks clean
 
 help:
 	@echo "make demo       run medsight predict on a real image, into $(DEMO)/"
 	@echo "make test       run the tests (make test-slow: the slow ones)"
 	@echo "make lint       check style and formatting (make format: apply it)"
 	@echo "make types      check types"
+	@echo "make benchmarks measure speed and memory on this CPU, into benchmarks/results/ and docs/performance.md"
 	@echo "make clean      remove $(VENV)/, $(DEMO)/ and caches"
 
 $(BIN)/python:
@@ -68,6 +69,9 @@ format: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+benchmarks: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks cpu
 
 clean:
 	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

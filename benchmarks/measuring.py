@@ -1,13 +1,15 @@
 """What the benchmarks share: options, paired timing, memory, the machine's description, a table and a JSON file."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
         run()
         synchronise(device)
         return torch.cuda.max_memory_allocated(device) - before
+    run()  # what libraries keep from a first call on is held before
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here
         before = process_memory("VmRSS")
@@ -119,6 +122,19 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
         return None
     run()
     return max(0, process_memory("VmHWM") - before)
+
+
+@contextmanager
+def blocks_given_back() -> Iterator[None]:
+    """Let the allocator (glibc's) return blocks from 64 KiB on to the system once they are free, so that resident
+    memory is what is in use. It does so only in a process that has not used much memory before."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    threshold = -3  # M_MMAP_THRESHOLD
+    if set_option is not None:
+        set_option(threshold, 2**16)
+    yield
+    if set_option is not None:
+        set_option(threshold, 2**25)  # what it grows to by itself
 
 
 def process_memory(field: str) -> int:
@@ -156,13 +172,23 @@ def machine(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "gpu": gpu,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: of(package) for package in PACKAGES},
     }
+
+
+def processor() -> str:
+    """The name that the processor gives itself (Linux), or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def report(
@@ -173,7 +199,7 @@ def report(
     The JSON has `benchmark`, `command`, `settings`, `machine`, `facts` and `rows`. A spread is a median with
     quartiles; what could not be measured here is null.
     """
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: os.path.relpath(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     module = settings.pop("module")
     settings.pop("output")
     record = {

@@ -3,8 +3,9 @@ a direct transcription of its description (perceiver_reference.py), whose result
 
 Facts: matmul_flops (operations a second of a large product), image_flop (of one pass an image), error (largest
 difference of mask logits from the reference in float32, relative to the largest logit).
-Rows: batch_size, pass_s, codes_s (the second pass, with `--codes` queries), reference_s, ratio (pass / reference),
-limit_ratio (pass / operations at the rate), pass_bytes, reference_bytes (peak memory above what was held before).
+Rows: batch_size, pass_s, reference_s, ratio (pass / reference), limit_ratio (pass / operations at the rate),
+memory_ratio, pass_bytes, reference_bytes (peak memory above what was held before). The same of the second pass, with
+`--codes` queries, is codes_s, reference_codes_s, codes_ratio, codes_memory_ratio, codes_bytes, reference_codes_bytes.
 
     python -m benchmarks.perceiver --preset 8b --device cuda --batch-size 1 8 --output perceiver.json
 """
@@ -60,6 +61,10 @@ def error_of(config: MedSightConfig, device: torch.device) -> float:
     return float((given - expected).abs().max() / expected.abs().max())
 
 
+def quotient(taken: int | None, by_reference: int | None) -> float | None:
+    return taken / by_reference if taken is not None and by_reference else None
+
+
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = measuring.parser("benchmarks.perceiver", __doc__)
@@ -74,26 +79,37 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         raise RuntimeError(f"the perceiver differs from the reference by {error:.2g} of the largest logit")
     perceiver = perceiver_of(config, device, dtype)
     reference = Reference(perceiver.state_dict(), config.perceiver_num_heads)
-    flop, rate = flop_of_image(config), measuring.matmul_rate(device, dtype)
-    rows = []
-    for size in chosen.batch_size:
+
+    def cases_of(size: int) -> dict[str, Callable[[], Any]]:
         grid = torch.randn(size, *config.patch_grid, config.vision_hidden_size, device=device).to(dtype)
         codes = torch.randn(size, chosen.codes, config.vision_hidden_size, device=device).to(dtype)
-        known = torch.ones(size, chosen.codes, dtype=torch.bool, device=device)
-        cases: dict[str, Callable[[], Any]] = {
+        upsampled = perceiver(grid).upsampled_features
+        return {
             "pass": partial(perceiver, grid),
-            "codes": partial(perceiver, grid, codes, known),
+            "codes": partial(perceiver, grid, codes, upsampled_features=upsampled),
             "reference": partial(reference, grid),
+            "reference_codes": partial(reference, grid, codes),
         }
-        times = measuring.paired(cases, chosen, device)
+
+    with measuring.blocks_given_back():
+        memory = [
+            {name: measuring.peak_memory(run, device) for name, run in cases_of(size).items()}
+            for size in chosen.batch_size
+        ]
+    flop, rate = flop_of_image(config), measuring.matmul_rate(device, dtype)
+    rows = []
+    for size, taken in zip(chosen.batch_size, memory, strict=True):
+        times = measuring.paired(cases_of(size), chosen, device)
         rows.append(
             {
                 "batch_size": size,
                 **{f"{name}_s": measuring.spread(values) for name, values in times.items()},
                 "ratio": measuring.ratio(times["pass"], times["reference"]),
+                "codes_ratio": measuring.ratio(times["codes"], times["reference_codes"]),
                 "limit_ratio": measuring.spread([value / (size * flop / rate) for value in times["pass"]]),
-                "pass_bytes": measuring.peak_memory(cases["pass"], device),
-                "reference_bytes": measuring.peak_memory(cases["reference"], device),
+                "memory_ratio": quotient(taken["pass"], taken["reference"]),
+                "codes_memory_ratio": quotient(taken["codes"], taken["reference_codes"]),
+                **{f"{name}_bytes": value for name, value in taken.items()},
             }
         )
     return measuring.report(chosen, device, rows, matmul_flops=rate, image_flop=flop, error=error)

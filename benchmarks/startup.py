@@ -2,7 +2,8 @@
 
 `imports`: what the three packages add, in one process, to transformers and to what it loads for any model.
 `predict`: `medsight predict` from cold against either import plus the answer by itself.
-`load`: a random sharded checkpoint of `--preset`, written once, loaded in a fresh process: peak memory by its size.
+`load`: a random sharded checkpoint of `--preset`, written once, loaded in a fresh process, where every weight is then
+read (files that are mapped are not before): peak memory by its size.
 Resident memory counts the pages of files that are mapped, private memory only what was copied (Linux).
 
 Rows: what, base_s, s, added_s (imports: s - base_s), answer_s, ratio (imports: s / base_s; predict: s / (base_s +
@@ -52,6 +53,8 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 Path("/proc/self/clear_refs").write_text("5")
 model = MedSightForConditionalGeneration.from_pretrained(sys.argv[1], dtype="auto")
+for weight in model.parameters():
+    weight.sum()
 peak = process_memory("VmHWM")
 done.set()
 watcher.join()

@@ -20,6 +20,7 @@ from tests.training.tiny_run import draw_data, only, tiny_recipe
 ROUNDS = ["--device", "cpu", "--repeats", "1", "--warmup", "0"]
 TINY = ["--preset", "tiny", "--batch-size", "1", "2"]
 SPREADS = {"median", "low", "high"}
+PASSES = ("pass", "codes", "reference", "reference_codes")
 # Arguments, the fields of every row, and those that are spreads.
 BENCHMARKS: dict[str, tuple[list[str], set[str], set[str]]] = {
     "masks_cost": (
@@ -34,8 +35,8 @@ BENCHMARKS: dict[str, tuple[list[str], set[str], set[str]]] = {
     ),
     "perceiver": (
         TINY,
-        {"batch_size", "pass_bytes", "reference_bytes"},
-        {"pass_s", "codes_s", "reference_s", "ratio", "limit_ratio"},
+        {"batch_size", *(f"{name}_bytes" for name in PASSES), "memory_ratio", "codes_memory_ratio"},
+        {*(f"{name}_s" for name in PASSES), "ratio", "codes_ratio", "limit_ratio"},
     ),
     "batches": (
         ["--preset", "tiny", "--batch-size", "4", "--new-tokens", "8", "--prompt-words", "8"],

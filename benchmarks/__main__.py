@@ -1,0 +1,60 @@
+"""Run the benchmarks of a kind of machine, or single ones, and write docs/performance.md from what they gave.
+
+    python -m benchmarks cpu
+    python -m benchmarks gpu-perceiver gpu-decoding
+    python -m benchmarks
+
+The last one runs nothing: it only writes the page. Every run is a process of its own and writes a JSON file; one that
+fails leaves the others alone. The benchmark that trains and the one of masks in few bits read ../shared/data.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: how many runs failed."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("what", nargs="*", metavar="RUN", help=f"cpu, gpu, or of {', '.join(page.RUNS)}")
+    options.add_argument("--results", type=Path, default=page.RESULTS, metavar="DIR", help="of the JSON files")
+    options.add_argument("--page", type=Path, default=page.PAGE, metavar="FILE", help="that is written")
+    options.add_argument("--repeats", type=int, help="in place of each run's own number, as is --warmup")
+    options.add_argument("--warmup", type=int)
+    chosen = options.parse_args(arguments)
+    names = [name for name in page.RUNS if name in chosen.what or name.partition("-")[0] in chosen.what]
+    unknown = set(chosen.what) - {"cpu", "gpu", *page.RUNS}
+    if unknown:
+        options.error(f"{' '.join(sorted(unknown))}: expected cpu, gpu, or of {', '.join(page.RUNS)}")
+    rounds = [
+        argument
+        for name in ("repeats", "warmup")
+        if getattr(chosen, name) is not None
+        for argument in (f"--{name}", str(getattr(chosen, name)))
+    ]
+    failed = []
+    for name in names:
+        command = page.command_of(name)
+        print(f"{name}: {command}", flush=True)
+        output = ["--output", str(chosen.results / f"{name}.json")]
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, *shlex.split(command)[1:], *rounds, *output], check=False)
+        print(f"{name}: {time.monotonic() - start:.0f} s\n", flush=True)
+        if done.returncode:
+            failed.append(name)
+    page.write(chosen.results, chosen.page)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
