@@ -9,6 +9,7 @@ fails leaves the others alone. The benchmark that trains and the one of masks in
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         command = page.command_of(name)
         print(f"{name}: {command}", flush=True)
-        output = ["--output", str(chosen.results / f"{name}.json")]
+        output = ["--output", os.path.relpath(chosen.results / f"{name}.json")]
         start = time.monotonic()
         done = subprocess.run([sys.executable, *shlex.split(command)[1:], *rounds, *output], check=False)
         print(f"{name}: {time.monotonic() - start:.0f} s\n", flush=True)

@@ -111,5 +111,5 @@ def cell(value: Any, in_bytes: bool = False) -> str:
 def machine(where: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number)
-    device = where["gpu"] or f"{where['threads']} threads on {where['cores']} cores of {where['processor']}"
+    device = where["gpu"] or f"{where['cores']} cores of {where['processor']}, threads used: {where['threads']}"
     return f"{device}; Python {where['python']}, {versions}"
