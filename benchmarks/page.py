@@ -17,7 +17,7 @@ RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 NOT_MEASURED = "not measured"
 FIGURE = re.compile(r"\{([a-z0-9-]+) (\w+)((?:; \w+=[^;}]+)*)\}")
-TRAINING_8B = "training --preset 8b --device cuda --peak-tflops 989"  # an H100 SXM's in bf16
+TRAINING_8B = "training --preset 8b --device cuda --batch-size 4 --peak-tflops 989"  # an H100 SXM's in bf16
 
 RUNS = {
     "cpu-masks-cost": "masks_cost --preset nano --device cpu --batch-size 1",
@@ -29,7 +29,9 @@ RUNS = {
     "cpu-startup": "startup --preset small --device cpu",
     "cpu-two-step": "two_step --device cpu",
     "gpu-masks-cost": "masks_cost --preset 8b --device cuda --batch-size 1 8",
-    "gpu-decoding": "decoding --preset 8b --device cuda --batch-size 1 32",
+    "gpu-decoding": "decoding --preset 8b --device cuda --batch-size 1 --cache static",
+    "gpu-decoding-32": "decoding --preset 8b --device cuda --batch-size 32 --cache static",
+    "gpu-decoding-dynamic": "decoding --preset 8b --device cuda --batch-size 1 32 --cache dynamic",
     "gpu-perceiver": "perceiver --preset 8b --device cuda --batch-size 1 8",
     "gpu-batches": "batches --preset 8b --device cuda",
     "gpu-training": f"{TRAINING_8B} --options checkpointing fused-loss adamw-8bit",

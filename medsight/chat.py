@@ -10,6 +10,7 @@ import typer
 from medsight.answer_folder import safe_name, save_answer
 from medsight.console import Device, Json, Results, printable, quiet_transformers, results
 from medsight.image_files import find_images
+from medsight.output_folder import check_empty
 from medsight.predict import (
     AllowedGroups,
     Deidentify,
@@ -128,8 +129,7 @@ def command(
     folder = Path(output) if output is not None else Path(f"{safe_name(Path(image))}-chat")
     if deidentify and output is None:
         folder = Path("image-chat")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output {folder} is not an empty folder; name another one")
+    check_empty(folder)
     with results(as_json) as out:
         with quiet_transformers():
             predictor = Predictor(model, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ import typer
 
 from medsight.checkpoint import CODES_FILE, check_checkpoint
 from medsight.console import Device, Json, quiet_transformers, results
+from medsight.output_folder import check_empty, staged_folder
 
 
 def command(
@@ -44,7 +45,6 @@ def command(
     from medsight.evaluation.codes import describe_codes, meanings_to_json
     from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation, write_json
     from medsight.training.data.annotate import load_groups, match_groups
-    from medsight.training.data.annotation import check_empty
     from medsight.training.data.sources import Source, detect_layout, kind_of, load_source
 
     folder = Path(model)
@@ -93,8 +93,6 @@ def _counted(rows: Any) -> Any:
 def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) -> None:
     """A contact sheet a code, `C0_16.png`; the folder appears whole or not at all."""
     from medsight.evaluation.codes import contact_sheet
-    from medsight.output_folder import staged_folder
-    from medsight.training.data.annotation import check_empty
 
     with staged_folder(output, False, check_empty) as folder:
         for code, some in examples.items():

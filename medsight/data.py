@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from medsight.console import Device, Json, quiet_transformers, results
+from medsight.output_folder import check_empty
 
 
 def check(
@@ -91,7 +92,6 @@ def annotate(
     from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint
     from medsight.training.data.annotate import load_groups, match_groups, summary
     from medsight.training.data.annotation import annotate as write_conversations
-    from medsight.training.data.annotation import check_empty
     from medsight.training.data.groups import Groups
     from medsight.training.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.training.data.wording import Wordings

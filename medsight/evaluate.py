@@ -99,6 +99,8 @@ def command(
         if predictions is not None and model is not None:
             raise ValueError("--predictions are scored without a model: leave out --model")
         declared = load_benchmark(benchmark)
+        if held_out_prompts:
+            declared = dataclasses.replace(declared, title=f"{declared.title}, in wordings not trained on")
         flags = {"threshold": threshold, "missing": missing, "multi": multi, "average": average}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
         items, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)

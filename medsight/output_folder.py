@@ -27,6 +27,14 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         raise FileExistsError(f"output folder {output} holds something else than a checkpoint; name another one")
 
 
+def check_empty(output: Path, overwrite: bool = False) -> None:
+    """Raises OSError, naming it, if the output is anything but a new or empty folder."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is not empty; name another one")
+
+
 @contextmanager
 def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], None] = check_output) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.

@@ -116,7 +116,9 @@ class MedSightGenerationMixin(GenerationMixin):
 
         regions = None
         if pixel_values is not None:
-            regions = self.get_region_features(pixel_values, return_dict=True)
+            # Masks are drawn for what is cited, which only the cheaper decoder takes from this pass.
+            with_masks = self.config.mask_decoder == "head"
+            regions = self.get_region_features(pixel_values, with_masks, return_dict=True)
             if kwargs.get("assistant_model") is None:  # an assistant looks at the pixels with its own encoder
                 kwargs["image_embeds"] = self.model.project_regions(regions)
                 del kwargs["pixel_values"]

@@ -119,19 +119,22 @@ class MedSightModel(MedSightPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_region_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> MedSightRegionOutput:
+    def get_region_features(
+        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
+    ) -> MedSightRegionOutput:
         """Look at images: patches, regions, masks and classes of regions, the group of each image.
 
         Args:
             pixel_values: (images, 3, image_size, image_size).
+            with_masks: false leaves out the masks and classes of regions and the map that they are read from.
         """
-        return self._see(pixel_values, **kwargs)[1]
+        return self._see(pixel_values, with_masks, **kwargs)[1]
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
         kwargs.pop("original_sizes", None)  # the processor's, which serving engines pass on with the pixels
-        encoder_output, regions = self._see(pixel_values, **kwargs)
+        encoder_output, regions = self._see(pixel_values, with_masks=False, **kwargs)
         all_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoder_output.last_hidden_state,
@@ -267,16 +270,18 @@ class MedSightModel(MedSightPreTrainedModel):
         )
         return output.masks_queries_logits[codes.entries, codes.slots]
 
-    def _see(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, MedSightRegionOutput]:
+    def _see(
+        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
+    ) -> tuple[Any, MedSightRegionOutput]:
         encoder_output, grid, summary = encode_image(self.vision_tower, pixel_values, self.config, **kwargs)
-        return encoder_output, self.perceive(grid, summary)
+        return encoder_output, self.perceive(grid, summary, with_masks)
 
-    def perceive(self, grid: torch.Tensor, summary: torch.Tensor) -> MedSightRegionOutput:
+    def perceive(self, grid: torch.Tensor, summary: torch.Tensor, with_masks: bool = True) -> MedSightRegionOutput:
         """What the region queries and the group classifier find in encoded images: see `encode_image`."""
         return MedSightRegionOutput(
             patch_features=grid.flatten(1, 2),
             group_logits=self.group_classifier(summary),
-            **self.region_perceiver(grid),
+            **self.region_perceiver(grid, with_masks=with_masks),
         )
 
 
@@ -306,9 +311,11 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_region_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> MedSightRegionOutput:
+    def get_region_features(
+        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
+    ) -> MedSightRegionOutput:
         """See [`MedSightModel.get_region_features`]."""
-        return self.model.get_region_features(pixel_values, **kwargs)
+        return self.model.get_region_features(pixel_values, with_masks, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`MedSightModel.get_image_features`]."""

@@ -119,8 +119,7 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
             not there, or no row has a diagnosis.
     """
-    from medsight.output_folder import staged_folder
-    from medsight.training.data.annotation import check_empty
+    from medsight.output_folder import check_empty, staged_folder
     from medsight.training.data.sources import Source, iterate
 
     diagnoses = None if table is None else read_table(table)

@@ -258,9 +258,10 @@ class RegionPerceiverStage(GradientCheckpointingLayer):
         previous_masks: torch.Tensor,
         query_mask: torch.Tensor | None = None,
         upsampled_features: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and map of this stage, and its map before any query touched it, which is made of `image_features`
-        unless it is given."""
+        update_map: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Queries and map of this stage (none without `update_map`), and its map before any query touched it, which is
+        made of `image_features` unless it is given."""
         if upsampled_features is None:
             upsampled_features = _upsample_and_convolve(image_features, self.adapter)
             upsampled_features = upsampled_features + sine_position_encoding(upsampled_features)
@@ -268,6 +269,8 @@ class RegionPerceiverStage(GradientCheckpointingLayer):
         visible = F.interpolate(previous_masks.detach().float(), scale_factor=2, mode="bilinear").sigmoid() >= 0.5
         pixels = upsampled_features.flatten(1, 2)
         queries = self.region_feed_forward(self.region_to_image(queries, pixels, visible.flatten(2)))
+        if not update_map:
+            return queries, None, upsampled_features
         known = None if query_mask is None else query_mask[:, None]
         pixels = _in_parts(lambda part: self.image_feed_forward(self.image_to_region(part, queries, known)), pixels)
         return queries, pixels.unflatten(1, upsampled_features.shape[1:3]), upsampled_features
@@ -298,6 +301,7 @@ class RegionPerceiver(nn.Module):
         queries: torch.Tensor | None = None,
         query_mask: torch.Tensor | None = None,
         upsampled_features: torch.Tensor | None = None,
+        with_masks: bool = True,
     ) -> RegionPerceiverOutput:
         """
         Args:
@@ -305,18 +309,19 @@ class RegionPerceiver(nn.Module):
             queries: (batch, n, d), what to ask for; the learnable region queries by default.
             query_mask: (batch, n), false at queries that only pad a batch.
             upsampled_features: (batch, 2h, 2w, d), what an earlier pass over the same patches gave under this name.
+            with_masks: false leaves out what only the last masks and classes need: these, and the last map.
         """
         features = patch_features + sine_position_encoding(patch_features)
         if queries is None:
             queries = self.region_queries.expand(len(patch_features), -1, -1)
         queries = self.initial_feed_forward(self.initial_attention(queries, features.flatten(1, 2)))
-        logits = [self.segmentation_head(queries, features)]
-        first, *later = self.stages
-        queries, features, upsampled_features = first(queries, features, logits[-1][0], query_mask, upsampled_features)
-        logits.append(self.segmentation_head(queries, features))
-        for stage in later:
-            queries, features = stage(queries, features, logits[-1][0], query_mask)[:2]
-            logits.append(self.segmentation_head(queries, features))
+        logits: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [self.segmentation_head(queries, features)]
+        for number, stage in enumerate(self.stages):
+            update_map = with_masks or number < len(self.stages) - 1
+            given = upsampled_features if number == 0 else None
+            queries, features, upsampled = stage(queries, features, logits[-1][0], query_mask, given, update_map)
+            upsampled_features = upsampled if number == 0 else upsampled_features
+            logits.append(self.segmentation_head(queries, features) if update_map else (None, None))
         *auxiliary, (masks, classes) = logits
         return RegionPerceiverOutput(
             region_embeddings=queries,

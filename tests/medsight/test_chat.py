@@ -81,7 +81,7 @@ def test_turns_are_printed_and_saved_one_by_one(
         assert answer["regions"][0]["code"] in captured.out and f"Saved to scan-chat/{name}/" in captured.out
     assert ">" not in captured.err
     assert chat("Again?\n") == 1
-    assert "scan-chat is not an empty folder" in capsys.readouterr().err
+    assert "scan-chat is not empty" in capsys.readouterr().err
 
 
 def test_a_volume_is_cut_along_the_plane(

@@ -17,7 +17,7 @@ from medsight.checkpoint import shipped_checkpoint
 SHARED = Path(os.environ.get("MEDSIGHT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 SETS = SHARED / "data" / "segmentation"
 README = Path(__file__).resolve().parents[2] / "README.md"
-SHA256 = "09de3d5a329449c75a658c899f8de8f855ab84f32a9d003bfdf3398489dc2bd8"
+SHA256 = "92e7d731e77edd4c9118ac99e5347bf91d08cf0eb72bd42d9127f705df6d2645"
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,15 @@ def test_region_features_have_the_shapes_that_the_configuration_tells(model: Any
     assert codes.reconstructed_regions.shape == (2, n, d)
 
 
+@torch.no_grad()
+def test_without_masks_the_rest_is_the_same(model: Any, config: MedSightConfig) -> None:
+    pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    full, lean = (model.get_region_features(pixels, with_masks=masks) for masks in (True, False))
+    assert full.keys() - lean.keys() == {"image_features", "masks_queries_logits", "class_queries_logits"}
+    for name, value in lean.items():
+        torch.testing.assert_close(value, full[name], rtol=0, atol=0)
+
+
 def test_weights_start_as_the_architecture_says(config: MedSightConfig) -> None:
     """Also where a checkpoint lacks them: linear layers Xavier-uniform, convolutions Kaiming-normal."""
     empty = MedSightForConditionalGeneration.from_pretrained(None, config=config, state_dict={})

@@ -496,8 +496,8 @@ def test_no_message_names_the_patient(caplog: pytest.LogCaptureFixture, recwarn:
 def test_the_first_volume_of_several_is_used_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     volume = ct_volume()
     with caplog.at_level(logging.WARNING):
-        logging.getLogger("processing_medsight").addHandler(caplog.handler)
         scan = open_scan(nifti_bytes(np.stack([volume, volume[::-1]], axis=3)))
+    assert [record.getMessage() for record in caplog.records if "volume" in record.getMessage()], caplog.text
     single = open_scan(nifti_bytes(volume))
     assert all(np.array_equal(scan.slice_image(i), single.slice_image(i)) for i in range(7))
     assert scan.to_source({}).shape == volume.shape

@@ -81,7 +81,7 @@ def test_a_batch_asks_one_class_a_picture_and_absent_ones_have_an_empty_mask(dra
     corpus = read_corpus(recipe)
     items = unet.region_items(recipe, corpus, SIZE)
     assert len(items) == len(corpus.training) == 19
-    drawn, again = (unet.batches(items, 0.5, seed=3) for _ in range(2))
+    drawn, again = (unet.batches(items, 0.5, seed=3, size=unet.BATCH_SIZE, workers=number) for number in (0, 2))
     empty = set()
     for _ in range(12):
         pixels, asked, masks = next(drawn)

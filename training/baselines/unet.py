@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 if TYPE_CHECKING:
@@ -129,30 +130,41 @@ def region_items(recipe: Any, corpus: "Corpus", size: int) -> "Items":
     return stage_items(PerceiverStage(settings, places, recipe.seed), recipe, corpus, Path(recipe.output), "training")
 
 
-def batches(items: "Items", power: float, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def batches(
+    items: "Items", power: float, seed: int, size: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Without end: pictures (n, 3, S, S), a class asked of each (n,), and its masks (n, S, S), empty where absent.
 
     Args:
         power: rows with rare targets are drawn more often, see `rarity_weights`.
+        size: pictures a batch.
+        workers: processes that prepare them; the same pictures whatever their number.
     """
-    from medsight.training.data.items import Skipped
     from medsight.training.data.sampler import DrawSampler, rarity_weights
 
     weights = rarity_weights(items.rows["dataset"], items.rows["targets"], power)
-    sampler = DrawSampler(len(items), seed, weights, batch_size=BATCH_SIZE)
+    sampler = DrawSampler(len(items), seed, weights, batch_size=size)
+    loader = DataLoader(
+        items, size, sampler=sampler, collate_fn=batch_of, num_workers=workers, persistent_workers=workers > 0
+    )
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        draws = list(sampler)
-        for start in range(0, len(draws), BATCH_SIZE):
-            samples = [items[draw] for draw in draws[start : start + BATCH_SIZE]]
-            samples = [sample for sample in samples if not isinstance(sample, Skipped)]
-            asked = [sample["asked"][int(sample["chance"] * len(sample["asked"]))] for sample in samples]
-            masks = [
-                sample["mask_labels"][sample["class_labels"] == one].sum(0).clamp(max=1)
-                for sample, one in zip(samples, asked, strict=True)
-            ]
-            if samples:
-                yield torch.stack([s["pixel_values"] for s in samples]), torch.stack(asked), torch.stack(masks)
+        yield from (batch for batch in loader if batch is not None)
+
+
+def batch_of(samples: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Samples with the class that each is asked for and the mask of that class; None of broken ones alone."""
+    from medsight.training.data.items import Skipped
+
+    samples = [sample for sample in samples if not isinstance(sample, Skipped)]
+    if not samples:
+        return None
+    asked = [sample["asked"][int(sample["chance"] * len(sample["asked"]))] for sample in samples]
+    masks = [
+        sample["mask_labels"][sample["class_labels"] == one].sum(0).clamp(max=1)
+        for sample, one in zip(samples, asked, strict=True)
+    ]
+    return torch.stack([sample["pixel_values"] for sample in samples]), torch.stack(asked), torch.stack(masks)
 
 
 def classes_asked(target: str | None, names: Sequence[str], item: str) -> list[int]:
@@ -185,12 +197,19 @@ def predict(network: UNet, places: "Places", items: Sequence["Item"]) -> list["P
     return predictions
 
 
+def device_name() -> str:
+    """The GPU that training takes, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def on_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Pictures with their channels last, which halves the time of a CPU's convolutions."""
     return pixels.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def train(corpus: "Corpus", recipe: Any, budget: Budget, size: int) -> tuple[UNet, "Places", dict[str, Any]]:
+def train(
+    corpus: "Corpus", recipe: Any, budget: Budget, size: int, batch_size: int = BATCH_SIZE, workers: int = 0
+) -> tuple[UNet, "Places", dict[str, Any]]:
     """Train on the recipe's training rows, and score the validation rows `VALIDATIONS` times on the way.
 
     Returns:
@@ -205,7 +224,7 @@ def train(corpus: "Corpus", recipe: Any, budget: Budget, size: int) -> tuple[UNe
     network = UNet(len(corpus.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     power = recipe.stages.get("perceiver", {}).get("rarity_power", 1.0)
-    drawn = batches(items, power, recipe.seed)
+    drawn = batches(items, power, recipe.seed, batch_size, workers)
     steps = images = 0
     seconds = cpu_seconds = spent = 0.0
     validations: list[dict[str, Any]] = []
@@ -248,12 +267,16 @@ def run(
     seed: int = 0,
     benchmark: str | None = None,
     data: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
 ) -> None:
     """Train, predict the rows of a benchmark, and write both files of OUTPUT.
 
     Args:
         size: pixels of the picture's side that the network sees.
         seed: of weights, order and augmentation; the validation split stays the recipe's.
+        batch_size: pictures a step.
+        workers: processes that prepare pictures.
         benchmark, data: a benchmark of segmentation and the folder with its rows.
 
     Raises:
@@ -280,9 +303,12 @@ def run(
     for item in asked:
         classes_asked(item.target, corpus.classes, item.id)
     with staged_folder(output, overwrite=False) as folder:
-        network, places, summary = train(corpus, dataclasses.replace(recipe, seed=seed), budget, size)
+        network, places, summary = train(
+            corpus, dataclasses.replace(recipe, seed=seed), budget, size, batch_size, workers
+        )
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        setting = {"recipe": recipe_name, "size": size, "seed": seed, "threads": torch.get_num_threads()}
+        setting = {"recipe": recipe_name, "size": size, "batch_size": batch_size, "seed": seed}
+        setting |= {"device": device_name(), "threads": torch.get_num_threads(), "workers": workers}
         write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
         if asked:
             with PredictionWriter(folder / PREDICTIONS) as writer:
@@ -299,7 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="recipe (YAML file), or the name of a shipped one, such as nano")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--minutes", type=float, help="of training, validation left out")
-    parser.add_argument("--steps", type=int, help=f"of {BATCH_SIZE} pictures, in place of minutes")
+    parser.add_argument("--steps", type=int, help="of training, in place of minutes")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="pictures a step (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare pictures (default: none)")
     parser.add_argument("--size", type=int, default=112, help="pixels of a picture's side (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)")

@@ -71,7 +71,7 @@ def annotate(
         ValueError: a picture, mask or setting is bad; a target is no class of the model; a row has no group, or groups
             are not the model's.
     """
-    from medsight.output_folder import staged_folder
+    from medsight.output_folder import check_empty, staged_folder
 
     from .annotation_output import AnnotationCounts, write_card
     from .items import Places
@@ -363,14 +363,6 @@ def _check_targets(targets: Sequence[str], classes: Sequence[str] | None) -> Non
             f"target {unknown[0]!r} ({len(unknown)} such) is none of the model's {len(classes)} mask classes "
             f"({', '.join(classes[:5])}, ...): train a perceiver that knows it, or rename it in the data"
         )
-
-
-def check_empty(output: Path, overwrite: bool = False) -> None:
-    """Raises OSError, naming it, if the output is anything but a new or empty folder."""
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"output folder {output} is not empty; name another one")
 
 
 def _readable(readings: Iterable[Any], on_error: str, counts: "AnnotationCounts") -> list[_Reading]:
