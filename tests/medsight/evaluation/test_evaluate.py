@@ -100,6 +100,16 @@ def test_cited_codes_are_held_against_those_of_the_model_s_own_codebook(
     assert "the model&#39;s codebook for 7 rows" in (tmp_path / "b" / "report.html").read_text("utf-8")
 
 
+def test_figures_of_held_out_wordings_say_so(
+    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    predictions = ("--predictions", str(saved()))
+    assert evaluate(segmentation, regions, tmp_path / "a", *predictions)[0] == 0
+    assert evaluate(segmentation, regions, tmp_path / "b", *predictions, "--held-out-prompts")[0] == 0
+    title = metrics_of(tmp_path / "a")["title"]
+    assert metrics_of(tmp_path / "b")["title"] == f"{title}, in wordings not trained on"
+
+
 def test_a_model_without_a_group_of_that_name_has_no_right_codes_and_says_so(
     evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
