@@ -33,7 +33,7 @@ def command(
     A run goes on where it stopped: finished stages are recognised, a killed one resumes from its last checkpoint. Over
     several processes: accelerate launch --config_file training/accelerate/ddp.yaml -m medsight.cli train CONFIG
     """
-    import accelerate  # noqa: F401
+    import accelerate
     import datasets  # noqa: F401
 
     from medsight.training.recipe import load_recipe
@@ -52,5 +52,6 @@ def command(
         from medsight.training.run import train
 
         folder = Path(train(recipe, stage))
+        accelerate.PartialState().destroy_process_group()  # or its threads may be found running at the process' end
         text = f"Written to {folder}; try it: medsight predict IMAGE --prompt '...' --model {folder}"
         out.show({"folder": str(folder), "stage": stage}, text)

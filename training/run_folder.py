@@ -159,6 +159,7 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
     except RuntimeError as error:
         raise ValueError(f"{folder}: its weights do not fit model.config={recipe.model.config} ({error})") from error
     processor.image_seq_length = config.image_seq_length  # an ablation may leave the region rows out
+    processor.region_codes = None  # what codes usually stand for was counted with other weights
     return model, processor
 
 

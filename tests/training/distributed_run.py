@@ -71,3 +71,4 @@ if __name__ == "__main__":
         train_and_leave(path)
     else:
         run.train(load_recipe(path))
+    PartialState().destroy_process_group()  # or its threads may be found running at the interpreter's end
