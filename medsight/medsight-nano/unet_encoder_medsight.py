@@ -49,8 +49,10 @@ class MedSightUNetEncoder(ResNetPreTrainedModel):
         Returns:
             `last_hidden_state`, and as the only hidden state, (images, hidden_size, H / patch_size, W / patch_size).
         """
-        # oneDNN's and cuDNN's kernels are twice as fast in this layout.
-        states = [self.embedder(pixel_values.contiguous(memory_format=torch.channels_last))]
+        # oneDNN's and cuDNN's kernels are twice as fast in this layout. On some processors oneDNN's backward pass
+        # writes past its memory there (torch 2.13) if a layer has fewer than 8 channels.
+        layout = torch.channels_last if min(self.config.hidden_sizes) >= 8 else torch.contiguous_format
+        states = [self.embedder(pixel_values.contiguous(memory_format=layout))]
         for stage in self.down:
             states.append(stage(states[-1]))
         features = states.pop()
