@@ -29,7 +29,7 @@ from .quantization_medsight import of_language_model
 from .region_codes_in_text_medsight import CodeLocations, locate_codes
 from .region_perceiver_medsight import RegionPerceiver
 from .training_loss_medsight import TrainingLossMixin, refuse_uneven_labels, require
-from .unet_encoder_medsight import MedSightUNetEncoder  # noqa: F401  (registers itself with AutoModel)
+from .unet_encoder_medsight import MedSightUNetEncoder
 from .vision_medsight import encode_image
 
 
@@ -103,7 +103,9 @@ class MedSightModel(MedSightPreTrainedModel):
         vision_dim, text_dim = config.vision_hidden_size, config.text_config.hidden_size
         if not hasattr(config.vision_config, "num_attention_heads"):
             config.vision_config._attn_implementation = "eager"  # convolutions have no attention to choose
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # By name: a checkpoint folder's own code may know the configuration's class twice, and AutoModel one of them.
+        own = config.vision_config.model_type == MedSightUNetEncoder.config_class.model_type
+        self.vision_tower = (MedSightUNetEncoder._from_config if own else AutoModel.from_config)(config.vision_config)
         self.region_perceiver = RegionPerceiver(config)
         self.codebook = RegionCodebook(config)
         self.group_classifier = nn.Linear(vision_dim, config.num_groups)
