@@ -41,9 +41,9 @@ def command(
     folder (region_codes.json), and a contact sheet a code (PNG) into the output folder.
     """
     from medsight import __version__
-    from medsight.evaluate import codebook_of
     from medsight.evaluation.codes import describe_codes, meanings_to_json
     from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation, write_json
+    from medsight.evaluation.scored_run import codebook_of
     from medsight.training.data.annotate import load_groups, match_groups
     from medsight.training.data.sources import Source, detect_layout, kind_of, load_source
 

@@ -122,9 +122,9 @@ def evaluate(
         output: the evaluation's folder; a finished one is read, a begun one goes on.
         note: for its report.
     """
-    from medsight.evaluate import METRICS, answer, protocol_of, score
     from medsight.evaluation.benchmarks import load_benchmark
     from medsight.evaluation.runner import Processes, RunSettings
+    from medsight.evaluation.scored_run import METRICS, answer, protocol_of, score
 
     if (output / METRICS).is_file():
         return json.loads((output / METRICS).read_text(encoding="utf-8"))

@@ -55,9 +55,9 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
 
 def score_predictions(items: Sequence["Item"], predictions: Sequence["Prediction"], benchmark: str) -> dict[str, Any]:
     """What metrics.json would say of predictions, by the benchmark's own protocol."""
-    from medsight.evaluate import protocol_of
     from medsight.evaluation.benchmarks import load_benchmark
     from medsight.evaluation.predictions import Problems
+    from medsight.evaluation.scored_run import protocol_of
     from medsight.evaluation.scoring import score_rows
     from medsight.evaluation.summary import summarise
 

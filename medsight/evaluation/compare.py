@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from medsight.evaluation.scored_run import METRICS, ROWS
 from medsight.evaluation.summary import BY, DIGITS, SCORES, interval_unit, unit_of
 
 
-METRICS, ROWS = "metrics.json", "scores.jsonl"
 RATES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "negatives_right": lambda row: float(row["no_region"]) if row.get("absent") and "no_region" in row else None,
 }

@@ -143,12 +143,12 @@ def test_an_ablation_without_a_stage_is_the_run_before_it(finished: Path) -> Non
 def test_it_goes_on_where_it_was(
     finished: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import medsight.evaluate
+    import medsight.evaluation.scored_run
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a finished run is evaluated again")
 
-    monkeypatch.setattr(medsight.evaluate, "answer", refuse)
+    monkeypatch.setattr(medsight.evaluation.scored_run, "answer", refuse)
     before = (finished / "validation.json").read_text(encoding="utf-8")
     files = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert ablations.main(arguments(recipe_file, finished)) == 0
