@@ -119,9 +119,10 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
     Raises:
         ValueError: a name is neither an annotation nor a source of conversations, or there are no names.
     """
-    from datasets import concatenate_datasets
+    from datasets import Dataset, concatenate_datasets
 
     from .data.conversations import split_validation
+    from .data.schema import CONVERSATION_FEATURES
     from .data.sources import Source, load_source
     from .recipe import refuse_unknown
 
@@ -131,7 +132,9 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
         raise ValueError("a language stage needs data: names of annotations or of data.conversations")
     parts = []
     for name in names:
-        if name in recipe.annotations:
+        if name in recipe.annotations and not len(corpus.split(split)):
+            parts.append(Dataset.from_dict({column: [] for column in CONVERSATION_FEATURES}, CONVERSATION_FEATURES))
+        elif name in recipe.annotations:
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
         else:
             rows = load_source(Source.from_mapping(recipe.data.conversations[name]))

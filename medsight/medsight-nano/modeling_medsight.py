@@ -170,6 +170,7 @@ class MedSightModel(MedSightPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         cache: Cache | None = None,
+        with_masks: bool = True,
         **kwargs: Any,
     ) -> MedSightModelOutputWithPast:
         """
@@ -177,6 +178,7 @@ class MedSightModel(MedSightPreTrainedModel):
             input_ids: (batch, length), image blocks as runs of `config.image_token_id`.
             pixel_values: (images, 3, H, W), all images of the batch in the order of their blocks.
             image_embeds: (images, image_seq_length, hidden), in place of `pixel_values`: what `project_regions` gives.
+            with_masks: see [`MedSightModel.get_region_features`].
             cache: what transformers calls `past_key_values` since 5.24; either name is taken.
 
         Raises:
@@ -195,7 +197,7 @@ class MedSightModel(MedSightPreTrainedModel):
 
         regions = None
         if image_embeds is None and pixel_values is not None:
-            regions = self._see(pixel_values)[1]
+            regions = self._see(pixel_values, with_masks)[1]
             image_embeds = self.project_regions(regions)
         if image_embeds is not None:
             expected = image_embeds.shape[0] * image_embeds.shape[1]
@@ -355,7 +357,8 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         (`group_labels` too).
 
         Args:
-            labels: (batch, length), next-token targets, -100 where there is none.
+            labels: (batch, length), next-token targets, -100 where there is none. With them, `region_features` comes
+                without masks and classes of regions, unless `class_labels` or the mask decoder need these.
             mask_labels: a tensor (n_i, H, W) a sample, boolean or in [0, 1], of any size. With text, mask j is the
                 target of the j-th region code in row i; `None` leaves the masks of row i undecoded. Without, the
                 regions of image i.
@@ -386,6 +389,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
+            with_masks=labels is None or class_labels is not None or self.config.mask_decoder == "head",
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -444,7 +448,12 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         outputs = self.model(
-            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, use_cache=False, **kwargs
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            use_cache=False,
+            with_masks=self.config.mask_decoder == "head",
+            **kwargs,
         )
         return self._decoded_regions(input_ids, codes, outputs.last_hidden_state, outputs.region_features)
 
