@@ -167,23 +167,49 @@ def _origin(origin: str) -> str:
 
 
 def _training_text(run: Path, recipe: Any, emissions: dict[str, Any] | None) -> str:
-    environment = read_json(run / "environment.json")
-    start = Path(recipe.model.folder).name if recipe.model.folder else None
-    begun = f"the checkpoint `{start}`" if start else f"nothing (random weights, preset `{recipe.model.preset}`)"
-    about = ", ".join(f"{label} {environment[name]}" for name, label in NAMES.items() if environment.get(name))
-    seconds = {
-        path.parent.name: float(read_json(path)["metrics"]["train_runtime"])
-        for path in sorted(run.glob("stages/*/finished.json"))
-    }
-    lines = [f"Started from {begun}; seed {recipe.seed}; {about}.", "", "| stage | hours:minutes |", "|---|---|"]
-    lines += [f"| {stage} | {_hours(value)} |" for stage, value in seconds.items()]
-    lines += [f"| together | {_hours(sum(seconds.values()))} |", ""]
-    lines += ["A stage that was interrupted counts from its last start.", ""]
+    chain = [*_runs_before(recipe), (run, recipe)]
+    begun = [_beginning(*one, number) for number, one in enumerate(chain)]
+    lines = [f"Started from {begun[0]}"]
+    if len(chain) > 1:
+        lines = [f"* Run {number} started from {text}" for number, text in enumerate(begun, start=1)]
+    lines += ["", "| stage | hours:minutes |", "|---|---|"]
+    total = 0.0
+    for number, (folder, _) in enumerate(chain, start=1):
+        for path in sorted(folder.glob("stages/*/finished.json")):
+            seconds = float(read_json(path)["metrics"]["train_runtime"])
+            total += seconds
+            name = path.parent.name if len(chain) == 1 else f"run {number}: {path.parent.name}"
+            lines.append(f"| {name} | {_hours(seconds)} |")
+    lines += [f"| together | {_hours(total)} |", "", "A stage that was interrupted counts from its last start.", ""]
     if emissions:
-        lines.append(f"codecarbon estimated {emissions['emissions']:,} g of CO₂ equivalents.")
+        of_last = "" if len(chain) == 1 else ", for the last run"
+        lines.append(f"codecarbon estimated {emissions['emissions']:,} g of CO₂ equivalents{of_last}.")
     else:
         lines.append("Energy and carbon were not measured.")
     return "\n".join(lines)
+
+
+def _runs_before(recipe: Any) -> list[tuple[Path, Any]]:
+    """The runs, oldest first, that led to the folder which a recipe starts from, as far as they are still there."""
+    from medsight.training.recipe import load_recipe
+
+    start = Path(recipe.model.folder).absolute() if recipe.model.folder else None
+    above = () if start is None else (start.parent, start.parent.parent.parent)  # RUN/model, RUN/stages/STAGE/model
+    run = next((folder for folder in above if (folder / "recipe.yaml").is_file()), None)
+    if run is None:
+        return []
+    before = load_recipe(run / "recipe.yaml")
+    return [*_runs_before(before), (run, before)]
+
+
+def _beginning(run: Path, recipe: Any, before: int) -> str:
+    """What a run began with, where `before` runs led to it, and on what it ran."""
+    environment = read_json(run / "environment.json")
+    start = f"nothing (random weights, preset `{recipe.model.preset}`)"
+    if recipe.model.folder:
+        start = f"run {before}" if before else f"the checkpoint `{Path(recipe.model.folder).name}`"
+    about = ", ".join(f"{label} {environment[name]}" for name, label in NAMES.items() if environment.get(name))
+    return f"{start}; seed {recipe.seed}; {about}."
 
 
 def _hours(seconds: float) -> str:

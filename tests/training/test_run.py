@@ -181,6 +181,16 @@ def test_stages_run_one_by_one_in_their_order(drawn_data: Path, tmp_path: Path) 
         train(recipe, "perceivr")
 
 
+def test_nothing_need_be_held_out(drawn_data: Path, tmp_path: Path) -> None:
+    once = {name: {"max_steps": 1} for name in STAGES}
+    output = train(tiny_recipe(drawn_data, tmp_path / "run", data={"validation_fraction": 0}, stages=once))
+    described = json.loads((output.parent / "data.json").read_text("utf-8"))
+    assert (described["training"]["rows"], described["validation"]["rows"]) == (19, 0)
+    for folder in FOLDERS:
+        finished = json.loads((output.parent / "stages" / folder / "finished.json").read_text("utf-8"))
+        assert not [name for name in finished["metrics"] if name.startswith("eval_")]
+
+
 def test_a_run_of_another_recipe_is_refused_with_the_difference(unbroken: Path, drawn_data: Path) -> None:
     changed = {"perceiver": {"learning_rate": 0.5}}
     with pytest.raises(ValueError, match=r"stages\.perceiver\.learning_rate: 0\.001 -> 0\.5"):

@@ -165,6 +165,31 @@ def test_a_run_gives_data_licences_counts_and_time(folder: Path, run: Path) -> N
     assert ModelCard(text).data.datasets == sorted(images)
 
 
+@pytest.mark.parametrize("left", ["model", "stages/1_perceiver/model"])
+def test_a_run_from_another_run_tells_of_both(folder: Path, run: Path, tmp_path: Path, left: str) -> None:
+    import yaml
+
+    earlier = tmp_path / "earlier"
+    (earlier / left).mkdir(parents=True)
+    (earlier / "recipe.yaml").write_text(yaml.safe_dump({"model": {"preset": "tiny"}}), encoding="utf-8")
+    save(earlier / "environment.json", {"device": "Another GPU"})
+    save(earlier / "stages" / "1_perceiver" / "finished.json", {"metrics": {"train_runtime": 7200}})
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
+    recipe["model"]["folder"] = str(earlier / left)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    training = section(render_card(folder, "me/tiny"), "Training, time and carbon")
+    for fact in ("Run 1 started from nothing", "Another GPU", "Run 2 started from run 1", "Some GPU"):
+        assert fact in training, fact
+    for row in (
+        "run 1: 1_perceiver | 2:00",
+        "run 2: 1_perceiver | 1:00",
+        "run 2: 4_unified | 0:30",
+        "together | 3:30",
+    ):
+        assert f"| {row} |" in training
+    assert str(tmp_path) not in training
+
+
 def test_carbon_is_what_codecarbon_recorded(folder: Path, run: Path) -> None:
     for stage, kilograms in (("1_perceiver", 0.25), ("4_unified", 1.0)):
         table = f"timestamp,emissions\nnow,{kilograms}\n"
