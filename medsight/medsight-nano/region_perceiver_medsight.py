@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 # In inference on a CPU:
 WIDE = 256  # features from which on a convolution is faster tap by tap
-NUMBERS_AT_ONCE = 2**17  # of a map that are worked on together, so that they stay in a core's cache
+NUMBERS_AT_ONCE = 2**20  # of a map that are worked on together
 
 
 @dataclass
@@ -94,10 +94,9 @@ def _is_lean(states: torch.Tensor, *layers: nn.Module) -> bool:
 
 
 def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
-    """`function` of pixels (batch, m, d), which do not see each other, some at a time where this spares memory: at
-    least d, or weights would be read more often than pixels."""
+    """`function` of pixels (batch, m, d), which do not see each other, some at a time where this spares memory."""
     batch, length, dim = pixels.shape
-    part = max(1, max(dim, NUMBERS_AT_ONCE // dim) // batch)
+    part = max(1, NUMBERS_AT_ONCE // (batch * dim))
     if part >= length or not _is_lean(pixels):
         return function(pixels)
     return torch.cat([function(some) for some in pixels.split(part, dim=1)], dim=1)
