@@ -5,8 +5,13 @@ python -m medsight.training.ablations nano --output runs/ablations --seeds 0 1 2
 
 An ablation is what its file in `training/configs/ablations/` changes of the recipe. Of each seed the whole recipe runs
 first; an ablation takes over those of its finished stages that it does not change, which is the same as training them
-again. All are scored on the recipe's validation rows, which depend on the seed (so compare within one), or with --test
-on its test rows. A command that was stopped goes on where it was.
+again (for seg-token but for chance: its vocabulary has no rows for codes in those stages). All are scored on the recipe's validation rows, which depend on the seed (so compare within one) unless
+`data.validation_seed` fixes them, or with --test on its test rows. A command that was stopped goes on where it was.
+
+Stages that no ablation changes can be left out, if a run that held out the same rows has them:
+
+    --set data.validation_seed=0 --set model.folder=runs/nano/stages/1_perceiver/model \\
+    --set stages.language_model=null --set stages.perceiver=null
 
 OUTPUT/NAME/seed-S/run/              the run, as `medsight train` leaves it; NAME is "full" or an ablation's
 OUTPUT/NAME/seed-S/SPLIT/BENCHMARK/  its evaluation, as `medsight evaluate` leaves it
@@ -38,7 +43,11 @@ BENCHMARKS = ("segmentation", "diagnose-then-segment")
 # Lengths of a schedule, which --share shortens.
 LENGTHS = ("max_steps", "num_train_epochs", "warmup_steps", "eval_steps")
 # The first stage that a change of the model's configuration reaches; others change the weights' shapes, or all stages.
-FIRST_STAGE = {"use_region_embeddings": "vision_to_text", "mask_decoder": "text_to_vision"}
+FIRST_STAGE = {
+    "use_region_embeddings": "vision_to_text",
+    "use_region_codebook": "codebook",
+    "mask_decoder": "text_to_vision",
+}
 
 
 def ablation(recipe: Recipe, name: str) -> Recipe:

@@ -51,13 +51,18 @@ def read_corpus(recipe: Recipe) -> Corpus:
     if not parts:
         raise ValueError("data.regions is empty: stages 1 and 3a need images with masks")
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    training, validation = split_validation(rows, recipe.data.validation_fraction, recipe.seed)
+    training, validation = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe))
     if recipe.data.groups:
         groups = Groups(recipe.data.groups)
     else:
         groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for some in rows["targets"] for target in some})
     return Corpus(recipe, training, validation, groups, classes)
+
+
+def split_seed(recipe: Recipe) -> int:
+    """The seed of what is held out for validation."""
+    return recipe.seed if recipe.data.validation_seed is None else recipe.data.validation_seed
 
 
 def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
@@ -138,7 +143,7 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
         else:
             rows = load_source(Source.from_mapping(recipe.data.conversations[name]))
-            both = split_validation(rows, recipe.data.validation_fraction, recipe.seed)
+            both = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe))
             parts.append(both[0] if split == "training" else both[1])
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 

@@ -64,6 +64,7 @@ class DataSettings:
         text: sources of conversations whose words alone stage 0 reads.
         text_rounds: conversations a region image that stage 0 reads besides.
         validation_fraction: share of patients held out of every set for validation.
+        validation_seed: of their choice; by default the run's own, so that runs of several seeds differ in it too.
         on_error: `stop` at a broken item, or `skip`: count and log it; never replace it.
         keep_in_memory: decode every picture and mask once and keep it, for data sets that fit.
         groups: code group -> patterns of "modality/site"; by default a group a pair that the regions have.
@@ -75,6 +76,7 @@ class DataSettings:
     text: list[dict[str, Any]] = field(default_factory=list)
     text_rounds: int = 4
     validation_fraction: float = 0.1
+    validation_seed: int | None = None
     on_error: str = "stop"
     keep_in_memory: bool = False
     groups: dict[str, list[str]] | None = None

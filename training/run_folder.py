@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import GenerationConfig
+from transformers import GenerationConfig, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
@@ -22,6 +22,7 @@ from processing_medsight.processing_medsight import MedSightProcessor
 
 from .corpus import Corpus, fingerprint
 from .recipe import Recipe, differences
+from .seg_token import drop_codebook
 from .stage import StageSettings
 from .trainer import checkpoints
 
@@ -146,10 +147,15 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
     """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration."""
     processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
+    reshaped = config.use_region_codebook and not recipe.model.config.get("use_region_codebook", True)
+    if reshaped:
+        drop_codebook(config, processor)
+        set_seed(recipe.seed)
     for name in recipe.model.config.keys() - config.sub_configs.keys():
         setattr(config, name, recipe.model.config[name])
     config.refuse_contradictions()
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
+    options["ignore_mismatched_sizes"] = reshaped
     if getattr(settings, "method", "full") == "qlora":
         options |= quantised(options["dtype"])
     try:

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from medsight.training import ablations
 from medsight.training.recipe import load_recipe
-from medsight.training.run import train
+from medsight.training.run import stage_settings, train
+from medsight.training.run_folder import load_folder
+from processing_medsight.processing_medsight import MedSightProcessor
 from tests.training.tiny_run import RECIPE, tiny_recipe, tiny_values
 
 
@@ -51,7 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("no-text-to-vision", STAGES[:4]),
         ("head-decoder", STAGES[:4]),
         ("no-unified", STAGES[:5]),
-        ("seg-token", []),
+        ("seg-token", STAGES[:3]),
     ],
 )
 def test_an_ablation_shares_the_stages_before_its_change(name: str, shared: list[str]) -> None:
@@ -137,6 +139,28 @@ def test_an_ablation_without_a_stage_is_the_run_before_it(finished: Path) -> Non
     before = weights(finished / "full/seed-3/run/stages/3b_text_to_vision/model")
     after = weights(finished / "no-unified/seed-3/run/model")
     assert after.keys() <= before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_one_seg_token_goes_on_from_a_checkpoint_with_codes(unbroken: Path, drawn_data: Path) -> None:
+    """No row of the language model moves, [SEG] is its only code, and nothing but the codes' own weights is new."""
+    folder = unbroken / "stages/1_perceiver/model"
+    recipe = tiny_recipe(drawn_data, Path("unused"), model={"config": {"use_region_codebook": False}})
+    settings, _ = stage_settings(recipe)["vision_to_text"]
+    model, processor = load_folder(folder, recipe, settings)
+    before = MedSightProcessor.from_pretrained(folder).tokenizer
+    first = model.config.region_code_start_id
+    assert processor.tokenizer.get_added_vocab() == {
+        **{token: i for token, i in before.get_added_vocab().items() if i < first},
+        "[SEG]": first,
+    }
+    text = "The liver [SEG], and the left kidney.<|im_end|>"
+    assert first in processor.tokenizer(text)["input_ids"]
+    assert processor.tokenizer(text.replace("[SEG]", ""))["input_ids"] == before(text.replace("[SEG]", ""))["input_ids"]
+    now = model.state_dict()
+    new = {name for name, value in weights(folder).items() if not torch.equal(value, now[name])}
+    assert new == {"model.codebook.codes", "model.group_classifier.weight", "model.group_classifier.bias"}
+    again, _ = load_folder(folder, recipe, settings)
+    assert torch.equal(again.model.codebook.codes, model.model.codebook.codes)
 
 
 @pytest.mark.slow
