@@ -71,6 +71,8 @@ class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
             took.
         group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
         mask_logits (`tuple[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`): what the logits were made of, with
+            `return_last_hidden_state`.
         past_key_values (`cache` since transformers 5.24), hidden_states, attentions, image_hidden_states: as there.
         region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
     """
@@ -86,6 +88,7 @@ class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
     quantized_codes: torch.LongTensor | None = None
     group_loss: torch.FloatTensor | None = None
     mask_logits: list[torch.FloatTensor] | None = None
+    last_hidden_state: torch.FloatTensor | None = None
     image_hidden_states: torch.FloatTensor | None = None
     region_features: MedSightRegionOutput | None = None
 

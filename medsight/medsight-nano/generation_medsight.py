@@ -64,6 +64,27 @@ class RegionCodeConstraint(LogitsProcessor):
         return scores
 
 
+class StatesOfSteps:
+    """The language model's last state after every step of a search, each of which gives every row one token."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+        self.one_each = True
+
+    def add(self, hidden: torch.Tensor, num_new_tokens: int) -> None:
+        """Take a step's states (rows, columns read, d), of which the last gave the new token."""
+        self.one_each = self.one_each and num_new_tokens == 1 and (not self.steps or hidden.shape[1] == 1)
+        self.steps.append(hidden[:, -1:].clone())  # a compiled step writes the next one's over it
+
+    def of(self, new_tokens: torch.Tensor, config: Any) -> torch.Tensor | None:
+        """States (rows, n, d) of the column before `new_tokens` (rows, n) and of all of these but the last; `None`
+        where they are not all known, or the last column, whose state no step needed, has a code."""
+        length = new_tokens.shape[1]
+        if not self.one_each or len(self.steps) < length or bool(is_region_code(new_tokens[:, -1], config).any()):
+            return None
+        return torch.cat(self.steps[:length], dim=1)
+
+
 class MedSightGenerationMixin(GenerationMixin):
     """transformers' generation, and the masks of what was generated."""
 
@@ -138,24 +159,32 @@ class MedSightGenerationMixin(GenerationMixin):
             max_length=self._length_limit(prompt, setting),
         )
         logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
+        synced = bool(kwargs.get("synced_gpus"))
+        # Processes that wait for each other must all make the same passes, whatever each has cited; and an assistant,
+        # which gets all that this model gets, need not know this.
+        known = regions is not None and not synced and kwargs.get("assistant_model") is None
+        states = StatesOfSteps() if known else None
 
-        outputs = super().generate(inputs, generation_config, logits_processor, **kwargs)
+        outputs = super().generate(inputs, generation_config, logits_processor, states=states, **kwargs)
         if not hasattr(outputs, "sequences"):
             return outputs
-        synced = bool(kwargs.get("synced_gpus"))
-        decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions, synced)
-        kind = (
-            MedSightGenerateBeamOutput
-            if isinstance(outputs, GenerateBeamDecoderOnlyOutput)
-            else MedSightGenerateOutput
+        beams = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
+        decoded = self._decode_generated(
+            outputs, prompt, kwargs.get("attention_mask"), regions, None if beams else states, synced
         )
-        return kind(**outputs, **decoded)
+        return (MedSightGenerateBeamOutput if beams else MedSightGenerateOutput)(**outputs, **decoded)
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None = None,
+        states: StatesOfSteps | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Images go into the step that reads their placeholders, and into no other."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if states is not None:
+            model_inputs["return_last_hidden_state"] = True
         images = {name: kwargs[name] for name in ("pixel_values", "image_embeds") if kwargs.get(name) is not None}
         for name in images:
             model_inputs.pop(name, None)
@@ -170,6 +199,17 @@ class MedSightGenerationMixin(GenerationMixin):
             if len(index):
                 model_inputs.update({name: value[index.to(value.device)] for name, value in images.items()})
         return model_inputs
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        if model_kwargs.get("states") is not None:
+            model_kwargs["states"].add(outputs.last_hidden_state, num_new_tokens)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 
     def _expand_inputs_for_generation(
         self,
@@ -281,10 +321,12 @@ class MedSightGenerationMixin(GenerationMixin):
         prompt: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         regions: Any,
+        states: StatesOfSteps | None,
         synced: bool,
     ) -> MedSightDecodedRegions:
-        """Masks of generated codes: one teacher-forced pass over what was generated, on the prompt's part of the
-        cache. With `synced` also where nothing was cited: another process may wait for its share of the weights."""
+        """Masks of generated codes, from the states of the steps where these are all known; else from one
+        teacher-forced pass over what was generated, on the prompt's part of the cache. With `synced` that pass is made
+        also where nothing was cited: another process may wait for its share of the weights."""
         sequences = outputs.sequences
         if (
             prompt is None
@@ -299,6 +341,12 @@ class MedSightGenerationMixin(GenerationMixin):
         images = count_images(prompt, self.config)
         first_image = (images.cumsum(0) - images).repeat_interleave(copies)
         codes = locate_codes(sequences, self.config, first_image=first_image)
+        earlier = is_region_code(sequences[:, :prompt_length], self.config).sum(dim=1).tolist()
+        if states is not None and not any(earlier):
+            hidden = states.of(sequences[:, prompt_length:], self.config)
+            if hidden is not None:
+                return self._decoded_regions(sequences, codes, hidden, regions, first_position=prompt_length - 1)
+
         attention_mask = attention_mask.repeat_interleave(copies, dim=0)
         attention_mask = torch.cat((attention_mask, torch.ones_like(sequences[:, prompt_length:])), dim=1)
         start = min(prompt_length - 1, int(codes.positions.min()) - 1)
@@ -323,7 +371,6 @@ class MedSightGenerationMixin(GenerationMixin):
 
         # Codes of earlier turns were decoded along, since codes of one image share a pass; they are not part of the
         # answer.
-        earlier = is_region_code(sequences[:, :prompt_length], self.config).sum(dim=1).tolist()
         return MedSightDecodedRegions(
             **{name: [value[n:] for value, n in zip(values, earlier, strict=True)] for name, values in decoded.items()}
         )

@@ -348,6 +348,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         matched_images: torch.LongTensor | None = None,
         loss_counts: dict[str, float] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_last_hidden_state: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MedSightCausalLMOutputWithPast:
@@ -371,6 +372,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             matched_images: indices of the images whose regions are found by region queries; all by default.
             loss_counts: `masks`, `images`, `asked` classes and `codes` that the losses are averages over; by default
                 those of this call. `num_items_in_batch` is the same for `labels`.
+            return_last_hidden_state: give the states that the logits were made of, too.
 
         Raises:
             ValueError: if the mask labels of a sample do not match its codes, or a needed input is missing.
@@ -394,7 +396,8 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         )
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep, :])
+        kept = hidden[:, keep, :]
+        logits = self.lm_head(kept)
 
         lm_loss = perceiver_loss = None
         if labels is not None:
@@ -419,6 +422,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             alignment_loss=alignment_loss,
             perceiver_loss=perceiver_loss,
             mask_logits=mask_logits,
+            last_hidden_state=kept if return_last_hidden_state else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

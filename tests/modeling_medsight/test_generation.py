@@ -469,19 +469,38 @@ def test_an_assistant_looks_once_and_draws_no_masks(model: Any, config: MedSight
     assert looks == [1]
 
 
-def test_masks_cost_one_forward_over_what_was_generated(model: Any, config: MedSightConfig) -> None:
+@pytest.mark.parametrize(
+    ("settings", "last_is_code", "passes"),
+    [
+        ({}, False, 0),
+        ({"cache_implementation": "static"}, False, 0),
+        ({"do_sample": True, "num_return_sequences": 2}, False, 0),
+        ({"do_sample": True}, True, 1),
+        ({"num_beams": 2}, False, 1),
+    ],
+)
+def test_masks_cost_at_most_one_forward_over_what_was_generated(
+    model: Any, config: MedSightConfig, settings: dict[str, Any], last_is_code: bool, passes: int
+) -> None:
+    """None where each step's state is that of one token of each row, and no step was missing for the last."""
     read: list[int] = []
 
     def note(module: Any, arguments: Any, named: dict[str, Any]) -> None:
         read.append(named["inputs_embeds"].shape[1])
 
     batch = make_batch(config, ["tttItt"])
-    hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
     code = config.region_code_start_id
-    say(model, batch, [[1, code, 2, code, 3]])
+    script = [1, code, 2, code, code if last_is_code else 3]
+    copies = settings.get("num_beams", settings.get("num_return_sequences", 1))
+    hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    plain = say(model, batch, [script] * copies, **settings, return_dict_in_generate=False)
+    without, read[:] = list(read), []
+    out = say(model, batch, [script] * copies, **settings)
     hook.remove()
-    assert read[:-1] == [batch["input_ids"].shape[1], 1, 1, 1, 1]
-    assert read[-1] <= 5 + 1
+    torch.testing.assert_close(out.sequences, plain)
+    assert read[: len(without)] == without
+    assert len(read) == len(without) + passes and all(length <= 5 + 1 for length in read[len(without) :])
+    assert_masks_are_those_of_decode_regions(model, batch, out)
 
 
 def test_the_given_cache_is_left_as_it_was_generated(model: Any, config: MedSightConfig) -> None:
