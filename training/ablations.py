@@ -5,8 +5,9 @@ python -m medsight.training.ablations nano --output runs/ablations --seeds 0 1 2
 
 An ablation is what its file in `training/configs/ablations/` changes of the recipe. Of each seed the whole recipe runs
 first; an ablation takes over those of its finished stages that it does not change, which is the same as training them
-again (for seg-token but for chance: its vocabulary has no rows for codes in those stages). All are scored on the recipe's validation rows, which depend on the seed (so compare within one) unless
-`data.validation_seed` fixes them, or with --test on its test rows. A command that was stopped goes on where it was.
+again (for seg-token but for chance: its vocabulary has no rows for codes in those stages). All are scored on the
+recipe's validation rows, which depend on the seed (so compare within one) unless `data.validation_seed` fixes them, or
+with --test on its test rows. A command that was stopped goes on where it was.
 
 Stages that no ablation changes can be left out, if a run that held out the same rows has them:
 

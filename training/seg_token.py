@@ -1,4 +1,4 @@
-"""From a checkpoint with a codebook to one with a single [SEG] token: the ablation's start, from stages that are shared."""
+"""From a checkpoint with a codebook to one with a single [SEG] token: where an ablation starts that shares stages."""
 
 import json
 import tempfile

@@ -155,7 +155,9 @@ def test_one_seg_token_goes_on_from_a_checkpoint_with_codes(unbroken: Path, draw
     }
     text = "The liver [SEG], and the left kidney.<|im_end|>"
     assert first in processor.tokenizer(text)["input_ids"]
-    assert processor.tokenizer(text.replace("[SEG]", ""))["input_ids"] == before(text.replace("[SEG]", ""))["input_ids"]
+    assert (
+        processor.tokenizer(text.replace("[SEG]", ""))["input_ids"] == before(text.replace("[SEG]", ""))["input_ids"]
+    )
     now = model.state_dict()
     new = {name for name, value in weights(folder).items() if not torch.equal(value, now[name])}
     assert new == {"model.codebook.codes", "model.group_classifier.weight", "model.group_classifier.bias"}
