@@ -138,7 +138,7 @@ def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: 
     if (folder / "model").is_dir():
         shutil.rmtree(folder / "model")  # of a run that was killed between the model and the mark
     save_folder(model, processor, folder / "model", state)
-    write_json(folder / "finished.json", {"metrics": metrics})
+    write_json(folder / "finished.json", {"metrics": metrics, "environment": environment()})
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 

@@ -17,6 +17,15 @@ NAMES = {"device": "device", "processes": "processes", "python": "Python", "torc
 
 
 @dataclass
+class Part:
+    """A run of a chain, as far as its stage `last`: all of it, where there is none."""
+
+    run: Path
+    recipe: Any
+    last: str | None = None
+
+
+@dataclass
 class DataSet:
     """One set of the training data.
 
@@ -167,20 +176,24 @@ def _origin(origin: str) -> str:
 
 
 def _training_text(run: Path, recipe: Any, emissions: dict[str, Any] | None) -> str:
-    chain = [*_runs_before(recipe), (run, recipe)]
-    begun = [_beginning(*one, number) for number, one in enumerate(chain)]
+    chain = [*_runs_before(recipe), Part(run, recipe)]
+    begun = [_beginning(part, number) for number, part in enumerate(chain)]
     lines = [f"Started from {begun[0]}"]
     if len(chain) > 1:
         lines = [f"* Run {number} started from {text}" for number, text in enumerate(begun, start=1)]
-    lines += ["", "| stage | hours:minutes |", "|---|---|"]
+    lines += ["", "| stage | hours:minutes | on |", "|---|---|---|"]
     total = 0.0
-    for number, (folder, _) in enumerate(chain, start=1):
-        for path in sorted(folder.glob("stages/*/finished.json")):
-            seconds = float(read_json(path)["metrics"]["train_runtime"])
+    for number, part in enumerate(chain, start=1):
+        for path in sorted(part.run.glob("stages/*/finished.json")):
+            name = path.parent.name
+            if part.last is not None and name > part.last:
+                continue
+            finished = read_json(path)
+            seconds = float(finished["metrics"]["train_runtime"])
             total += seconds
-            name = path.parent.name if len(chain) == 1 else f"run {number}: {path.parent.name}"
-            lines.append(f"| {name} | {_hours(seconds)} |")
-    lines += [f"| together | {_hours(total)} |", "", "A stage that was interrupted counts from its last start.", ""]
+            name = name if len(chain) == 1 else f"run {number}: {name}"
+            lines.append(f"| {name} | {_hours(seconds)} | {_machine(finished.get('environment', {}))} |")
+    lines += [f"| together | {_hours(total)} | |", "", "A stage that was interrupted counts from its last start.", ""]
     if emissions:
         of_last = "" if len(chain) == 1 else ", for the last run"
         lines.append(f"codecarbon estimated {emissions['emissions']:,} g of CO₂ equivalents{of_last}.")
@@ -189,27 +202,32 @@ def _training_text(run: Path, recipe: Any, emissions: dict[str, Any] | None) -> 
     return "\n".join(lines)
 
 
-def _runs_before(recipe: Any) -> list[tuple[Path, Any]]:
+def _runs_before(recipe: Any) -> list[Part]:
     """The runs, oldest first, that led to the folder which a recipe starts from, as far as they are still there."""
     from medsight.training.recipe import load_recipe
 
     start = Path(recipe.model.folder).absolute() if recipe.model.folder else None
-    above = () if start is None else (start.parent, start.parent.parent.parent)  # RUN/model, RUN/stages/STAGE/model
-    run = next((folder for folder in above if (folder / "recipe.yaml").is_file()), None)
-    if run is None:
+    if start is None:
         return []
-    before = load_recipe(run / "recipe.yaml")
-    return [*_runs_before(before), (run, before)]
+    # RUN/model, or RUN/stages/STAGE/model
+    for run, last in ((start.parent, None), (start.parent.parent.parent, start.parent.name)):
+        if (run / "recipe.yaml").is_file():
+            before = load_recipe(run / "recipe.yaml")
+            return [*_runs_before(before), Part(run, before, last)]
+    return []
 
 
-def _beginning(run: Path, recipe: Any, before: int) -> str:
-    """What a run began with, where `before` runs led to it, and on what it ran."""
-    environment = read_json(run / "environment.json")
+def _beginning(part: Part, before: int) -> str:
+    """What a run began with, where `before` runs led to it, and on what it ran first."""
+    recipe = part.recipe
     start = f"nothing (random weights, preset `{recipe.model.preset}`)"
     if recipe.model.folder:
         start = f"run {before}" if before else f"the checkpoint `{Path(recipe.model.folder).name}`"
-    about = ", ".join(f"{label} {environment[name]}" for name, label in NAMES.items() if environment.get(name))
-    return f"{start}; seed {recipe.seed}; {about}."
+    return f"{start}; seed {recipe.seed}; {_machine(read_json(part.run / 'environment.json'))}."
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{label} {environment[name]}" for name, label in NAMES.items() if environment.get(name))
 
 
 def _hours(seconds: float) -> str:

@@ -97,7 +97,7 @@ def test_every_stage_scores_itself_and_logs_its_losses_one_by_one(unbroken: Path
     }
     for stage, (metrics, losses) in expected.items():
         finished = json.loads((unbroken / "stages" / stage / "finished.json").read_text("utf-8"))
-        assert metrics <= finished["metrics"].keys()
+        assert metrics <= finished["metrics"].keys() and finished["environment"]["torch"] == torch.__version__
         steps = steps_of(unbroken, stage)
         assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
         assert losses <= steps[0].keys()

@@ -173,18 +173,22 @@ def test_a_run_from_another_run_tells_of_both(folder: Path, run: Path, tmp_path:
     (earlier / left).mkdir(parents=True)
     (earlier / "recipe.yaml").write_text(yaml.safe_dump({"model": {"preset": "tiny"}}), encoding="utf-8")
     save(earlier / "environment.json", {"device": "Another GPU"})
-    save(earlier / "stages" / "1_perceiver" / "finished.json", {"metrics": {"train_runtime": 7200}})
+    for stage, seconds in (("1_perceiver", 7200), ("2_vision_to_text", 600)):
+        finished = {"metrics": {"train_runtime": seconds}, "environment": {"device": "A third GPU"}}
+        save(earlier / "stages" / stage / "finished.json", finished)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
     recipe["model"]["folder"] = str(earlier / left)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     training = section(render_card(folder, "me/tiny"), "Training, time and carbon")
     for fact in ("Run 1 started from nothing", "Another GPU", "Run 2 started from run 1", "Some GPU"):
         assert fact in training, fact
+    whole = left == "model"  # a stage after the one that was started from counts no time
+    assert ("run 1: 2_vision_to_text" in training) == whole
     for row in (
-        "run 1: 1_perceiver | 2:00",
+        "run 1: 1_perceiver | 2:00 | device A third GPU",
         "run 2: 1_perceiver | 1:00",
         "run 2: 4_unified | 0:30",
-        "together | 3:30",
+        "together | 3:40" if whole else "together | 3:30",
     ):
         assert f"| {row} |" in training
     assert str(tmp_path) not in training
