@@ -28,7 +28,7 @@ ABLATIONS = [
     "no-unified",
     "head-decoder",
 ]
-RECIPES = ["nano", "nano-final", "small", "8b", "8b-lora", *(f"ablations/{name}" for name in ABLATIONS)]
+RECIPES = ["nano", "small", "8b", "8b-lora", *(f"ablations/{name}" for name in ABLATIONS)]
 ACCELERATE = CONFIGS.parent / "accelerate"
 LEFT_OUT = {
     "seg-token": "codebook",
