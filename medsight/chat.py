@@ -116,6 +116,7 @@ def command(
     Answers appear as they are generated. After each turn its regions are listed, and its answer.json, masks and
     overlay are saved in a folder of their own (turn-01, turn-02, ...) in the output folder. Not a medical device.
     """
+    from medsight.export import check_formats
     from processing_medsight.scan_medsight import open_scan
 
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
@@ -123,7 +124,9 @@ def command(
     found = find_images([image])
     if len(found.images) != 1:
         raise ValueError(f"{image} holds {len(found.images)} images; a conversation is about one of them: name it")
-    chosen = list(read_slices(open_scan(found.images[0], plane=plane), slice_choice, view))
+    scan = open_scan(found.images[0], plane=plane)
+    check_formats(scan, kinds)
+    chosen = list(read_slices(scan, slice_choice, view))
     if len(chosen) != 1:
         raise ValueError(f"--slice {slice_choice} chooses {len(chosen)} slices; a conversation is about one of them")
     folder = Path(output) if output is not None else Path(f"{safe_name(Path(image))}-chat")

@@ -150,7 +150,7 @@ def command(
     with results(as_json) as out:
         for job in finished:
             show(out, job, found.is_single, "Answered before:")
-        reading = read_jobs(unfinished, slices, view, plane)
+        reading = read_jobs(unfinished, slices, view, plane, kinds)
         # Read before the model is loaded, which takes longer than to see that the one image is broken.
         first = list(zip(range(1), reading, strict=False))
         if first and found.is_single and unfinished[0].error is not None:
@@ -223,14 +223,21 @@ def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
 
 
 def read_jobs(
-    jobs: Iterable[Job], slices: str, window: str | tuple[float, float] | None, plane: str | None = None
+    jobs: Iterable[Job],
+    slices: str,
+    window: str | tuple[float, float] | None,
+    plane: str | None = None,
+    formats: Sequence[str] = (),
 ) -> Iterator[tuple[Job, Slice | None]]:
-    """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read."""
+    """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read, or its masks not
+    be written in one of the formats."""
+    from medsight.export import check_formats
     from processing_medsight.scan_medsight import open_scan
 
     for job in jobs:
         try:
             scan = open_scan(job.image, plane=plane)
+            check_formats(scan, formats)
             job.expected = len(scan.choose_slices(slices))
             for one in read_slices(scan, slices, window):
                 yield job, one

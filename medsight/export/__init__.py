@@ -11,7 +11,7 @@ write_masks(scan, regions, Path("answer"), formats=["png", "nifti", "dicom-seg"]
 from .measures import Measures, measure
 from .pictures import mosaic, overlay
 from .regions import FoundRegion
-from .writing import FORMATS, write_masks
+from .writing import FORMATS, check_formats, write_masks
 
 
-__all__ = ["FORMATS", "FoundRegion", "Measures", "measure", "mosaic", "overlay", "write_masks"]
+__all__ = ["FORMATS", "FoundRegion", "Measures", "check_formats", "measure", "mosaic", "overlay", "write_masks"]

@@ -51,6 +51,12 @@ REFERENCES = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstan
 SEXES = ("M", "F", "O", "")
 
 
+def check_is_dicom(scan: "Scan") -> None:
+    """Raises a ValueError if there are no DICOM images that an object could refer to."""
+    if scan.kind != "dicom":
+        raise ValueError(f"{scan.name} is not DICOM, whose images dicom-seg and rtstruct refer to; use png or coco")
+
+
 def source_headers(scan: "Scan", deidentify: bool) -> list["Dataset"]:
     """The headers of the scan's DICOM files, in their order, ready to be referenced.
 
@@ -60,8 +66,7 @@ def source_headers(scan: "Scan", deidentify: bool) -> list["Dataset"]:
     Raises:
         ValueError: the scan is not DICOM, or lacks a UID by which to refer to it.
     """
-    if scan.kind != "dicom":
-        raise ValueError(f"{scan.name} is not DICOM, whose images dicom-seg and rtstruct refer to; use png or coco")
+    check_is_dicom(scan)
     with discreet(scan.name, "its DICOM header is damaged"):
         headers = [_prepare(source, deidentify) for source in scan.dicom_datasets()]
     missing = [keyword for keyword in REFERENCES if any(not header.get(keyword) for header in headers)]

@@ -34,6 +34,17 @@ class Overlap:
         return {"labels": list(self.labels), "voxels": self.voxels, "kept": self.kept}
 
 
+def check_nifti(scan: "Scan") -> None:
+    """Raises a ValueError if `write_nifti` cannot write any regions of the scan."""
+    load("nibabel.nifti1", "nifti")
+    if scan.affine is None:
+        others = "png, coco or dicom-seg" if scan.kind == "dicom" else "png or coco"
+        raise ValueError(
+            f"{scan.name}: nifti needs an evenly spaced voxel grid with a place in the patient, and it states none; "
+            f"use {others}"
+        )
+
+
 def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> tuple[Path, list[Overlap]]:
     """Writes `labels.nii.gz`: 0 is background, n the label numbered n in `regions.json`.
 
@@ -48,13 +59,8 @@ def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> t
         ValueError: the scan has no voxel grid with a place: a picture, an array, the pages of a TIFF, or a series that
             is not evenly spaced.
     """
+    check_nifti(scan)
     nifti1 = load("nibabel.nifti1", "nifti")
-    if scan.affine is None:
-        others = "png, coco or dicom-seg" if scan.kind == "dicom" else "png or coco"
-        raise ValueError(
-            f"{scan.name}: nifti needs an evenly spaced voxel grid with a place in the patient, and it states none; "
-            f"use {others}"
-        )
     labels = group_by_label(regions)
     volume, overlaps = label_map(scan, labels)
     image = _image_of_dicom(scan.affine, volume) if scan.kind == "dicom" else _image_like(scan, volume)

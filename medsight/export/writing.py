@@ -13,9 +13,11 @@ from medsight import __version__
 
 from .coco import write_coco
 from .dicom_seg import write_dicom_seg
+from .dicom_source import check_is_dicom
+from .extras import load
 from .json_file import write_json
 from .measures import measure
-from .nifti import Overlap, write_nifti
+from .nifti import Overlap, check_nifti, write_nifti
 from .regions import FoundRegion, check_regions, group_by_label
 from .rtstruct import write_rtstruct
 
@@ -27,6 +29,25 @@ FORMATS = ("png", "coco", "nifti", "dicom-seg", "rtstruct")
 MASK_FILE = "mask-{:02d}.png"
 REGIONS_FILE = "regions.json"
 DICOM_FORMATS = {"dicom-seg": write_dicom_seg, "rtstruct": write_rtstruct}
+NEEDED = {"dicom-seg": "highdicom", "rtstruct": "pydicom"}
+
+
+def check_formats(scan: "Scan", formats: Sequence[str]) -> None:
+    """Refuse, before any region is looked for, what the scan's kind and the installed packages rule out. What single
+    DICOM headers lack shows when they are read, in writing.
+
+    Raises:
+        ValueError: an unknown format, a format that the scan cannot be written in, or a package that is missing.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise ValueError(f"format {unknown[0]!r}: expected some of {', '.join(FORMATS)}")
+    if "nifti" in formats:
+        check_nifti(scan)
+    for name in DICOM_FORMATS:
+        if name in formats:
+            load(NEEDED[name], name)
+            check_is_dicom(scan)
 
 
 def write_masks(
@@ -60,9 +81,7 @@ def write_masks(
             scan, or a package that is missing.
         FileExistsError: a file is there already, or the folder is a file. Nothing is written then.
     """
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise ValueError(f"format {unknown[0]!r}: expected some of {', '.join(FORMATS)}")
+    check_formats(scan, formats)
     check_regions(scan, regions)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

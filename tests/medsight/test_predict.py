@@ -442,9 +442,14 @@ def test_one_slice_stands_for_a_volume_unless_several_are_asked_for(predictor: P
         predictor(volume, "Where?", slices="all", **settings)
 
 
-def test_what_cannot_be_written_is_refused_by_name(
-    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_written_is_refused_by_name_before_anything_is_answered(
+    predict: Callable,
+    image_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("medsight.predict.Predictor", None)
     for formats, culprit in (("gif", "gif"), ("nifti", str(image_file)), ("dicom-seg", str(image_file))):
         output = tmp_path / "out"
         assert predict(image_file, "--formats", formats, "--force-region", "--output", str(output)) == 1
