@@ -37,6 +37,7 @@ class RegionCodeConstraint(LogitsProcessor):
     ) -> None:
         self.config = config
         self.allowed_codes = allowed.repeat_interleave(config.codes_per_group, dim=1)
+        self.refused: torch.Tensor | None = None
         self.end_ids = end_ids
         self.prompt_length = prompt_length
         self.force_region = force_region
@@ -44,11 +45,12 @@ class RegionCodeConstraint(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         first, last = self.config.region_code_start_id, self.config.region_code_start_id + self.config.num_region_codes
-        allowed = self.allowed_codes.to(scores.device)
-        allowed = allowed.repeat_interleave(len(scores) // len(allowed), dim=0)
-        scores = scores.clone()
-        scores[:, first:last] = scores[:, first:last].masked_fill(~allowed, -torch.inf)
-        scores[:, self.config.image_token_id] = -torch.inf  # it would be part of an image that nobody gave
+        if self.refused is None or self.refused.shape != scores.shape:
+            copies = len(scores) // len(self.allowed_codes)
+            self.refused = torch.zeros_like(scores, dtype=torch.bool)
+            self.refused[:, first:last] = ~self.allowed_codes.to(scores.device).repeat_interleave(copies, dim=0)
+            self.refused[:, self.config.image_token_id] = True  # it would be part of an image that nobody gave
+        scores = scores.masked_fill(self.refused, -torch.inf)
         if not self.force_region:
             return scores
 

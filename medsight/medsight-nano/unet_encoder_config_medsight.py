@@ -14,9 +14,11 @@ class MedSightUNetConfig(PreTrainedConfig):
         patch_size (`int`): pixels a cell of that grid, a power of 2 from 2 to the deepest stride.
         hidden_sizes (`list[int]`): channels at strides 2, 4, 8, ... on the way down.
         depths (`list[int]`): residual blocks at each of these strides but the first, which has the stem alone.
+        norm_groups (`int`, *optional*): groups of a group norm, which sees one image alone, in place of batch norms.
 
     Raises:
-        ValueError: for lists that do not fit each other, or a `patch_size` that no stride has.
+        ValueError: for lists that do not fit each other, a `patch_size` that no stride has, or `norm_groups` that do
+            not divide all sizes.
     """
 
     model_type = "medsight_unet"
@@ -28,6 +30,7 @@ class MedSightUNetConfig(PreTrainedConfig):
         patch_size: int = 4,
         hidden_sizes: list[int] | None = None,
         depths: list[int] | None = None,
+        norm_groups: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_channels = num_channels
@@ -40,6 +43,9 @@ class MedSightUNetConfig(PreTrainedConfig):
                 f"hidden_sizes={self.hidden_sizes} and depths={self.depths}: expected positive numbers, a depth for "
                 "every size but the first"
             )
+        self.norm_groups = norm_groups
+        if norm_groups is not None and (norm_groups < 1 or any(size % norm_groups for size in self.hidden_sizes)):
+            raise ValueError(f"norm_groups={norm_groups} does not divide all of hidden_sizes={self.hidden_sizes}")
         strides = [2 ** (i + 1) for i in range(len(self.hidden_sizes))]
         if patch_size not in strides:
             raise ValueError(f"patch_size={patch_size}: hidden_sizes={self.hidden_sizes} gives strides {strides}")

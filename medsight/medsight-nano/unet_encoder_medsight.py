@@ -16,6 +16,15 @@ from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetC
 from .unet_encoder_config_medsight import MedSightUNetConfig
 
 
+def _use_group_norm(module: nn.Module, groups: int) -> None:
+    """Put group norms where batch norms are."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        else:
+            _use_group_norm(child, groups)
+
+
 class MedSightUNetEncoder(ResNetPreTrainedModel):
     """See [`MedSightUNetConfig`]."""
 
@@ -39,6 +48,8 @@ class MedSightUNetEncoder(ResNetPreTrainedModel):
             for below, beside in reversed(list(zip(widths[config.level + 1 :], widths[config.level :], strict=False)))
         )
         self.to_features = nn.Conv2d(widths[config.level], config.hidden_size, kernel_size=1)
+        if config.norm_groups is not None:
+            _use_group_norm(self, config.norm_groups)
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:

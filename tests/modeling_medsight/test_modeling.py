@@ -14,7 +14,7 @@ from modeling_medsight import MedSightForConditionalGeneration, MedSightModel
 from modeling_medsight.loss_medsight import code_mask_loss
 from modeling_medsight.region_codes_in_text_medsight import locate_codes
 
-from .configurations import CONFIGURATIONS, make_batch, make_config, make_model, random_masks, row_of_batch
+from .configurations import CONFIGURATIONS, UNET, make_batch, make_config, make_model, random_masks, row_of_batch
 
 
 ROWS = ["ttIttCtCt", "IttCItCCt", "tttItt"]
@@ -514,6 +514,20 @@ def test_embeddings_can_be_resized(config: MedSightConfig) -> None:
     for masks, others in zip(given.mask_logits, expected.mask_logits, strict=True):
         torch.testing.assert_close(masks, others)
     assert model(**labelled(config, ROWS)).loss.isfinite()
+
+
+def test_with_group_norm_a_picture_in_training_does_not_see_the_others() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randn(3, 3, 32, 32)
+
+    def difference(norm_groups: int | None) -> float:
+        config = make_config("unet-qwen3-pooled", vision_config={**UNET, "norm_groups": norm_groups})
+        tower = make_model(config).model.vision_tower.train()
+        return float((tower(pixels).last_hidden_state[:1] - tower(pixels[:1]).last_hidden_state).abs().max())
+
+    assert difference(2) < 1e-5 < difference(None)
+    with pytest.raises(ValueError, match="norm_groups=3 does not divide"):
+        make_config("unet-qwen3-pooled", vision_config={**UNET, "norm_groups": 3})
 
 
 def test_nothing_is_kept_on_the_modules_between_calls(model: Any, config: MedSightConfig) -> None:
