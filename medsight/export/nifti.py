@@ -34,8 +34,12 @@ class Overlap:
         return {"labels": list(self.labels), "voxels": self.voxels, "kept": self.kept}
 
 
-def check_nifti(scan: "Scan") -> None:
-    """Raises a ValueError if `write_nifti` cannot write any regions of the scan."""
+def check_nifti(scan: "Scan") -> np.ndarray:
+    """The scan's affine.
+
+    Raises:
+        ValueError: it has none, so that `write_nifti` can write no regions of it; or a package is missing.
+    """
     load("nibabel.nifti1", "nifti")
     if scan.affine is None:
         others = "png, coco or dicom-seg" if scan.kind == "dicom" else "png or coco"
@@ -43,6 +47,7 @@ def check_nifti(scan: "Scan") -> None:
             f"{scan.name}: nifti needs an evenly spaced voxel grid with a place in the patient, and it states none; "
             f"use {others}"
         )
+    return scan.affine
 
 
 def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> tuple[Path, list[Overlap]]:
@@ -59,11 +64,11 @@ def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> t
         ValueError: the scan has no voxel grid with a place: a picture, an array, the pages of a TIFF, or a series that
             is not evenly spaced.
     """
-    check_nifti(scan)
+    affine = check_nifti(scan)
     nifti1 = load("nibabel.nifti1", "nifti")
     labels = group_by_label(regions)
     volume, overlaps = label_map(scan, labels)
-    image = _image_of_dicom(scan.affine, volume) if scan.kind == "dicom" else _image_like(scan, volume)
+    image = _image_of_dicom(affine, volume) if scan.kind == "dicom" else _image_like(scan, volume)
     names = {0: "background"} | {label.number: label.name for label in labels}
     image.header.extensions.append(nifti1.Nifti1Extension("comment", json.dumps(names).encode()))
     path = folder / NIFTI_FILE
