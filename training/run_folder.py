@@ -22,7 +22,7 @@ from processing_medsight.processing_medsight import MedSightProcessor
 
 from .corpus import Corpus, fingerprint
 from .recipe import Recipe, differences
-from .seg_token import drop_codebook
+from .seg_token import CODES_OWN, drop_codebook
 from .stage import StageSettings
 from .trainer import checkpoints
 
@@ -155,15 +155,18 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
         setattr(config, name, recipe.model.config[name])
     config.refuse_contradictions()
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
-    options["ignore_mismatched_sizes"] = reshaped
+    options |= {"ignore_mismatched_sizes": reshaped, "output_loading_info": True}
     if getattr(settings, "method", "full") == "qlora":
         options |= quantised(options["dtype"])
     try:
-        model = MedSightForConditionalGeneration.from_pretrained(
+        model, loaded = MedSightForConditionalGeneration.from_pretrained(
             folder, config=config, local_files_only=True, **options
         )
     except RuntimeError as error:
         raise ValueError(f"{folder}: its weights do not fit model.config={recipe.model.config} ({error})") from error
+    misfits = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]} - CODES_OWN
+    if misfits:
+        raise ValueError(f"{folder}: {', '.join(sorted(misfits))} do not fit model.config={recipe.model.config}")
     processor.image_seq_length = config.image_seq_length  # an ablation may leave the region rows out
     processor.region_codes = None  # what codes usually stand for was counted with other weights
     return model, processor

@@ -10,11 +10,15 @@ from processing_medsight.processing_medsight import MedSightProcessor
 from processing_medsight.region_codes_medsight import add_region_codes, region_code_ids
 
 
+# The weights whose shapes the codes give.
+CODES_OWN = {"model.codebook.codes", "model.group_classifier.weight", "model.group_classifier.bias"}
+
+
 def drop_codebook(config: MedSightConfig, processor: MedSightProcessor) -> None:
     """Make a configuration and its processor those of one `[SEG]`, in place.
 
     `[SEG]` takes the id of the first code, so no row of the language model moves; the other codes' rows stay unused.
-    The weights whose shapes the codes gave are to be initialised anew.
+    `CODES_OWN` are to be initialised anew.
     """
     config.use_region_codebook, config.group_names = False, ["any"]
     config.num_groups = config.codes_per_group = 1

@@ -13,12 +13,14 @@ from medsight.training import ablations
 from medsight.training.recipe import load_recipe
 from medsight.training.run import stage_settings, train
 from medsight.training.run_folder import load_folder
+from medsight.training.seg_token import CODES_OWN
 from processing_medsight.processing_medsight import MedSightProcessor
 from tests.training.tiny_run import RECIPE, tiny_recipe, tiny_values
 
 
 SHORT = {"max_steps": 4, "eval_strategy": "no", "example_images": 0}
 STAGES = list(RECIPE["stages"])
+GROUP_CLASSIFIER = ("group_classifier.weight", "group_classifier.bias")
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +162,16 @@ def test_one_seg_token_goes_on_from_a_checkpoint_with_codes(unbroken: Path, draw
     )
     now = model.state_dict()
     new = {name for name, value in weights(folder).items() if not torch.equal(value, now[name])}
-    assert new == {"model.codebook.codes", "model.group_classifier.weight", "model.group_classifier.bias"}
+    assert new == CODES_OWN == {f"model.{name}" for name in ("codebook.codes", *GROUP_CLASSIFIER)}
     again, _ = load_folder(folder, recipe, settings)
     assert torch.equal(again.model.codebook.codes, model.model.codebook.codes)
+
+
+def test_nothing_but_the_codes_is_silently_new_with_one_seg_token(unbroken: Path, drawn_data: Path) -> None:
+    changes = {"use_region_codebook": False, "perceiver_ffn_multiplier": 3}
+    recipe = tiny_recipe(drawn_data, Path("unused"), model={"config": changes})
+    with pytest.raises(ValueError, match=r"linear_1\.weight.* do not fit model\.config"):
+        load_folder(unbroken / "stages/1_perceiver/model", recipe, stage_settings(recipe)["vision_to_text"][0])
 
 
 @pytest.mark.slow
