@@ -24,7 +24,7 @@ def command(
     groups: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="YAML: code group -> patterns of MODALITY/SITE  [default: by the groups' names]."
+            metavar="FILE", help="YAML: code group -> patterns of MODALITY/SITE  [default: as the checkpoint says]."
         ),
     ] = None,
     examples: Annotated[int, typer.Option(metavar="N", help="On a sheet.")] = 8,
@@ -67,7 +67,7 @@ def command(
         if groups is not None:
             matched = load_groups(groups, names)
         else:
-            matched = match_groups(names, {(row["modality"], row["site"]) for row in rows})
+            matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows})
         found = describe_codes(loaded, processor, _counted(rows), matched, examples, batch_size)
         content = meanings_to_json(
             found,

@@ -65,7 +65,7 @@ def annotate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="YAML: code group of the model -> patterns of MODALITY/SITE  [default: by the groups' names].",
+            help="YAML: code group of the model -> patterns of MODALITY/SITE  [default: as the checkpoint says].",
         ),
     ] = None,
     templates: Annotated[
@@ -114,7 +114,7 @@ def annotate(
             matched = load_groups(groups, names)
         else:
             pairs = {(row["modality"], row["site"]) for row in rows.select_columns(["modality", "site"])}
-            matched = Groups.of_pairs(pairs) if names is None else match_groups(names, pairs)
+            matched = Groups.of_pairs(pairs) if names is None else match_groups(loaded.config, pairs)
         counts = write_conversations(
             rows,
             loaded.to(place),

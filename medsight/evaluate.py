@@ -75,10 +75,9 @@ def command(
     Over several processes: accelerate launch -m medsight.cli evaluate ... Not a medical device.
     """
     from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.figures import figures_text
+    from medsight.evaluation.figures import METRICS, figures_text
     from medsight.evaluation.runner import Processes, RunSettings
     from medsight.evaluation.scored_run import (
-        METRICS,
         REPORT,
         ROWS,
         answer,

@@ -133,8 +133,9 @@ def evaluate(
         note: for its report.
     """
     from medsight.evaluation.benchmarks import load_benchmark
+    from medsight.evaluation.figures import METRICS
     from medsight.evaluation.runner import Processes, RunSettings
-    from medsight.evaluation.scored_run import METRICS, answer, protocol_of, score
+    from medsight.evaluation.scored_run import answer, protocol_of, score
 
     if (output / METRICS).is_file():
         return json.loads((output / METRICS).read_text(encoding="utf-8"))

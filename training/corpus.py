@@ -79,7 +79,7 @@ def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
     from .data.annotate import match_groups
 
     config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
-    return match_groups(config.group_names, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
+    return match_groups(config, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
 
 
 def corpus_conversations(corpus: Corpus) -> Any:

@@ -1,6 +1,6 @@
 """A model from a preset, with a tokenizer of the corpus' own text: for runs that start from nothing pretrained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configuration_medsight.configuration_medsight import MedSightConfig
@@ -18,12 +18,13 @@ from .tokenizer import train_tokenizer
 ROUND_VOCABULARY_TO = 64
 
 
-def fresh_config(recipe: Recipe, groups: Sequence[str], classes: Sequence[str]) -> MedSightConfig:
+def fresh_config(recipe: Recipe, groups: Mapping[str, list[str]], classes: Sequence[str]) -> MedSightConfig:
     """The configuration of a preset with a tokenizer of its own: `tokenizer_size` entries, then Qwen3's added tokens,
     then the region codes.
 
     Args:
-        groups, classes: names; the preset's own numbers where there are none.
+        groups: name -> patterns, see `Groups`; the preset's own number where there are none.
+        classes: names; the preset's own number where there are none.
 
     Raises:
         ValueError: an unknown preset, or a contradiction in `model.config`.
@@ -35,7 +36,7 @@ def fresh_config(recipe: Recipe, groups: Sequence[str], classes: Sequence[str]) 
     if not changes.get("use_region_codebook", True):
         changes = {"num_groups": 1, "codes_per_group": 1, "group_names": ["any"], **changes}
     elif groups:
-        changes = {"num_groups": len(groups), "group_names": list(groups), **changes}
+        changes = {"num_groups": len(groups), "group_names": list(groups), "group_patterns": dict(groups), **changes}
     if classes:
         changes = {"num_mask_classes": len(classes), "mask_class_names": list(classes), **changes}
     ids = {token: settings.tokenizer_size + i for i, (token, _) in enumerate(QWEN3_ADDED_TOKENS)}
@@ -64,7 +65,7 @@ def fresh_model(
     Args:
         conversations: rows whose words the tokenizer learns.
     """
-    settings, config = recipe.model, fresh_config(recipe, groups.names, classes)
+    settings, config = recipe.model, fresh_config(recipe, groups.patterns, classes)
     tokenizer = train_tokenizer(words_of(conversations), settings.tokenizer_size)
     add_region_codes(tokenizer, config.num_groups, config.codes_per_group, config.use_region_codebook)
     size = {"height": config.image_size, "width": config.image_size}

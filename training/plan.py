@@ -241,7 +241,7 @@ def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfi
     if settings.folder is not None:
         config = MedSightConfig.from_preset(settings.preset, **settings.config)
         return config, f"Model: {settings.folder} is not there yet; planned as the preset {settings.preset}."
-    groups = corpus.groups.names if corpus else list(recipe.data.groups or [])
+    groups = corpus.groups.patterns if corpus else recipe.data.groups or {}
     classes = corpus.classes if corpus else recipe.data.classes or []
     return fresh_config(recipe, groups, classes), f"Model: the preset {settings.preset}, from nothing."
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medsight.evaluation.scored_run import METRICS, ROWS
+from medsight.evaluation.figures import METRICS
+from medsight.evaluation.scored_run import ROWS
 from medsight.evaluation.summary import BY, DIGITS, SCORES, interval_unit, unit_of
 
 

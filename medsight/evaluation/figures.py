@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
+METRICS = "metrics.json"  # in the output folder of an evaluation
 LABELS = {
     "answer": "All questions",
     "closed_accuracy": "Closed accuracy",

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def mapped_group(names: Sequence[str], modality: str, site: str) -> int | None:
-    """The index of the code group that is called like images of a modality and site; None where none is."""
+def mapped_group(config: Any, modality: str, site: str) -> int | None:
+    """The index of the code group that holds images of a modality and site; None where none does."""
     from medsight.training.data.annotate import match_groups
 
     try:
-        return match_groups(names, [(modality, site)]).index(modality, site)
+        return match_groups(config, [(modality, site)]).index(modality, site)
     except ValueError:
         return None
 
@@ -51,7 +51,7 @@ class ReferenceCodes:
 
         Returns:
             The group's name: of the last image, None without one. The codes, one a mask: none for an absent structure;
-            None where the image's group is not known (no group of the model is called like its modality and site), the
+            None where the image's group is not known (no group of the model holds its modality and site), the
             item has several images, or the model has no codebook.
 
         Raises:
@@ -75,7 +75,7 @@ class ReferenceCodes:
     def _codes_of(self, item: Item, regions: Any, place: int) -> tuple[str, ...] | None:
         if len(item.images) != 1:
             return None
-        group = mapped_group(self.names, item.modality, item.site)
+        group = mapped_group(self.model.config, item.modality, item.site)
         if group is None:
             return None
         if not item.masks:

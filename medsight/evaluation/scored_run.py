@@ -11,6 +11,7 @@ from medsight.console import quiet_transformers
 from medsight.metrics.mask_dice.mask_counts import PRESETS
 
 from .benchmarks import Benchmark, check_counts
+from .figures import METRICS
 from .items import Item, fingerprint, read_items
 from .predictions import match_predictions, read_predictions
 from .report import write_report
@@ -29,7 +30,7 @@ from .scoring import Protocol, score_rows
 from .summary import summarise
 
 
-METRICS, ROWS, REPORT = "metrics.json", "scores.jsonl", "report.html"
+ROWS, REPORT = "scores.jsonl", "report.html"
 
 
 def rows_to_score(

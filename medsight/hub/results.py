@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from medsight.checkpoint import read_json
-from medsight.evaluation.figures import label, main_score, number_and_range, protocol_text, rates, row_count
+from medsight.evaluation.figures import METRICS, label, main_score, number_and_range, protocol_text, rates, row_count
 
 
 TASKS = {"vqa": "visual-question-answering", "segment": "image-segmentation", "diagnose": "image-segmentation"}
@@ -25,11 +25,11 @@ def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, A
     """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
-        file = path / "metrics.json" if path.is_dir() else path
+        file = path / METRICS if path.is_dir() else path
         metrics = read_json(file)
         missing = [name for name in ("benchmark", "title", "task", "scores", "by", "run") if name not in metrics]
         if missing:
-            raise ValueError(f"{file} is no metrics.json of medsight evaluate: it has no {missing[0]!r}")
+            raise ValueError(f"{file} is no {METRICS} of medsight evaluate: it has no {missing[0]!r}")
         measured = (metrics["run"].get("checkpoint") or {}).get("weights_sha256")
         if measured != weights_sha256:
             said = "does not say which weights answered" if measured is None else f"is about weights {measured[:12]}…"

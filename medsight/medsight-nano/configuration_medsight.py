@@ -57,6 +57,8 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
         num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
             not counted.
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
+        group_patterns (`dict[str, list[str]]`, *optional*): group name -> shell patterns of "MODALITY/SITE", as data
+            calls them; a group without any holds the images that its name says.
         codes_per_group (`int`): M, codes a group.
         code_dim (`int`): d_c, width of a code.
         region_code_start_id (`int`): vocabulary id of `[C0_0]`; the other K*M - 1 follow in row-major order.
@@ -102,6 +104,7 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
         mask_class_names: list[str] | None = None,
         num_groups: int = 18,
         group_names: list[str] | None = None,
+        group_patterns: dict[str, list[str]] | None = None,
         codes_per_group: int = 32,
         code_dim: int = 64,
         region_code_start_id: int = 151669,
@@ -138,6 +141,7 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
         self.mask_class_names = mask_class_names
         self.num_groups = num_groups
         self.group_names = group_names if group_names is not None else [f"group {k}" for k in range(num_groups)]
+        self.group_patterns = group_patterns
         self.codes_per_group = codes_per_group
         self.code_dim = code_dim
         self.region_code_start_id = region_code_start_id
@@ -263,6 +267,9 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
             )
         if len(self.group_names) != self.num_groups:
             raise ValueError(f"group_names has {len(self.group_names)} entries but num_groups={self.num_groups}")
+        for name in self.group_patterns or {}:
+            if name not in self.group_names:
+                raise ValueError(f"group_patterns has {name!r}, which is none of group_names: {self.group_names}")
         if self.mask_class_names is not None and len(self.mask_class_names) != self.num_mask_classes:
             raise ValueError(
                 f"mask_class_names has {len(self.mask_class_names)} entries "

@@ -1,6 +1,5 @@
 """`medsight predict` and `Predictor`: what is printed, what is written, and what is refused with nothing written."""
 
-import gzip
 import json
 import re
 import shutil
@@ -15,43 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from medsight import Prediction, Predictor, cli
-from medsight.checkpoint import check_checkpoint
-from medsight.overlay import PALETTE, draw_overlay
-
-
-SIZE = (70, 45)  # width, height: neither square nor the model's
-
-
-@pytest.fixture(scope="session")
-def predictor(tiny_checkpoint: Path) -> Predictor:
-    return Predictor(tiny_checkpoint, device="cpu")
-
-
-@pytest.fixture
-def image_file(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
-    path = tmp_path / "scan.png"
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture
-def predict(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs `medsight predict` in an empty working folder, `tmp_path / "here"`."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-
-    def run(image: Path, *options: str, model: Path = tiny_checkpoint) -> int:
-        arguments = [str(image), "--prompt", "Segment the liver.", "--model", str(model), "--max-new-tokens", "6"]
-        return cli.main(["predict", *arguments, "--device", "cpu", *options])
-
-    return run
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from medsight import Predictor, cli
+from tests.medsight.answers import SIZE, contents, same
 
 
 def png(width: int, height: int) -> bytes:
@@ -232,14 +196,6 @@ def picture(path: Path, seed: int, size: tuple[int, int] = SIZE) -> Path:
     return path
 
 
-def same(one: Prediction, other: Prediction) -> bool:
-    codes = [[region.code for region in prediction.answer.regions] for prediction in (one, other)]
-    masks = zip(one.answer.regions, other.answer.regions, strict=True)
-    return (one.answer.raw_text, codes[0]) == (other.answer.raw_text, codes[1]) and all(
-        a.mask.equal(b.mask) for a, b in masks
-    )
-
-
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_a_batch_gives_the_answers_of_single_calls(tiny_checkpoint: Path, tmp_path: Path, batch_size: int) -> None:
     predictor = Predictor(tiny_checkpoint, device="cpu")
@@ -377,71 +333,6 @@ def test_patterns_files_and_folders_add_up_without_earlier_answers(
     assert predict(tmp_path / "x*") == 1 and "nothing matches" in capsys.readouterr().err
 
 
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    nibabel = pytest.importorskip("nibabel")
-    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 6), dtype=np.int16)
-    path = tmp_path / "DOE^JANE.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 0.5, 3.0, 1.0])), path)
-    return path
-
-
-def test_slices_of_a_volume_are_answered_and_measured(
-    predict: Callable, volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    arguments = ("--slices", "1-3", "--formats", "png,nifti", "--force-region", "--batch-size", "2")
-    assert predict(volume, *arguments, "--window", "400,800", "--output", str(output)) == 0
-    answer = json.loads((output / "answer.json").read_text("utf-8"))
-    assert [one["slice"] for one in answer["slices"]] == [1, 2, 3] and "text" not in answer
-    assert answer["scan"]["pixel_spacing_mm"] == [0.5, 2.0] and answer["scan"]["slice_spacing_mm"] == 3.0
-    regions = [region for one in answer["slices"] for region in one["regions"]]
-    assert [region["mask"] for region in regions] == [f"mask-{n:02d}.png" for n in range(1, len(regions) + 1)]
-    assert all(region["area_mm2"] == pytest.approx(region["area"]) for region in regions)
-    assert {"labels.nii.gz", "overlay.png", "regions.json"} < set(answer["files"])
-    printed = capsys.readouterr().out
-    assert "slice 1: " in printed and "area (mm²)" in printed and " ml" in printed
-
-
-def test_a_volume_is_cut_along_the_plane_and_shown_with_its_own_window(
-    predict: Callable, volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import nibabel
-
-    output = ("--output", str(tmp_path / "out"))
-    assert predict(volume, "--window", "file", *output) == 1
-    assert f"{volume} states no window of its own" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    image = nibabel.load(volume)
-    image.header["cal_min"], image.header["cal_max"] = 100, 500
-    nibabel.save(image, tmp_path / "windowed.nii")
-    arguments = ("--plane", "coronal", "--window", "file", "--slices", "20-23", "--formats", "png,nifti")
-    assert predict(tmp_path / "windowed.nii", *arguments, "--force-region", *output) == 0
-    answer = json.loads((tmp_path / "out" / "answer.json").read_text("utf-8"))
-    assert (answer["scan"]["plane"], answer["scan"]["slices"]) == ("coronal", 24)
-    assert answer["size"] == {"width": 20, "height": 6} and answer["scan"]["pixel_spacing_mm"] == [3.0, 2.0]
-    labels = nibabel.load(tmp_path / "out" / "labels.nii.gz")
-    assert labels.shape == (20, 24, 6) and not np.asarray(labels.dataobj)[:, :20].any()
-    assert predict(tmp_path / "windowed.nii", "--plane", "sagittal", *output) == 1
-    assert "plane" in capsys.readouterr().err
-
-
-def test_a_plane_of_a_picture_is_refused_by_name(
-    predict: Callable, image_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert predict(image_file, "--plane", "sagittal") == 1
-    assert f"{image_file}: plane='sagittal' is for NIfTI volumes" in capsys.readouterr().err
-
-
-def test_one_slice_stands_for_a_volume_unless_several_are_asked_for(predictor: Predictor, volume: Path) -> None:
-    settings = {"max_new_tokens": 4, "force_region": True}
-    middle = predictor(volume, "Where?", **settings)
-    assert middle.slice_index == 3 and middle.image.size == (20, 24)
-    several = predictor([volume], "Where?", slices="all", **settings)
-    assert [one.slice_index for one in several] == list(range(6)) and same(several[3], middle)
-    with pytest.raises(ValueError, match="chooses 6 slices"):
-        predictor(volume, "Where?", slices="all", **settings)
-
-
 def test_what_cannot_be_written_is_refused_by_name_before_anything_is_answered(
     predict: Callable,
     image_file: Path,
@@ -454,38 +345,6 @@ def test_what_cannot_be_written_is_refused_by_name_before_anything_is_answered(
         output = tmp_path / "out"
         assert predict(image_file, "--formats", formats, "--force-region", "--output", str(output)) == 1
         assert culprit in capsys.readouterr().err and not output.exists()
-
-
-def test_nothing_written_names_the_file_after_deidentification(
-    predict: Callable, volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--deidentify", "--formats", "png,coco,nifti", "--force-region", "--json")
-    assert predict(volume, *arguments) == 0
-    captured = capsys.readouterr()
-    (folder,) = (tmp_path / "here").iterdir()
-    assert json.loads(captured.out)["output"] == folder.name
-    written = [folder.name.encode(), *contents(folder), *contents(folder).values()]
-    assert all(b"DOE" not in (text if isinstance(text, bytes) else text.encode()) for text in written)
-    assert gzip.decompress((folder / "labels.nii.gz").read_bytes()).find(b"DOE") < 0
-    assert predict(volume, *arguments) == 0
-
-
-@pytest.mark.parametrize("kind", ["no patient", "a patient"])
-def test_a_series_folder_is_one_image(kind: str, predict: Callable, tmp_path: Path, capsys) -> None:
-    shared = Path(__file__).resolve().parents[3] / "shared" / "data" / "volumes" / "tcia_sts_dicom" / "image"
-    if not shared.is_dir():
-        pytest.skip("the shared volumes are not here")
-    options = ["--deidentify"] if kind == "no patient" else []
-    formats = ("--formats", "dicom-seg", "--force-region", "--json")
-    assert predict(shared, "--output", str(tmp_path / "out"), *formats, *options) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert (answer["scan"]["kind"], answer["scan"]["slices"]) == ("dicom", 35)
-    import pydicom
-
-    source = pydicom.dcmread(next(iter(sorted(shared.iterdir()))), stop_before_pixels=True)
-    written = pydicom.dcmread(tmp_path / "out" / "segmentation.dcm")
-    assert (str(written.PatientID) == str(source.PatientID)) == (kind == "a patient")
-    assert str(source.PatientID) not in (tmp_path / "out" / "answer.json").read_text("utf-8")
 
 
 BAD_IMAGES = {
@@ -544,117 +403,6 @@ def test_an_empty_prompt_is_refused(predictor: Predictor, image_file: Path) -> N
         predictor(image_file, "  \n")
 
 
-def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:
-    """A copy of a checkpoint with one thing wrong with it."""
-    if kind == "missing":
-        return folder
-    if kind == "a file":
-        shutil.copy(checkpoint / "config.json", folder)
-        return folder
-    shutil.copytree(checkpoint, folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if kind == "no config":
-        config.unlink()
-    elif kind == "broken config":
-        config.write_text(config.read_text("utf-8")[:50])
-    elif kind == "another model":
-        config.write_text('{"model_type": "llava"}')
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "pickled weights":
-        weights.rename(folder / "pytorch_model.bin")
-    elif kind == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind == "weights of another size":
-        config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
-    elif kind == "no tokenizer":
-        for path in folder.glob("tokenizer*"):
-            path.unlink()
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("kind", "culprit"),
-    [
-        ("missing", "does not exist"),
-        ("a file", "is a file"),
-        ("no config", "config.json"),
-        ("broken config", "config.json"),
-        ("another model", "llava"),
-        ("no weights", "no weights"),
-        ("pickled weights", "pytorch_model.bin"),
-        ("truncated weights", "model.safetensors"),
-        ("weights of another size", "region_queries"),
-        ("no tokenizer", "tokenizer"),
-    ],
-)
-def test_a_bad_model_folder_is_named_and_nothing_is_written(
-    kind: str,
-    culprit: str,
-    predict: Callable,
-    tiny_checkpoint: Path,
-    image_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = damaged(tiny_checkpoint, tmp_path / "model", kind)
-    assert predict(image_file, "--output", str(tmp_path / "out"), model=model) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("medsight: error: ") and error.count("\n") == 1
-    assert str(model) in error and culprit in error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def sharded(tiny_checkpoint: Path, predictor: Predictor, tmp_path: Path) -> Path:
-    folder = tmp_path / "sharded"
-    predictor.model.save_pretrained(folder, max_shard_size="50KB")
-    predictor.processor.save_pretrained(folder)
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
-    return folder
-
-
-def test_a_sharded_checkpoint_answers_like_the_whole_one(
-    sharded: Path, predictor: Predictor, image_file: Path
-) -> None:
-    one, other = (
-        model(image_file, "Where?", max_new_tokens=6, force_region=True)
-        for model in (predictor, Predictor(sharded, device="cpu"))
-    )
-    assert one.answer.raw_text == other.answer.raw_text
-
-
-def test_missing_shards_are_all_named_and_nothing_is_written(
-    sharded: Path, predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = sorted(sharded.glob("model-*.safetensors"))[1:3]
-    for path in gone:
-        path.unlink()
-    assert predict(image_file, "--output", str(tmp_path / "out"), model=sharded) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(path.name in error for path in gone) and str(sharded) in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_shard_of_another_save_is_noticed(sharded: Path) -> None:
-    one, other = sorted(sharded.glob("model-*.safetensors"))[:2]
-    shutil.copy(one, other)
-    with pytest.raises(ValueError, match=other.name):
-        check_checkpoint(sharded)
-
-
-def test_the_model_is_loaded_without_running_the_folders_code(
-    tiny_checkpoint: Path, image_file: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_checkpoint, folder)
-    for path in folder.glob("*.py"):
-        path.write_text("raise SystemExit('code of a checkpoint folder ran')\n")
-    prediction = Predictor(folder, device="cpu")(image_file, "Where?", max_new_tokens=4, force_region=True)
-    assert prediction.answer.regions
-
-
 def test_the_shipped_model_answers_by_default(
     image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -665,30 +413,3 @@ def test_the_shipped_model_answers_by_default(
     output = tmp_path / "out"
     assert cli.main(["predict", str(image_file), "--prompt", "Segment the nucleus.", "--output", str(output)]) == 0
     assert json.loads((output / "answer.json").read_text("utf-8"))["model"] == "medsight-nano"
-
-
-@pytest.mark.parametrize(("size", "drawn"), [((64, 32), 512), ((512, 700), 700), ((5000, 40), 2048)])
-def test_an_overlay_is_large_enough_to_read_and_small_enough_to_open(size: tuple[int, int], drawn: int) -> None:
-    masks = [np.zeros((size[1], size[0]), dtype=bool) for _ in range(9)]
-    masks[0][: size[1] // 2, : size[0] // 2] = True
-    masks[1][-1, -1] = True
-    overlay = draw_overlay(Image.new("RGB", size), masks, [f"region {index} " * 30 for index in range(9)])
-    assert overlay.width == max(512, round(size[0] * drawn / max(size)))
-    assert overlay.height > round(size[1] * drawn / max(size))
-    assert set(PALETTE) <= {color for _, color in overlay.getcolors(overlay.width * overlay.height)}
-
-
-def test_an_overlay_fills_its_region_and_leaves_the_rest_of_the_image_as_it_was() -> None:
-    image = Image.new("RGB", (512, 512), (100, 100, 100))
-    mask = np.zeros((512, 512), dtype=bool)
-    mask[100:300, 100:300] = True
-    drawn = np.asarray(draw_overlay(image, [mask], ["square"]))
-    assert (drawn[150, 130] != 100).any() and (drawn[150, 130] != PALETTE[0]).any()
-    assert (drawn[150, 100] == PALETTE[0]).all()
-    assert (drawn[400:500, 400:500] == 100).all()
-
-
-@pytest.mark.parametrize(("masks", "labels"), [((), ("a label",)), ((np.zeros((3, 4), dtype=bool),), ("a label",))])
-def test_an_overlay_refuses_masks_that_do_not_belong_to_the_image(masks: tuple, labels: tuple) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        draw_overlay(Image.new("RGB", (4, 4)), masks, labels)

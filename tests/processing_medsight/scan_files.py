@@ -10,6 +10,7 @@ from PIL import Image
 
 
 SHAPE = (5, 6, 7)
+STORED = np.arange(0, 4000, 100, dtype=np.uint16).reshape(5, 8)  # (rows, columns) of a DICOM file
 
 
 def picture_bytes(kind: str, mode: str = "RGB", size: tuple[int, int] = (12, 9), **options: object) -> bytes:

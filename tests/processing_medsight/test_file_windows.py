@@ -11,6 +11,7 @@ from PIL import Image
 from processing_medsight import MedSightImageProcessor, open_scan
 from processing_medsight.windows_medsight import Window, apply_window
 from tests.processing_medsight.scan_files import (
+    STORED,
     ct_volume,
     dicom_bytes,
     dicom_dataset,
@@ -24,7 +25,6 @@ from tests.processing_medsight.scan_files import (
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
-STORED = np.arange(0, 4000, 100, dtype=np.uint16).reshape(5, 8)
 MODALITIES = ("CT", "MR", "PT", "NM", "DX", "US", None)
 
 

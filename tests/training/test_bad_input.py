@@ -192,3 +192,16 @@ def test_groups_that_are_not_the_models_are_refused_and_by_default_are_the_model
         train(perceiver(drawn_data, tmp_path / "swapped", model={"folder": str(start)}, data=swapped))
     own = perceiver(drawn_data, tmp_path / "own", model={"folder": str(start)})
     assert read_corpus(own).groups.names == names
+
+
+def test_a_model_remembers_what_its_groups_hold(drawn_data: Path, tmp_path: Path) -> None:
+    groups = {"scans": ["CT/*", "MRI*/*"], "echo": ["ultrasound/breast"]}
+    train(perceiver(drawn_data, tmp_path / "first", data={"groups": groups}))
+    start = tmp_path / "first" / "model"
+    assert MedSightConfig.from_pretrained(start).group_patterns == groups
+    again = perceiver(drawn_data, tmp_path / "again", model={"folder": str(start)})
+    found = read_corpus(again).groups
+    assert found.names == list(groups) and [found.index("MRI-cine", "heart"), found.index("ultrasound", "breast")] == [
+        0,
+        1,
+    ]

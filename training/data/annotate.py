@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configuration_medsight.configuration_medsight import MedSightConfig
+
 from .annotation import annotate
 from .groups import Groups
 
@@ -32,18 +34,21 @@ def summary(counts: "AnnotationCounts") -> str:
     return "\n".join(lines)
 
 
-def match_groups(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> Groups:
+def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]]) -> Groups:
     """The model's groups with the patterns of the data's pairs of modality and site.
 
-    A pair belongs to the group called "MODALITY SITE", whatever the case, or else to that of its modality up to the
-    first hyphen ("MRI-T1", "brain" to "MRI brain").
+    A pair belongs to the first group that has a pattern for it, or else to the group called "MODALITY SITE", whatever
+    the case, or else to that of its modality up to the first hyphen ("MRI-T1", "brain" to "MRI brain").
 
     Raises:
         ValueError: for a pair without such a group, naming it and the groups.
     """
+    names, known = config.group_names, config.group_patterns or {}
     by_name = {name.lower(): name for name in names}
-    patterns: dict[str, list[str]] = {name: [] for name in names}
+    patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in names}
     for modality, site in sorted(set(pairs)):
+        if Groups(patterns).find(modality, site) is not None:
+            continue
         spellings = (f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower())
         found = next((by_name[spelling] for spelling in spellings if spelling in by_name), None)
         if found is None:

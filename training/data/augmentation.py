@@ -14,6 +14,7 @@ from .groups import Groups
 
 
 TRIES = 5  # draws of a geometry, until every mask stays in the picture
+ELASTIC_GRID = 5  # points a side, between which displacements are smooth
 KEPT_SHARE = 0.1  # of a mask's area; with less it counts as moved out of the picture
 
 # A chamber of the heart keeps its name in a mirrored picture: what tells it is its wall and neighbours, no side.
@@ -29,10 +30,12 @@ class Augmentation:
         rotate: degrees, either way.
         scale: natural logarithm of the zoom, in or out.
         shift: share of the picture's side, in either direction of both axes.
+        elastic: standard deviation of smooth local displacements (Ronneberger et al., 2015), a share of the side.
         brightness: added to pixels in 0..1.
         contrast: share by which differences from the mean grow or shrink.
         gamma: natural logarithm of the exponent.
         noise: standard deviation of Gaussian noise, the same in all channels.
+        colour: natural logarithm of each channel's gain, in pictures that are not grey.
         flip: "unsided" mirrors half of the pictures of groups that name no target left or right; "none" mirrors none.
         orientation_free: shell patterns of the names of groups whose pictures have no up and down (microscopy, skin):
             where "unsided" mirrors, these are also turned by quarters, so that all eight orientations are as likely.
@@ -44,10 +47,12 @@ class Augmentation:
     rotate: float = 15.0
     scale: float = 0.15
     shift: float = 0.08
+    elastic: float = 0.0
     brightness: float = 0.15
     contrast: float = 0.25
     gamma: float = 0.3
     noise: float = 0.03
+    colour: float = 0.0
     flip: Literal["none", "unsided"] = "unsided"
     orientation_free: list[str] = field(default_factory=list)
 
@@ -105,7 +110,7 @@ class Augmenter:
         targets: Sequence[str],
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mirror or turn, then rotate, zoom and shift, then change the pixels' values.
+        """Mirror or turn, then rotate, zoom, shift and deform, then change the pixels' values.
 
         A mask that is not empty stays so: a geometry that leaves any of them less than `KEPT_SHARE` of its area is
         drawn again, and after `TRIES` draws there is none but mirroring and quarter turns.
@@ -148,7 +153,7 @@ class Augmenter:
 
     def _moved(self, layers: torch.Tensor, channels: int, generator: torch.Generator) -> torch.Tensor:
         options = self.settings
-        if options.rotate == options.scale == options.shift == 0:
+        if options.rotate == options.scale == options.shift == options.elastic == 0:
             return layers
         areas = layers[channels:].sum((1, 2))
         for _ in range(TRIES):
@@ -158,6 +163,10 @@ class Augmenter:
             cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
             theta = torch.tensor([[[cos, -sin, across], [sin, cos, down]]], dtype=layers.dtype)
             grid = F.affine_grid(theta.to(layers.device), [1, *layers.shape], align_corners=False)
+            if options.elastic:
+                points = torch.randn(1, 2, ELASTIC_GRID, ELASTIC_GRID, generator=generator) * 2 * options.elastic
+                displacements = F.interpolate(points, layers.shape[-2:], mode="bicubic", align_corners=True)
+                grid = grid + displacements.movedim(1, -1).to(grid)
             moved = F.grid_sample(layers[None], grid, align_corners=False)[0].clamp(0, 1)
             kept = moved[channels:].sum((1, 2)) / zoom**2
             if bool((kept >= KEPT_SHARE * areas).all()):
@@ -166,6 +175,9 @@ class Augmenter:
 
     def _photometric(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         options = self.settings
+        if options.colour and not bool((pixels == pixels[:1]).all()):
+            gains = [math.exp(_uniform(options.colour, generator)) for _ in pixels]
+            pixels = (pixels * pixels.new_tensor(gains)[:, None, None]).clamp(0, 1)
         if options.gamma:
             pixels = pixels.pow(math.exp(_uniform(options.gamma, generator)))
         if options.contrast:

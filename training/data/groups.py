@@ -20,13 +20,19 @@ class Groups:
         """A group for each pair of modality and site, in alphabetical order."""
         return cls({f"{modality} {site}": [f"{modality}/{site}"] for modality, site in sorted(set(pairs))})
 
+    def find(self, modality: str, site: str) -> int | None:
+        """The group k of an image; None if no group has a pattern for it."""
+        for k, some in enumerate(self.patterns.values()):
+            if any(fnmatchcase(f"{modality}/{site}", pattern) for pattern in some):
+                return k
+        return None
+
     def index(self, modality: str, site: str) -> int:
         """The group k of an image.
 
         Raises:
             ValueError: if no group has a pattern for it.
         """
-        for k, some in enumerate(self.patterns.values()):
-            if any(fnmatchcase(f"{modality}/{site}", pattern) for pattern in some):
-                return k
+        if (k := self.find(modality, site)) is not None:
+            return k
         raise ValueError(f"no code group matches '{modality}/{site}': the groups are {self.patterns}")

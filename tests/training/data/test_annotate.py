@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset, Features, load_dataset
 from PIL import Image
 
+from configuration_medsight import MedSightConfig
 from medsight.cli import main
 from medsight.training.data import annotation_output
 from medsight.training.data.annotate import load_groups, match_groups
@@ -403,13 +404,17 @@ def test_one_seg_token_without_a_codebook(rows: Dataset, tmp_path: Path) -> None
     assert max(masks for _, masks in answers) > 1
 
 
-def test_groups_of_the_model_are_found_by_name() -> None:
+def test_groups_of_the_model_are_found_by_pattern_or_by_name() -> None:
     names = ["MRI brain", "CT torso", "X-ray chest"]
-    groups = match_groups(names, [("MRI-T1", "brain"), ("MRI", "brain"), ("X-Ray", "chest"), ("CT", "torso")])
+    config = MedSightConfig.from_preset("tiny", group_names=names)
+    groups = match_groups(config, [("MRI-T1", "brain"), ("MRI", "brain"), ("X-Ray", "chest"), ("CT", "torso")])
     assert groups.names == names
     assert [groups.index(*pair) for pair in (("MRI-T1", "brain"), ("CT", "torso"), ("X-Ray", "chest"))] == [0, 1, 2]
     with pytest.raises(ValueError, match="'PET knee'.*MRI brain.*--groups"):
-        match_groups(names, [("PET", "knee")])
+        match_groups(config, [("PET", "knee")])
+    config.group_patterns = {"CT torso": ["PET/*"], "X-ray chest": ["P?T/knee", "MRI/brain"]}
+    groups = match_groups(config, [("PET", "knee"), ("MRI", "brain"), ("CT", "torso")])
+    assert [groups.index(*pair) for pair in (("PET", "knee"), ("MRI", "brain"), ("CT", "torso"))] == [1, 2, 1]
 
 
 def test_a_groups_file_keeps_the_models_order_and_is_checked(tmp_path: Path) -> None:

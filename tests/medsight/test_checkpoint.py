@@ -1,0 +1,121 @@
+"""Checkpoint folders that `medsight predict` and `Predictor` take, and those that they refuse by name."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medsight import Predictor
+from medsight.checkpoint import check_checkpoint
+
+
+def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:
+    """A copy of a checkpoint with one thing wrong with it."""
+    if kind == "missing":
+        return folder
+    if kind == "a file":
+        shutil.copy(checkpoint / "config.json", folder)
+        return folder
+    shutil.copytree(checkpoint, folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if kind == "no config":
+        config.unlink()
+    elif kind == "broken config":
+        config.write_text(config.read_text("utf-8")[:50])
+    elif kind == "another model":
+        config.write_text('{"model_type": "llava"}')
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "pickled weights":
+        weights.rename(folder / "pytorch_model.bin")
+    elif kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "weights of another size":
+        config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
+    elif kind == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "culprit"),
+    [
+        ("missing", "does not exist"),
+        ("a file", "is a file"),
+        ("no config", "config.json"),
+        ("broken config", "config.json"),
+        ("another model", "llava"),
+        ("no weights", "no weights"),
+        ("pickled weights", "pytorch_model.bin"),
+        ("truncated weights", "model.safetensors"),
+        ("weights of another size", "region_queries"),
+        ("no tokenizer", "tokenizer"),
+    ],
+)
+def test_a_bad_model_folder_is_named_and_nothing_is_written(
+    kind: str,
+    culprit: str,
+    predict: Callable,
+    tiny_checkpoint: Path,
+    image_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = damaged(tiny_checkpoint, tmp_path / "model", kind)
+    assert predict(image_file, "--output", str(tmp_path / "out"), model=model) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medsight: error: ") and error.count("\n") == 1
+    assert str(model) in error and culprit in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def sharded(tiny_checkpoint: Path, predictor: Predictor, tmp_path: Path) -> Path:
+    folder = tmp_path / "sharded"
+    predictor.model.save_pretrained(folder, max_shard_size="50KB")
+    predictor.processor.save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+def test_a_sharded_checkpoint_answers_like_the_whole_one(
+    sharded: Path, predictor: Predictor, image_file: Path
+) -> None:
+    one, other = (
+        model(image_file, "Where?", max_new_tokens=6, force_region=True)
+        for model in (predictor, Predictor(sharded, device="cpu"))
+    )
+    assert one.answer.raw_text == other.answer.raw_text
+
+
+def test_missing_shards_are_all_named_and_nothing_is_written(
+    sharded: Path, predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = sorted(sharded.glob("model-*.safetensors"))[1:3]
+    for path in gone:
+        path.unlink()
+    assert predict(image_file, "--output", str(tmp_path / "out"), model=sharded) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(path.name in error for path in gone) and str(sharded) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_of_another_save_is_noticed(sharded: Path) -> None:
+    one, other = sorted(sharded.glob("model-*.safetensors"))[:2]
+    shutil.copy(one, other)
+    with pytest.raises(ValueError, match=other.name):
+        check_checkpoint(sharded)
+
+
+def test_the_model_is_loaded_without_running_the_folders_code(
+    tiny_checkpoint: Path, image_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    for path in folder.glob("*.py"):
+        path.write_text("raise SystemExit('code of a checkpoint folder ran')\n")
+    prediction = Predictor(folder, device="cpu")(image_file, "Where?", max_new_tokens=4, force_region=True)
+    assert prediction.answer.regions
