@@ -27,6 +27,7 @@ RUNS = {
     "cpu-stage-1": "training --recipe nano --stage perceiver --steps 50 --set stages.language_model=null",
     "cpu-quantised": "quantised --data ../shared/data/segmentation --items 64 --device cpu",
     "cpu-startup": "startup --preset small --device cpu",
+    "cpu-load-8b": "startup --preset 8b --device cpu --only load --repeats 1",
     "cpu-two-step": "two_step --device cpu",
     "gpu-masks-cost": "masks_cost --preset 8b --device cuda --batch-size 1 8",
     "gpu-decoding": "decoding --preset 8b --device cuda --batch-size 1 --cache static",
@@ -34,9 +35,10 @@ RUNS = {
     "gpu-decoding-dynamic": "decoding --preset 8b --device cuda --batch-size 1 32 --cache dynamic",
     "gpu-perceiver": "perceiver --preset 8b --device cuda --batch-size 1 8",
     "gpu-batches": "batches --preset 8b --device cuda",
+    "gpu-stage-1": "training --recipe nano --stage perceiver --steps 200 --set stages.language_model=null "
+    "training.dataloader_num_workers=7",
     "gpu-training": f"{TRAINING_8B} --options checkpointing fused-loss adamw-8bit",
     "gpu-training-full": f"{TRAINING_8B} --method full --options checkpointing+adamw-8bit",
-    "gpu-load": "startup --preset 8b --only load --repeats 1",
 }
 
 

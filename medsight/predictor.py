@@ -227,10 +227,12 @@ class Predictor:
             An answer a conversation; the masks of its regions are at the size of the image they belong to.
 
         Raises:
-            ValueError: a conversation cannot be tokenized, a setting is out of range, or there is no such group.
+            ValueError: a conversation cannot be tokenized or is too long, a setting is out of range, or there is no
+                such group.
         """
         chosen = AnswerSettings(**settings)
         inputs = tokenize_chats(self.model, self.processor, conversations)
+        check_length(self.model, inputs, chosen.max_new_tokens)
         output = decode_greedily(self.model, inputs, streamer=streamer, **chosen.decoding())
         answers: list[GroundedAnswer] = self.processor.post_process_grounded_answer(
             output, inputs, threshold=chosen.threshold
@@ -255,6 +257,20 @@ def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(model.device, dtype=model.dtype)
+
+
+def check_length(model: Any, inputs: Any, max_new_tokens: int) -> None:
+    """Refuse conversations that leave the model no place for an answer.
+
+    Raises:
+        ValueError: the longest takes more tokens, with `max_new_tokens` for its answer, than the model has positions.
+    """
+    length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if length + max_new_tokens > limit:
+        raise ValueError(
+            f"the conversation takes {length} tokens, and with {max_new_tokens} for the answer that is more than the "
+            f"model's {limit}: ask less at once, begin a new conversation, or lower max_new_tokens"
+        )
 
 
 def decode_greedily(model: Any, inputs: Any, **settings: Any) -> Any:

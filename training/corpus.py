@@ -100,6 +100,7 @@ def corpus_conversations(corpus: Corpus) -> Any:
         Vocabulary.from_rows(corpus.training, corpus.groups),
         random.Random(recipe.seed),
         max_regions=settings.max_regions,
+        noise=settings.prompt_noise,
     )
     rows = [
         {
@@ -166,6 +167,7 @@ def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, fold
             per_image=settings.per_image if split == "training" else 1,
             plain_share=settings.plain_share,
             max_regions=settings.max_regions,
+            prompt_noise=settings.prompt_noise if split == "training" else 0.0,
             wordings=load_wordings(settings),
             seed=recipe.seed,
             on_error=recipe.data.on_error,

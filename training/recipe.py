@@ -91,12 +91,14 @@ class AnnotationSettings:
         per_image: conversations an image.
         plain_share: share of them that need no region; with 1 no codes are needed and stage 2 can read them.
         max_regions: most region codes in an answer.
+        prompt_noise: share of the words of a training prompt that are misspelt or missing, names left out.
         templates: YAML file of wordings; the shipped one by default.
     """
 
     per_image: int = 8
     plain_share: float = 0.0
     max_regions: int = 5
+    prompt_noise: float = 0.0
     templates: str | None = None
 
 

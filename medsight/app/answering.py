@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from medsight.predictor import decode_greedily, tokenize_chats
+from medsight.predictor import check_length, decode_greedily, tokenize_chats
 
 
 if TYPE_CHECKING:
@@ -52,12 +52,7 @@ def stream_answer(
     """
     model, processor = predictor.model, predictor.processor
     inputs = tokenize_chats(model, processor, [messages])
-    length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-    if length + settings.max_new_tokens > limit:
-        raise ValueError(
-            f"the conversation takes {length} tokens, and with {settings.max_new_tokens} for the answer that is more "
-            f"than the model's {limit}: begin a new conversation"
-        )
+    check_length(model, inputs, settings.max_new_tokens)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopping = StoppingCriteriaList([StopWhenSet(stop)])
     outcome: list[Any] = []

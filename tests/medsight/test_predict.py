@@ -398,6 +398,16 @@ def test_a_bad_option_is_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_question_that_leaves_no_place_for_its_answer_is_refused(
+    predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = predictor.model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"takes [0-9]+ tokens, and with 6 .* the model's {limit}"):
+        predictor(image_file, "Where? " * limit, max_new_tokens=6)
+    assert predict(image_file, "--max-new-tokens", str(limit), "--output", str(tmp_path / "out")) == 1
+    assert f"{limit} for the answer" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_an_empty_prompt_is_refused(predictor: Predictor, image_file: Path) -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
         predictor(image_file, "  \n")

@@ -38,6 +38,7 @@ def annotate(
     seed: int = 0,
     batch_size: int = 8,
     max_regions: int = 5,
+    prompt_noise: float = 0.0,
     on_error: str = "stop",
     embed_images: bool = False,
     root: str | Path | None = None,
@@ -59,6 +60,7 @@ def annotate(
         plain_share: share of them that need no region.
         batch_size: images decoded and seen at once.
         max_regions: most codes in an answer.
+        prompt_noise: share of the words of a prompt that are misspelt or missing, see `ConversationMaker`.
         on_error: "stop" at a picture or mask that cannot be read, or "skip" it: count it, log it, name it in the card.
         embed_images: put the bytes of images and masks into the parquet files, in place of their paths.
         root: write paths relative to this folder, which then is the `images` of the source that reads them; absolute
@@ -87,7 +89,7 @@ def annotate(
     annotator = _Annotator(
         model,
         Places(processor, model.config, groups),
-        ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions),
+        ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions, noise=prompt_noise),
         AnnotationCounts(codes={name: [0] * model.config.codes_per_group for name in groups.names}),
         _Pictures(embed_images, None if root is None else Path(root)),
         per_image,
@@ -99,6 +101,7 @@ def annotate(
         "per_image": per_image,
         "plain_share": plain_share,
         "max_regions": max_regions,
+        "prompt_noise": prompt_noise,
         "embed_images": embed_images,
     }
     with _evaluating(model), staged_folder(Path(output), False, check_empty) as folder:

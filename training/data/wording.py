@@ -21,6 +21,7 @@ from .templates import Wordings, matches
 MAX_REGIONS = 5  # as published (paper, unified tuning)
 SYNONYM_SHARE = 0.35  # of the prompts that name a structure which has synonyms
 LISTED_SHARE = 0.6  # of the absent structures asked for, where the image's own row lists some
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Of a picture's fifths two are upper, one is between, two are lower; two left, one between, two right.
 POSITIONS = "upper left, upper middle, upper right, left, centre, right, lower left, lower middle, lower right".split(
     ", "
@@ -106,9 +107,11 @@ class ConversationMaker:
         generator: source of all choices; may be replaced between two turns.
         prompts: draw from the prompts for "training", or from the "held_out" ones, which training never sees.
         max_regions: most codes in an answer.
+        noise: share of a prompt's words, names left out, that are misspelt or missing, so that what is learnt is not
+            one wording (Wei and Zou, 2019, EDA).
 
     Raises:
-        ValueError: for another `prompts`, or `max_regions` below 1.
+        ValueError: for another `prompts`, `max_regions` below 1, or `noise` that is no share.
     """
 
     def __init__(
@@ -119,14 +122,17 @@ class ConversationMaker:
         *,
         prompts: Literal["training", "held_out"] = "training",
         max_regions: int = MAX_REGIONS,
+        noise: float = 0.0,
     ) -> None:
+        if not 0 <= noise < 1:
+            raise ValueError(f"noise={noise}: expected a share of the words, from 0 to below 1")
         if prompts not in ("training", "held_out"):
             raise ValueError(f"prompts={prompts!r}: expected 'training' or 'held_out'")
         if max_regions < 1:
             raise ValueError(f"max_regions={max_regions}: expected at least 1")
         self.wordings, self.groups, self.generator = wordings, vocabulary.groups, generator
         self.prompts = wordings.prompts if prompts == "training" else wordings.held_out_prompts
-        self.max_regions = max_regions
+        self.max_regions, self.noise = max_regions, noise
         self.elsewhere = [vocabulary.unrelated_targets(k, wordings) for k in range(len(vocabulary.targets))]
 
     def grounded(self, row: Mapping[str, Any], places: Sequence[str]) -> Turn:
@@ -232,10 +238,24 @@ class ConversationMaker:
         article = with_article(modality)
         picture = {"modality": modality, "a_modality": article, "site": row["site"]}
         picture["A_modality"] = article[0].upper() + article[1:]
-        question = self.generator.choice(self.prompts[prompt]).format(**picture, **(asked or {}))
+        question = self._rough(self.generator.choice(self.prompts[prompt])).format(**picture, **(asked or {}))
         literal = {name: _literal(word) for name, word in picture.items()}
         reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, **words)
         return Turn(**{"intent": prompt, "prompt": question, "answer": reply, **rest})
+
+    def _rough(self, prompt: str) -> str:
+        """A prompt as somebody in a hurry writes it: see `noise`."""
+        if not self.noise:
+            return prompt
+        words = []
+        for word in prompt.split():
+            chance = self.generator.random()
+            if "{" in word or chance >= self.noise:
+                words.append(word)
+            elif chance < self.noise / 2:
+                place = self.generator.randrange(len(word))
+                words.append(word[:place] + self.generator.choice(LETTERS) + word[place + 1 :])
+        return " ".join(words) or prompt
 
     def _segment_one(
         self, row: Mapping[str, Any], regions: Mapping[str, list[int]], intent: str = "segment_one"

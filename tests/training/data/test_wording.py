@@ -334,3 +334,28 @@ def test_a_modality_is_told_by_the_first_pattern(tmp_path: Path, wordings: Wordi
     closed = Wordings.load(changed(tmp_path, lambda s: s["modalities"].pop("*")))
     with pytest.raises(ValueError, match="words.yaml.*'SPECT'"):
         closed.modality("SPECT")
+
+
+def test_rough_prompts_keep_their_names_and_answers(wordings: Wordings) -> None:
+    vocabulary = Vocabulary.from_rows(ROWS, GROUPS)
+    clean, rough = (ConversationMaker(wordings, vocabulary, random.Random(0), noise=noise) for noise in (0.0, 0.4))
+    changed = 0
+    for seed in range(200):
+        turns = []
+        for maker in (clean, rough):
+            maker.generator = random.Random(seed)
+            turns.append(
+                maker._turn(
+                    TORSO,
+                    "segment_one",
+                    "segment_one",
+                    {"cited": "liver {0}"},
+                    {"target": "left kidney", "a_target": "a left kidney"},
+                    regions=(0,),
+                )
+            )
+        assert all("left kidney" in turn.prompt for turn in turns)
+        changed += turns[0].prompt != turns[1].prompt
+    assert changed > 100
+    with pytest.raises(ValueError, match="noise=1.0: expected a share"):
+        ConversationMaker(wordings, vocabulary, random.Random(0), noise=1.0)
