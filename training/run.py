@@ -71,6 +71,13 @@ FIXED = {
     "ddp_find_unused_parameters": False,
     "average_tokens_across_devices": False,
 }
+# "nll" leaves the model's own forward pass in place, which knows of masks.
+FIXED_SFT = {
+    "max_length": None,
+    "packing": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "loss_type": "nll",
+}
 
 
 def train(recipe: Recipe, stage: str | None = None) -> Path:
@@ -139,7 +146,8 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         arguments = {
             entry.name: entry for entry in dataclasses.fields(arguments_class(values.get("trainer", "trainer")))
         }
-        known = [*own, *(name for name in arguments if name not in FIXED and name != "output_dir")]
+        fixed = {"output_dir", *FIXED, *FIXED_SFT}  # no argument of `TrainingArguments` is in the last
+        known = [*own, *(name for name in arguments if name not in fixed)]
         refuse_unknown(recipe.training, known, "training")
         refuse_unknown(values, known, f"stages.{key}")
         chosen = {**DEFAULTS, **recipe.training, **values}
@@ -309,6 +317,6 @@ def training_arguments(
         values.setdefault("use_cpu", True)
         values.setdefault("dataloader_pin_memory", False)
     if settings.trainer == "sft":
-        values |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        values |= FIXED_SFT
         values.setdefault("gradient_checkpointing", False)
     return arguments_class(settings.trainer)(**values)

@@ -27,7 +27,7 @@ from .stage import StageSettings
 from .trainer import checkpoints
 
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
+PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
 LOCK_FILE = ".lock"
 
 
@@ -109,6 +109,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": device,
         "processes": PartialState().num_processes,
+        "torch": str(torch.__version__),  # names the build too
         **{package: of(package) for package in PACKAGES},
     }
 

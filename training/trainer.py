@@ -118,7 +118,7 @@ class StageTrainer(Trainer):
         if not torch.isfinite(loss):
             parts = {name: outputs[name].item() for name in LOSSES if outputs.get(name) is not None}
             raise NotFiniteError(
-                f"stage {self.stage.folder}, step {self.state.global_step + 1}: the loss is {float(loss)} ({parts}); "
+                f"stage {self.stage.folder}, step {self.state.global_step + 1}: the loss is {loss.item()} ({parts}); "
                 f"the batch holds {', '.join(files)}. The last checkpoint is untouched"
             )
         for name in ("loss", *LOSSES):

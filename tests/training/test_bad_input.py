@@ -169,6 +169,7 @@ def test_too_long_conversations_are_left_out_on_request(data: Path, tmp_path: Pa
         ({"data": {"classes": ["liver"]}}, "is none of the model's 1 mask classes"),
         ({"stages": {"vision_to_text": {"data": ["plane"]}}}, "unknown key 'plane'; did you mean 'plain'"),
         ({"stages": {"vision_to_text": {"data": []}}}, "a language stage needs data"),
+        ({"stages": {"vision_to_text": {"trainer": "sft", "loss_type": "dft"}}}, "unknown key 'loss_type'"),
         ({"model": {"preset": "tyni"}}, "preset='tyni': choose one of"),
         ({"model": {"config": {"num_querys": 3}}}, "num_querys"),
         ({"augmentation": {"rotation": 3}}, "unknown key 'rotation'; did you mean 'rotate'"),
