@@ -233,7 +233,6 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         width, stride, layers = _feature_map(self)
-        first, codes, vocab = self.region_code_start_id, self.num_region_codes, self.text_config.vocab_size
         own_size = getattr(self.vision_config, "image_size", None)
         if (
             self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
@@ -260,6 +259,15 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
             raise ValueError(
                 f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs"
             )
+        self._refuse_unfit_codes()
+        if self.mask_decoder not in MASK_DECODERS:
+            raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
+        if self.region_state_offset not in (0, -1):
+            raise ValueError(f"region_state_offset={self.region_state_offset}: choose 0 (the code's own state) or -1")
+
+    def _refuse_unfit_codes(self) -> None:
+        """The part of `refuse_contradictions` about names, codes and the vocabulary."""
+        first, codes, vocab = self.region_code_start_id, self.num_region_codes, self.text_config.vocab_size
         if not self.use_region_codebook and (self.num_groups, self.codes_per_group) != (1, 1):
             raise ValueError(
                 f"use_region_codebook=False means one {SEG_TOKEN} token, but num_groups={self.num_groups} and "
@@ -285,10 +293,6 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
                 f"image_token_id={self.image_token_id} must be in the vocabulary (text_config.vocab_size={vocab}) "
                 f"and outside the region codes ({first} to {first + codes - 1})"
             )
-        if self.mask_decoder not in MASK_DECODERS:
-            raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
-        if self.region_state_offset not in (0, -1):
-            raise ValueError(f"region_state_offset={self.region_state_offset}: choose 0 (the code's own state) or -1")
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

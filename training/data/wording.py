@@ -8,6 +8,7 @@ Answers to "where is" name the side of the *picture*: what is trained on them mu
 
 import random
 import re
+import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,6 @@ from .templates import Wordings, matches
 MAX_REGIONS = 5  # as published (paper, unified tuning)
 SYNONYM_SHARE = 0.35  # of the prompts that name a structure which has synonyms
 LISTED_SHARE = 0.6  # of the absent structures asked for, where the image's own row lists some
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Of a picture's fifths two are upper, one is between, two are lower; two left, one between, two right.
 POSITIONS = "upper left, upper middle, upper right, left, centre, right, lower left, lower middle, lower right".split(
     ", "
@@ -254,7 +254,7 @@ class ConversationMaker:
                 words.append(word)
             elif chance < self.noise / 2:
                 place = self.generator.randrange(len(word))
-                words.append(word[:place] + self.generator.choice(LETTERS) + word[place + 1 :])
+                words.append(word[:place] + self.generator.choice(string.ascii_lowercase) + word[place + 1 :])
         return " ".join(words) or prompt
 
     def _segment_one(
