@@ -69,7 +69,7 @@ setup(
     description="A grounded medical vision-language model: answers in words and in masks, Hugging Face-native",
     long_description=readme.read_text("utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="Apache-2.0 AND CC-BY-SA-4.0",  # the code; the weights of medsight-nano
     license_files=["LICENSE"],
     packages=PACKAGES + TRAINING,
     package_dir={"medsight.training": "training"},

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         command = page.command_of(name)
         print(f"{name}: {command}", flush=True)
-        output = ["--output", os.path.relpath(chosen.results / f"{name}.json")]
+        file = chosen.results / f"{name}.json"
+        file.unlink(missing_ok=True)  # so that a run that fails does not leave what another machine measured
+        output = ["--output", os.path.relpath(file)]
         start = time.monotonic()
         done = subprocess.run([sys.executable, *shlex.split(command)[1:], *rounds, *output], check=False)
         print(f"{name}: {time.monotonic() - start:.0f} s\n", flush=True)

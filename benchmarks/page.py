@@ -42,6 +42,9 @@ RUNS = {
 }
 
 
+FIRST = {"cpu": "cpu-masks-cost", "gpu": "gpu-masks-cost"}  # whose machine the page names
+
+
 def command_of(run: str) -> str:
     """What to type for a run, from a checkout."""
     return f"python -m benchmarks.{RUNS[run]}"
@@ -78,9 +81,11 @@ def figure(measured: dict[str, dict[str, Any]], run: str, field: str, conditions
         return f"`{command_of(run)}`"
     if run not in measured:
         return NOT_MEASURED
-    record = measured[run]
+    record, first = measured[run], FIRST[run.partition("-")[0]]
     if field == "machine":
         return machine(record["machine"])
+    if first in measured and device(measured[first]["machine"]) != device(record["machine"]):
+        return NOT_MEASURED
     wanted = [condition.split("=", 1) for condition in conditions.split("; ")[1:]]
     rows = [row for row in record["rows"] if all(holds(row[column], value) for column, value in wanted)]
     if not rows:
@@ -115,5 +120,9 @@ def cell(value: Any, in_bytes: bool = False) -> str:
 def machine(where: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number)
-    device = where["gpu"] or f"{where['cores']} cores of {where['processor']}, threads used: {where['threads']}"
-    return f"{device}; Python {where['python']}, {versions}"
+    return f"{device(where)}; Python {where['python']}, {versions}"
+
+
+def device(where: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    return where["gpu"] or f"{where['cores']} cores of {where['processor']}, threads used: {where['threads']}"

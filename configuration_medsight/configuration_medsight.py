@@ -300,7 +300,7 @@ def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrai
         value = default
     if isinstance(value, dict):
         value = copy.deepcopy(value)
-        return AutoConfig.for_model(value.pop("model_type"), **value)
+        return AutoConfig.for_model(value.pop("model_type", default["model_type"]), **value)
     return value
 
 

@@ -111,7 +111,7 @@ def command(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Talk about an image: a line a turn, from the terminal or a pipe, until its end (Ctrl+D).
+    """Talk about an image: one line per turn, from the terminal or a pipe, until its end (Ctrl+D).
 
     Answers appear as they are generated. After each turn its regions are listed, and its answer.json, masks and
     overlay are saved in a folder of their own (turn-01, turn-02, ...) in the output folder. Not a medical device.

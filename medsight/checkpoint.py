@@ -13,6 +13,11 @@ MODEL_TYPE = "medsight"
 SHIPPED_FOLDER = Path(__file__).resolve().parent / "medsight-nano"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+OPTIONAL = (
+    *("generation_config.json", "preprocessor_config.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
 CODES_FILE = "region_codes.json"
 
 
@@ -121,7 +126,7 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 def settings_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's configuration, tokenizer and processor, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja") and path.name != CODES_FILE)
+    return [folder / name for name in sorted((*NEEDED, *OPTIONAL, INDEX_FILE)) if (folder / name).is_file()]
 
 
 def checkpoint_sha256(folder: Path) -> str:
@@ -149,6 +154,11 @@ def choose_device(device: str) -> Any:
         raise ValueError(f"device {device!r}: expected auto, cpu or cuda") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine or this torch has no CUDA; use cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} is not there ({reason}); use cpu or cuda") from error
     return chosen
 
 

@@ -29,7 +29,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "predict": Verb("medsight.predict", "Answer a prompt about images, with a mask a region.", "medical"),
+    "predict": Verb("medsight.predict", "Answer a prompt about images, with one mask per region.", "medical"),
     "chat": Verb("medsight.chat", "Talk about an image, turn by turn, with masks as they come.", "medical"),
     "info": Verb("medsight.info", "Say what a checkpoint folder, an image or a volume is.", "medical"),
     "app": Verb("medsight.serve", "Open a web page to ask about images.", "app"),

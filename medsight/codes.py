@@ -38,7 +38,7 @@ def command(
     """Find out which structures each region code stands for.
 
     Each reference mask gets the code that training would give it. What codes stand for is written into the checkpoint
-    folder (region_codes.json), and a contact sheet a code (PNG) into the output folder.
+    folder (region_codes.json), and one contact sheet per code (PNG) into the output folder.
     """
     from medsight import __version__
     from medsight.evaluation.codes import describe_codes, meanings_to_json

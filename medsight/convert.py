@@ -52,7 +52,7 @@ def command(
         str | None, typer.Option(metavar="FILE", help=f"OpenAI- or OpenCLIP-layout CLIP weights, .pt  {IN_LLM}.")
     ] = None,
     groups: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or a line a group.")
+        str | None, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
     ] = None,
     vision_feature_layer: Annotated[
         int | None,
@@ -107,7 +107,7 @@ def convert(
         region_perceiver, codebook, image_encoder: `.pt` or `.safetensors` files. `None` takes the copy in the language
             model's folder; where both are given they must be equal (in the less precise dtype of the two).
         output: folder to write.
-        groups: file with the names of the code groups, a JSON list or a line a group; "group 0", ... by default.
+        groups: file with the names of the code groups, a JSON list or one line per group; "group 0", ... by default.
         vision_feature_layer: index into the image encoder's hidden states; `mm_vision_select_layer` by default.
         dtype: of all weights; "auto" is the language model's.
         overwrite: replace the output folder if it holds a checkpoint.
@@ -233,7 +233,7 @@ def describe(config: "MedSightConfig") -> str:
 
 
 def read_names(path: StrPath) -> list[str]:
-    """Names from a file: a JSON list, or a text file with a line a name.
+    """Names from a file: a JSON list, or a text file with one name per line.
 
     Raises:
         OSError: it cannot be opened.
@@ -246,7 +246,7 @@ def read_names(path: StrPath) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{path}: expected a JSON list of names or a line a name, none of them empty")
+        raise ValueError(f"{path}: expected a JSON list of names or one name per line, none of them empty")
     names = [name.strip() for name in names]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -27,7 +27,7 @@ def check(
         typer.Option(metavar="FIELD=VALUE", help="Just rows with this value, as in a recipe; repeatable."),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of all targets: a JSON list, or a line a name.")
+        str | None, typer.Option(metavar="FILE", help="Names of all targets: a JSON list, or one name per line.")
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes  [default: by cores and rows].")] = None,
     as_json: Json = False,

@@ -58,7 +58,6 @@ def command(
         str | None,
         typer.Option(metavar="RULE", help="Several masks: mean, union, best, order, first or last."),
     ] = None,
-    average: Annotated[Literal["micro", "macro"] | None, typer.Option(help="The mean that is put first.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap and of held-out prompts.")] = 0,
     allow_row_count: Annotated[
         bool, typer.Option("--allow-row-count", help="Score a set of another size than is known.")
@@ -82,6 +81,7 @@ def command(
         ROWS,
         answer,
         protocol_of,
+        refuse_other_protocol,
         rows_to_score,
         saved,
         score,
@@ -99,10 +99,11 @@ def command(
         declared = load_benchmark(benchmark)
         if held_out_prompts:
             declared = dataclasses.replace(declared, title=f"{declared.title}, in wordings not trained on")
-        flags = {"threshold": threshold, "missing": missing, "multi": multi, "average": average}
+        flags = {"threshold": threshold, "missing": missing, "multi": multi}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
         items, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
         processes, folder = Processes(), Path(output)
+        refuse_other_protocol(folder, protocol.to_dict(declared.has_masks), overwrite)
         if predictions is None:
             settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype)
             described, path = answer(

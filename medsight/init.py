@@ -65,10 +65,10 @@ def command(
         ),
     ],
     groups: Annotated[
-        str, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or a line a group.")
+        str, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
     ],
     output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
-    codes_per_group: Annotated[int, typer.Option(metavar="M", help="Codes a group.")] = 32,
+    codes_per_group: Annotated[int, typer.Option(metavar="M", help="Codes per group.")] = 32,
     code_dim: Annotated[int, typer.Option(metavar="N", help="Width of a code.")] = 64,
     num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
     num_stages: Annotated[
@@ -141,7 +141,7 @@ def init(
         llm: folder or Hub name of a language model with safetensors weights.
         image_encoder: folder or Hub name of an encoder (of a CLIP or SigLIP model, the vision part), or a file in
             OpenAI's or OpenCLIP's layout.
-        groups: file with the names of the code groups, a JSON list or a line a group.
+        groups: file with the names of the code groups, a JSON list or one line per group.
         output: folder to write.
         mask_classes: file with the names of the mask classes, 'no object' not among them.
         activation: of an encoder that is read from a file: "quick_gelu" or "gelu".

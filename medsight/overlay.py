@@ -114,7 +114,7 @@ def number_regions(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
 
 
 def add_legend(picture: Image.Image, labels: Sequence[str], note: str | None = None) -> Image.Image:
-    """The picture on a white sheet at least 512 pixels wide; below it a line a label, with its colour and number.
+    """The picture on a white sheet at least 512 pixels wide; below it one line per label, with its colour and number.
 
     `note`, where given, is a last line of its own.
     """

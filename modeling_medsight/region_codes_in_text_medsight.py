@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import torch_compilable_check
 
 
 @dataclass
@@ -58,8 +59,7 @@ def locate_codes(
     """
     device = input_ids.device
     codes = is_region_code(input_ids, config)
-    known_counts = counts is not None
-    counts = counts if known_counts else codes.sum(dim=1).tolist()
+    counts = codes.sum(dim=1).tolist() if counts is None else counts
     blocks = (input_ids == config.image_token_id).cumsum(dim=1) // config.image_seq_length
     if first_image is None:
         first_image = blocks[:, -1].cumsum(0) - blocks[:, -1]
@@ -71,6 +71,7 @@ def locate_codes(
     images = first_image[rows] + block
 
     if torch.compiler.is_compiling():
+        torch_compilable_check((block >= 0).all(), "a region code has no image before it")
         entries, num_entries = images, None
     else:
         if (block < 0).any():

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import torch_compilable_check
 
 from .loss_medsight import code_mask_loss, mask_bce, mask_dice, resize_masks
 from .outputs_medsight import MedSightCausalLMOutputWithPast, MedSightRegionOutput
@@ -208,12 +209,18 @@ class TrainingLossMixin:
         given = [hidden.new_zeros(0, 1, 1) if masks is None else masks for masks in mask_labels]
         if any(left_out):
             rows = torch.tensor(left_out, device=input_ids.device)[:, None]
-            input_ids = input_ids.masked_fill(rows & is_region_code(input_ids, self.config), self._no_code_id())
+            input_ids = input_ids.masked_fill(rows & is_region_code(input_ids, self.config), -1)
         counts = [len(masks) for masks in given]
-        codes = locate_codes(input_ids, self.config, counts=counts if torch.compiler.is_compiling() else None)
-        for row, (cited, masks) in enumerate(zip(codes.counts, counts, strict=True)):
-            if cited != masks:
-                raise ValueError(f"sample {row} cites {cited} region codes but has {masks} mask_labels")
+        cited = is_region_code(input_ids, self.config).sum(dim=1)
+        torch_compilable_check(
+            (cited == torch.tensor(counts, device=cited.device)).all(),
+            lambda: next(
+                f"sample {row} cites {codes} region codes but has {masks} mask_labels"
+                for row, (codes, masks) in enumerate(zip(cited.tolist(), counts, strict=True))
+                if codes != masks
+            ),
+        )
+        codes = locate_codes(input_ids, self.config, counts=counts)
         if not sum(counts):
             # Every trained parameter stays in the graph, so that data-parallel training need not search for unused
             # ones.
@@ -242,14 +249,6 @@ class TrainingLossMixin:
         aims = self.model.region_perceiver.class_queries.detach().float()
         distance = (states[:-1] - aims[wanted[known]]).square().mean(-1).sum() / aims.var() + 0 * states.sum()
         return self.config.alignment_loss_weight * distance / max(1, loss_counts.get("codes", int(known.sum())))
-
-    def _no_code_id(self) -> int:
-        """A token id that is neither a region code nor the image placeholder."""
-        first = self.config.region_code_start_id
-        return next(i for i in (first - 1, first - 2, first + self.config.num_region_codes) if self._is_plain(i))
-
-    def _is_plain(self, token_id: int) -> bool:
-        return token_id >= 0 and token_id != self.config.image_token_id
 
 
 def masks_of_classes(masks: torch.Tensor, classes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:

@@ -227,13 +227,16 @@ def bytes_of_text(source: str | os.PathLike, name: str) -> bytes:
     """The bytes behind an http(s) address or a base64 string.
 
     Raises:
-        ValueError: if it is neither: then it was to be a file, which is not there.
+        ValueError: if the address gives no file, or it is neither: then it was to be a file, which is not there.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         from huggingface_hub import get_session
 
-        response = get_session().get(source, follow_redirects=True, timeout=30)
-        response.raise_for_status()
+        try:
+            response = get_session().get(source, follow_redirects=True, timeout=30)
+            response.raise_for_status()
+        except Exception as error:  # of the HTTP library that huggingface_hub happens to use
+            raise ValueError(f"{name} cannot be fetched ({error})") from error
         return response.content
     if isinstance(source, str) and (len(source) >= _SHORTEST_BASE64 or source.startswith("data:")):
         text = source.partition(",")[2] if source.startswith("data:") else source

@@ -56,7 +56,7 @@ class NiftiScan(Scan):
         with self._open() as file:
             self._header = _read_header(file, name)
         shape = self._header.get_data_shape()
-        self._shape, self._count = _three_axes(shape, name)
+        self._shape = _three_axes(shape, name)
         self._dtype, self._scale = _voxel_type(self._header, name)
         offset = float(self._header["vox_offset"])
         if not self._header.sizeof_hdr <= offset <= _MAX_HEADER:
@@ -224,22 +224,21 @@ def _read_header(file: Any, name: str) -> Any:
         raise ValueError(f"{name} has a damaged NIfTI header") from error
 
 
-def _three_axes(shape: Sequence[int], name: str) -> tuple[tuple[int, int, int], int]:
-    """The first three axes, and how many volumes of these the file holds."""
+def _three_axes(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+    """The first three axes of a header's shape."""
     if not 1 <= len(shape) <= 7 or min(shape) < 1:
         raise ValueError(f"{name} has a damaged header: it claims a shape of {tuple(map(int, shape))}")
     first, second, third = (int(size) for size in (*shape, 1, 1)[:3])
     volume = first, second, third
-    count = math.prod(int(size) for size in shape[3:])
     if math.prod(volume) > MAX_VOXELS:
         raise ValueError(
             f"{name} claims {' x '.join(f'{size:,}' for size in volume)} voxels: at most {MAX_VOXELS:,} are read"
         )
     if len(shape) > 4 and math.prod(shape[4:]) > 1:
         raise ValueError(f"{name} holds several values a voxel (vectors or tensors): save one of them as a volume")
-    if count > 1:
+    if (count := math.prod(int(size) for size in shape[3:])) > 1:
         logger.warning(f"{name} holds {count} volumes: only the first is used")
-    return volume, count
+    return volume
 
 
 def _voxel_type(header: Any, name: str) -> tuple[np.dtype, tuple[float, float]]:

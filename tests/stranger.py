@@ -45,13 +45,19 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, NotInstalled())
     import torch
     from PIL import Image
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     source, saved = sys.argv[1:]
     model, processor, first = answer(source, AutoModelForImageTextToText)
     model.save_pretrained(saved)
     processor.save_pretrained(saved)
-    for auto_class in (AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM):
+    for auto_class in (AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
         again = answer(saved, auto_class)[2]
         assert again == first, (auto_class, again, first)
     assert not any(name in sys.modules for name in OWN)

@@ -41,12 +41,11 @@ class LanguageStage(Stage):
 
     def items(self, rows: Any, training: bool, **common: Any) -> Items:
         share = self.settings.mask_share if training else 1.0
-        return ConversationItems(rows, self.places, mask_share=share, text_only=self.text_only, **common)
+        own = {"mask_share": share, "text_only": self.text_only, "max_length": self.settings.max_length}
+        return ConversationItems(rows, self.places, **own, **common)
 
     def collator(self) -> ConversationCollator:
-        return ConversationCollator(
-            self.processor, self.label_prompts, self.config.use_class_queries, self.settings.max_length
-        )
+        return ConversationCollator(self.processor, self.label_prompts, self.config.use_class_queries)
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         for name in () if self.decodes_masks else ("mask_labels", "code_class_labels"):
@@ -104,6 +103,13 @@ def answer(model: nn.Module, batch: dict[str, Any], tokenizer: Any, max_new_toke
     return output
 
 
+def first_answer(labels: torch.Tensor) -> torch.Tensor:
+    """The first unbroken run of labels (n,): what an assistant says first."""
+    said = labels[int((labels != -100).nonzero()[0]) :]
+    end = (said == -100).nonzero()
+    return said[: int(end[0])] if len(end) else said
+
+
 def first_images(config: Any, batch: dict[str, Any], starts: list[int]) -> dict[str, torch.Tensor]:
     """The images that stand before the first answer of each row."""
     if "pixel_values" not in batch:
@@ -131,7 +137,7 @@ class AnsweringStage(GroundedStage):
         output = answer(model, batch, tokenizer)
         result |= {"found_words": 0, "words": 0, "agreeing": 0, "answers": len(batch["labels"])}
         for given, labels in zip(output.sequences, batch["labels"], strict=True):
-            wanted = labels[labels != -100]
+            wanted = first_answer(labels)
             reference = Counter(words(tokenizer.decode(wanted, skip_special_tokens=True)))
             said = Counter(words(tokenizer.decode(given, skip_special_tokens=True)))
             result["found_words"] += sum((reference & said).values())

@@ -14,7 +14,7 @@ what autograd keeps, parameters cast for mixed precision, logits, temporaries. N
 kernels and the CUDA context, fragmentation, validation.
 
     a device     their sum; with several devices DDP's buckets too, which are as large as the gradients
-    sharded      FSDP2, ZeRO-3: the first three over all devices, the activations without casts, and what is gathered
+    sharded      FSDP2: the first three over all devices, the activations without casts, and what is gathered
                  at a time in the computing dtype: all but the language model's layers, and two of these
 """
 
@@ -37,7 +37,7 @@ from .corpus import Corpus, conversation_rows, corpus_conversations, read_corpus
 from .fresh_model import fresh_config
 from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_bytes
 from .recipe import AnnotationSettings, Recipe
-from .run import STAGES, arguments_class, hold_out_text, stage_settings
+from .run import STAGES, arguments_class, hold_out_text, refuse_missing_regions, stage_settings
 from .stage import Stage, StageSettings
 from .stage_3b_text_to_vision import TextToVisionStage, vocabularies
 
@@ -96,7 +96,7 @@ def plan(recipe: Recipe, devices: int | None = None) -> str:
 def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str]]:
     """The plan of each stage, and what to say besides."""
     settings = stage_settings(recipe)
-    corpus, notes = corpus_if_needed(recipe, [passed for _, passed in settings.values()])
+    corpus, notes = corpus_if_needed(recipe, settings)
     config, source = planned_config(recipe, corpus)
     stages = []
     for key, (own, passed) in settings.items():
@@ -190,13 +190,16 @@ def count_steps(max_steps: int, epochs: float, rows: int | None, batch: int) -> 
     return None if rows is None else math.ceil(epochs * math.ceil(rows / batch))
 
 
-def corpus_if_needed(recipe: Recipe, passed: list[dict[str, Any]]) -> tuple[Corpus | None, list[str]]:
+def corpus_if_needed(
+    recipe: Recipe, settings: dict[str, tuple[StageSettings, dict[str, Any]]]
+) -> tuple[Corpus | None, list[str]]:
     """The region rows, where steps or a fresh model's shape follow from them; or why they could not be read."""
-    counted = any(values.get("max_steps", -1) <= 0 for values in passed)
+    counted = any(passed.get("max_steps", -1) <= 0 for _, passed in settings.values())
     shaped = recipe.model.folder is None and None in (recipe.data.groups, recipe.data.classes)
     if not counted and not shaped:
         return None, []
     try:
+        refuse_missing_regions(recipe, settings)
         return read_corpus(recipe), []
     except (OSError, ValueError) as error:
         return None, [f"Without the data: {error}."]

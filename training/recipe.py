@@ -24,7 +24,10 @@ OPERATIONAL = (
     *("save_steps", "save_strategy", "save_total_limit"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "ddp_timeout", "example_images", "project", "trackio_space_id"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product with the processes may not change
+    "save_dtype",
 )
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -67,7 +70,7 @@ class DataSettings:
         validation_seed: of their choice; by default the run's own, so that runs of several seeds differ in it too.
         on_error: `stop` at a broken item, or `skip`: count and log it; never replace it.
         keep_in_memory: decode every picture and mask once and keep it, for data sets that fit.
-        groups: code group -> patterns of "modality/site"; by default a group a pair that the regions have.
+        groups: code group -> patterns of "modality/site"; by default one group per pair that the regions have.
         classes: mask classes, a target each; by default all targets of the regions.
     """
 
@@ -158,6 +161,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path}: model: give a preset, to train from nothing, or a folder")
     if recipe.data.on_error not in ("stop", "skip"):
         raise ValueError(f"{path}: data.on_error={recipe.data.on_error!r}: choose stop or skip")
+    for name, dtype in (("dtype", recipe.model.dtype), ("save_dtype", recipe.model.save_dtype)):
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: model.{name}={dtype!r}: choose one of {', '.join(DTYPES)}")
     if not 0 <= recipe.data.validation_fraction < 1:
         raise ValueError(f"{path}: data.validation_fraction={recipe.data.validation_fraction}: expected 0 to below 1")
     return recipe

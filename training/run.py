@@ -10,6 +10,7 @@ OUTPUT/model/                                       the result
 
 import contextlib
 import dataclasses
+import logging
 from datetime import timedelta
 from functools import partial
 from inspect import signature
@@ -51,6 +52,7 @@ STAGES: dict[str, type[Stage]] = {
         UnifiedStage,
     )
 }
+logger = logging.getLogger(__name__)
 LONGEST_WAIT = timedelta(hours=6)  # while one process annotates, the others wait
 DEFAULTS = {
     "eval_strategy": "epoch",
@@ -69,6 +71,8 @@ FIXED = {
     "label_names": [],
     "prediction_loss_only": True,
     "ddp_find_unused_parameters": False,
+    "label_smoothing_factor": 0.0,  # the losses are the model's own
+    "load_best_model_at_end": False,  # a stage goes on from its last step
     "average_tokens_across_devices": False,
 }
 # "nll" leaves the model's own forward pass in place, which knows of masks.
@@ -94,6 +98,7 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
         ValueError: a setting, an item or a loss is bad, naming it; or the folder holds a run of another recipe.
     """
     settings = stage_settings(recipe)
+    refuse_missing_regions(recipe, settings)
     refuse_unknown(recipe.model.config, set(signature(MedSightConfig).parameters) - {"kwargs"}, "model.config")
     if recipe.model.folder is not None and recipe.model.config.keys() & MedSightConfig.sub_configs.keys():
         raise ValueError("model.config: text_config and vision_config are the folder's own; leave them out")
@@ -112,7 +117,7 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
 def run_stages(recipe: Recipe, settings: dict[str, Any], stage: str | None, output: Path) -> Path:
     """What `train` does once the folder is its own."""
     state, corpus = PartialState(), read_corpus(recipe)
-    on_main(lambda: describe_data(output, corpus))
+    on_main(lambda: describe_data(output, {"training": corpus.training, "validation": corpus.validation}))
     previous = start_folder(recipe, corpus, output)
     for key in settings:
         if stage is not None and key != stage and not finished(output, key):
@@ -146,11 +151,20 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         arguments = {
             entry.name: entry for entry in dataclasses.fields(arguments_class(values.get("trainer", "trainer")))
         }
-        fixed = {"output_dir", *FIXED, *FIXED_SFT}  # no argument of `TrainingArguments` is in the last
+        fixed = {"output_dir", *FIXED, *FIXED_SFT} - {*own}  # no argument of `TrainingArguments` is in the last
         known = [*own, *(name for name in arguments if name not in fixed)]
-        refuse_unknown(recipe.training, known, "training")
-        refuse_unknown(values, known, f"stages.{key}")
+        for where, given in (("training", recipe.training), (f"stages.{key}", values)):
+            for name in fixed & given.keys():
+                raise ValueError(f"{where}: {name} is set by the run itself; leave it out")
+            refuse_unknown(given, known, where)
         chosen = {**DEFAULTS, **recipe.training, **values}
+        if "lr_scheduler_type" in recipe.training or "lr_scheduler_type" in values:
+            chosen["lr_scheduler_kwargs"] = {**recipe.training, **values}.get("lr_scheduler_kwargs")
+        if chosen.get("weight_decay") and not kind.decays:
+            raise ValueError(
+                f"stages.{key}: weight_decay={chosen['weight_decay']} would shrink the rows of all words, where this "
+                "stage trains those of the region codes alone: set it to 0"
+            )
         settings = build(kind.Settings, {k: v for k, v in chosen.items() if k in own}, f"stages.{key}")
         for name, value in chosen.items():
             if value is False and name.endswith("_strategy"):
@@ -164,6 +178,21 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
     if not result:
         raise ValueError(f"the recipe has no stages: choose some of {', '.join(STAGES)}")
     return result
+
+
+def refuse_missing_regions(recipe: Recipe, settings: dict[str, tuple[StageSettings, dict[str, Any]]]) -> None:
+    """Raise ValueError where there are no images with masks and something needs them, naming what does."""
+    if recipe.data.regions:
+        return
+    reading = [f"stage {key}" for key, (own, _) in settings.items() if reads_regions(STAGES[key], own, recipe)]
+    reading += [] if recipe.model.folder else [f"the preset {recipe.model.preset}"]
+    if reading:
+        raise ValueError(f"data.regions is empty, and images with masks are needed for {', '.join(reading)}")
+
+
+def reads_regions(kind: type[Stage], settings: StageSettings, recipe: Recipe) -> bool:
+    """Whether a stage needs images with masks, or words made from them."""
+    return kind.reads == "regions" or kind is LanguageModelStage or bool(recipe.annotations.keys() & {*settings.data})
 
 
 def arguments_class(trainer: str) -> type[TrainingArguments]:
@@ -219,7 +248,8 @@ def run_stage(
     folder = output / "stages" / kind.folder
     on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     model, processor = load_folder(start, recipe, own)
-    if model.config.use_region_codebook and corpus.groups.names != list(model.config.group_names):
+    groups_differ = model.config.use_region_codebook and corpus.groups.names != list(model.config.group_names)
+    if groups_differ and reads_regions(kind, own, recipe):
         raise ValueError(
             f"data.groups names the groups {corpus.groups.names}, but those of the model, whose order counts, are "
             f"{list(model.config.group_names)}: name all of these"
@@ -228,7 +258,8 @@ def run_stage(
     stage = kind(own, places, recipe.seed)
     last = checkpoints(folder)
     if not last:
-        on_main(lambda: (folder / STEPS_FILE).unlink(missing_ok=True))
+        for name in (STEPS_FILE, "data.json"):
+            on_main(partial((folder / name).unlink, missing_ok=True))
     state = PartialState()
     if not state.distributed_type.name.startswith(("FSDP", "DEEPSPEED")) and getattr(own, "method", "") != "qlora":
         model.to(state.device)  # the stage's start and annotation run the model before the trainer does
@@ -237,6 +268,8 @@ def run_stage(
             on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
     training = stage_items(stage, recipe, corpus, output, "training")
     validation = stage_items(stage, recipe, corpus, output, "validation")
+    if kind.reads == "conversations":
+        on_main(lambda: describe_data(folder, {"training": training.rows, "validation": validation.rows}))
     arguments = training_arguments(folder, own, passed, recipe)
     if not len(validation):
         arguments.eval_strategy = type(arguments.eval_strategy)("no")
@@ -245,8 +278,6 @@ def run_stage(
         stage.start(model, training)
     model = stage.prepare(model)
     trainer_class = StageTrainer if own.trainer == "trainer" else sft_trainer_class()
-    collator = stage.collator()
-    collator.skip_errors = recipe.data.on_error == "skip"
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -254,7 +285,7 @@ def run_stage(
         sampler=sampler(training, own, arguments, recipe.seed),
         train_dataset=training,
         eval_dataset=validation if len(validation) else None,
-        data_collator=collator,
+        data_collator=stage.collator(),
         processing_class=processor if own.trainer == "sft" else None,
     )
     if own.example_images and len(validation):
@@ -318,5 +349,9 @@ def training_arguments(
         values.setdefault("dataloader_pin_memory", False)
     if settings.trainer == "sft":
         values |= FIXED_SFT
-        values.setdefault("gradient_checkpointing", False)
-    return arguments_class(settings.trainer)(**values)
+        values = {"gradient_checkpointing": False, "bf16": False, **values}  # TRL's defaults differ
+    arguments = arguments_class(settings.trainer)(**values)
+    if arguments.n_gpu > 1:  # Trainer would divide batches by DataParallel, which cannot divide lists of masks
+        logger.warning("one process trains on one GPU of %d; for all, start it by accelerate launch", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments

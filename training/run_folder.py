@@ -1,11 +1,13 @@
 """The folder of a run: kept from being used twice, checked against the recipe, read and written whole."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig, TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.processing_medsight import MedSightProcessor
 
-from .corpus import Corpus, fingerprint
+from .corpus import fingerprint
 from .recipe import Recipe, differences
 from .seg_token import CODES_OWN, drop_codebook
 from .stage import StageSettings
@@ -75,10 +77,17 @@ def open_folder(output: Path, recipe: Recipe) -> None:
     Raises:
         ValueError: the folder holds another run (with the differences), or something else.
     """
-    file = output / "recipe.yaml"
+    file, versions = output / "recipe.yaml", output / "environment.json"
     now = recipe.to_dict()
     if file.is_file():
-        lines = differences(yaml.safe_load(file.read_text(encoding="utf-8")), now)
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        processes = json.loads(versions.read_text(encoding="utf-8"))["processes"]
+        lines = differences(before, now)
+        lines += differences(
+            samples_a_step(before, processes),
+            samples_a_step(now, PartialState().num_processes),
+            "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of ",
+        )
         if lines:
             raise ValueError(
                 f"{output} holds a run of another recipe; go on with the same one, or choose another output. "
@@ -88,8 +97,19 @@ def open_folder(output: Path, recipe: Recipe) -> None:
     if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no run: choose another output")
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "environment.json", environment())
+    write_json(versions, environment())
     write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+
+
+def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:
+    """How many samples a step of each stage of a recipe is made of."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
+    factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    return {
+        key: processes * math.prod({**defaults, **recipe["training"], **values}[name] for name in factors)
+        for key, values in recipe["stages"].items()
+        if values is not None
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -114,24 +134,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe_data(output: Path, corpus: Corpus) -> None:
-    """Write the data's fingerprints; a run goes on only on the same data.
+def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
+    """Write the fingerprints of the rows of each split; a run, or a stage, goes on only on the same data.
 
     Raises:
         ValueError: the data are not what the run began with.
     """
-    described = {
-        name: {"rows": len(corpus.split(name)), "sha256": fingerprint(corpus.split(name))}
-        for name in ("training", "validation")
-    }
-    file = output / "data.json"
+    described = {name: {"rows": len(rows), "sha256": fingerprint(rows)} for name, rows in splits.items()}
+    file = folder / "data.json"
     if not file.is_file():
         write_json(file, described)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     if before != described:
         lines = differences(before, described)
-        raise ValueError(f"the data have changed since {output} began: {'; '.join(lines)}; choose another output")
+        raise ValueError(f"the data have changed since {folder} began: {'; '.join(lines)}; choose another output")
 
 
 def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
@@ -195,7 +212,7 @@ def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> 
         processor.save_pretrained(partial)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder} could not be written ({error})") from error
+        raise OSError(f"{folder} could not be written ({type(error).__name__}: {error})") from error
     os.replace(partial, folder)
 
 

@@ -52,6 +52,7 @@ class Stage:
     reads: ClassVar[str]  # "regions" or "conversations"
     Settings: ClassVar[type[StageSettings]] = StageSettings
     shardable = True  # whether it can train on parameters that are divided over processes
+    decays = True  # whether weight decay keeps to what the stage trains
 
     def __init__(self, settings: Any, places: Places, seed: int) -> None:
         self.settings, self.places, self.seed = settings, places, seed
@@ -166,8 +167,9 @@ def batch_to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
 
 
 def in_batches(items: Items, indices: Sequence[int], collator: Collator, size: int, device: Any) -> Any:
-    """Batches of chosen items on a device, without their files' names."""
+    """Batches of chosen items on a device, without their files' names; none where all of a batch are broken."""
     for start in range(0, len(indices), size):
         batch = collator([items[index] for index in indices[start : start + size]])
-        batch.pop("files")
-        yield batch_to(batch, device)
+        batch.pop("skipped", 0)
+        if batch.pop("files"):
+            yield batch_to(batch, device)

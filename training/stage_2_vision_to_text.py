@@ -44,5 +44,7 @@ class VisionToTextStage(LanguageStage):
             if "pixel_values" in batch:
                 regions = model.get_region_features(batch["pixel_values"])
                 lengths.append(model.model.project_regions(regions).norm(dim=-1).mean())
+        if not lengths:
+            raise ValueError("start_at_word_scale: no conversation has an image whose rows could be measured")
         words = model.get_input_embeddings().weight[: self.config.region_code_start_id].norm(dim=-1).mean()
         model.model.vision_to_text_projector.linear_2.weight *= words / torch.stack(lengths).mean()

@@ -15,11 +15,11 @@ from .language import GroundedStage
 class TextToVisionStage(GroundedStage):
     """Trains P_{t→v} and the K*M code rows; every other row of the vocabulary stays as it is.
 
-    The rows are chosen by their gradient, so weight decay must be 0, and parameters may not be sharded.
+    The rows are chosen by their gradient, so there is no weight decay, and parameters may not be sharded.
     """
 
     key, folder = "text_to_vision", "3b_text_to_vision"
-    shardable = False
+    shardable = decays = False
     hooks: list[RemovableHandle]
 
     def trains(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ medsight train CONFIG.yaml --stage unified
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .data.items import Places
@@ -53,7 +54,9 @@ class UnifiedStage(AnsweringStage):
         return add_adapters(model, self.settings)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        return model if self.settings.method == "full" else model.merge_and_unload()
+        if self.settings.method == "full":
+            return model
+        return merge_quantised(model) if self.settings.method == "qlora" else model.merge_and_unload()
 
 
 def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
@@ -76,3 +79,22 @@ def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
         trainable_token_indices=rows,
     )
     return get_peft_model(model, adapters)
+
+
+@torch.no_grad()
+def merge_quantised(model: nn.Module) -> nn.Module:
+    """The model in whole numbers, adapters added to what its 4 bits stand for: PEFT would round the sums to 4 bits."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    sums = {
+        name.removeprefix("base_model.model."): (
+            dequantize_module_weight(layer.base_layer) + layer.get_delta_weight(layer.active_adapters[0])
+        ).cpu()
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    merged = model.merge_and_unload().dequantize()
+    for name, weight in sums.items():
+        merged.get_submodule(name).weight.copy_(weight)
+    return merged

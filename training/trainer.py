@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from .data.items import Items, Skipped
 from .optimisation import muon_with_adamw
 from .sharding import gather_in_methods
 from .stage import Stage, frozen_modules
@@ -64,6 +66,7 @@ class StageTrainer(Trainer):
         self.counts: dict[str, float] = {}
         self.sums: dict[str, torch.Tensor] = {}
         self.window: list[dict[str, Any]] = []
+        self.skipped = 0
         if getattr(kwargs.get("args"), "push_to_hub", False):
             raise ValueError(
                 "push_to_hub would upload a run's logs, example pictures and pickles at every save: leave it out, and "
@@ -74,6 +77,12 @@ class StageTrainer(Trainer):
             raise ValueError(
                 f"stage {stage.folder} needs whole parameters in every process, which FSDP and DeepSpeed divide: run "
                 "it with training/accelerate/ddp.yaml, or in one process"
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed ZeRO-3 would wait for ever: it gathers a module's parameters when all processes run it, "
+                "and one whose batch has no image, or cites no code, runs fewer modules. Take "
+                "training/accelerate/fsdp2.yaml or deepspeed-zero2.yaml"
             )
         if sampler is not None:
             self.add_callback(SamplerEpoch(sampler))
@@ -88,6 +97,9 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """One step's batches, and the numbers over all processes that its losses are averages of."""
+        if self.state.global_step >= self.state.max_steps:  # it was stopped after its last step
+            self.control.should_training_stop = True
+            return [], None
         batches = []
         for _ in range(num_batches):
             with contextlib.suppress(StopIteration):
@@ -95,10 +107,24 @@ class StageTrainer(Trainer):
         names = ("tokens", "masks", "images", "asked", "codes")
         queries = self.stage.config.num_region_queries
         counts = [count_terms(batch, queries) for batch in batches]
-        totals = torch.tensor([sum(c[name] for c in counts) for name in names], dtype=torch.float64)
-        totals = self.accelerator.reduce(totals.to(device).float(), reduction="sum").tolist()
+        skipped = sum(batch.pop("skipped", 0) for batch in batches)
+        sums = torch.tensor([*(sum(c[name] for c in counts) for name in names), skipped], dtype=torch.float64)
+        *totals, skipped = self.accelerator.reduce(sums.to(device).float(), reduction="sum").tolist()
         self.counts = {name: max(1.0, total) for name, total in zip(names, totals, strict=True)}
+        self.skipped += int(skipped)
+        batches = [batch if batch["files"] else self.stand_in(self.train_dataset) for batch in batches]
         return batches, torch.tensor(self.counts["tokens"], device=device)
+
+    def stand_in(self, items: Items) -> dict[str, Any]:
+        """The first good sample as a batch without `files`: it passes through the model in place of a batch that all
+        samples were left out of, as other processes' batches do, and counts for nothing."""
+        reason = ""
+        for draw in range(len(items)):
+            sample = items[draw]
+            if not isinstance(sample, Skipped):
+                return {**self.data_collator([sample]), "files": []}
+            reason = sample.reason
+        raise ValueError(f"stage {self.stage.folder}: every item is broken; the last: {reason}")
 
     # Loss and step
 
@@ -107,7 +133,7 @@ class StageTrainer(Trainer):
     ) -> Any:
         """The model's own loss, masks included; raises NotFiniteError naming the files of a batch."""
         inputs = dict(inputs)
-        files = inputs.pop("files", [])
+        files = inputs.pop("files")
         for module in self.frozen:
             module.training = False  # a frozen encoder's batch statistics stay, too
         inputs = self.stage.before_forward(inputs, self.state.global_step / max(1, self.state.max_steps))
@@ -121,10 +147,13 @@ class StageTrainer(Trainer):
                 f"stage {self.stage.folder}, step {self.state.global_step + 1}: the loss is {loss.item()} ({parts}); "
                 f"the batch holds {', '.join(files)}. The last checkpoint is untouched"
             )
+        counts = float(bool(files))  # a stand-in does not
         for name in ("loss", *LOSSES):
             if outputs.get(name) is not None:
-                self.sums[name] = self.sums.get(name, 0) + outputs[name].detach().float()
-        self.stage.after_forward(outputs)
+                self.sums[name] = self.sums.get(name, 0) + outputs[name].detach().float() * counts
+        if files:
+            self.stage.after_forward(outputs)
+        loss = loss * counts
         # Gradients are averaged over processes, where the counts already span them.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -167,9 +196,8 @@ class StageTrainer(Trainer):
                 if name != "step":
                     given = [step[name] for step in steps if name in step]
                     logs[name] = sum(given) / len(given)
-        skipped = getattr(self.data_collator, "skipped", 0)
-        if skipped:
-            logs["skipped_items"] = skipped
+        if self.skipped:
+            logs["skipped_items"] = self.skipped
         super().log(logs, *args, **kwargs)
 
     # Checkpoints
@@ -299,11 +327,13 @@ class StageTrainer(Trainer):
         totals: dict[str, torch.Tensor] = {}
         samples = 0
         for number, batch in enumerate(dataloader):
-            batch = self._prepare_inputs(batch)
-            size = len(batch.pop("files"))
+            batch.pop("skipped", 0)
+            size = len(batch["files"])
+            batch = self._prepare_inputs(batch if size else self.stand_in(dataloader.dataset))
+            batch.pop("files")
             with self.compute_loss_context_manager():
                 scores = self.stage.score(model, batch)
-            counts = number < dataloader.scored
+            counts = number < dataloader.scored and size > 0
             samples += size if counts else 0
             for name, value in scores.items():
                 value = torch.as_tensor(value, device=self.args.device).double()

@@ -29,7 +29,8 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, A
         raise FileNotFoundError(f"{folder} is no evaluation: it has no {METRICS} and {ROWS}; run medsight evaluate")
     try:
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines()]
+        with (folder / ROWS).open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}: {METRICS} or {ROWS} is damaged ({error}); evaluate again") from error
     return metrics, {row["id"]: row for row in rows}

@@ -101,7 +101,7 @@ def notes_of(metrics: Mapping[str, Any]) -> list[str]:
         some = ", ".join(found["rows"][:3]) + (", …" if found["count"] > 3 else "")
         notes.append(f"{found['count']:,} predictions with a problem: {kind} ({some}).")
     for origin, count in metrics["counts"]["label_origin"].items():
-        if origin not in ("expert", "unknown"):
+        if not origin.startswith(("expert", "unknown")):
             notes.append(f"The references of {count:,} rows are not an expert's: {origin}.")
     few = [f"{name} ({count})" for name, count in metrics["counts"]["by_modality"].items() if count < 10]
     if few and has_modalities(metrics):

@@ -68,6 +68,16 @@ class Prediction:
         for name in ("codes", "groups", "phrases", "scores"):
             if given[name] and len(given[name]) != len(given["masks"]):
                 raise ValueError(f"{place}: {len(given[name])} {name} for {len(given['masks'])} masks")
+        if given["codes"]:
+            checked_codes(list(given["codes"]), place, "codes")
+        for name, kind, called in (
+            ("groups", str, "text"),
+            ("phrases", str, "text"),
+            ("scores", (int, float), "numbers"),
+        ):
+            for value in given[name]:
+                if value is not None and not isinstance(value, kind):
+                    raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
         group, references = record.get("group"), record.get("reference_codes")
         if group is not None and not isinstance(group, str):
             raise ValueError(f"{place}: expected text in 'group', got {group!r}")

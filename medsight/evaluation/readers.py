@@ -40,15 +40,18 @@ def spacings(path: Path) -> dict[tuple[str, str], tuple[float, float]]:
         for _, record in json_records(manifest) if manifest.is_file() else ():
             if isinstance(record, ValueError) or not isinstance(record.get("voxel_mm"), list):
                 continue
+            image, target = record.get("image"), record.get("target")
+            if not isinstance(image, str) or not isinstance(target, str):
+                continue  # the rows' own reader says so
             size = [float(value) for value in record["voxel_mm"]]
             # A slice of a volume with unequal voxels may lie along any axis, so its pixels' size is not known.
             if len(size) == 2 or (len(size) == 3 and len(set(size)) == 1):
-                found[str(manifest.parent / record["image"]), record["target"]] = (size[0], size[1])
+                found[str(manifest.parent / image), target] = (size[0], size[1])
     return found
 
 
 def _segment_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
-    """A row an image and structure, absent ones too; or, for a diagnose task, a row an image with a diagnosis."""
+    """One row per image and structure, absent ones too; or, for a diagnose task, per image with a diagnosis."""
     if benchmark.task == "diagnose":
         return _diagnose_items(benchmark, path, words)
     sizes, items = spacings(path), []
@@ -181,7 +184,7 @@ def _told(shard: str) -> dict[str, dict[str, Any]]:
 
 
 def _mmmu_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
-    """MMMU's parquet files, a folder a subject; "<image 2>" in a question is where its second image stands."""
+    """MMMU's parquet files, one folder per subject; "<image 2>" in a question is where its second image stands."""
     items = []
     files = sorted(path.glob("*/validation-*.parquet"))
     for file in files:

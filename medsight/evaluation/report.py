@@ -33,14 +33,13 @@ FIELDS = {
 Row = Mapping[str, Any]
 
 
-def write_report(
-    path: Path,
+def report_page(
     metrics: Mapping[str, Any],
     rows: Sequence[Row],
     items: Sequence[Item],
     predictions: Mapping[str, Prediction],
-) -> None:
-    """Writes the page for the scores of one run.
+) -> str:
+    """The page for the scores of one run.
 
     Args:
         metrics: the content of metrics.json.
@@ -53,7 +52,7 @@ def write_report(
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=metrics["title"],
         system=metrics["system"],
         count=row_count(metrics),
@@ -70,9 +69,6 @@ def write_report(
         provenance=_provenance(metrics),
         version=__version__,
     )
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
 
 
 def _cards(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -174,8 +170,7 @@ def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = metrics["counts"]
     if counts["closed"] or counts["open"]:
         lines.append(("Questions", f"{counts['closed']:,} closed, {counts['open']:,} open"))
-    if codes:
-        cited = codes["answers"]
+    if codes and (cited := codes["answers"])["n_counted"]:
         lines.append(
             (
                 "Codes",
@@ -183,6 +178,7 @@ def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"share of answers with no code {100 * cited['no_code_rate']:.1f}%",
             )
         )
+    if codes:
         sources = {"codebook": "the model's codebook", "data set": "the data set"}
         told = [f"{sources[name]} for {count:,} rows" for name, count in metrics["reference_codes"]["from"].items()]
         lines.append(("Right codes", f"from {' and '.join(told)}" if told else "not known"))

@@ -124,10 +124,14 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file that appears whole or not at all."""
     scratch = path.with_name(f".{path.name}.new")
     with scratch.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)

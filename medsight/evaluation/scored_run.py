@@ -14,7 +14,7 @@ from .benchmarks import Benchmark, check_counts
 from .figures import METRICS
 from .items import Item, fingerprint, read_items
 from .predictions import match_predictions, read_predictions
-from .report import write_report
+from .report import report_page
 from .runner import (
     RUN,
     Processes,
@@ -25,6 +25,7 @@ from .runner import (
     load_for_evaluation,
     prepare_output,
     write_json,
+    write_text,
 )
 from .scoring import Protocol, score_rows
 from .summary import summarise
@@ -67,6 +68,18 @@ def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, fl
     return Protocol(answers or benchmark.protocol.get("answers"), masks, flags)
 
 
+def refuse_other_protocol(output: Path, protocol: dict[str, Any], overwrite: bool) -> None:
+    """Raises FileExistsError where the folder holds figures by another protocol, which would be replaced."""
+    if overwrite or not (output / METRICS).is_file():
+        return
+    before = read_json(output / METRICS).get("protocol")
+    if before != protocol:
+        raise FileExistsError(
+            f"output folder {output} holds figures by another protocol ({before}): score its predictions into another "
+            "folder with --predictions, or add --overwrite to start again"
+        )
+
+
 def answer(
     model: str | None,
     output: Path,
@@ -98,6 +111,8 @@ def answer(
         )
         if processes.rank == 0:
             prepare_output(output, described, overwrite)
+            for name in (METRICS, ROWS, REPORT) if overwrite else ():
+                (output / name).unlink(missing_ok=True)
         processes.wait()
         path = answer_items(items, loaded, processor, output, settings, batch_size, processes)
     return described, path
@@ -160,7 +175,7 @@ def score(
     seed: int,
     accept_problems: bool,
 ) -> dict[str, Any]:
-    """Scores predictions, and writes scores.jsonl, metrics.json, whose content it returns, and report.html."""
+    """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns."""
     predictions, problems = match_predictions([item.id for item in items], read_predictions(path))
     rows = score_rows(items, predictions, benchmark, protocol, problems, accept_problems)
     saved_threshold = described.get("threshold")
@@ -182,10 +197,8 @@ def score(
         "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
         "run": described,
     }
-    scratch = output / f".{ROWS}.new"
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    scratch.replace(output / ROWS)
+    page = report_page(metrics, rows, items, predictions)
+    write_text(output / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(output / REPORT, page)
     write_json(output / METRICS, metrics)
-    write_report(output / REPORT, metrics, rows, items, predictions)
     return metrics

@@ -24,7 +24,7 @@ class Protocol:
     Attributes:
         answers: protocol of medical_vqa; None where answers are not scored.
         masks: preset of mask_dice; None where masks are not scored, or by the flags.
-        flags: of mask_dice (threshold, missing, multi, formula, average), where no preset is meant.
+        flags: of mask_dice (threshold, missing, multi, formula), where no preset is meant.
 
     Raises:
         ValueError: a name or flag is unknown, or flags come beside a preset.
@@ -38,6 +38,11 @@ class Protocol:
         from medsight.metrics.mask_dice.mask_counts import choose_protocol
 
         choose_protocol(self.masks, **self.flags)
+        if self.answers is not None:
+            from medsight.metrics.medical_vqa.medical_vqa import PROTOCOLS
+
+            if self.answers not in PROTOCOLS:
+                raise ValueError(f"protocol of answers {self.answers!r}: choose one of {', '.join(PROTOCOLS)}")
 
     @property
     def mask_protocol(self) -> Any:

@@ -207,8 +207,10 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
     """What region_codes says of the codes that the answers cite."""
     from medsight.metrics import load
 
+    # Whether a mask is given where there is none to find is told of the masks themselves, not of the codes.
+    told_of_masks = ("false_mask_rate", "no_region_rate")
     named = all(len(row["groups"]) == len(row["codes"]) and None not in row["groups"] for row in rows)
-    return load("region_codes").compute(
+    found = load("region_codes").compute(
         predictions=[row["codes"] for row in rows],
         references=[row["reference_codes"] for row in rows],
         absent=[row["absent"] for row in rows],
@@ -217,3 +219,5 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
         groups=[row["groups"] if named else None for row in rows],
         codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
     )
+    answers = {name: value for name, value in found["answers"].items() if name not in told_of_masks}
+    return {**found, "answers": answers}

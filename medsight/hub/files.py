@@ -5,16 +5,20 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from medsight.checkpoint import CODES_FILE, INDEX_FILE, WEIGHTS_FILE, check_checkpoint, read_json, weight_files
+from medsight.checkpoint import (
+    CODES_FILE,
+    INDEX_FILE,
+    NEEDED,
+    OPTIONAL,
+    WEIGHTS_FILE,
+    check_checkpoint,
+    read_json,
+    weight_files,
+)
 
 
 CARD, CODE = "README.md", "*_medsight.py"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL = (
-    *("generation_config.json", "preprocessor_config.json", "chat_template.jinja"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-)
 DOCUMENTS = (CARD, CODES_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "example.png")
 TEMPLATES, SHEETS = "additional_chat_templates", "region_codes"
 UNFINISHED = (".saving-*", ".*.partial", "*.incomplete", ".*.new")

@@ -82,8 +82,9 @@ class RegionCodebook(nn.Module):
             raise ValueError(f"groups {groups.tolist()} must lie between 0 and {len(self.codes) - 1}")
         vectors = self.encode(region_embeddings)
         codes = self.code_table()[groups]
-        # Both are of unit length, so the nearest code is the one with the largest product.
-        indices = (vectors.detach() @ codes.detach().transpose(1, 2)).argmax(dim=-1)
+        # Both are of unit length, so the nearest code is the one with the largest product; not a rounded one.
+        with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+            indices = (vectors @ codes.transpose(1, 2)).argmax(dim=-1)
         nearest = torch.take_along_dim(codes, indices[..., None], dim=1)
         straight_through = vectors + (nearest - vectors).detach()
         reconstructed = self.decode(straight_through if self.training else nearest)

@@ -7,7 +7,6 @@ import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
 from .region_codes_in_text_medsight import count_images, is_region_code, locate_codes
@@ -75,7 +74,7 @@ class StatesOfSteps:
 
     def add(self, hidden: torch.Tensor, num_new_tokens: int) -> None:
         """Take a step's states (rows, columns read, d), of which the last gave the new token."""
-        self.one_each = self.one_each and num_new_tokens == 1 and (not self.steps or hidden.shape[1] == 1)
+        self.one_each = self.one_each and num_new_tokens == hidden.shape[1] == 1
         self.steps.append(hidden[:, -1:].clone())  # a compiled step writes the next one's over it
 
     def of(self, new_tokens: torch.Tensor, config: Any) -> torch.Tensor | None:
@@ -121,21 +120,22 @@ class MedSightGenerationMixin(GenerationMixin):
             ValueError: if images and placeholders do not match, or a setting cannot give right masks.
         """
         kwargs.pop("original_sizes", None)  # the processor's, for masks at the original size
-        settings = generation_config if generation_config is not None else self.generation_config
-        if settings.is_assistant:  # drafts for another model, which gives the masks
+
+        def setting(name: str) -> Any:
+            """As transformers finds it: what a given configuration leaves open is the model's own."""
+            places = (kwargs.get(name), *(getattr(c, name, None) for c in (generation_config, self.generation_config)))
+            return next((value for value in places if value is not None), None)
+
+        if setting("is_assistant"):  # drafts for another model, which gives the masks
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
+        if kwargs.get("image_embeds") is not None:
+            raise ValueError("image_embeds: no mask can be drawn from them; give generate the pixel_values")
         if kwargs.get("synced_gpus") is None and self._is_sharded():
             kwargs["synced_gpus"] = True
 
-        def setting(name: str) -> Any:
-            value = kwargs.get(name)
-            return value if value is not None else getattr(settings, name, None)
-
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.get("pixel_values")
-        self._refuse_wrong_inputs(
-            prompt, pixel_values, kwargs.get("image_embeds"), kwargs.get("attention_mask"), setting
-        )
+        self._refuse_wrong_inputs(prompt, pixel_values, kwargs.get("attention_mask"), setting)
 
         regions = None
         if pixel_values is not None:
@@ -162,18 +162,16 @@ class MedSightGenerationMixin(GenerationMixin):
         )
         logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
         synced = bool(kwargs.get("synced_gpus"))
-        # Processes that wait for each other must all make the same passes, whatever each has cited; and an assistant,
-        # which gets all that this model gets, need not know this.
+        # Processes that wait for each other must all make the same passes, whatever each has cited; an assistant,
+        # which gets all that this model gets, need not know this; and beams change their rows.
         known = regions is not None and not synced and kwargs.get("assistant_model") is None
-        states = StatesOfSteps() if known else None
+        states = StatesOfSteps() if known and (setting("num_beams") or 1) == 1 else None
 
         outputs = super().generate(inputs, generation_config, logits_processor, states=states, **kwargs)
         if not hasattr(outputs, "sequences"):
             return outputs
+        decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions, states, synced)
         beams = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
-        decoded = self._decode_generated(
-            outputs, prompt, kwargs.get("attention_mask"), regions, None if beams else states, synced
-        )
         return (MedSightGenerateBeamOutput if beams else MedSightGenerateOutput)(**outputs, **decoded)
 
     def prepare_inputs_for_generation(
@@ -235,21 +233,20 @@ class MedSightGenerationMixin(GenerationMixin):
         self,
         prompt: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         setting: Any,
     ) -> None:
-        images = pixel_values if pixel_values is not None else image_embeds
-        if images is None:
+        if pixel_values is None:
             if prompt is not None and bool((prompt == self.config.image_token_id).any()):
                 raise ValueError("the prompt has image placeholders but no images were given (pixel_values)")
             return
         if prompt is None:
             raise ValueError("images need input_ids: without them nothing says where the images stand in the prompt")
         placeholders, rows = int((prompt == self.config.image_token_id).sum()), self.config.image_seq_length
-        if placeholders != len(images) * rows:
+        if placeholders != len(pixel_values) * rows:
+            count = len(pixel_values)
             raise ValueError(
-                f"Image features and image tokens do not match: {len(images)} images need {len(images) * rows} image "
+                f"Image features and image tokens do not match: {count} images need {count * rows} image "
                 f"placeholders ({rows} each), the prompt has {placeholders}"
             )
         if attention_mask is not None and attention_mask.shape != prompt.shape:
@@ -265,12 +262,12 @@ class MedSightGenerationMixin(GenerationMixin):
                 )
 
     def _is_sharded(self) -> bool:
-        """Whether parameters are spread over processes, which then must all make the same passes."""
+        """Whether parameters are spread over processes by FSDP2, which then must all make the same passes."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return False
         from torch.distributed.fsdp import FSDPModule
 
-        return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in self.modules())
+        return any(isinstance(module, FSDPModule) for module in self.modules())
 
     @staticmethod
     def _mask_of_padding(prompt: torch.Tensor, pad_id: Any, end_ids: Any) -> torch.Tensor:

@@ -35,7 +35,7 @@ class AxisFit:
 
     @property
     def visible(self) -> tuple[int, int]:
-        """First and last-but-one pixel of the input that show the image."""
+        """Pixels of the input that show the image: the first, and the one after the last."""
         return max(0, self.offset), min(self.size, self.offset + self.scaled)
 
     def to_original(self, position: Position) -> Position:

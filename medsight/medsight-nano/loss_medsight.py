@@ -21,8 +21,7 @@ def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Masks (n, H, W), boolean or in [0, 1], to (n, *size) float32; a pixel becomes the share of it that is
-    covered."""
+    """Masks (n, H, W), boolean or in [0, 1], to (n, *size) float32, by bilinear interpolation with antialiasing."""
     masks = masks.float()
     if masks.shape[-2:] == size or len(masks) == 0:
         return masks.reshape(len(masks), *size)
@@ -62,10 +61,12 @@ class HungarianMatcher(nn.Module):
         ):
             logits, targets = masks.flatten(1).float(), targets.flatten(1).float()
             pixels = logits.shape[1]
-            # BCE of every query with every region: softplus(x) - x * target, summed as one matrix product.
-            bce = (F.softplus(logits).sum(1)[:, None] - logits @ targets.T) / pixels
             probabilities = logits.sigmoid()
-            dice = 1 - (2 * probabilities @ targets.T + 1) / (probabilities.sum(1)[:, None] + targets.sum(1)[None] + 1)
+            with torch.autocast(logits.device.type, enabled=False):  # costs are differences of large sums
+                # BCE of every query with every region: softplus(x) - x * target, summed as one matrix product.
+                bce = (F.softplus(logits).sum(1)[:, None] - logits @ targets.T) / pixels
+                overlap = probabilities @ targets.T
+            dice = 1 - (2 * overlap + 1) / (probabilities.sum(1)[:, None] + targets.sum(1)[None] + 1)
             likelihood = classes.float().softmax(-1)[:, labels]
             cost = self.bce_weight * bce + self.dice_weight * dice - self.class_weight * likelihood
             # Where logits are not finite any pairs will do: the loss says so.

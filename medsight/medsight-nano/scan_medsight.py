@@ -55,7 +55,8 @@ class Scan(ABC):
         files: what is behind it, in slice order for a series; empty for bytes and arrays.
         plane: that a NIfTI volume is cut along: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
         has_window: whether it states a window of its own, for `window="file"`.
-        affine: (4, 4), index into what `to_source` returns -> mm in RAS; `None` where the file does not say.
+        affine: (4, 4), index into what `to_source` returns -> RAS, in mm, or in a NIfTI file's own unit; `None` where
+            the file does not say.
     """
 
     kind: Literal["image", "array", "dicom", "nifti"]

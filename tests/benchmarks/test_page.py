@@ -49,6 +49,14 @@ def test_every_run_stands_in_the_page() -> None:
     assert set(page.RUNS) == {run for run, _, _ in FIGURES}
 
 
+def test_figures_of_another_machine_than_the_table_names_are_left_out() -> None:
+    first, other = record({"ratio": 1.5}), record({"ratio": 2.5})
+    measured = {"cpu-masks-cost": first, "cpu-batches": other, "gpu-batches": other}
+    assert page.render("{cpu-batches ratio} {gpu-batches ratio}", measured) == "2.5 2.5"
+    measured["cpu-masks-cost"] = {**first, "machine": {**MACHINE, "processor": "Another"}}
+    assert page.render("{cpu-batches ratio} {gpu-batches ratio}", measured) == "not measured 2.5"
+
+
 def test_figures_come_from_the_row_that_they_name() -> None:
     measured = {
         "gpu-decoding": record(

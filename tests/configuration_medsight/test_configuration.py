@@ -125,3 +125,11 @@ def test_an_image_block_is_the_patch_rows_and_then_the_region_rows(use_region_em
     assert config.patch_grid == (4, 4)
     assert config.mask_size == (16, 16)
     assert config.image_seq_length == 16 + 5 * use_region_embeddings
+
+
+@pytest.mark.parametrize("name", ["text_config", "vision_config"])
+def test_a_part_without_a_type_is_of_the_default_one(name: str) -> None:
+    default = getattr(MedSightConfig(), name)
+    changed = {"num_hidden_layers": 3} | ({"vocab_size": default.vocab_size} if name == "text_config" else {})
+    part = getattr(MedSightConfig(**{name: changed}), name)
+    assert part.model_type == default.model_type and part.num_hidden_layers == 3

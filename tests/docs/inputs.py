@@ -83,8 +83,7 @@ def draw_masks(root: Path) -> None:
     """A data set in BiomedParse's layout without a manifest: dark ellipses in ultrasound's noise, a patient each."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[:64, :80]
-    number = 0
-    for split, count in (("train", TRAIN), ("test", TEST)):
+    for split, count, number in (("train", TRAIN, 0), ("test", TEST, 100)):
         (root / split).mkdir(parents=True)
         (root / f"{split}_mask").mkdir()
         for _ in range(count):

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from medsight import Predictor
-from medsight.checkpoint import check_checkpoint
+from medsight.checkpoint import check_checkpoint, checkpoint_sha256, choose_device
 
 
 def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:
@@ -119,3 +120,21 @@ def test_the_model_is_loaded_without_running_the_folders_code(
         path.write_text("raise SystemExit('code of a checkpoint folder ran')\n")
     prediction = Predictor(folder, device="cpu")(image_file, "Where?", max_new_tokens=4, force_region=True)
     assert prediction.answer.regions
+
+
+def test_other_files_in_the_folder_do_not_make_it_another_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    before = checkpoint_sha256(folder)
+    (folder / "metrics.json").write_text("{}")
+    assert checkpoint_sha256(folder) == before
+    config = folder / "config.json"
+    config.write_text(config.read_text("utf-8") + "\n")
+    assert checkpoint_sha256(folder) != before
+
+
+@pytest.mark.parametrize("device", ["gpu", "xpu:3", "cuda:4096", "mps"])
+def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ValueError, match=f"device '{device}'"):
+        choose_device(device)

@@ -44,6 +44,18 @@ def test_the_order_of_the_layers_is_the_published_one() -> None:
         assert [type(layer).__name__ for layer in sequence] == names
 
 
+def test_the_nearest_code_is_not_a_rounded_one_under_autocast() -> None:
+    codebook = make_codebook(codes_per_group=12).float()
+    with torch.no_grad():  # codes that lie close together
+        codebook.codes[:] = codebook.codes[:, :1] + 0.003 * torch.randn(codebook.codes.shape)
+    vectors = torch.nn.functional.normalize(codebook.code_table() + 0.001, dim=-1)
+    codebook.to_code = torch.nn.Identity()
+    expected = codebook(vectors, torch.arange(3)).code_indices
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codebook(vectors, torch.arange(3)).code_indices, expected)
+    assert len(expected.unique()) > 4
+
+
 def test_no_code_of_another_group_is_ever_taken() -> None:
     codebook = make_codebook()
     regions = some(1, 6, 16)

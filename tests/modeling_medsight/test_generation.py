@@ -371,6 +371,35 @@ def test_an_answer_forced_to_cite_a_region_does(
     assert all(len(codes) >= 1 and codes.min() >= first for codes in both.region_codes)
 
 
+def test_a_given_configuration_leaves_open_what_the_models_own_says(
+    model: Any, config: MedSightConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """End and padding among it: without these no answer could be forced, and padding would be read."""
+    own = GenerationConfig(eos_token_id=END, pad_token_id=256, max_new_tokens=6, return_dict_in_generate=True)
+    monkeypatch.setattr(model, "generation_config", own)
+    batch = make_batch(config, ["tItt", "It"])
+    del batch["attention_mask"]
+    reluctant = LogitsProcessorList([NeverCites(config, ends=True)])
+    expected = model.generate(**batch, logits_processor=reluctant, force_region=True)
+    given = model.generate(
+        **batch, logits_processor=reluctant, force_region=True, generation_config=GenerationConfig(do_sample=False)
+    )
+    assert all(len(codes) >= 1 for codes in expected.region_codes)
+    assert torch.equal(given.sequences, expected.sequences)
+    for one, other in zip(given.mask_logits, expected.mask_logits, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_code_after_rejected_candidates_is_scored_by_its_own_state(model: Any, config: MedSightConfig) -> None:
+    batch = make_batch(config, ["ttIttt"])
+    batch["input_ids"][0, -2:] = batch["input_ids"][0, :2]  # something to look up, which the script rejects
+    scripts = [[config.region_code_start_id + 1, 5, 7, END]]
+    plain, lookup = say(model, batch, scripts), say(model, batch, scripts, prompt_lookup_num_tokens=3)
+    assert torch.equal(plain.sequences, lookup.sequences) and len(plain.region_codes[0]) == 1
+    torch.testing.assert_close(lookup.region_scores[0], plain.region_scores[0], **CLOSE)
+    torch.testing.assert_close(lookup.mask_logits[0], plain.mask_logits[0], **CLOSE)
+
+
 def test_forcing_changes_nothing_in_an_answer_that_cites_anyway(model: Any, config: MedSightConfig) -> None:
     batch = make_batch(config, ["tItt"])
     code = config.region_code_start_id
@@ -388,6 +417,7 @@ def refusals(config: MedSightConfig) -> list[tuple[dict[str, Any], str]]:
         ({**good, "pixel_values": None}, "placeholders but no images"),
         ({**words, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 0"),
         ({"pixel_values": pixels}, "images need input_ids"),
+        ({**good, "pixel_values": None, "image_embeds": torch.zeros(2, 21, 32)}, "image_embeds: no mask can be drawn"),
         ({"inputs_embeds": torch.zeros(*ids.shape, 32), "pixel_values": pixels}, "images need input_ids"),
         ({**good, "prefill_chunk_size": 8}, "prefill_chunk_size=8 cannot be used with images"),
         ({**good, "token_healing": True}, "token_healing=True cannot be used with images"),
@@ -400,7 +430,7 @@ def refusals(config: MedSightConfig) -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(14))
+@pytest.mark.parametrize("case", range(15))
 def test_what_cannot_give_right_masks_is_refused(model: Any, config: MedSightConfig, case: int) -> None:
     inputs, message = refusals(config)[case]
     with pytest.raises(ValueError, match=message):

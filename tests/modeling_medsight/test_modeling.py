@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from configuration_medsight import MedSightConfig
+from configuration_medsight.remote_code_medsight import AUTO_MAP
 from modeling_medsight import MedSightForConditionalGeneration, MedSightModel
 from modeling_medsight.loss_medsight import code_mask_loss
 from modeling_medsight.region_codes_in_text_medsight import locate_codes
@@ -548,3 +550,10 @@ def test_outputs_come_as_tuples_on_request(model: Any, batch: Inputs) -> None:
     output = model(**batch, return_dict=False)
     assert isinstance(output, tuple)
     torch.testing.assert_close(output[0], model(**batch).logits)
+
+
+@pytest.mark.parametrize("auto_class", [name for name in AUTO_MAP if name.startswith("AutoModel")])
+def test_the_installed_model_is_known_to_every_auto_class_of_a_checkpoint(auto_class: str) -> None:
+    """Else transformers asks whether to run the checkpoint's own code."""
+    config = MedSightConfig.from_preset("tiny", auto_map=AUTO_MAP)
+    assert type(getattr(transformers, auto_class).from_config(config)) is MedSightForConditionalGeneration

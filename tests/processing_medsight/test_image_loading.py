@@ -2,6 +2,7 @@
 
 import base64
 import re
+import socket
 import struct
 import zlib
 from io import BytesIO
@@ -257,3 +258,12 @@ def test_a_long_path_is_named_whole(tmp_path: Path, kind: type) -> None:
     (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=re.escape(str(folder / "broken.png"))):
         load_image(kind(folder / "broken.png"))
+
+
+def test_an_address_that_gives_nothing_is_named() -> None:
+    """A port that nobody listens on, so that no network is needed."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{held.getsockname()[1]}/scan.png"
+        with pytest.raises(ValueError, match="image 1.* cannot be fetched"):
+            MedSightImageProcessor(size=28)([np.zeros((9, 9), dtype=np.uint8), address])

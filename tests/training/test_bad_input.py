@@ -144,21 +144,41 @@ def test_a_conversation_that_is_too_long_is_named_and_not_cut(data: Path, tmp_pa
         train(recipe)
 
 
-def test_too_long_conversations_are_left_out_on_request(data: Path, tmp_path: Path) -> None:
-    from configuration_medsight import MedSightConfig
-    from medsight.training.data.collators import ConversationCollator
-    from tests.tiny_checkpoint import tiny_processor
+def test_too_long_conversations_are_left_out_on_request_however_a_step_is_cut(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A micro-batch of nothing else counts for nothing; what other processes left out is counted, too."""
+    logs: list[dict[str, float]] = []
+    log = StageTrainer.log
 
-    collator = ConversationCollator(tiny_processor(MedSightConfig.from_preset("tiny")), max_length=60)
-    collator.skip_errors = True
-    words = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]
-    long = [words[0], {"role": "assistant", "content": "No. " * 30}]
-    samples = [
-        {"messages": messages, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
-        for messages, name in ((words, "short"), (long, "long"))
-    ]
-    batch = collator(samples)
-    assert batch["files"] == ["short"] and collator.skipped == 1
+    def told(self: StageTrainer, values: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        log(self, values, *args, **kwargs)
+        logs.append(values)
+
+    monkeypatch.setattr(StageTrainer, "log", told)
+    common = {"data": ["plain"], "max_length": 122, "augment": False}
+    steps = []
+    for size, pieces, workers in ((2, 1, 0), (1, 2, 1)):
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": pieces}
+        stage = {**common, **cut, "dataloader_num_workers": workers}
+        recipe = tiny_recipe(
+            data,
+            tmp_path / f"run-{size}",
+            stages={**only("vision_to_text"), "vision_to_text": stage},
+            data={"on_error": "skip", "validation_fraction": 0},
+        )
+        train(recipe)
+        steps.append([step["loss"] for step in steps_of(tmp_path / f"run-{size}", "2_vision_to_text")])
+        assert max(values.get("skipped_items", 0) for values in logs) > 0
+        logs.clear()
+    assert len(steps[0]) == 6 and 0.0 in steps[0] and max(steps[0]) > 1  # a step may be of nothing else, too
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4)
+
+
+def test_a_stage_of_broken_items_alone_says_so(data: Path, tmp_path: Path) -> None:
+    stages = {**only("vision_to_text"), "vision_to_text": {"max_length": 9, "start_at_word_scale": False}}
+    with pytest.raises(ValueError, match=r"2_vision_to_text: every item is broken; the last: .*max_length=9"):
+        train(tiny_recipe(data, tmp_path / "run", stages=stages, data={"on_error": "skip"}))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +189,7 @@ def test_too_long_conversations_are_left_out_on_request(data: Path, tmp_path: Pa
         ({"data": {"classes": ["liver"]}}, "is none of the model's 1 mask classes"),
         ({"stages": {"vision_to_text": {"data": ["plane"]}}}, "unknown key 'plane'; did you mean 'plain'"),
         ({"stages": {"vision_to_text": {"data": []}}}, "a language stage needs data"),
-        ({"stages": {"vision_to_text": {"trainer": "sft", "loss_type": "dft"}}}, "unknown key 'loss_type'"),
+        ({"stages": {"vision_to_text": {"trainer": "sft", "loss_type": "dft"}}}, "loss_type is set by the run itself"),
         ({"model": {"preset": "tyni"}}, "preset='tyni': choose one of"),
         ({"model": {"config": {"num_querys": 3}}}, "num_querys"),
         ({"augmentation": {"rotation": 3}}, "unknown key 'rotation'; did you mean 'rotate'"),

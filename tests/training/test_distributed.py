@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler
 
 from configuration_medsight import MedSightConfig
 from medsight.training.data.collators import ConversationCollator, RegionCollator
+from medsight.training.data.encoding import encode
 from medsight.training.data.sampler import DrawSampler
 from medsight.training.recipe import load_recipe
 from medsight.training.run import STAGES, train
@@ -112,10 +113,13 @@ def conversation_samples(config: MedSightConfig) -> list[dict[str, Any]]:
         masks = torch.rand(codes, *config.mask_size, generator=generator)
         samples.append(
             {
-                "messages": [
-                    {"role": "user", "content": "<image>" * images + "What is seen" + "?" * number},
-                    {"role": "assistant", "content": f"{'So ' * number}this: {cited}."},
-                ],
+                "encoded": encode(
+                    [
+                        {"role": "user", "content": "<image>" * images + "What is seen" + "?" * number},
+                        {"role": "assistant", "content": f"{'So ' * number}this: {cited}."},
+                    ],
+                    tiny_processor(config),
+                ),
                 "pixel_values": [torch.randn(3, config.image_size, config.image_size, generator=generator)] * images,
                 "mask_labels": masks if decoded else None,
                 "code_classes": torch.arange(codes) - int(number == 4),  # one of the three has no known class

@@ -1,5 +1,6 @@
 """Samples and batches: as in inference, a pure function of row, seed and draw."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from medsight.training.data.groups import Groups
 from medsight.training.data.items import ConversationItems, Items, Places, RegionItems, Skipped
 from medsight.training.data.schema import CONVERSATION_FEATURES
 from medsight.training.data.sources import Source, load_source
+from medsight.training.language import first_answer
 from tests.tiny_checkpoint import tiny_processor
 
 
@@ -152,8 +154,7 @@ def test_masks_that_do_not_match_codes_are_refused_by_name(places: Places, drawn
         ConversationItems(rows, places)[0]
     skipped = ConversationItems(rows, places, skip_errors=True)[0]
     assert isinstance(skipped, Skipped) and "2_CT_torso.png" in skipped.reason
-    with pytest.raises(ValueError, match="every item of a batch is broken.*2_CT_torso"):
-        ConversationCollator(places.processor)([skipped])
+    assert ConversationCollator(places.processor)([skipped]) == {"files": [], "skipped": 1}
 
 
 def test_region_batches_ask_classes_and_match_at_least_one_image(places: Places, regions: Any) -> None:
@@ -173,3 +174,22 @@ def test_text_only_conversations_have_no_image(places: Places, drawn_data: Path)
     assert "pixel_values" not in batch and "mask_labels" not in batch
     assert (batch["input_ids"] != places.config.image_token_id).all()
     assert torch.equal(batch["labels"], batch["input_ids"])
+
+
+def test_pictures_are_moved_alike_with_and_without_a_codebook(places: Places, regions: Any) -> None:
+    """So that an ablation of the codebook changes nothing else: which groups are sided does not depend on it."""
+    config = copy.deepcopy(places.config)
+    config.use_region_codebook = False
+    without = Places(places.processor, config, places.groups)
+    augmenter = Augmenter(Augmentation(), sided_groups={0})
+    one, other = (RegionItems(regions, some, augmenter=augmenter) for some in (places, without))
+    for draw in range(2 * len(regions)):
+        assert torch.equal(one[draw]["pixel_values"], other[draw]["pixel_values"])
+    assert {one[draw]["group"] for draw in range(len(regions))} == {0, 1, 2}
+    assert {other[draw]["group"] for draw in range(len(regions))} == {0}
+
+
+def test_the_first_answer_ends_where_the_user_speaks_again() -> None:
+    labels = torch.tensor([-100, -100, 5, 6, -100, 7, 8, -100])
+    assert first_answer(labels).tolist() == [5, 6]
+    assert first_answer(labels[:4]).tolist() == [5, 6]

@@ -38,6 +38,8 @@ def test_values_come_from_the_file_and_from_overrides(recipe_file: Path) -> None
         ("seed=three", "seed: expected int, got 'three'"),
         ("data.validation_fraction=much", "validation_fraction: expected a number, got 'much'"),
         ("data.validation_fraction=1.5", "validation_fraction=1.5: expected 0 to below 1"),
+        ("model.dtype=bf16", "model.dtype='bf16': choose one of float32, bfloat16, float16"),
+        ("model.save_dtype=half", "model.save_dtype='half': choose one of"),
         ("data.on_error=ignore", "on_error='ignore': choose stop or skip"),
         ("model={}", "model: give a preset, to train from nothing, or a folder"),
         ("seed.x=3", "--set seed.x=3: seed .* is not a mapping"),
@@ -55,7 +57,10 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Path, change: str, message: 
     [
         ("stages.percever={}", "'percever'; did you mean 'perceiver'"),
         ("stages.perceiver.lerning_rate=1", "'lerning_rate'; did you mean 'learning_rate'"),
-        ("stages.perceiver.output_dir=/tmp", "unknown key 'output_dir'"),
+        ("stages.perceiver.output_dir=/tmp", "perceiver: output_dir is set by the run itself"),
+        ("stages.text_to_vision.weight_decay=0.1", "text_to_vision: weight_decay=0.1 would shrink the rows of all"),
+        ("stages.perceiver.load_best_model_at_end=true", "load_best_model_at_end is set by the run itself"),
+        ("training.label_smoothing_factor=0.1", "training: label_smoothing_factor is set by the run itself"),
         ("stages.perceiver.trainer=mine", "trainer='mine': choose trainer or sft"),
         ("stages.perceiver.learning_rate=fast", "learning_rate: expected a number, got 'fast'"),
         ("stages.unified={method: qloora}", "method='qloora': choose full, lora or qlora"),
@@ -112,3 +117,15 @@ def test_differences_are_told_by_their_full_names_and_how_a_run_is_carried_out_i
         "training.tf32: None -> True",
         "stages.a.max_steps: 1 -> 2",
     ]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_another_schedule_needs_nothing_of_the_default_one(recipe_file: Path, schedule: str) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    _, arguments = stage_settings(load_recipe(recipe_file, [f"training.lr_scheduler_type={schedule}"]))["perceiver"]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    options = {"scheduler_specific_kwargs": arguments["lr_scheduler_kwargs"]}
+    assert arguments["lr_scheduler_type"] == schedule
+    assert get_scheduler(schedule, optimizer, 1, 10, **options).get_last_lr()[0] <= 1.0

@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from medsight import Predictor
-from medsight.training.recipe import load_recipe
+from medsight.training.recipe import Recipe, build, load_recipe
 from medsight.training.run import STAGES, train
 from medsight.training.run_folder import lock
 from medsight.training.trainer import StageTrainer, checkpoints
@@ -264,3 +266,106 @@ def test_stage_2_under_trl(unbroken: Path, drawn_data: Path, tmp_path: Path) -> 
     before, after = weights(folder), weights(train(load_recipe(path)))
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if name.startswith(TRAINED["2_vision_to_text"])}
+
+
+def test_a_run_stopped_after_the_last_step_of_a_stage_trains_no_further_one(
+    unbroken: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medsight.training import run
+
+    recipe = tiny_recipe(drawn_data, tmp_path / "run", stages=only("perceiver"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(run, "finish_stage", lambda *args: (_ for _ in ()).throw(RuntimeError("power cut")))
+        train(recipe)
+    folder = tmp_path / "run" / "stages" / "1_perceiver"
+    assert checkpoints(folder)[-1].name == "checkpoint-6"
+    before = weights(checkpoints(folder)[-1])
+    train(recipe)
+    after = weights(folder / "model")
+    assert len(steps_of(tmp_path / "run", "1_perceiver")) == 6
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_step_may_be_cut_otherwise_but_not_be_of_another_size(unbroken: Path, drawn_data: Path) -> None:
+    def cut(size: int, pieces: int) -> dict[str, Any]:
+        return {"perceiver": {"per_device_train_batch_size": size, "gradient_accumulation_steps": pieces}}
+
+    train(tiny_recipe(drawn_data, unbroken, stages=cut(1, 3)))
+    with pytest.raises(ValueError, match=r"samples a step .* of perceiver: 3 -> 4"):
+        train(tiny_recipe(drawn_data, unbroken, stages=cut(2, 2)))
+    environment = unbroken / "environment.json"
+    told = environment.read_text("utf-8")
+    environment.write_text(told.replace('"processes": 1', '"processes": 2'), encoding="utf-8")
+    try:
+        with pytest.raises(ValueError, match=r"samples a step .* of perceiver: 6 -> 3"):
+            train(tiny_recipe(drawn_data, unbroken))
+    finally:
+        environment.write_text(told, encoding="utf-8")
+
+
+def conversations_alone(unbroken: Path, folder: Path) -> Recipe:
+    """A recipe of stage 2 that starts from a checkpoint and reads words and a picture of one's own, no masks."""
+    picture = folder / "picture.png"
+    Image.fromarray(np.full((20, 30), 90, dtype=np.uint8)).save(picture)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A grey square."}]
+    items = [{"id": str(number), "image": picture.name, "conversations": turns} for number in range(4)]
+    (folder / "own.json").write_text(json.dumps(items), encoding="utf-8")
+    values = tiny_values(
+        folder,
+        folder / "run",
+        model={"folder": str(unbroken / "model"), "preset": None},
+        data={"conversations": {"own": {"layout": "llava", "path": str(folder / "own.json")}}},
+        stages={**only("vision_to_text"), "vision_to_text": {"data": ["own"]}},
+    )
+    return build(Recipe, {**values, "data": {**values["data"], "regions": [], "validation_fraction": 0}}, "a test")
+
+
+def test_conversations_need_no_images_with_masks(unbroken: Path, tmp_path: Path) -> None:
+    assert (train(conversations_alone(unbroken, tmp_path)) / "model.safetensors").is_file()
+
+
+def test_a_stage_goes_on_only_with_the_conversations_that_it_began_with(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = conversations_alone(unbroken, tmp_path)
+    step = StageTrainer.training_step
+
+    def stopped(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageTrainer, "training_step", stopped)
+        train(recipe)
+    own = tmp_path / "own.json"
+    told = own.read_text("utf-8")
+    own.write_text(told.replace("A grey square.", "A grey circle."), encoding="utf-8")
+    with pytest.raises(ValueError, match="the data have changed since .*2_vision_to_text began"):
+        train(recipe)
+    own.write_text(told, encoding="utf-8")
+    train(recipe)
+
+
+def test_one_process_takes_one_gpu_of_several(
+    drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else Trainer divides every batch over them by DataParallel, which leaves lists of masks whole."""
+    from transformers import TrainingArguments
+
+    from medsight.training.run import stage_settings, training_arguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu") or 4))
+    recipe = tiny_recipe(drawn_data, tmp_path / "run", stages=only("perceiver"))
+    arguments = training_arguments(tmp_path, *stage_settings(recipe)["perceiver"], recipe)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 3
+    assert "one GPU of 4" in caplog.text
+
+
+def test_a_recipe_trains_in_one_precision_whatever_its_trainer(drawn_data: Path, tmp_path: Path) -> None:
+    from medsight.training.run import stage_settings, training_arguments
+
+    for trainer in ("trainer", "sft"):
+        recipe = tiny_recipe(drawn_data, tmp_path / "run", stages={"unified": {"trainer": trainer}})
+        arguments = training_arguments(tmp_path, *stage_settings(recipe)["unified"], recipe)
+        assert (arguments.bf16, arguments.fp16, arguments.gradient_checkpointing) == (False, False, False)

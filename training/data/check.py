@@ -192,7 +192,7 @@ def parse_condition(text: str) -> tuple[str, Any]:
 
 
 def read_targets(path: str | Path) -> list[str]:
-    """Names of targets from a file: a JSON list, or a line a name.
+    """Names of targets from a file: a JSON list, or one name per line.
 
     Raises:
         OSError: the file cannot be read.

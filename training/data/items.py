@@ -17,6 +17,7 @@ from modeling_medsight.loss_medsight import resize_masks
 
 from .augmentation import Augmenter
 from .conversations import code_images
+from .encoding import encode
 from .groups import Groups
 from .pictures import picture_name, read_mask, read_picture
 from .schema import IMAGE_MARKER
@@ -189,8 +190,8 @@ class RegionItems(Items):
         masks = places.load_masks(row["masks"], [size] * len(row["masks"]))
         classes = torch.tensor([places.class_of(target, name) for target in row["targets"]], dtype=torch.long)
         absent = torch.tensor(places.absent_classes(row["absent"], row["targets"]), dtype=torch.long)
-        group = places.group(row)
-        pixels, masks = places.augment(self.augmenter, pixels, masks, group, row["targets"], generator)
+        sided = places.groups.index(row["modality"], row["site"])  # which a model without a codebook has, too
+        pixels, masks = places.augment(self.augmenter, pixels, masks, sided, row["targets"], generator)
         count = (
             0
             if not len(masks)
@@ -200,7 +201,7 @@ class RegionItems(Items):
             "pixel_values": pixels,
             "mask_labels": masks,
             "class_labels": classes,
-            "group": group,
+            "group": places.group(row),
             "asked": torch.cat((classes[torch.randperm(len(masks), generator=generator)[:count]], absent)),
             "chance": torch.rand(1, generator=generator).item(),
             "matched": self.matched_share,
@@ -216,11 +217,26 @@ class ConversationItems(Items):
     Args:
         mask_share: chance of a conversation to have its codes decoded to masks.
         text_only: leave images, codes and masks out (stage 0).
+        max_length: longest conversation in tokens; a longer one is an error naming it, never cut.
     """
 
-    def __init__(self, *args: Any, mask_share: float = 1.0, text_only: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        mask_share: float = 1.0,
+        text_only: bool = False,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.mask_share, self.text_only = mask_share, text_only
+        self.mask_share, self.text_only, self.max_length = mask_share, text_only, max_length
+
+    def encoded(self, messages: list[dict[str, str]], name: str) -> tuple[list[int], list[int]]:
+        """Token ids, and 1 where one is the assistant's."""
+        ids, spoken = encode(messages, self.places.processor)
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise ValueError(f"{name}: the conversation has {len(ids)} tokens, more than max_length={self.max_length}")
+        return ids, spoken
 
     def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         name = picture_name(row["images"][0]) if row["images"] else f"conversation {row['id']}"
@@ -228,7 +244,8 @@ class ConversationItems(Items):
             messages = [
                 {**turn, "content": turn["content"].replace(IMAGE_MARKER, "").strip()} for turn in row["messages"]
             ]
-            return {"messages": messages, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
+            encoded = self.encoded(messages, name)
+            return {"encoded": encoded, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
         places = self.places
         loaded = [places.load_image(entry) for entry in row["images"]]
         owners = code_images(row["messages"])
@@ -246,7 +263,7 @@ class ConversationItems(Items):
             masks = resize_masks(masks, places.config.mask_size)
         decoded = torch.rand(1, generator=generator).item() < self.mask_share
         return {
-            "messages": row["messages"],
+            "encoded": self.encoded(row["messages"], name),
             "pixel_values": all_pixels,
             "mask_labels": masks if decoded or not len(masks) else None,
             "code_classes": torch.tensor(classes, dtype=torch.long),

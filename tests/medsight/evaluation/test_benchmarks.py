@@ -29,6 +29,9 @@ def test_published_sizes_are_declared() -> None:
     declared = load_declarations()
     assert {name: declared[name].expected_rows for name in EXPECTED_ROWS} == EXPECTED_ROWS
     assert declared["omnimedvqa"].expected_shards == 7
+    assert {name for name, one in declared.items() if one.expected_rows} == set(
+        EXPECTED_ROWS
+    )  # own data are of any size
 
 
 @pytest.mark.parametrize("name", load_declarations())
@@ -59,8 +62,8 @@ def test_a_wrong_declaration_is_refused(declare: Callable[..., Path], changed: d
         load_benchmark(str(declare("vqa-rad", **changed)))
 
 
-def test_another_row_count_is_refused_unless_it_is_allowed(regions: Path) -> None:
-    benchmark = load_benchmark("segmentation")
+def test_another_row_count_is_refused_unless_it_is_allowed(declare: Callable[..., Path], regions: Path) -> None:
+    benchmark = load_benchmark(str(declare("segmentation", expected_rows=452)))
     items, shards = read_items(benchmark, regions)
     with pytest.raises(ValueError, match="9 rows where 452 are expected.*--allow-row-count"):
         check_counts(benchmark, items, shards, allow=False)

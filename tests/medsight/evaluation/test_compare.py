@@ -95,6 +95,18 @@ def test_evaluations_that_cannot_be_paired_are_refused(
         compare(evaluation("a", [0.5] * 4), evaluation("b", [0.5] * 4, **changed))
 
 
+def test_a_separator_of_lines_in_an_answer_is_not_one_of_rows(evaluation: Callable[..., Path]) -> None:
+    first, second = evaluation("a", [0.5, 0.7]), evaluation("b", [0.5, 0.6])
+    scores = first / "scores.jsonl"
+    rows = [
+        json.loads(line) | {"answer": "one\u2028two\x85three"}
+        for line in scores.read_text("utf-8").split("\n")
+        if line
+    ]
+    scores.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert compare(first, second)["n"] == 2
+
+
 def test_other_rows_and_other_folders_are_refused(evaluation: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not have the same rows"):
         compare(evaluation("a", [0.5] * 4), evaluation("b", [0.5] * 5))

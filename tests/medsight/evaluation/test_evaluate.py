@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_a_model_without_a_group_of_that_name_has_no_right_codes_and_says_so(
         ({"reference_codes": ["[C0_1]", "[C0_2]"]}, "#liver: 2 reference codes for 1 reference masks"),
         ({"reference_codes": ["red"]}, "line 1: reference_codes: 'red' is not a region code"),
         ({"reference_codes": "[C0_1]"}, "expected a list of region codes in 'reference_codes'"),
-        ({"reference_codes": ["[C0_1]"], "codes": ["red"]}, "#liver: 'red' is not a region code"),
+        ({"reference_codes": ["[C0_1]"], "codes": ["red"]}, "line 1: codes: 'red' is not a region code"),
         ({"group": 3}, "line 1: expected text in 'group', got 3"),
     ],
 )
@@ -218,13 +219,48 @@ def test_an_empty_answer_is_scored_and_listed(
 def test_a_set_of_another_size_says_so_in_the_output(
     evaluate: Evaluate, declare: Callable[..., Path], regions: Path, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
-    arguments = (declare("segmentation"), regions, tmp_path / "out", "--predictions", str(saved()))
+    declared = declare("segmentation", expected_rows=452)
+    arguments = (declared, regions, tmp_path / "out", "--predictions", str(saved()))
     status, printed = evaluate(*arguments)
     assert status == 1 and "9 rows where 452 are expected" in printed
     status, printed = evaluate(*arguments, "--allow-row-count")
     assert status == 0
     assert any("not comparable" in note for note in metrics_of(tmp_path / "out")["notes"])
     assert "not comparable" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_figures_by_another_protocol_are_not_replaced_unasked(
+    evaluate: Evaluate, segmentation: Path, regions: Path, tmp_path: Path
+) -> None:
+    assert evaluate(segmentation, regions, tmp_path / "out")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--masks", "biomedparse")
+    assert status == 1 and "holds figures by another protocol" in printed
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert evaluate(segmentation, regions, tmp_path / "out", "--masks", "biomedparse", "--overwrite")[0] == 0
+    assert metrics_of(tmp_path / "out")["protocol"]["masks"] == "biomedparse"
+
+
+def test_rows_of_absent_structures_alone_are_scored_and_reported(
+    evaluate: Evaluate, regions: Path, saved: Callable[..., Path], tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    manifest = [json.loads(line) for line in (regions / "manifest.jsonl").read_text("utf-8").splitlines()]
+    absent = [row for row in manifest if row["split"] == "test" and not row["mask"]]
+    data = shutil.copytree(regions, tmp_path / "data")
+    write_lines(data / "manifest.jsonl", absent)
+    names = {f"{row['image']}#{row['target']}" for row in absent}
+
+    def cite(records: list[dict[str, Any]]) -> None:
+        records[:] = [record for record in records if record["id"] in names]
+        records[0] |= {"masks": [encode_mask(np.zeros((9, 9), dtype=bool))], "codes": ["[C0_1]"]}
+
+    status, printed = evaluate("segmentation", data, tmp_path / "out", "--predictions", str(saved(cite)))
+    assert status == 0, printed
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["negatives"]["no_region_rate"]["value"] == 1 - 1 / len(names)
+    assert metrics["negatives"]["false_mask_rate"]["value"] == 0.0  # the mask is empty
+    assert "false_mask_rate" not in metrics["codes"]["answers"]
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_limit_keeps_the_first_rows_and_says_so(

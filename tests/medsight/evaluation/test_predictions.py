@@ -86,6 +86,13 @@ def test_appending_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
         ('{"id": "b", "answer": null}', "line 2: expected text in 'answer'"),
         ('{"id": "b", "answer": "", "masks": {}}', "line 2: expected a list in 'masks'"),
         ('{"id": "b", "answer": "", "codes": ["[C0_1]"]}', "line 2: 1 codes for 0 masks"),
+        (
+            '{"id": "b", "answer": "", "masks": [{}], "codes": [5]}',
+            "line 2: expected a list of region codes in 'codes'",
+        ),
+        ('{"id": "b", "answer": "", "masks": [{}], "codes": ["SEG1"]}', "line 2: codes: 'SEG1' is not a region code"),
+        ('{"id": "b", "answer": "", "masks": [{}], "groups": [2]}', "line 2: expected text in 'groups', got 2"),
+        ('{"id": "b", "answer": "", "masks": [{}], "scores": ["x"]}', "line 2: expected numbers in 'scores', got 'x'"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, message: str) -> None:

@@ -260,7 +260,6 @@ def test_the_shipped_model_gives_real_images_the_same_answers_in_any_batch(tmp_p
     if not data.is_dir():
         pytest.skip(f"real images are not here: there is no folder {data} (MEDSIGHT_SHARED names another)")
     items, _ = read_items(load_benchmark("segmentation"), data)
-    assert len(items) == load_benchmark("segmentation").expected_rows
     checkpoint = load_for_evaluation(shipped_checkpoint(), SETTINGS, "cpu")
     chosen = items[::19]
     alone = answered(chosen, checkpoint, tmp_path / "1", 1)
