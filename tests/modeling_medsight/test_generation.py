@@ -435,7 +435,7 @@ def test_what_cannot_give_right_masks_is_refused(model: Any, config: MedSightCon
     inputs, message = refusals(config)[case]
     with pytest.raises(ValueError, match=message):
         generate(model, inputs)
-    assert len(refusals(config)) == 14
+    assert len(refusals(config)) == 15
 
 
 def test_only_the_new_turn_on_an_old_cache_is_refused(model: Any, config: MedSightConfig) -> None:
