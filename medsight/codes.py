@@ -42,10 +42,11 @@ def command(
     """
     from medsight import __version__
     from medsight.evaluation.codes import describe_codes, meanings_to_json
-    from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation, write_json
+    from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation
     from medsight.evaluation.scored_run import codebook_of
     from medsight.training.data.annotate import load_groups, match_groups
     from medsight.training.data.sources import Source, detect_layout, kind_of, load_source
+    from medsight.whole_files import write_json
 
     folder = Path(model)
     check_checkpoint(folder)

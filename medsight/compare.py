@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """Show paired differences between two evaluations of the same benchmark, data, prompts and protocol."""
     from medsight.evaluation.compare import compare, comparison_text
-    from medsight.evaluation.runner import write_json
+    from medsight.whole_files import write_json
 
     with results(as_json) as out:
         result = compare(Path(a), Path(b), seed)

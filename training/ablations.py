@@ -169,10 +169,11 @@ def run(
     Raises:
         OSError, ValueError: see `medsight.training.run.train`.
     """
+    from medsight.whole_files import write_json, write_text
+
     from .corpus import read_corpus
     from .held_out import figures, held_out_items
     from .run import train
-    from .run_folder import write_json, write_text
 
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
     corpora = {seed: read_corpus(dataclasses.replace(recipe, seed=seed)) for seed in seeds}

@@ -153,13 +153,14 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         }
         fixed = {"output_dir", *FIXED, *FIXED_SFT} - {*own}  # no argument of `TrainingArguments` is in the last
         known = [*own, *(name for name in arguments if name not in fixed)]
-        for where, given in (("training", recipe.training), (f"stages.{key}", values)):
-            for name in fixed & given.keys():
+        for where, some in (("training", recipe.training), (f"stages.{key}", values)):
+            for name in fixed & some.keys():
                 raise ValueError(f"{where}: {name} is set by the run itself; leave it out")
-            refuse_unknown(given, known, where)
-        chosen = {**DEFAULTS, **recipe.training, **values}
-        if "lr_scheduler_type" in recipe.training or "lr_scheduler_type" in values:
-            chosen["lr_scheduler_kwargs"] = {**recipe.training, **values}.get("lr_scheduler_kwargs")
+            refuse_unknown(some, known, where)
+        given = {**recipe.training, **values}
+        chosen = {**DEFAULTS, **given}
+        if "lr_scheduler_type" in given:  # the default arguments are the default schedule's
+            chosen["lr_scheduler_kwargs"] = given.get("lr_scheduler_kwargs")
         if chosen.get("weight_decay") and not kind.decays:
             raise ValueError(
                 f"stages.{key}: weight_decay={chosen['weight_decay']} would shrink the rows of all words, where this "
@@ -248,12 +249,8 @@ def run_stage(
     folder = output / "stages" / kind.folder
     on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     model, processor = load_folder(start, recipe, own)
-    groups_differ = model.config.use_region_codebook and corpus.groups.names != list(model.config.group_names)
-    if groups_differ and reads_regions(kind, own, recipe):
-        raise ValueError(
-            f"data.groups names the groups {corpus.groups.names}, but those of the model, whose order counts, are "
-            f"{list(model.config.group_names)}: name all of these"
-        )
+    if reads_regions(kind, own, recipe):
+        refuse_other_groups(corpus, model.config)
     places = Places(processor, model.config, corpus.groups, recipe.data.keep_in_memory)
     stage = kind(own, places, recipe.seed)
     last = checkpoints(folder)
@@ -296,6 +293,15 @@ def run_stage(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     on_main(lambda: finish_stage(folder, model, processor, weights, metrics))
+
+
+def refuse_other_groups(corpus: Corpus, config: MedSightConfig) -> None:
+    """Raise ValueError where the data's code groups are not those of a model with a codebook, in their order."""
+    if config.use_region_codebook and corpus.groups.names != list(config.group_names):
+        raise ValueError(
+            f"data.groups names the groups {corpus.groups.names}, but those of the model, whose order counts, are "
+            f"{list(config.group_names)}: name all of these"
+        )
 
 
 def stage_items(stage: Stage, recipe: Recipe, corpus: Corpus, output: Path, split: str) -> Items:

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import GenerationConfig, TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
+from medsight.whole_files import write_json, write_text
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.processing_medsight import MedSightProcessor
 
@@ -239,14 +240,3 @@ def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
     # A small model is stored in half the bytes and still computes in float32.
     model.config.dtype = torch.float32 if recipe.model.dtype == "float32" else dtype
     save_folder(model, processor, folder, stored)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)

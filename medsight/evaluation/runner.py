@@ -4,7 +4,6 @@ Greedy decoding, in double precision on the CPU and in single on a GPU unless as
 masks do not depend on what else is in the batch, and one process and several give the same file.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from medsight.evaluation.predictions import (
     read_predictions,
 )
 from medsight.evaluation.reference_codes import ReferenceCodes
+from medsight.whole_files import write_json
 
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
@@ -120,21 +120,6 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
         return
     output.mkdir(parents=True, exist_ok=True)
     write_json(previous, described)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def answer_items(

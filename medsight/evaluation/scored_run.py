@@ -9,6 +9,7 @@ from typing import Any
 from medsight.checkpoint import check_checkpoint, read_json, shipped_checkpoint
 from medsight.console import quiet_transformers
 from medsight.metrics.mask_dice.mask_counts import PRESETS
+from medsight.whole_files import write_json, write_text
 
 from .benchmarks import Benchmark, check_counts
 from .figures import METRICS
@@ -24,8 +25,6 @@ from .runner import (
     describe_run,
     load_for_evaluation,
     prepare_output,
-    write_json,
-    write_text,
 )
 from .scoring import Protocol, score_rows
 from .summary import summarise

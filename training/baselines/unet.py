@@ -289,7 +289,7 @@ def run(
     from medsight.output_folder import staged_folder
     from medsight.training.corpus import read_corpus
     from medsight.training.recipe import load_recipe
-    from medsight.training.run_folder import write_json
+    from medsight.whole_files import write_json
 
     if output.exists():
         raise FileExistsError(f"{output} exists; name another output")

@@ -190,8 +190,8 @@ class RegionItems(Items):
         masks = places.load_masks(row["masks"], [size] * len(row["masks"]))
         classes = torch.tensor([places.class_of(target, name) for target in row["targets"]], dtype=torch.long)
         absent = torch.tensor(places.absent_classes(row["absent"], row["targets"]), dtype=torch.long)
-        sided = places.groups.index(row["modality"], row["site"])  # which a model without a codebook has, too
-        pixels, masks = places.augment(self.augmenter, pixels, masks, sided, row["targets"], generator)
+        group = places.groups.index(row["modality"], row["site"])  # also of a model without a codebook
+        pixels, masks = places.augment(self.augmenter, pixels, masks, group, row["targets"], generator)
         count = (
             0
             if not len(masks)
