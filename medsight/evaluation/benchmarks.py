@@ -36,11 +36,17 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         from medsight.evaluation.readers import NEEDED_FIELDS, OPTIONAL_FIELDS, READERS
+        from medsight.evaluation.region_items import ASKS, DEFAULT_INTENTS
 
         if self.task not in TASKS:
             raise ValueError(f"benchmark {self.name}: task {self.task!r}, expected one of {', '.join(TASKS)}")
         if self.layout not in READERS:
             raise ValueError(f"benchmark {self.name}: layout {self.layout!r}, expected one of {', '.join(READERS)}")
+        if self.layout == "biomedparse" and (self.intent or DEFAULT_INTENTS.get(self.task)) not in ASKS:
+            raise ValueError(
+                f"benchmark {self.name}: intent {self.intent!r} of a {self.task} task: expected one of "
+                f"{', '.join(ASKS)}"
+            )
         wanted = {"vqa": {"answers"}, "segment": {"masks"}, "diagnose": {"answers", "masks"}}[self.task]
         if set(self.protocol) != wanted:
             raise ValueError(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from medsight.evaluation.benchmarks import Benchmark
 
 
+CLOSED, OPEN = "CLOSED", "OPEN"
+
+
 @dataclass(frozen=True)
 class Item:
     """One row of a benchmark.
@@ -27,9 +30,10 @@ class Item:
         answer: the reference answer, for questions and diagnoses.
         answer_type: "CLOSED" or "OPEN", for questions and diagnoses.
         options: what can be chosen from, in multiple choice, else empty.
-        target: the structure asked for, or that shows the diagnosis.
+        target: the structure asked for, or that shows the diagnosis; several structures in words.
         absent: whether the right answer has no mask.
         masks: reference masks of the target, pictures; several where it has several parts.
+        mask_targets: what each mask shows, where an answer's masks are told apart by what it calls them; else empty.
         codes: the region codes that the data set itself gives to them, as `medsight data annotate` does; None where it
             gives none. They mean something within the codebook that wrote them alone.
         spacing_mm: (row, column) size of a pixel in millimetres, where known.
@@ -47,6 +51,7 @@ class Item:
     target: str | None = None
     absent: bool = False
     masks: tuple[dict[str, Any], ...] = ()
+    mask_targets: tuple[str, ...] = ()
     codes: tuple[str, ...] | None = None
     spacing_mm: tuple[float, float] | None = None
     dataset: str = "-"
@@ -82,7 +87,7 @@ class Words(NamedTuple):
 def read_items(
     benchmark: "Benchmark", path: str | Path, held_out_prompts: bool = False, seed: int = 0
 ) -> tuple[list[Item], int]:
-    """All items of a benchmark, in the order of its files; pictures are not opened.
+    """All items of a benchmark, in the order of its files; pictures are opened where an answer lies in them alone.
 
     Args:
         path: the folder, or file, with the benchmark's data.
@@ -151,6 +156,12 @@ def relative(path: str | Path, root: Path) -> str:
     if absolute.is_relative_to(root.absolute()):
         return absolute.relative_to(root.absolute()).as_posix()
     return "/".join(absolute.parts[-3:])
+
+
+def origin_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an item that say where its row comes from; "-" for data set, modality or site that is unknown."""
+    known = {name: row.get(name) or "-" for name in ("dataset", "modality", "site")}
+    return {**known, "patient": row.get("patient"), "label_origin": row.get("label_origin")}
 
 
 @functools.cache

@@ -3,11 +3,12 @@
 import ast
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsight.evaluation.items import Item, Words, relative, wordings
+from medsight.evaluation.items import CLOSED, OPEN, Item, Words, origin_of, relative
+from medsight.evaluation.region_items import region_items
 from medsight.training.data.records import as_text, json_records, parquet_records, required
 from medsight.training.data.schema import IMAGE_MARKER
 
@@ -16,114 +17,9 @@ if TYPE_CHECKING:
     from medsight.evaluation.benchmarks import Benchmark
 
 YES_NO = ("yes", "no")
-CLOSED, OPEN = "CLOSED", "OPEN"
 CODE = re.compile(r"\[C\d+_\d+\]|\[SEG\]")
 NEEDED_FIELDS = ("id", "question", "answer", "image", "masks")
 OPTIONAL_FIELDS = ("target", "dataset", "modality", "site", "patient", "label_origin")
-
-
-def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `REGION_FEATURES` of the benchmark's split; the first bad one raises."""
-    from medsight.training.data.sources import Source, iterate
-
-    for item in iterate(Source("biomedparse", str(path), split=benchmark.split)):
-        if item.error is not None:
-            raise item.error
-        assert item.row is not None
-        yield item.row
-
-
-def spacings(path: Path) -> dict[tuple[str, str], tuple[float, float]]:
-    """Pixel sizes in mm by (image, target), where a manifest tells them of a picture or of an isotropic volume."""
-    found: dict[tuple[str, str], tuple[float, float]] = {}
-    for manifest in [path] if path.is_file() else [path / "manifest.jsonl", *sorted(path.glob("*/manifest.jsonl"))]:
-        for _, record in json_records(manifest) if manifest.is_file() else ():
-            if isinstance(record, ValueError) or not isinstance(record.get("voxel_mm"), list):
-                continue
-            image, target = record.get("image"), record.get("target")
-            if not isinstance(image, str) or not isinstance(target, str):
-                continue  # the rows' own reader says so
-            size = [float(value) for value in record["voxel_mm"]]
-            # A slice of a volume with unequal voxels may lie along any axis, so its pixels' size is not known.
-            if len(size) == 2 or (len(size) == 3 and len(set(size)) == 1):
-                found[str(manifest.parent / image), target] = (size[0], size[1])
-    return found
-
-
-def _segment_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
-    """One row per image and structure, absent ones too; or, for a diagnose task, per image with a diagnosis."""
-    if benchmark.task == "diagnose":
-        return _diagnose_items(benchmark, path, words)
-    sizes, items = spacings(path), []
-    datasets = set()
-    for row in region_rows(benchmark, path):
-        datasets.add(row["dataset"])
-        image = relative(row["image"]["path"], path)
-        for target in [*dict.fromkeys(row["targets"]), *row["absent"]]:
-            identity = f"{image}#{target}"
-            masks = [mask for mask, name in zip(row["masks"], row["targets"], strict=True) if name == target]
-            items.append(
-                Item(
-                    id=identity,
-                    prompt=words.prompt(identity, _fields(row, target)),
-                    images=(row["image"],),
-                    target=target,
-                    absent=not masks,
-                    masks=tuple(masks),
-                    spacing_mm=sizes.get((row["image"]["path"], target)),
-                    **_origin(row),
-                )
-            )
-    return items, len(datasets)
-
-
-def _diagnose_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
-    from medsight.evaluation.diagseg import diagnosis_of
-
-    sizes, items = spacings(path), []
-    datasets = set()
-    for row in region_rows(benchmark, path):
-        diagnosis = diagnosis_of(row)
-        if diagnosis is None:
-            continue
-        datasets.add(row["dataset"])
-        identity = relative(row["image"]["path"], path)
-        target = " and ".join(diagnosis.targets) or (row["absent"][0] if row["absent"] else diagnosis.answer)
-        items.append(
-            Item(
-                id=identity,
-                prompt=words.prompt(identity, _fields(row, target)),
-                images=(row["image"],),
-                answer=diagnosis.answer,
-                answer_type=OPEN,
-                target=target,
-                absent=not diagnosis.masks,
-                masks=tuple(row["masks"][index] for index in diagnosis.masks),
-                spacing_mm=sizes.get((row["image"]["path"], target)),
-                **_origin(row),
-            )
-        )
-    return items, len(datasets)
-
-
-def _fields(row: Mapping[str, Any], target: str) -> dict[str, str]:
-    from medsight.training.data.wording import with_article
-
-    modality = wordings().modality(row["modality"])
-    article = with_article(modality)
-    return {
-        "target": target,
-        "a_target": with_article(target),
-        "modality": modality,
-        "a_modality": article,
-        "A_modality": article[0].upper() + article[1:],
-        "site": row["site"] or "",
-    }
-
-
-def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: row.get(name) or "-" for name in ("dataset", "modality", "site")}
-    return {**known, "patient": row.get("patient"), "label_origin": row.get("label_origin")}
 
 
 def _question_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
@@ -158,7 +54,7 @@ def _question_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[l
                     answer=answer,
                     answer_type=CLOSED if options else closed,
                     options=tuple(map(str, options)),
-                    **{**_origin(row), "patient": relative(row["patient"], path)},
+                    **{**origin_of(row), "patient": relative(row["patient"], path)},
                 )
             )
     return items, len(shards)
@@ -279,7 +175,7 @@ def _diagseg_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[li
                     target=told["target"] or answer,
                     absent=not masks,
                     masks=tuple({"path": str(file.parent / mask), "bytes": None} for mask in masks),
-                    **{**_origin(told), "patient": told["patient"] or image},
+                    **{**origin_of(told), "patient": told["patient"] or image},
                 )
             )
     return items, len(files)
@@ -332,14 +228,14 @@ def _annotated_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[
                 absent=not row["masks"],
                 masks=tuple(row["masks"]),
                 codes=tuple(CODE.findall(answer)),
-                **_origin(row),
+                **origin_of(row),
             )
         )
     return items, len({item.dataset for item in items})
 
 
 READERS: dict[str, Callable[["Benchmark", Path, Words], tuple[list[Item], int]]] = {
-    "biomedparse": _segment_items,
+    "biomedparse": region_items,
     "vqa_rad": _question_items,
     "slake": _question_items,
     "pathvqa": _question_items,

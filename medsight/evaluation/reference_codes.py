@@ -39,7 +39,8 @@ class ReferenceCodes:
         self._masks: dict[str, dict[str, tuple[Mapping[str, Any], str | None]]] = defaultdict(dict)
         for item in items:
             if len(item.images) == 1:
-                own = {_key(mask): (mask, item.target) for mask in item.masks}
+                targets = item.mask_targets or [item.target] * len(item.masks)
+                own = {_key(mask): (mask, target) for mask, target in zip(item.masks, targets, strict=True)}
                 self._masks[_key(item.images[0])].update(own)
         self._codes: dict[str, dict[str, str]] = {}
 

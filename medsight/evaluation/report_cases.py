@@ -98,7 +98,7 @@ def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
         return image
     nothing = np.zeros(size, dtype=bool)
     references = np.logical_or.reduce([nothing, *reference_masks(item)])
-    answered = np.logical_or.reduce([nothing, *(predicted_masks(prediction, size) if prediction else [])])
+    answered = np.logical_or.reduce([nothing, *(predicted_masks(prediction, size).values() if prediction else ())])
     drawn = draw_regions(image, [references, answered], readable_side(image))
     drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     return drawn

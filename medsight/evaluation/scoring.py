@@ -152,16 +152,35 @@ def reference_masks(item: Item) -> list[np.ndarray]:
 
 def predicted_masks(
     prediction: Prediction, size: tuple[int, int] | None, problems: Problems | None = None
-) -> list[np.ndarray]:
-    """A prediction's masks, boolean (height, width); bad ones are left out and noted in `problems`."""
-    masks = []
+) -> dict[int, np.ndarray]:
+    """A prediction's masks by their place, boolean (height, width); bad ones are left out and noted in `problems`."""
+    masks = {}
     for index, encoded in enumerate(prediction.masks):
         try:
-            masks.append(decode_mask(encoded, f"mask {index + 1}", size))
+            masks[index] = decode_mask(encoded, f"mask {index + 1}", size)
         except ValueError as error:
             if problems is not None:
                 problems.masks.append(f"{prediction.id}: {error}")
     return masks
+
+
+def by_name(masks: Mapping[int, np.ndarray], phrases: Sequence[str | None], names: Sequence[str]) -> list[np.ndarray]:
+    """An answer's masks in the order of the references: the first of each reference's name that is left, an empty one
+    where there is none; then those that are left over. Without names, in the answer's order.
+
+    Args:
+        masks: by their place in the answer.
+        phrases: what the answer calls each, whatever the case; empty where the system names none.
+        names: what each reference shows.
+    """
+    if not phrases or not masks:
+        return list(masks.values())
+    left, ordered = dict(masks), []
+    nothing = np.zeros_like(next(iter(masks.values())))
+    for name in names:
+        place = next((place for place in left if (phrases[place] or "").casefold() == name.casefold()), None)
+        ordered.append(nothing if place is None else left.pop(place))
+    return [*ordered, *left.values()]
 
 
 def _code_scores(item: Item, prediction: Prediction) -> dict[str, Any]:
@@ -190,7 +209,8 @@ def _mask_scores(item: Item, prediction: Prediction, protocol: Protocol, problem
     from medsight.metrics.mask_dice.mask_counts import score_item
 
     references = reference_masks(item)
-    shown = predicted_masks(prediction, references[0].shape if references else None, problems)
+    placed = predicted_masks(prediction, references[0].shape if references else None, problems)
+    shown = list(placed.values())
     row: dict[str, Any] = {
         "n_masks": len(shown),
         "n_references": len(references),
@@ -201,6 +221,8 @@ def _mask_scores(item: Item, prediction: Prediction, protocol: Protocol, problem
     }
     if item.absent:
         return row
+    if item.mask_targets:
+        shown = by_name(placed, prediction.phrases, item.mask_targets)
     flags: dict[str, Any] = {name: protocol.flags.get(name) for name in MASK_FLAGS}
     scores = score_item(shown, references, preset=protocol.masks, **flags, spacing_mm=item.spacing_mm)
     return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}

@@ -44,10 +44,12 @@ def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, A
 
 
 def results_text(all_metrics: Iterable[Mapping[str, Any]]) -> str | None:
-    """Tables of all figures with their intervals; None where nothing was measured."""
-    sections = [_section(metrics) for metrics in all_metrics]
-    if not sections:
+    """Tables of all figures with their intervals, the main ones of all benchmarks first; None where nothing was
+    measured."""
+    measured = list(all_metrics)
+    if not measured:
         return None
+    sections = [*([_overview(measured)] if len(measured) > 1 else []), *map(_section, measured)]
     head = (
         "Measured with `medsight evaluate` on the weights published here. In percent, but for millimetres; in "
         "brackets 95% bootstrap intervals."
@@ -77,6 +79,18 @@ def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[Any]:
                     )
                 )
     return found
+
+
+def _overview(all_metrics: Iterable[Mapping[str, Any]]) -> str:
+    """A benchmark's main score a line, the mean over rows."""
+    lines = ["| benchmark | | mean over rows | rows |", "|---|---|---|---|"]
+    for metrics in all_metrics:
+        for score in ("answer", "dice"):
+            if score in metrics["scores"]:
+                figure = metrics["scores"][score]["micro"]
+                cells = (metrics["title"], label(metrics, score), _figure(score, figure), f"{figure['n']:,}")
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _section(metrics: Mapping[str, Any]) -> str:

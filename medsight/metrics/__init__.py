@@ -1,7 +1,8 @@
 """Metrics as `evaluate` modules, one a folder, each complete in itself so that it can be pushed to the Hub as it is.
 
 medical_vqa    answers to questions: llava-med, strict, multiple-choice, first-letter
-mask_dice      masks against reference masks: Dice, IoU, HD95 and surface Dice; medsight, medplib, citrus, biomedparse
+mask_dice      masks against reference masks: Dice, IoU, HD95 and surface Dice; medsight, medplib, citrus, biomedparse,
+               named
 region_codes   what region codes stand for, and how often they are missing, false or wrong
 intervals      bootstrap intervals of any of their scores
 """

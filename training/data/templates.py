@@ -2,6 +2,8 @@
 
 import difflib
 import hashlib
+import random
+import re
 import string
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -13,6 +15,7 @@ import yaml
 
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
+ALTERNATIVES = re.compile(r"\[([^][]*\|[^][]*)\]")  # "[Find|Locate] the lung[, please|]."
 
 _PICTURE = frozenset({"modality", "a_modality", "A_modality", "site"})
 _TARGET = _PICTURE | {"target", "a_target"}
@@ -99,10 +102,9 @@ class Wordings:
             _check_keys(path, name, sections[name], known)
             for intent, words in known.items():
                 _check_wordings(path, f"{name}.{intent}", sections[name][intent], words)
-        for intent, prompts in sections["held_out_prompts"].items():
-            shared = sorted(set(prompts) & set(sections["prompts"][intent]))
-            if shared:
-                raise ValueError(f"{path}: held_out_prompts.{intent} and prompts.{intent} share {shared[0]!r}")
+        for intent, held_out in sections["held_out_prompts"].items():
+            _check_brackets(path, f"prompts.{intent}", sections["prompts"][intent])
+            _check_held_out(path, intent, held_out, sections["prompts"][intent])
         _check_keys(path, "findings", sections["findings"], ("abnormal", "normal"))
         for name in ("synonyms", "families", "findings"):
             for key, words in _mapping(path, name, sections[name]).items():
@@ -129,6 +131,12 @@ class Wordings:
             for name in (group, other)
         )
         return group == other or not mine or not others or bool(mine & others)
+
+
+def draw_alternatives(prompt: str, generator: random.Random) -> str:
+    """A prompt with one of each bracket's alternatives, and single spaces; one without brackets as it is."""
+    drawn = ALTERNATIVES.sub(lambda bracket: generator.choice(bracket[1].split("|")), prompt)
+    return prompt if drawn == prompt else " ".join(drawn.split())
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
@@ -173,3 +181,28 @@ def _check_wordings(path: Path, where: str, wordings: Any, words: Collection[str
         for name in sorted(named - set(words)):
             known = ", ".join(f"{{{word}}}" for word in sorted(words)) or "none"
             raise ValueError(f"{path}: {where}: {text!r} names {{{name}}}; known here: {known}")
+
+
+def _check_brackets(path: Path, where: str, prompts: list[str]) -> None:
+    for prompt in prompts:
+        if re.search(r"[][]", ALTERNATIVES.sub("", prompt)):
+            raise ValueError(f"{path}: {where}: {prompt!r}: expected alternatives in brackets: [one|another]")
+
+
+def _check_held_out(path: Path, intent: str, held_out: list[str], prompts: list[str]) -> None:
+    """No held-out prompt is one that training can draw, whatever its case and spaces; they have no alternatives."""
+    drawable = re.compile("|".join(map(_any_drawn, prompts)), flags=re.IGNORECASE)
+    for prompt in held_out:
+        if ALTERNATIVES.search(prompt):
+            raise ValueError(f"{path}: held_out_prompts.{intent}: {prompt!r}: expected no alternatives")
+        if drawable.fullmatch("".join(prompt.split())):
+            raise ValueError(f"{path}: held_out_prompts.{intent} and prompts.{intent} share {prompt!r}")
+
+
+def _any_drawn(prompt: str) -> str:
+    """A regular expression for all that a prompt can become, without spaces."""
+    parts = ALTERNATIVES.split("".join(prompt.split()))  # literal, alternatives, literal, ...
+    return "".join(
+        f"(?:{'|'.join(map(re.escape, part.split('|')))})" if number % 2 else re.escape(part)
+        for number, part in enumerate(parts)
+    )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .groups import Groups
-from .templates import Wordings, matches
+from .templates import Wordings, draw_alternatives, matches
 
 
 MAX_REGIONS = 5  # as published (paper, unified tuning)
@@ -238,7 +238,8 @@ class ConversationMaker:
         article = with_article(modality)
         picture = {"modality": modality, "a_modality": article, "site": row["site"]}
         picture["A_modality"] = article[0].upper() + article[1:]
-        question = self._rough(self.generator.choice(self.prompts[prompt])).format(**picture, **(asked or {}))
+        drawn = draw_alternatives(self.generator.choice(self.prompts[prompt]), self.generator)
+        question = self._rough(drawn).format(**picture, **(asked or {}))
         literal = {name: _literal(word) for name, word in picture.items()}
         reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, **words)
         return Turn(**{"intent": prompt, "prompt": question, "answer": reply, **rest})

@@ -3,7 +3,7 @@
 Sources: Dice (1945) and Jaccard (1912) as counts of pixels; the 95th-percentile Hausdorff distance and the surface
 Dice of Nikolov et al. (2018, arXiv 1809.04430), by DeepMind's implementation in the package `segmentationmetrics`; the
 presets from the evaluation code of MedSIGHT (arXiv 2606.06760, ICML 2026), MedPLIB (`model/eval/vqa_infer.py`),
-Citrus and BiomedParse.
+Citrus and BiomedParse; `named` is ours.
 """
 
 import math
@@ -63,6 +63,7 @@ PRESETS = {
     "medplib": MaskProtocol(0.1, "zero", "last", "from-iou", "micro"),
     "citrus": MaskProtocol(0.5, "zero", "first", "plain", "macro"),
     "biomedparse": MaskProtocol(0.5, "zero", "single", "epsilon", "micro"),
+    "named": MaskProtocol(0.5, "zero", "order", "plain", "macro"),  # several structures, one mask each
 }
 
 

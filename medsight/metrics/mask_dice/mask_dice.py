@@ -23,7 +23,7 @@ INPUTS = """
 Args:
     items: list of records of `score_item`.
     groups: list of str, such as the modality; needed where the average is macro.
-    preset: "medsight", "medplib", "citrus" or "biomedparse", the one that the items were scored by; else None and
+    preset: "medsight", "medplib", "citrus", "biomedparse" or "named", as the items were scored; else None and
     threshold, missing, multi, formula: held against the flags that the items were scored by, where given.
     average: "micro" (default) or "macro", which `dice` is.
 Returns:

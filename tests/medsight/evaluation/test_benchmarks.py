@@ -1,13 +1,17 @@
 """Declarations, and the layouts that are read as items."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from medsight.evaluation.benchmarks import Benchmark, check_counts, load_benchmark, load_declarations
 from medsight.evaluation.items import Item, fingerprint, read_items
@@ -86,6 +90,77 @@ def test_diagnosis_comes_from_the_finding_or_an_abnormal_name(regions: Path) -> 
         *[("malignant breast tumor", 1, False)] * 3,
         ("normal", 0, True),
     ]
+
+
+def test_several_structures_are_asked_for_by_name(regions: Path) -> None:
+    items = read("several-structures", regions)
+    assert [item.id for item in items] == ["set/test/0.png", "set/test/1.png"]
+    for item in items:
+        assert item.prompt == f"<image>\nSegment the {' and '.join(item.mask_targets)}."
+        assert sorted(item.mask_targets) == ["liver", "spleen"] and len(item.masks) == 2
+        assert [target in str(mask["path"]) for target, mask in zip(item.mask_targets, item.masks, strict=True)]
+    everything = read("all-structures", regions)
+    assert [item.mask_targets for item in everything] == [("liver", "spleen")] * 2 + [("malignant breast tumor",)] * 3
+
+
+def test_as_many_structures_are_absent_as_present(regions: Path) -> None:
+    asked = {(item.id, item.answer) for item in read("presence", regions)}
+    assert {name for name, answer in asked if answer == "yes"} == {
+        *(f"set/test/{number}.png#{target}" for number in range(2) for target in ("liver", "spleen")),
+        *(f"set/test/{number}.png#malignant breast tumor" for number in (2, 3, 4)),
+    }
+    absent = {name for name, answer in asked if answer == "no"}
+    # A CT of the torso may show a breast, so that only what the rows list is surely absent from one.
+    assert absent == {"set/test/4.png#cyst", "set/test/6.png#breast tumor"}
+    assert not any(item.absent or item.masks for item in read("presence", regions))
+
+
+def test_what_only_unrelated_images_show_is_absent() -> None:
+    from medsight.evaluation.region_items import Present
+
+    def row(modality: str, site: str, *targets: str, absent: Sequence[str] = ()) -> dict[str, Any]:
+        return {"modality": modality, "site": site, "targets": list(targets), "absent": list(absent)}
+
+    eye, colon = row("fundus", "retina", "optic disc", "vessel"), row("endoscope", "colon", "polyp")
+    present = Present([eye, colon, row("CT", "torso", "liver"), row("MRI", "torso", "liver", "polyp")])
+    assert set(present.absent(eye, 9, Random(0))) == {"liver", "polyp"}
+    assert set(present.absent(colon, 9, Random(0))) == {"liver", "optic disc", "vessel"}
+    drawn = {tuple(present.absent(colon, 1, Random(seed))) for seed in range(20)}
+    assert drawn == {("liver",), ("optic disc",), ("vessel",)}
+    assert present.absent(row("fundus", "retina", absent=["drusen"]), 0, Random(0)) == ["drusen"]
+
+
+def test_questions_about_the_picture_are_answered_from_its_row(regions: Path) -> None:
+    def answers(name: str) -> list[str | None]:
+        return [item.answer for item in read(name, regions)]
+
+    assert answers("modality") == ["CT image"] * 2 + ["ultrasound image"] * 4
+    assert answers("body-site") == ["torso"] * 2 + ["breast"] * 4
+    items = read("position", regions)
+    assert len(items) == 7 and {item.answer_type for item in items} == {"OPEN"}
+    for item in items:
+        image = next(one for one in read("segmentation", regions) if one.id == item.id)
+        mask = np.asarray(Image.open(image.masks[0]["path"]))
+        height, width = (float(np.argwhere(mask)[:, axis].mean() + 0.5) / mask.shape[axis] for axis in (0, 1))
+        if height < 0.4 and 0.4 < width < 0.6:
+            assert item.answer == "upper middle"
+        assert ("lower" in str(item.answer)) == (height > 0.6) and ("left" in str(item.answer)) == (width < 0.4)
+
+
+@pytest.mark.parametrize(
+    "name", ["several-structures", "all-structures", "presence", "position", "modality", "body-site"]
+)
+def test_other_wordings_ask_the_same(regions: Path, name: str) -> None:
+    plain, asked = read(name, regions), read(name, regions, held_out_prompts=True)
+    assert [item.prompt for item in plain] != [item.prompt for item in asked]
+    assert [dataclasses.replace(item, prompt="") for item in plain] == [
+        dataclasses.replace(item, prompt="") for item in asked
+    ]
+
+
+def test_an_intent_that_no_picture_answers_is_refused(declare: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="intent 'caption' of a vqa task: expected one of segment_one"):
+        load_benchmark(str(declare("modality", intent="caption")))
 
 
 def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
@@ -291,6 +366,8 @@ def test_a_benchmark_knows_whether_it_has_masks() -> None:
     declared: dict[str, Benchmark] = load_declarations()
     assert {name for name, one in declared.items() if one.has_masks} == {
         "segmentation",
+        "several-structures",
+        "all-structures",
         "diagnose-then-segment",
         "mecovqa-g",
         "diagseg",

@@ -168,6 +168,43 @@ def test_the_right_masks_score_full_marks(
 
 
 @pytest.mark.parametrize(
+    ("phrases", "dice"),
+    [
+        (["spleen", "Liver"], 1.0),  # in any order and case
+        (["liver"], 0.5),  # one is missing
+        (["liver", "spleen", "spleen"], 2 / 3),  # one is too many
+        (["liver", None], 1 / 3),  # one is not named: missing, and one too many
+    ],
+)
+def test_masks_of_several_structures_are_told_apart_by_name(
+    evaluate: Evaluate, regions: Path, tmp_path: Path, write_lines: Callable[..., Path], phrases: list, dice: float
+) -> None:
+    manifest = [json.loads(line) for line in (regions / "manifest.jsonl").read_text().splitlines()]
+    records = []
+    for image in ("set/test/0.png", "set/test/1.png"):
+        masks = {row["target"]: regions / row["mask"] for row in manifest if row["image"] == image}
+        shown = [masks[str(phrase or "spleen").lower()] for phrase in phrases]
+        encoded = [encode_mask(np.asarray(Image.open(mask), dtype=bool)) for mask in shown]
+        records.append({"id": image, "answer": "", "masks": encoded, "phrases": phrases})
+    saved = write_lines(tmp_path / "saved.jsonl", records)
+    status, printed = evaluate("several-structures", regions, tmp_path / "out", "--predictions", str(saved))
+    assert status == 0, printed
+    assert [row["dice"] for row in rows_of(tmp_path / "out")] == pytest.approx([dice] * 2)
+    assert "multi order" in printed
+
+
+@pytest.mark.parametrize("name", ["several-structures", "all-structures", "presence", "position", "modality"])
+def test_a_model_is_asked_in_every_way_that_the_data_can_answer(
+    evaluate: Evaluate, regions: Path, tmp_path: Path, name: str
+) -> None:
+    status, printed = evaluate(name, regions, tmp_path / "out", "--held-out-prompts")
+    assert status == 0, printed
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["n"] == len(rows_of(tmp_path / "out")) > 0
+    assert ("dice" if name.endswith("structures") else "answer") in metrics["scores"]
+
+
+@pytest.mark.parametrize(
     ("change", "problem"),
     [
         (lambda records: records.pop(3), "1 missing (set/test/1.png#spleen)"),

@@ -95,6 +95,19 @@ def test_figures_and_intervals_are_those_of_metrics_json(folder: Path, tmp_path:
     assert len(found) == 2 and {one.task_type for one in data.eval_results} == {"image-segmentation"}
 
 
+def test_the_main_figures_of_several_benchmarks_come_first(folder: Path, tmp_path: Path) -> None:
+    asked = {"benchmark": "presence", "title": "Is it there", "task": "vqa", "protocol": {"answers": "strict"}}
+    asked |= {"scores": {"answer": {"micro": figure(0.75), "macro": figure(0.5)}}, "by": {}}
+    paths = [save(tmp_path / "one.json", metrics_of(folder, 0.6875))]
+    paths.append(save(tmp_path / "two.json", metrics_of(folder, 0.5) | asked))
+    both = section(render_card(folder, "me/tiny", CardFacts(metrics=tuple(paths))), "Results")
+    head = both.split("###")[0]
+    assert "| Text-prompted segmentation | Dice | 68.8 (63.7–73.8) | 40 |" in head
+    assert "| Is it there | All questions | 75.0 (70.0–80.0) | 40 |" in head
+    alone = section(render_card(folder, "me/tiny", CardFacts(metrics=tuple(paths[:1]))), "Results")
+    assert "| benchmark |" not in alone
+
+
 def test_metrics_in_the_folder_are_taken_and_stay_there(folder: Path) -> None:
     save(folder / "metrics.json", metrics_of(folder, 0.6875))
     planned = push(folder, "me/tiny", dry_run=True)

@@ -1,3 +1,4 @@
+import itertools
 import random
 import re
 from collections import Counter
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from medsight.training.data.groups import Groups
-from medsight.training.data.templates import TEMPLATES, Wordings
+from medsight.training.data.templates import TEMPLATES, Wordings, draw_alternatives
 from medsight.training.data.wording import (
     POSITIONS,
     ConversationMaker,
@@ -126,6 +127,20 @@ def test_nothing_is_called_absent_that_a_related_or_unknown_group_could_show(mak
     assert {turn.absent for turn in turns(maker, row("odd", "thing", ["gizmo"]))} == {None}
 
 
+def expansions(prompt: str) -> set[str]:
+    """All that a prompt's alternatives can make of it."""
+    parts = re.split(r"\[([^][]*\|[^][]*)\]", prompt)
+    choices = [part.split("|") if number % 2 else [part] for number, part in enumerate(parts)]
+    return {" ".join("".join(drawn).split()) for drawn in itertools.product(*choices)}
+
+
+def test_alternatives_are_drawn_and_only_they() -> None:
+    prompt = "[Find|Please locate] the {target}[, please|]."
+    drawn = {draw_alternatives(prompt, random.Random(seed)) for seed in range(50)}
+    assert drawn == expansions(prompt) and len(drawn) == 4
+    assert draw_alternatives("two  spaces [kept]", random.Random(0)) == "two  spaces [kept]"
+
+
 def test_prompts_for_what_is_absent_are_those_for_what_is_present(
     maker: ConversationMaker, wordings: Wordings
 ) -> None:
@@ -135,10 +150,8 @@ def test_prompts_for_what_is_absent_are_those_for_what_is_present(
                 prompt for intent in ("segment_one", "where_is", "is_there") for prompt in wordings.prompts[intent]
             ]
             words = {"modality": "endoscopy image", "a_modality": "an endoscopy image", "site": "colon"}
-            filled = {
-                pattern.format(target=turn.absent, a_target=with_article(turn.absent), **words) for pattern in patterns
-            }
-            assert turn.prompt in filled
+            words |= {"target": turn.absent, "a_target": with_article(turn.absent)}
+            assert any(turn.prompt in expansions(pattern.format(**words)) for pattern in patterns)
 
 
 def test_a_diagnosis_names_the_finding_and_cites_what_shows_it(maker: ConversationMaker) -> None:
@@ -305,6 +318,15 @@ def changed(tmp_path: Path, change) -> Path:
         (lambda s: s["prompts"]["where_is"].append("Where is {target?"), "prompts.where_is"),
         (lambda s: s["answers"].update(absent=[]), "answers.absent: expected a list of texts"),
         (lambda s: s["held_out_prompts"]["site"].append(s["prompts"]["site"][0]), "held_out_prompts.site.*share"),
+        (
+            lambda s: (
+                s["prompts"]["site"].append("[Say|Tell] where[ this|] is."),
+                s["held_out_prompts"]["site"].append("tell  where is."),
+            ),
+            "held_out_prompts.site and prompts.site share 'tell  where is.'",
+        ),
+        (lambda s: s["held_out_prompts"]["site"].append("[a|b]"), "held_out_prompts.site.*expected no alternatives"),
+        (lambda s: s["prompts"]["site"].append("[Say where"), r"prompts.site: '\[Say where'.*\[one\|another\]"),
         (lambda s: s["weights"]["plain"].update(caption=-1), "weights.plain.caption.*-1"),
         (lambda s: s["weights"]["absent"].update(dict.fromkeys(s["weights"]["absent"], 0)), "all weights are 0"),
         (lambda s: s["synonyms"].update(liver="hepar"), "synonyms.liver"),

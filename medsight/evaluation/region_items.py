@@ -1,0 +1,226 @@
+"""Images with masks as items: what is asked of each follows from the benchmark's intent."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medsight.evaluation.diagseg import diagnosis_of
+from medsight.evaluation.items import CLOSED, OPEN, Item, Words, origin_of, relative, wordings
+from medsight.training.data.records import json_records
+
+
+if TYPE_CHECKING:
+    from medsight.evaluation.benchmarks import Benchmark
+
+Row = Mapping[str, Any]
+MOST_NAMED = 4  # structures in one question
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question about a row of `REGION_FEATURES`.
+
+    Attributes:
+        target: what it is about: one structure, or several in words.
+        masks: of the reference, as indices into the row's.
+        named: whether each mask is of a structure of its own, told apart by name.
+        key: what the item's id says after the image's.
+        answer, answer_type: the reference answer, where answers are scored.
+    """
+
+    target: str | None = None
+    masks: tuple[int, ...] = ()
+    named: bool = False
+    key: str = ""
+    answer: str | None = None
+    answer_type: str | None = None
+
+
+class Present:
+    """What the images of a benchmark show, by modality and site: so that what is absent from one can be told.
+
+    Args:
+        rows: all of the benchmark.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        from medsight.training.data.groups import Groups
+        from medsight.training.data.wording import Vocabulary
+
+        self._groups = Groups.of_pairs([(row["modality"], row["site"]) for row in rows])
+        vocabulary = Vocabulary.from_rows(rows, self._groups)
+        self._elsewhere = [vocabulary.unrelated_targets(group, wordings()) for group in range(len(self._groups.names))]
+
+    def absent(self, row: Row, count: int, chance: random.Random) -> list[str]:
+        """Structures that are not in the row's image: all that it lists, and up to `count` that only images of
+        unrelated groups show, drawn from one such group after the other."""
+        groups = [list(targets) for targets in self._elsewhere[self._groups.index(row["modality"], row["site"])]]
+        drawn: list[str] = []
+        for targets in groups:
+            chance.shuffle(targets)
+        chance.shuffle(groups)
+        while len(drawn) < count and any(groups):
+            drawn += [targets.pop() for targets in groups if targets]
+        return list(dict.fromkeys([*row["absent"], *drawn[:count]]))
+
+
+def region_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
+    """What the benchmark's intent asks of each image of its split, in the order of the files."""
+    rows, sizes = list(region_rows(benchmark, path)), spacings(path)
+    ask, items = ASKS[benchmark.intent or DEFAULT_INTENTS[benchmark.task]], []
+    present = Present(rows)
+    for row in rows:
+        image = relative(row["image"]["path"], path)
+        for asked in ask(row, present, random.Random(image)):
+            identity = image + asked.key
+            items.append(
+                Item(
+                    id=identity,
+                    prompt=words.prompt(identity, _fields(row, asked.target or "")),
+                    images=(row["image"],),
+                    answer=asked.answer,
+                    answer_type=asked.answer_type,
+                    target=asked.target,
+                    absent=benchmark.has_masks and not asked.masks,
+                    masks=tuple(row["masks"][mask] for mask in asked.masks),
+                    mask_targets=tuple(row["targets"][mask] for mask in asked.masks) if asked.named else (),
+                    spacing_mm=_spacing(sizes, row, asked),
+                    **origin_of(row),
+                )
+            )
+    return items, len({row["dataset"] for row in rows})
+
+
+def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of `REGION_FEATURES` of the benchmark's split; the first bad one raises."""
+    from medsight.training.data.sources import Source, iterate
+
+    for item in iterate(Source("biomedparse", str(path), split=benchmark.split)):
+        if item.error is not None:
+            raise item.error
+        assert item.row is not None
+        yield item.row
+
+
+def spacings(path: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """Pixel sizes in mm by (image, target), where a manifest tells them of a picture or of an isotropic volume."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for manifest in [path] if path.is_file() else [path / "manifest.jsonl", *sorted(path.glob("*/manifest.jsonl"))]:
+        for _, record in json_records(manifest) if manifest.is_file() else ():
+            if isinstance(record, ValueError) or not isinstance(record.get("voxel_mm"), list):
+                continue
+            image, target = record.get("image"), record.get("target")
+            if not isinstance(image, str) or not isinstance(target, str):
+                continue  # the rows' own reader says so
+            size = [float(value) for value in record["voxel_mm"]]
+            # A slice of a volume with unequal voxels may lie along any axis, so its pixels' size is not known.
+            if len(size) == 2 or (len(size) == 3 and len(set(size)) == 1):
+                found[str(manifest.parent / image), target] = (size[0], size[1])
+    return found
+
+
+def _spacing(
+    sizes: Mapping[tuple[str, str], tuple[float, float]], row: Row, asked: Asked
+) -> tuple[float, float] | None:
+    """The one size of the masks' pixels; None where one is not known, or they differ."""
+    found = {sizes.get((row["image"]["path"], row["targets"][mask])) for mask in asked.masks}
+    return found.pop() if len(found) == 1 else None
+
+
+def _one(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    """Each structure, and each that the row says is absent."""
+    for target in [*dict.fromkeys(row["targets"]), *row["absent"]]:
+        yield Asked(target, _masks_of(row, [target]), key=f"#{target}")
+
+
+def _several(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    """Two to `MOST_NAMED` of the image's structures, drawn by its name, in the order drawn."""
+    from medsight.training.data.wording import enumerate_words
+
+    targets = sorted(set(row["targets"]))
+    if len(targets) > 1:
+        chosen = chance.sample(targets, chance.randint(2, min(MOST_NAMED, len(targets))))
+        yield Asked(enumerate_words(chosen), _masks_of(row, chosen), named=True)
+
+
+def _all(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    """All structures that the row has masks of."""
+    from medsight.training.data.wording import enumerate_words
+
+    if targets := sorted(set(row["targets"])):
+        yield Asked(enumerate_words(targets), _masks_of(row, targets), named=True)
+
+
+def _diagnosis(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    """The diagnosis, where the row has one."""
+    if (diagnosis := diagnosis_of(row)) is not None:
+        target = " and ".join(diagnosis.targets) or (row["absent"][0] if row["absent"] else diagnosis.answer)
+        yield Asked(target, diagnosis.masks, answer=diagnosis.answer, answer_type=OPEN)
+
+
+def _presence(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    """Each structure, "yes"; as many that are absent, "no": see `Present.absent`."""
+    targets = list(dict.fromkeys(row["targets"]))
+    for target in targets:
+        yield Asked(target, key=f"#{target}", answer="yes", answer_type=CLOSED)
+    for target in present.absent(row, len(targets), chance):
+        yield Asked(target, key=f"#{target}", answer="no", answer_type=CLOSED)
+
+
+def _place(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    """Where each structure of one mask lies, by its centre of gravity."""
+    from medsight.training.data.pictures import read_mask, read_picture
+    from medsight.training.data.wording import position_in_words
+
+    size = read_picture(row["image"]).size
+    for target in dict.fromkeys(row["targets"]):
+        masks = _masks_of(row, [target])
+        if len(masks) == 1:
+            place = position_in_words(read_mask(row["masks"][masks[0]], size))
+            yield Asked(target, key=f"#{target}", answer=place, answer_type=OPEN)
+
+
+def _modality(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    yield Asked(answer=wordings().modality(row["modality"]), answer_type=OPEN)
+
+
+def _site(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+    if row["site"]:
+        yield Asked(answer=row["site"], answer_type=OPEN)
+
+
+ASKS: dict[str, Callable[[Row, Present, random.Random], Iterator[Asked]]] = {
+    "segment_one": _one,
+    "segment_several": _several,
+    "segment_all": _all,
+    "diagnose": _diagnosis,
+    "is_there": _presence,
+    "where_is": _place,
+    "modality": _modality,
+    "site": _site,
+}
+DEFAULT_INTENTS = {"segment": "segment_one", "diagnose": "diagnose"}
+
+
+def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:
+    """The masks of structures, one structure after the other."""
+    return tuple(index for target in targets for index, name in enumerate(row["targets"]) if name == target)
+
+
+def _fields(row: Row, target: str) -> dict[str, str]:
+    """What a prompt may name in braces."""
+    from medsight.training.data.wording import with_article
+
+    modality = wordings().modality(row["modality"])
+    article = with_article(modality)
+    return {
+        "target": target,
+        "targets": target,
+        "a_target": with_article(target),
+        "modality": modality,
+        "a_modality": article,
+        "A_modality": article[0].upper() + article[1:],
+        "site": row["site"] or "",
+    }
