@@ -5,6 +5,7 @@ from typing import Any
 
 
 METRICS = "metrics.json"  # in the output folder of an evaluation
+FEW_ROWS = 10  # a mean over fewer is hardly a figure
 LABELS = {
     "answer": "All questions",
     "closed_accuracy": "Closed accuracy",
@@ -90,8 +91,8 @@ def has_modalities(metrics: Mapping[str, Any]) -> bool:
     return len(metrics["counts"]["by_modality"]) > 1
 
 
-def notes_of(metrics: Mapping[str, Any]) -> list[str]:
-    """What qualifies the figures, a sentence each."""
+def notes_of(metrics: Mapping[str, Any], name_rows: bool = True) -> list[str]:
+    """What qualifies the figures, a sentence each; a row's name may be a patient's, so not all readers may see it."""
     notes = list(metrics["notes"])
     notes += _reference_notes(metrics)
     for kind, reasons in metrics["refused"].items():
@@ -99,13 +100,16 @@ def notes_of(metrics: Mapping[str, Any]) -> list[str]:
             notes.append(f"{count:,} {'answers' if kind == 'answer' else 'rows'} without a score: {reason}.")
     for kind, found in metrics["problems"].items():
         some = ", ".join(found["rows"][:3]) + (", …" if found["count"] > 3 else "")
-        notes.append(f"{found['count']:,} predictions with a problem: {kind} ({some}).")
+        named = f" ({some})" if name_rows else ""
+        notes.append(f"{found['count']:,} predictions with a problem: {kind}{named}.")
     for origin, count in metrics["counts"]["label_origin"].items():
         if not origin.startswith(("expert", "unknown")):
             notes.append(f"The references of {count:,} rows are not an expert's: {origin}.")
-    few = [f"{name} ({count})" for name, count in metrics["counts"]["by_modality"].items() if count < 10]
-    if few and has_modalities(metrics):
-        notes.append(f"Fewer than ten rows, so hardly a figure: {', '.join(few)}.")
+    parts = [found for field in ("modality", "dataset") if len(found := metrics["by"].get(field, {})) > 1]
+    few = {name: entry["n"] for part in parts for name, entry in part.items() if entry["n"] < FEW_ROWS}
+    if few:
+        listed = ", ".join(f"{name} ({count})" for name, count in few.items())
+        notes.append(f"Fewer than {FEW_ROWS} rows, so hardly a figure: {listed}.")
     return notes
 
 

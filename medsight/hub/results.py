@@ -5,11 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from medsight.checkpoint import read_json
-from medsight.evaluation.figures import METRICS, label, main_score, number_and_range, protocol_text, rates, row_count
+from medsight.evaluation.figures import (
+    METRICS,
+    label,
+    main_score,
+    notes_of,
+    number_and_range,
+    protocol_text,
+    rates,
+    row_count,
+)
 
 
 TASKS = {"vqa": "visual-question-answering", "segment": "image-segmentation", "diagnose": "image-segmentation"}
-FEW_ROWS = 10
 
 
 def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, Any]]:
@@ -115,25 +123,9 @@ def _section(metrics: Mapping[str, Any]) -> str:
     if len(sets) > 1:
         lines += ["", f"| data set | {label(metrics, main)} | rows |", "|---|---|---|"]
         lines += [f"| {name} | {_figure(main, figure)} | {figure['n']:,} |" for name, figure in sets.items()]
-    return "\n".join([*lines, "", *(f"* {note}" for note in _notes(metrics))]).rstrip()
+    return "\n".join([*lines, "", *(f"* {note}" for note in notes_of(metrics, name_rows=False))]).rstrip()
 
 
 def _figure(score: str, figure: Mapping[str, Any]) -> str:
     number, spread = number_and_range(score, figure)
     return number if spread == "–" else f"{number} ({spread})"
-
-
-def _notes(metrics: Mapping[str, Any]) -> list[str]:
-    """What qualifies the figures; no row is named, for a row's name may be a patient's."""
-    notes = list(metrics.get("notes", []))
-    for origin, count in metrics["counts"]["label_origin"].items():
-        if not origin.startswith(("expert", "unknown")):
-            notes.append(f"The references of {count:,} rows are not an expert's: {origin}.")
-    for kind, reasons in metrics.get("refused", {}).items():
-        notes += [f"{count:,} rows without a score of the {kind}: {reason}." for reason, count in reasons.items()]
-    for kind, problem in metrics.get("problems", {}).items():
-        notes.append(f"{problem['count']:,} predictions with a problem: {kind}.")
-    few = [name for name, some in metrics["by"].get("dataset", {}).items() if some["n"] < FEW_ROWS]
-    if few:
-        notes.append(f"Fewer than {FEW_ROWS} rows, so hardly a figure: {', '.join(few)}.")
-    return notes

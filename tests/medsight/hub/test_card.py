@@ -86,7 +86,7 @@ def test_figures_and_intervals_are_those_of_metrics_json(folder: Path, tmp_path:
     assert "| No mask where there is one | 25.0 (20.0–30.0) | | 40 |" in results
     for note in ("11 rows are not an expert's: model (some network)", "Limited to the first", "empty reference"):
         assert note in results
-    assert "hardly a figure: tnbc" in results and "1 predictions with a problem: missing" in results
+    assert "hardly a figure: tnbc (3)" in results and "1 predictions with a problem: missing" in results
     assert "intervals drawn by patient or image" in results and "Jane" not in text
     data = ModelCard(text).data
     assert data.license == "cc-by-4.0"
