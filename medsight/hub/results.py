@@ -66,14 +66,14 @@ def results_text(all_metrics: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """The same figures as `huggingface_hub.EvalResult`, fractions between 0 and 1, intervals in `metric_args`."""
+    """The main figures as `huggingface_hub.EvalResult`, fractions between 0 and 1, intervals in `metric_args`."""
     from huggingface_hub import EvalResult
 
     found = []
     for metrics in all_metrics:
-        for score, both in metrics["scores"].items():
+        for score in _main_scores(metrics):
             for kind in ("micro", "macro"):
-                figure = both[kind]
+                figure = metrics["scores"][score][kind]
                 over = "rows" if kind == "micro" else "modalities"
                 found.append(
                     EvalResult(
@@ -93,12 +93,16 @@ def _overview(all_metrics: Iterable[Mapping[str, Any]]) -> str:
     """A benchmark's main score a line, the mean over rows."""
     lines = ["| benchmark | | mean over rows | rows |", "|---|---|---|---|"]
     for metrics in all_metrics:
-        for score in ("answer", "dice"):
-            if score in metrics["scores"]:
-                figure = metrics["scores"][score]["micro"]
-                cells = (metrics["title"], label(metrics, score), _figure(score, figure), f"{figure['n']:,}")
-                lines.append(f"| {' | '.join(cells)} |")
+        for score in _main_scores(metrics):
+            figure = metrics["scores"][score]["micro"]
+            cells = (metrics["title"], label(metrics, score), _figure(score, figure), f"{figure['n']:,}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _main_scores(metrics: Mapping[str, Any]) -> list[str]:
+    """Those of answers and masks that an index or an overview has room for."""
+    return [score for score in ("answer", "dice") if score in metrics["scores"]]
 
 
 def _section(metrics: Mapping[str, Any]) -> str:

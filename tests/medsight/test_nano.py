@@ -17,7 +17,7 @@ from medsight.checkpoint import shipped_checkpoint
 SHARED = Path(os.environ.get("MEDSIGHT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 SETS = SHARED / "data" / "segmentation"
 README = Path(__file__).resolve().parents[2] / "README.md"
-SHA256 = "92e7d731e77edd4c9118ac99e5347bf91d08cf0eb72bd42d9127f705df6d2645"
+SHA256 = "c29f0e4f5af4caeb8f31534cfe8d29275c42a2a169506cabf843434acc5fa695"
 
 
 @pytest.fixture(scope="module")
