@@ -211,16 +211,7 @@ def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:
 
 def _fields(row: Row, target: str) -> dict[str, str]:
     """What a prompt may name in braces."""
-    from medsight.training.data.wording import with_article
+    from medsight.training.data.wording import picture_words, with_article
 
-    modality = wordings().modality(row["modality"])
-    article = with_article(modality)
-    return {
-        "target": target,
-        "targets": target,
-        "a_target": with_article(target),
-        "modality": modality,
-        "a_modality": article,
-        "A_modality": article[0].upper() + article[1:],
-        "site": row["site"] or "",
-    }
+    asked = {"target": target, "targets": target, "a_target": with_article(target)}
+    return {**asked, **picture_words(row, wordings())}

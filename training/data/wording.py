@@ -234,10 +234,7 @@ class ConversationMaker:
         **rest: Any,
     ) -> Turn:
         """Fill in a prompt with `asked`, and an answer with `words`, in which only slots have single braces."""
-        modality = self.wordings.modality(row["modality"])
-        article = with_article(modality)
-        picture = {"modality": modality, "a_modality": article, "site": row["site"]}
-        picture["A_modality"] = article[0].upper() + article[1:]
+        picture = picture_words(row, self.wordings)
         drawn = draw_alternatives(self.generator.choice(self.prompts[prompt]), self.generator)
         question = self._rough(drawn).format(**picture, **(asked or {}))
         literal = {name: _literal(word) for name, word in picture.items()}
@@ -347,6 +344,18 @@ def position_in_words(mask: np.ndarray) -> str:
 def enumerate_words(words: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def picture_words(row: Mapping[str, Any], wordings: Wordings) -> dict[str, str]:
+    """What any prompt about a row's picture may name in braces: its modality, bare and with an article, and its site.
+
+    Raises:
+        ValueError: see [`Wordings.modality`].
+    """
+    modality = wordings.modality(row["modality"])
+    article = with_article(modality)
+    capital = article[0].upper() + article[1:]
+    return {"modality": modality, "a_modality": article, "A_modality": capital, "site": row["site"] or ""}
 
 
 def with_article(words: str) -> str:
