@@ -36,17 +36,17 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         from medsight.evaluation.readers import NEEDED_FIELDS, OPTIONAL_FIELDS, READERS
-        from medsight.evaluation.region_items import ASKS, DEFAULT_INTENTS
+        from medsight.evaluation.region_items import chosen_intent
 
         if self.task not in TASKS:
             raise ValueError(f"benchmark {self.name}: task {self.task!r}, expected one of {', '.join(TASKS)}")
         if self.layout not in READERS:
             raise ValueError(f"benchmark {self.name}: layout {self.layout!r}, expected one of {', '.join(READERS)}")
-        if self.layout == "biomedparse" and (self.intent or DEFAULT_INTENTS.get(self.task)) not in ASKS:
-            raise ValueError(
-                f"benchmark {self.name}: intent {self.intent!r} of a {self.task} task: expected one of "
-                f"{', '.join(ASKS)}"
-            )
+        if self.layout == "biomedparse":
+            try:
+                chosen_intent(self.task, self.intent)
+            except ValueError as error:
+                raise ValueError(f"benchmark {self.name}: {error}") from None
         wanted = {"vqa": {"answers"}, "segment": {"masks"}, "diagnose": {"answers", "masks"}}[self.task]
         if set(self.protocol) != wanted:
             raise ValueError(

@@ -69,7 +69,7 @@ class Present:
 def region_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
     """What the benchmark's intent asks of each image of its split, in the order of the files."""
     rows, sizes = list(region_rows(benchmark, path)), spacings(path)
-    ask, items = ASKS[benchmark.intent or DEFAULT_INTENTS[benchmark.task]], []
+    ask, items = ASKS[benchmark.task][chosen_intent(benchmark.task, benchmark.intent)], []
     present = Present(rows)
     for row in rows:
         image = relative(row["image"]["path"], path)
@@ -191,17 +191,24 @@ def _site(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
         yield Asked(answer=row["site"], answer_type=OPEN)
 
 
-ASKS: dict[str, Callable[[Row, Present, random.Random], Iterator[Asked]]] = {
-    "segment_one": _one,
-    "segment_several": _several,
-    "segment_all": _all,
-    "diagnose": _diagnosis,
-    "is_there": _presence,
-    "where_is": _place,
-    "modality": _modality,
-    "site": _site,
+# What each task can ask, by intent; the first is meant where a benchmark of segmentation or diagnosis names none.
+ASKS: dict[str, dict[str, Callable[[Row, Present, random.Random], Iterator[Asked]]]] = {
+    "segment": {"segment_one": _one, "segment_several": _several, "segment_all": _all},
+    "diagnose": {"diagnose": _diagnosis},
+    "vqa": {"is_there": _presence, "where_is": _place, "modality": _modality, "site": _site},
 }
-DEFAULT_INTENTS = {"segment": "segment_one", "diagnose": "diagnose"}
+
+
+def chosen_intent(task: str, intent: str | None) -> str:
+    """What a benchmark of images with masks asks.
+
+    Raises:
+        ValueError: the task cannot ask that; a vqa task has to say what it asks.
+    """
+    chosen = next(iter(ASKS[task])) if intent is None and task != "vqa" else intent
+    if chosen not in ASKS[task]:
+        raise ValueError(f"intent {intent!r} of a {task} task: expected one of {', '.join(ASKS[task])}")
+    return chosen
 
 
 def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:

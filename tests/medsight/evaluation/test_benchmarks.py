@@ -158,9 +158,29 @@ def test_other_wordings_ask_the_same(regions: Path, name: str) -> None:
     ]
 
 
-def test_an_intent_that_no_picture_answers_is_refused(declare: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match="intent 'caption' of a vqa task: expected one of segment_one"):
-        load_benchmark(str(declare("modality", intent="caption")))
+@pytest.mark.parametrize(
+    ("name", "intent", "message"),
+    [
+        (
+            "modality",
+            "caption",
+            "benchmark modality: intent 'caption' of a vqa task: expected one of is_there, where_is",
+        ),
+        ("modality", None, "intent None of a vqa task"),
+        ("segmentation", "site", "intent 'site' of a segment task: expected one of segment_one, segment_several"),
+        ("diagnose-then-segment", "segment_one", "intent 'segment_one' of a diagnose task: expected one of diagnose"),
+    ],
+)
+def test_an_intent_that_the_task_cannot_ask_is_refused(
+    declare: Callable[..., Path], name: str, intent: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_benchmark(str(declare(name, intent=intent)))
+
+
+def test_segmentation_without_an_intent_asks_for_one_structure(declare: Callable[..., Path], regions: Path) -> None:
+    asked = read_items(load_benchmark(str(declare("segmentation", intent=None))), regions)[0]
+    assert [item.id for item in asked] == [item.id for item in read("segmentation", regions)]
 
 
 def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
