@@ -28,7 +28,7 @@ def command(
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows answered at once.")] = 8,
     limit: Annotated[int | None, typer.Option(metavar="N", help="The first N rows alone; the output says so.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")] = 256,
     held_out_prompts: Annotated[
         bool, typer.Option("--held-out-prompts", help="Ask in wordings that training never saw.")
     ] = False,

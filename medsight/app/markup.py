@@ -90,8 +90,8 @@ def _answer(turn: Turn) -> str:
     parts += [f" {code_button(finding)}" for finding in by_span.get(None, [])]
     if not text and not turn.findings:
         parts.append('<span class="ms-note">no answer</span>')
-    if turn.stopped:
-        parts.append(' <span class="ms-note">(stopped)</span>')
+    if turn.stopped or (turn.answer is not None and turn.answer.is_complete is False):
+        parts.append(f' <span class="ms-note">({"stopped" if turn.stopped else "cut: see Longest answer"})</span>')
     return "".join(parts)
 
 

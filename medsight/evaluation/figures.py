@@ -95,6 +95,8 @@ def notes_of(metrics: Mapping[str, Any], name_rows: bool = True) -> list[str]:
     """What qualifies the figures, a sentence each; a row's name may be a patient's, so not all readers may see it."""
     notes = list(metrics["notes"])
     notes += _reference_notes(metrics)
+    if cut := metrics["counts"].get("cut"):
+        notes.append(f"{cut:,} answers were cut at the limit of length, and scored as they stood there.")
     for kind, reasons in metrics["refused"].items():
         for reason, count in reasons.items():
             notes.append(f"{count:,} {'answers' if kind == 'answer' else 'rows'} without a score: {reason}.")

@@ -3,7 +3,8 @@
 Any system can write such a file. A line is a JSON object with `id` (the item's) and `answer`; and, where regions are
 cited, `masks` (COCO RLE at the reference's size: {"size": [height, width], "counts": text}), with `codes`, `groups`,
 `phrases` and `scores` of the same length where the system has them. A system with a codebook may add what that calls
-the reference masks, `reference_codes`, and the code group that it takes the image for, `group`.
+the reference masks, `reference_codes`, and the code group that it takes the image for, `group`; any system
+may say whether its answer came to an end, `complete`.
 """
 
 import json
@@ -33,6 +34,7 @@ class Prediction:
         codes, groups, phrases, scores: of each mask, where the system knows them.
         group: the name of the code group that the system takes the image for, by its own classifier.
         reference_codes: the codes that the system's codebook gives to the item's reference masks; None where unknown.
+        complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Prediction:
     scores: Sequence[float | None] = ()
     group: str | None = None
     reference_codes: Sequence[str] | None = None
+    complete: bool | None = None
 
     @classmethod
     def from_mapping(cls, record: Any, place: str) -> "Prediction":
@@ -83,7 +86,10 @@ class Prediction:
             raise ValueError(f"{place}: expected text in 'group', got {group!r}")
         if references is not None:
             references = tuple(checked_codes(references, place, "reference_codes"))
-        return cls(**given, group=group, reference_codes=references)
+        complete = record.get("complete")
+        if complete is not None and not isinstance(complete, bool):
+            raise ValueError(f"{place}: expected true or false in 'complete', got {complete!r}")
+        return cls(**given, group=group, reference_codes=references, complete=complete)
 
 
 def checked_codes(codes: Any, place: str, name: str) -> list[str]:

@@ -35,7 +35,7 @@ class RunSettings:
     """What decides on the answers.
 
     Attributes:
-        max_new_tokens: an answer is cut there.
+        max_new_tokens: an answer is cut there, and said to be.
         threshold: probability above which a pixel belongs to a mask.
         dtype: precision; None takes float64 on the CPU and float32 elsewhere.
 
@@ -43,7 +43,7 @@ class RunSettings:
         ValueError: a value is out of range.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 256
     threshold: float = 0.5
     dtype: str | None = None
 
@@ -254,6 +254,7 @@ def prediction_of(
         scores=[None if region.score is None else round(float(region.score), SCORE_DIGITS) for region in regions],
         group=group,
         reference_codes=reference_codes,
+        complete=answer.is_complete,
     )
 
 

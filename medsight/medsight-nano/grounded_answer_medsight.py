@@ -103,11 +103,14 @@ class GroundedAnswer:
         text: the answer without its codes, spaces and punctuation tidied.
         raw_text: the answer as generated, codes included.
         regions: an entry a code, in the order of the text.
+        is_complete: whether the model came to an end; False where a limit of length or a stop of the user cut the
+            answer; `None` for a text that `generate` did not write.
     """
 
     text: str
     raw_text: str
     regions: list[GroundedRegion] = field(default_factory=list)
+    is_complete: bool | None = None
 
 
 def mask_box(mask: torch.Tensor) -> tuple[int, int, int, int] | None:

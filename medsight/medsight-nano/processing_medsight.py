@@ -223,6 +223,7 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             )
         sizes = self._original_sizes_by_prompt(prompts, inputs.get("original_sizes"))
         attended = inputs.get("attention_mask")
+        ends = set(self.tokenizer.all_special_ids)  # of a turn, of a text, and padding
         answers = []
         for row, sequence in enumerate(sequences):
             prompt = row // (len(sequences) // len(prompts))
@@ -247,7 +248,8 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             regions = [
                 self._region(token_ids[i], text, spans[i], images[i], masks[i], scores[i]) for i in range(len(codes))
             ]
-            answers.append(GroundedAnswer(text=text, raw_text=raw_text, regions=regions))
+            is_complete = None if generated is None else ids[-1:] != [] and ids[-1] in ends
+            answers.append(GroundedAnswer(text, raw_text, regions, is_complete))
         return answers
 
     def to_dict(self) -> dict[str, Any]:

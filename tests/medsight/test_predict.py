@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from medsight import Predictor, cli
+from medsight.prediction import describe, to_parts
 from tests.medsight.answers import SIZE, contents, same
 
 
@@ -70,6 +71,17 @@ def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
     for region, line in zip(answer["regions"], lines[header + 1 :], strict=False):
         assert line[column:].startswith(region["code"])
     assert str(tmp_path / "out") in lines[-1]
+
+
+def test_a_cut_answer_says_so(predictor: Predictor) -> None:
+    cut = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=1)
+    ended = replace(cut, answer=replace(cut.answer, is_complete=True))
+    assert (cut.to_dict()["complete"], ended.to_dict()["complete"]) == (False, True)
+    assert "--max-new-tokens" in cut.to_table() and "--max-new-tokens" not in ended.to_table()
+    several = "\n".join(
+        map(str, to_parts(describe([cut, replace(ended, slice_index=4), replace(cut, slice_index=7)])))
+    )
+    assert "of slice 0, 7;" in several
 
 
 def test_an_answer_cannot_drive_the_terminal(predictor: Predictor) -> None:

@@ -224,6 +224,16 @@ def test_special_tokens_can_be_kept(processor: MedSightProcessor) -> None:
     assert answer.raw_text == "liver [C0_1].<|im_end|>"
 
 
+def test_an_answer_says_whether_it_came_to_its_end(processor: MedSightProcessor) -> None:
+    inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
+    out = generated(processor, inputs, ["A longer liver [C0_1].", "No."], [[(0, 0, 1, 1)], []])
+    assert [a.is_complete for a in processor.post_process_grounded_answer(out, inputs)] == [True, True]
+    out["sequences"] = out["sequences"][:, :-1]  # the end of the longer one, padding of the other
+    assert [a.is_complete for a in processor.post_process_grounded_answer(out, inputs)] == [False, True]
+    decoded = ModelOutput(mask_logits=[logits_of()] * 2, region_codes=[[]] * 2, region_scores=[torch.ones(0)] * 2)
+    assert [a.is_complete for a in processor.post_process_grounded_answer(decoded, inputs)] == [None, None]
+
+
 @pytest.mark.parametrize("fault", ["codes", "masks", "rows", "sizes", "tensor"])
 def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, fault: str) -> None:
     inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
