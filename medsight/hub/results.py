@@ -80,6 +80,8 @@ def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[Any]:
                         task_type=TASKS[metrics["task"]],
                         dataset_type=metrics["benchmark"],
                         dataset_name=metrics["title"],
+                        # The Hub tells data sets apart by type and configuration, not by name.
+                        dataset_config=metrics["title"],
                         metric_type=score,
                         metric_name=f"{label(metrics, score)}, mean over {over}",
                         metric_value=figure["value"],

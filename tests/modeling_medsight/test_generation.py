@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
@@ -162,8 +169,31 @@ def test_answers_that_end_at_different_times(model: Any, config: MedSightConfig,
         ends = LogitsProcessorList([CitesOften(config), EndsSoon(batch["input_ids"].shape[1])])
         out = generate(model, batch, seed, max_new_tokens=12, logits_processor=ends, **MODES[mode])
         lengths |= {len(answer) for answer in answers(batch, out.sequences)}
+        assert out.is_complete.tolist() == [answer[-1] == END for answer in answers(batch, out.sequences)]
         seen += assert_masks_are_those_of_decode_regions(model, batch, out)
     assert len(lengths) > 1 and seen > 0
+
+
+class StopsAt(StoppingCriteria):
+    """A stop of the caller's own, row by row."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return input_ids[:, -1] == self.token
+
+
+def test_an_answer_is_complete_where_it_came_to_an_end_alone_and_in_a_batch(
+    model: Any, config: MedSightConfig
+) -> None:
+    batch = make_batch(config, ["tIt", "Ittt", "It", "t"])
+    scripts = [[5, 7, END, 256, 256], [5, 9, 256, 256, 256], [5, 5, 5, 5, END], [5, 5, 5, 5, 5]]
+    stops = StoppingCriteriaList([StopsAt(9)])
+    assert say(model, batch, scripts, stopping_criteria=stops).is_complete.tolist() == [True, False, True, False]
+    for row, expected in enumerate([True, False, True, False]):
+        alone = say(model, row_of_batch(config, batch, row), [scripts[row]], stopping_criteria=stops)
+        assert alone.is_complete.tolist() == [expected]
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
@@ -272,6 +302,14 @@ def test_padding_is_found_where_no_attention_mask_is_given(model: Any, config: M
     without = generate(model, {key: value for key, value in batch.items() if key != "attention_mask"})
     assert torch.equal(out.sequences, without.sequences)
     assert_masks_are_those_of_decode_regions(model, batch, without)
+
+
+def test_padding_at_the_beginning_of_a_text_is_not_decoded(model: Any, config: MedSightConfig) -> None:
+    batch, code = make_batch(config, ["tItttt", "It"]), config.region_code_start_id
+    out = say(model, batch, [[1, code, 2], [3, code + 1, END]])
+    decoded = model.decode_regions(out.sequences, batch["pixel_values"])
+    for one, other in zip(decoded.mask_logits, out.mask_logits, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [["ItCt"], ["tIt", "ItC"]])
@@ -405,6 +443,17 @@ def test_forcing_changes_nothing_in_an_answer_that_cites_anyway(model: Any, conf
     code = config.region_code_start_id
     scripts = [[3, code, 4, 5, END]]
     assert torch.equal(say(model, batch, scripts).sequences, say(model, batch, scripts, force_region=True).sequences)
+
+
+@pytest.mark.parametrize("setting", ["forced_eos_token_id", "suppress_tokens"])
+def test_a_code_that_something_else_rules_out_cannot_be_forced(
+    model: Any, config: MedSightConfig, setting: str
+) -> None:
+    codes = range(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
+    ruled_out = {setting: END if setting == "forced_eos_token_id" else list(codes)}
+    batch, reluctant = make_batch(config, ["tIt"]), LogitsProcessorList([NeverCites(config, ends=False)])
+    with pytest.raises(ValueError, match="rules out every region code"):
+        generate(model, batch, logits_processor=reluctant, force_region=True, **ruled_out)
 
 
 def refusals(config: MedSightConfig) -> list[tuple[dict[str, Any], str]]:

@@ -109,6 +109,7 @@ def generated(processor: MedSightProcessor, prompts: Any, answers: list[str], bo
         mask_logits=[logits_of(*row) for row in boxes],
         region_codes=codes,
         region_scores=[torch.linspace(0.5, 0.9, len(row)) for row in boxes],
+        is_complete=torch.ones(len(answers), dtype=torch.bool),
     )
 
 
@@ -227,8 +228,7 @@ def test_special_tokens_can_be_kept(processor: MedSightProcessor) -> None:
 def test_an_answer_says_whether_it_came_to_its_end(processor: MedSightProcessor) -> None:
     inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
     out = generated(processor, inputs, ["A longer liver [C0_1].", "No."], [[(0, 0, 1, 1)], []])
-    assert [a.is_complete for a in processor.post_process_grounded_answer(out, inputs)] == [True, True]
-    out["sequences"] = out["sequences"][:, :-1]  # the end of the longer one, padding of the other
+    out["is_complete"] = torch.tensor([False, True])
     assert [a.is_complete for a in processor.post_process_grounded_answer(out, inputs)] == [False, True]
     decoded = ModelOutput(mask_logits=[logits_of()] * 2, region_codes=[[]] * 2, region_scores=[torch.ones(0)] * 2)
     assert [a.is_complete for a in processor.post_process_grounded_answer(decoded, inputs)] == [None, None]

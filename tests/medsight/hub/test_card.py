@@ -108,6 +108,17 @@ def test_the_main_figures_of_several_benchmarks_come_first(folder: Path, tmp_pat
     assert "| benchmark |" not in alone
 
 
+def test_the_index_tells_one_benchmark_in_other_wordings_apart(folder: Path, tmp_path: Path) -> None:
+    plain = metrics_of(folder, 0.6875)
+    other = {"title": "Text-prompted segmentation, in wordings not trained on"}
+    held_out = metrics_of(folder, 0.5) | other
+    held_out["run"] = held_out["run"] | {"data": {"sha256": "cd"}}
+    paths = tuple(save(tmp_path / f"{i}.json", one) for i, one in enumerate((plain, held_out)))
+    index = ModelCard(render_card(folder, "me/tiny", CardFacts(metrics=paths))).data.to_dict()["model-index"]
+    found = {one["dataset"]["name"]: one["metrics"][0]["value"] for one in index[0]["results"]}
+    assert found == {plain["title"]: 0.6875, held_out["title"]: 0.5}
+
+
 def test_metrics_in_the_folder_are_taken_and_stay_there(folder: Path) -> None:
     save(folder / "metrics.json", metrics_of(folder, 0.6875))
     planned = push(folder, "me/tiny", dry_run=True)
