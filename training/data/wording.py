@@ -20,6 +20,7 @@ from .templates import Wordings, draw_alternatives, matches
 
 
 MAX_REGIONS = 5  # as published (paper, unified tuning)
+MAX_NAMED = 5  # structures in one question
 SYNONYM_SHARE = 0.35  # of the prompts that name a structure which has synonyms
 LISTED_SHARE = 0.6  # of the absent structures asked for, where the image's own row lists some
 # Of a picture's fifths two are upper, one is between, two are lower; two left, one between, two right.
@@ -106,7 +107,7 @@ class ConversationMaker:
         vocabulary: see [`Vocabulary`].
         generator: source of all choices; may be replaced between two turns.
         prompts: draw from the prompts for "training", or from the "held_out" ones, which training never sees.
-        max_regions: most codes in an answer.
+        max_regions: most codes in an answer; a question names at most `MAX_NAMED` structures all the same.
         noise: share of a prompt's words, names left out, that are misspelt or missing, so that what is learnt is not
             one wording (Wei and Zou, 2019, EDA).
 
@@ -272,7 +273,7 @@ class ConversationMaker:
         return self._turn(row, "where_is", "where_is", words, _asked(self._called(target, row)), regions=masks)
 
     def _segment_several(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
-        wanted = self.generator.randint(2, min(self.max_regions, len(regions)))
+        wanted = self.generator.randint(2, min(MAX_NAMED, self.max_regions, len(regions)))
         chosen = self._fitting(self.generator.sample(list(regions), len(regions)), regions)[:wanted]
         if len(chosen) < 2:
             chosen = self._fitting(sorted(regions, key=lambda target: len(regions[target])), regions)[:2]

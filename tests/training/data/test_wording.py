@@ -104,6 +104,14 @@ def test_no_answer_has_more_codes_than_allowed(wordings: Wordings) -> None:
     assert "segment_all" not in {turn.intent for turn in turns(few, TORSO)}
 
 
+def test_a_question_names_few_structures_also_where_an_answer_may_cite_many(wordings: Wordings) -> None:
+    many = row("CT", "torso", [f"organ {number}" for number in range(9)])
+    maker = ConversationMaker(wordings, Vocabulary.from_rows([many], GROUPS), random.Random(0), max_regions=16)
+    drawn, asked = turns(maker, many), ("segment_several", "segment_all")
+    cited = {intent: {len(turn.regions) for turn in drawn if turn.intent == intent} for intent in asked}
+    assert cited["segment_several"] == {2, 3, 4, 5} and cited["segment_all"] == {9}
+
+
 def test_an_absent_structure_is_answered_without_a_code(maker: ConversationMaker) -> None:
     for turn in turns(maker, NORMAL):
         said = {"absent": "There is no {} in this image.", "diagnose": "The image is normal: there is no {}."}
