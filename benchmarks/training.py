@@ -16,6 +16,7 @@ checkpointing), peak_bytes (of a step above the weights), images_per_s, why (wha
     python -m benchmarks.training --recipe nano --stage perceiver --steps 50 --output loader.json
 """
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--codes", type=int, default=2, help="cited in each")
     options.add_argument("--peak-tflops", type=float, help="of the device in this dtype, by its data sheet")
     options.add_argument("--recipe", help="time a real run by this recipe instead")
-    options.add_argument("--stage", default="perceiver", help="with --recipe: the stage, those before it finished")
+    options.add_argument("--stage", default="perceiver", help="with --recipe: the stage; those before it are left out")
     options.add_argument("--steps", type=int, default=50, help="with --recipe")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="with --recipe: overrides")
     chosen = options.parse_args(arguments)
@@ -56,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device, dtype = measuring.prepare(chosen)
     if chosen.recipe:
         from medsight.training.recipe import load_recipe
+        from medsight.training.run import STAGES
 
         with tempfile.TemporaryDirectory() as folder:
-            overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}", *chosen.set]
+            before = itertools.takewhile(lambda key: key != chosen.stage, STAGES)
+            overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}"]
+            overrides += [*(f"stages.{key}=null" for key in before), *chosen.set]
             row = time_run(load_recipe(chosen.recipe, overrides), chosen.stage)
         return measuring.report(chosen, device, [row], waiting_share=row["waiting_share"])
     measured = chosen.peak_tflops is None

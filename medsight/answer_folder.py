@@ -1,5 +1,6 @@
 """The folder of an answer: written whole or not at all, recognised when finished, never mixed with other files."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -50,8 +51,10 @@ def save_answer(
 
     first = predictions[0]
     if deidentify:
-        first.scan.name = "image"
-        predictions = [dataclasses.replace(one, image_name="image") for one in predictions]
+        scan = copy.copy(first.scan)
+        scan.name = "image"
+        predictions = [dataclasses.replace(one, image_name="image", scan=scan) for one in predictions]
+        first = predictions[0]
     regions = found_regions(predictions)
     content = describe(predictions, run)
     if "png" in formats:

@@ -9,7 +9,11 @@ import typer
 from medsight.console import Device, Json, Results, results
 
 
+ANSWERING = ("model", "batch_size", "max_new_tokens", "device", "dtype")  # options without use for saved predictions
+
+
 def command(
+    context: typer.Context,
     benchmark: Annotated[
         str | None, typer.Option(metavar="NAME", help="A benchmark, or a YAML file that declares one.")
     ] = None,
@@ -64,7 +68,9 @@ def command(
     ] = False,
     accept_problems: Annotated[
         bool,
-        typer.Option("--accept-problems", help="Score predictions with missing, extra or duplicate rows."),
+        typer.Option(
+            "--accept-problems", help="Score predictions with missing, extra or duplicate rows, or of other questions."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -94,14 +100,16 @@ def command(
         if benchmark is None or data is None or output is None:
             missing_option = "benchmark" if benchmark is None else "data" if data is None else "output"
             raise ValueError(f"--{missing_option} is required (medsight evaluate --list shows the benchmarks)")
-        if predictions is not None and model is not None:
-            raise ValueError("--predictions are scored without a model: leave out --model")
+        sources = {name: context.get_parameter_source(name) for name in ANSWERING}
+        given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+        if predictions is not None and given:
+            raise ValueError(f"--predictions are scored without a model: leave out --{given[0].replace('_', '-')}")
         declared = load_benchmark(benchmark)
         if held_out_prompts:
             declared = dataclasses.replace(declared, title=f"{declared.title}, in wordings not trained on")
         flags = {"threshold": threshold, "missing": missing, "multi": multi}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
-        items, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
+        items, left_out, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
         processes, folder = Processes(), Path(output)
         refuse_other_protocol(folder, protocol.to_dict(declared.has_masks), overwrite)
         if predictions is None:
@@ -111,9 +119,12 @@ def command(
             )
         else:
             path = Path(predictions)
-            described = saved(path, folder, declared, Path(data), items, overwrite)
+            described, more = saved(path, folder, declared, Path(data), items, left_out, overwrite, accept_problems)
+            notes += more
         if processes.rank == 0:
-            metrics = score(folder, declared, items, protocol, path, described, notes, name, seed, accept_problems)
+            metrics = score(
+                folder, declared, items, protocol, path, described, notes, name, seed, accept_problems, left_out
+            )
             out.show(metrics, figures_text(metrics), f"\nWritten to {folder}/: {METRICS}, {ROWS}, {REPORT}")
         processes.wait()
 

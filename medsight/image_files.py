@@ -16,11 +16,13 @@ class ImageFiles:
     Attributes:
         images: files, and folders of one DICOM series each, in the order of the arguments and then by name.
         left_out: what lies in the folders, or matches the patterns, and is no image.
+        repeated: other names of images, by links, that are found already.
         is_single: there is one argument, and it names an image itself.
     """
 
     images: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
+    repeated: list[Path] = field(default_factory=list)
     is_single: bool = False
 
 
@@ -50,7 +52,11 @@ def find_images(arguments: Sequence[str]) -> ImageFiles:
                 _add_folder(match, found) if match.is_dir() else _add_file(match, found)
         else:
             raise FileNotFoundError(f"{argument}: there is no such file or folder")
-    found.images = list(dict.fromkeys(found.images))
+    first: dict[Path, Path] = {}
+    for path in dict.fromkeys(found.images):
+        if first.setdefault(path.resolve(), path) is not path:
+            found.repeated.append(path)
+    found.images = list(first.values())
     if not found.images:
         raise ValueError(f"no image among what {' '.join(arguments)} names")
     found.is_single = len(arguments) == 1 and found.images == [Path(arguments[0])]

@@ -1,9 +1,11 @@
 """An output folder that appears whole or not at all."""
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -39,24 +41,61 @@ def check_empty(output: Path, overwrite: bool = False) -> None:
 def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], None] = check_output) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.
 
+    Of an output that is a link, the folder that it leads to is written. An empty mount point cannot be replaced: files
+    are moved into it one by one, so that a kill in the middle leaves a part of them.
+
     Args:
-        output, overwrite: for `check`, which raises where the folder may not be written.
+        output, overwrite: for `check`, which raises where the folder may not be written: before the work and after it,
+            so that what came meanwhile is kept.
+
+    Raises:
+        OSError: the folder cannot be written, or is a mount point that is not empty.
     """
     check(output, overwrite)
-    output = output.absolute()
+    output = output.resolve()
+    if os.path.ismount(output) and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is a mount point, which cannot be moved; name a folder in it")
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         folder, replaced = stage / "new", stage / "old"
         folder.mkdir()
         yield folder
-        if output.exists():
-            output.rename(replaced)
+        check(output, overwrite)
         try:
-            folder.rename(output)
-        except OSError:
-            if replaced.exists():
+            if overwrite and output.is_dir() and any(output.iterdir()):
+                output.rename(replaced)
+            _put(folder, output)
+        except BaseException:  # an interrupt too: with the stage goes what was replaced
+            if replaced.exists() and not output.exists():
                 replaced.rename(output)
             raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put(folder: Path, output: Path) -> None:
+    """Moves a folder to where there is nothing or an empty folder; anything else stays, and raises OSError."""
+    with suppress(OSError):
+        output.rmdir()
+    try:
+        folder.rename(output)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        _fill(folder, output)
+
+
+def _fill(folder: Path, output: Path) -> None:
+    """Moves all that is in a folder into a mount point, which may be another disk; all of it or, on an error, none."""
+    moved: list[Path] = []
+    try:
+        for entry in sorted(folder.iterdir()):
+            if os.path.lexists(output / entry.name):
+                raise FileExistsError(f"{output / entry.name} is there already")
+            moved.append(output / entry.name)
+            shutil.move(entry, moved[-1])
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from medsight.prediction import Prediction
 
 MANY_OUTPUT = "medsight-answers"
-NAMED_LEFT_OUT = 3  # of the files that are no images
+NAMED_LEFT_OUT = 3
 LISTED_FILES = 8
 
 Model = Annotated[str | None, typer.Option(metavar="DIR", help="Checkpoint folder  [default: the small one shipped].")]
@@ -130,7 +130,8 @@ def command(
     checkpoint = shipped_checkpoint() if model is None else Path(model)
     check_checkpoint(checkpoint)
     found = find_images(images)
-    note_left_out(found.left_out)
+    note_left_out("no image", found.left_out)
+    note_left_out("another name of an image", found.repeated)
     jobs = [Job(image) for image in found.images]
     place(jobs, None if output is None else Path(output), found.is_single, deidentify)
     run = {
@@ -174,11 +175,11 @@ def command(
         raise ValueError(f"{len(failed):,} of {len(jobs):,} images could not be answered (named above)")
 
 
-def note_left_out(paths: Sequence[Path]) -> None:
-    """Says what is no image among what was asked for."""
+def note_left_out(reason: str, paths: Sequence[Path]) -> None:
+    """Says what is not answered about among what was asked for."""
     if paths:
         names = ", ".join(str(path) for path in paths[:NAMED_LEFT_OUT])
-        note(f"left out, no image: {len(paths):,} ({names}{', ...' if len(paths) > NAMED_LEFT_OUT else ''})")
+        note(f"left out, {reason}: {len(paths):,} ({names}{', ...' if len(paths) > NAMED_LEFT_OUT else ''})")
 
 
 def place(jobs: Sequence[Job], output: Path | None, is_single: bool, deidentify: bool) -> None:
@@ -282,11 +283,11 @@ def answer_jobs(
 
 
 def write(job: Job, run: dict[str, Any], overwrite: bool, formats: Sequence[str], deidentify: bool) -> None:
-    """Saves a complete job, and lets go of its pixels. What a scan cannot be written as is an error of the job's."""
+    """Saves a complete job, and lets go of its pixels. What cannot be written is an error of the job's."""
     if job.error is None:
         try:
             save_answer(job.predictions, job.folder, overwrite, formats, deidentify, {"sha256": job.sha256, **run})
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             job.error = error
     job.predictions = []
 

@@ -80,7 +80,7 @@ def found_regions(predictions: Sequence[Prediction]) -> "list[FoundRegion]":
 
 
 def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Everything but pixels of the predictions about one scan, for one prompt.
+    """Everything but pixels of the predictions about one scan, for one prompt. Names of files are made printable.
 
     `slice`, `text`, `raw_text`, `complete` (whether the answer came to its end) and `regions` of a single prediction
     stand at the top; of several, `slices` lists them. Sizes are in pixels, and in mm² and ml where the scan's spacing
@@ -107,8 +107,8 @@ def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = Non
     ]
     return {
         "medsight_version": __version__,
-        "model": first.model,
-        "image": first.image_name,
+        "model": printable(first.model),
+        "image": printable(first.image_name),
         "size": {"width": first.image.width, "height": first.image.height},
         "scan": {
             "kind": scan.kind,
@@ -148,7 +148,7 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
     slices = content["slices"] if several else [content]
     regions = [(one, region) for one in slices for region in one["regions"]]
     lines = [f"slice {one['slice']}: {one['text']}" if several else one["text"] for one in slices]
-    cut = [str(one["slice"]) for one in slices if one["complete"] is False]
+    cut = [str(one["slice"]) for one in slices if one.get("complete") is False]
     of_slices = f", of slice {', '.join(cut)}" if several else ""
     ending: list[str | Table] = [f"\nCut at the limit of length{of_slices}; --max-new-tokens sets it."] if cut else []
     if not regions:

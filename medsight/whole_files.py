@@ -11,7 +11,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file beside its place, wait until it is on the disk, and move it there."""
+    """Write a file beside its place, wait until it is on the disk, and move it there.
+
+    Raises:
+        OSError: the file's folder is not there, or the file cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it, or name another file")
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(content)

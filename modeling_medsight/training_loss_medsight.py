@@ -156,7 +156,8 @@ class TrainingLossMixin:
         rows, queries = rows.to(embeddings.device), queries.to(embeddings.device)
         if len(rows):
             quantized = self.model.codebook(embeddings[rows, queries][:, None], group_labels[rows])
-            reconstructed = embeddings.index_put((rows, queries), quantized.reconstructed_regions[:, 0])
+            regions_of_codes = quantized.reconstructed_regions[:, 0].to(embeddings.dtype)  # bf16 under CPU's autocast
+            reconstructed = embeddings.index_put((rows, queries), regions_of_codes)
             share = len(rows) / max(1, total)
             vq_loss, reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share
             indices = quantized.code_indices[:, 0]

@@ -13,12 +13,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from .dicom_header_medsight import code_of, number_of_frames, photometric_of
 from .image_loading_medsight import MAX_IMAGE_PIXELS
 
+
+# Where compressed frames begin, and their lengths: numbers, or bytes as a file has them.
+FrameOffsets: TypeAlias = tuple[list[int], list[int]] | tuple[bytes, bytes]
 
 MAX_FRAMES = 2**17  # tiles of a whole slide
 MAX_FILE_BYTES = 2**31
@@ -166,7 +170,42 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
         )
 
 
-def check_codestream(dataset: Any, frame: int, name: str) -> None:
+def frame_offsets(dataset: Any) -> FrameOffsets | None:
+    """The offsets of compressed frames: without a table, pydicom walks through all fragments anew at each frame.
+
+    Args:
+        dataset: a whole file. Frames of several fragments are made one fragment each in it.
+
+    Returns:
+        As DICOM's extended offset table has them; `None` where there is nothing to gain: one frame, a basic offset
+        table, pixels that are not compressed, or too few of them.
+
+    Raises:
+        ValueError: the fragments are damaged.
+    """
+    from pydicom.encaps import encapsulate, generate_frames, parse_basic_offsets, parse_fragments
+
+    tables = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    if all(tables):
+        return tables[0], tables[1]
+    frames = number_of_frames(dataset)
+    if frames == 1 or not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return None
+    pixels = BytesIO(dataset.PixelData)
+    if parse_basic_offsets(pixels):
+        return None
+    fragments, places = parse_fragments(pixels)
+    if fragments < frames:
+        return None
+    if fragments > frames:
+        streams = list(islice(generate_frames(dataset.PixelData, number_of_frames=frames), frames))
+        dataset.PixelData = encapsulate(streams, has_bot=False)
+        return frame_offsets(dataset)
+    lengths = [int.from_bytes(dataset.PixelData[place + 4 : place + 8], "little") for place in places]
+    return [place - places[0] for place in places], lengths
+
+
+def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, name: str) -> None:
     """Hold a compressed frame's own size against the header's: decoders allocate what the frame says."""
     from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder
@@ -184,8 +223,6 @@ def check_codestream(dataset: Any, frame: int, name: str) -> None:
         raise Refused(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
     if syntax == RLELossless:
         return
-    tables = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
-    offsets = (tables[0], tables[1]) if all(tables) else None
     frames = number_of_frames(dataset)
     stream = get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
     size = codestream_size(stream)

@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .dicom_file_medsight import Refused, check_codestream, guarded, missing_decoder, read_header, read_whole
+from .dicom_file_medsight import (
+    FrameOffsets,
+    Refused,
+    check_codestream,
+    frame_offsets,
+    guarded,
+    missing_decoder,
+    read_header,
+    read_whole,
+)
 from .dicom_header_medsight import (
     TOLERANCE,
     code_of,
@@ -74,7 +83,7 @@ class DicomScan(Scan):
             self.modality = code_of(first.get("Modality"))
             self._colour = int(first.get("SamplesPerPixel") or 1) == 3 or photometric_of(first) == "PALETTE COLOR"
             self._place()
-        self._decoded: tuple[int, Any] | None = None
+        self._decoded: tuple[int, Any, FrameOffsets | None] | None = None
         self._levels: Window | None = None
         warn_of_oblong_pixels(self)
 
@@ -167,11 +176,12 @@ class DicomScan(Scan):
 
         file, frame = (index, 0) if len(self._sources) > 1 else (0, index)
         if self._decoded is None or self._decoded[0] != file:
-            self._decoded = file, read_whole(self._sources[file], self._slice_name(index))
-        dataset = self._decoded[1]
-        check_codestream(dataset, frame, self._slice_name(index))
+            whole = read_whole(self._sources[file], self._slice_name(index))
+            self._decoded = file, whole, frame_offsets(whole)
+        _, dataset, offsets = self._decoded
+        check_codestream(dataset, frame, offsets, self._slice_name(index))
         try:
-            pixels = pixel_array(dataset, index=frame)
+            pixels = pixel_array(dataset, index=frame, extended_offsets=offsets)
         except RuntimeError:  # of all decoders that are there
             syntax = dataset.file_meta.TransferSyntaxUID
             if (package := missing_decoder(syntax)) is None:
@@ -202,15 +212,26 @@ class DicomScan(Scan):
         """(Rows, Columns) in the modality's own grey levels, and where there is nothing but padding."""
         from pydicom.pixels import apply_modality_lut
 
-        header, frame = self._header(index)
+        header, _ = self._header(index)
         stored = self._stored(index)
         padding = np.zeros(stored.shape, dtype=bool)
         if (value := numbers_of(header.get("PixelPaddingValue"), 1)) is not None:
             limit = numbers_of(header.get("PixelPaddingRangeLimit"), 1) or value
             padding = (stored >= min(value[0], limit[0])) & (stored <= max(value[0], limit[0]))
+        return apply_modality_lut(stored, self._modality_scale(index)), padding
+
+    def _modality_scale(self, index: int) -> Any:
+        """What holds the rescale, or modality lookup table, of a slice."""
+        header, frame = self._header(index)
         rescale = group_of(header, frame, "PixelValueTransformationSequence")
-        values = apply_modality_lut(stored, rescale if "RescaleSlope" in rescale else header)
-        return values, padding
+        return rescale if "RescaleSlope" in rescale else header
+
+    def _shows_stored(self, index: int) -> bool:
+        """Whether the grey levels of a slice are the stored numbers, none of them negative."""
+        scale = self._modality_scale(index)
+        unchanged = scale.get("RescaleSlope") in (None, 1) and scale.get("RescaleIntercept") in (None, 0)
+        signed = self._header(index)[0].get("PixelRepresentation")
+        return unchanged and not scale.get("ModalityLUTSequence") and not signed
 
     def _shown_by_file(self, index: int, values: np.ndarray) -> np.ndarray | None:
         """By the VOI lookup table of the file, or else its first window; `None` where it states neither."""
@@ -234,7 +255,7 @@ class DicomScan(Scan):
         if self.modality not in _BY_PERCENTILES:
             if (shown := self._shown_by_file(index, values)) is not None:
                 return shown
-            if int(header.get("BitsStored") or 16) <= 8 and not scaled and values.dtype.kind == "u":
+            if int(header.get("BitsStored") or 16) <= 8 and self._shows_stored(index):
                 top = 2 ** int(header.BitsStored) - 1
                 return apply_window(values, Window(top / 2, top))
         if self._levels is None:

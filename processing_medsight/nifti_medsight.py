@@ -126,7 +126,8 @@ class NiftiScan(Scan):
         import nibabel
 
         affine = self._header.get_best_affine()
-        usable = np.isfinite(affine).all() and np.isfinite(np.linalg.cond(affine[:3, :3]))
+        stated = any(int(self._header[code]) for code in ("qform_code", "sform_code"))  # else nibabel makes one up
+        usable = stated and np.isfinite(affine).all() and np.isfinite(np.linalg.cond(affine[:3, :3]))
         if usable:
             self._orientation = nibabel.io_orientation(affine)
             usable = np.isfinite(self._orientation).all()
@@ -134,16 +135,17 @@ class NiftiScan(Scan):
             logger.warning(f"{self.name} has no usable affine: its axes are taken for right, anterior and superior")
             self._orientation = nibabel.io_orientation(np.eye(4))
         unit = _MM_PER_UNIT.get(int(self._header["xyzt_units"]) & 7, 1.0)
-        sizes = nibabel.affines.voxel_sizes(affine) * unit
+        sizes = unit * (nibabel.affines.voxel_sizes(affine) if usable else self._header["pixdim"][1:4].astype(float))
         source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in self._axes]
         self.width, self.height, self.num_slices = (self._shape[axis] for axis in source_axis)
         if self.width * self.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{self.name} has slices of {self.height:,} x {self.width:,} pixels: too many")
         if usable:
             self.affine = affine
-            across, down, through = (float(sizes[axis]) for axis in source_axis)
-            self.pixel_spacing, self.slice_spacing = (down, across), through
-            warn_of_oblong_pixels(self)
+        across, down, through = (float(size) if 0 < size < np.inf else None for size in sizes[source_axis])
+        self.pixel_spacing = None if down is None or across is None else (down, across)
+        self.slice_spacing = through
+        warn_of_oblong_pixels(self)
 
     def _displayed(self, voxels: np.ndarray, index: int) -> np.ndarray:
         """A view of a slice as it is shown: what is written to it is in its place in `voxels`."""
@@ -194,7 +196,10 @@ class NiftiScan(Scan):
     def _default_window(self) -> Window:
         if self._levels is None:
             voxels = self._raw().reshape(-1, order="F")
-            sample = self._scaled(voxels[:: max(1, len(voxels) // _SAMPLE)])
+            step = max(1, len(voxels) // _SAMPLE)
+            while math.gcd(step, len(voxels)) > 1:  # a common factor would pass over whole planes
+                step += 1
+            sample = self._scaled(voxels[::step])
             sample = sample[np.isfinite(sample)]
             self._levels = WINDOWS["soft tissue"] if looks_like_hounsfield(sample) else percentile_window(sample)
         return self._levels

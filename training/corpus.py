@@ -46,9 +46,8 @@ def read_corpus(recipe: Recipe) -> Corpus:
 
     from .data.biomedparse import split_validation
     from .data.schema import REGION_FEATURES
-    from .data.sources import Source, load_source
 
-    parts = [load_source(Source.from_mapping(entry)) for entry in recipe.data.regions]
+    parts = [read_source(recipe, entry) for entry in recipe.data.regions]
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
@@ -59,6 +58,17 @@ def read_corpus(recipe: Recipe) -> Corpus:
         groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for some in rows["targets"] for target in some})
     return Corpus(recipe, training, validation, groups, classes)
+
+
+def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
+    """The rows of one source of a recipe, map-style; bad ones as `data.on_error` says.
+
+    Raises:
+        OSError, ValueError: as `load_source`.
+    """
+    from .data.sources import Source, load_source
+
+    return load_source(Source.from_mapping(entry), skip_errors=recipe.data.on_error == "skip")
 
 
 def split_seed(recipe: Recipe) -> int:
@@ -91,7 +101,6 @@ def corpus_conversations(corpus: Corpus) -> Any:
     from datasets import Dataset, concatenate_datasets
 
     from .data.schema import CONVERSATION_FEATURES
-    from .data.sources import Source, load_source
     from .data.wording import ConversationMaker, Vocabulary, corpus_texts
 
     recipe = corpus.recipe
@@ -117,7 +126,7 @@ def corpus_conversations(corpus: Corpus) -> Any:
     ]
     empty = dict.fromkeys(("modality", "site", "split", "patient"))
     made = Dataset.from_list([{**empty, **row} for row in rows], features=CONVERSATION_FEATURES)
-    return concatenate_datasets([made, *(load_source(Source.from_mapping(entry)) for entry in recipe.data.text)])
+    return concatenate_datasets([made, *(read_source(recipe, entry) for entry in recipe.data.text)])
 
 
 def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str) -> Any:
@@ -138,15 +147,18 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
     if not names:
         raise ValueError("a language stage needs data: names of annotations or of data.conversations")
     parts = []
-    for name in names:
-        if name in recipe.annotations and not len(corpus.split(split)):
-            parts.append(Dataset.from_dict({column: [] for column in CONVERSATION_FEATURES}, CONVERSATION_FEATURES))
-        elif name in recipe.annotations:
+    for name in [name for name in names if name in recipe.annotations]:
+        if len(corpus.split(split)):
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
         else:
-            rows = load_source(Source.from_mapping(recipe.data.conversations[name]))
-            both = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe))
-            parts.append(both[0] if split == "training" else both[1])
+            parts.append(Dataset.from_dict({column: [] for column in CONVERSATION_FEATURES}, CONVERSATION_FEATURES))
+    if others := [name for name in names if name in recipe.data.conversations]:
+        # Split together, and beside the images with masks: what one validates on no other trains on.
+        read = [read_source(recipe, recipe.data.conversations[name]) for name in others]
+        rows = concatenate_datasets(read) if len(read) > 1 else read[0]
+        held_images = [image["path"] for image in corpus.validation["image"] if image["path"]]
+        both = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe), held_images)
+        parts.append(both[0] if split == "training" else both[1])
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 

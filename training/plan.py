@@ -212,7 +212,10 @@ def count_rows(key: str, own: StageSettings, recipe: Recipe, corpus: Corpus | No
     if key == "language_model":
         return len(hold_out_text(corpus_conversations(corpus), recipe, "training")), []
     if STAGES[key].reads == "regions":
-        return sum(bool(targets) for targets in corpus.training["targets"]), []
+        rows = corpus.training
+        return sum(
+            bool(targets or absent) for targets, absent in zip(rows["targets"], rows["absent"], strict=True)
+        ), []
     annotated = [recipe.annotations[name] for name in own.data if name in recipe.annotations]
     others = [name for name in own.data if name not in recipe.annotations]
     count = sum(settings.per_image for settings in annotated) * len(corpus.training)

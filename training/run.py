@@ -108,7 +108,7 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
     state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
-    on_main(lambda: open_folder(output, recipe))
+    on_main(lambda: open_folder(output, recipe, [key for key in STAGES if finished(output, key)]))
     held = lock(output) if state.is_main_process else contextlib.nullcontext()
     with held:
         return run_stages(recipe, settings, stage, output)

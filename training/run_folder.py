@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,11 @@ def on_main(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def open_folder(output: Path, recipe: Recipe) -> None:
+def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = ()) -> None:
     """Make the run's folder, or go on in it if it holds a run of the same recipe.
+
+    Args:
+        finished: stages whose steps are all made: they go by the number of processes then, not now.
 
     Raises:
         ValueError: the folder holds another run (with the differences), or something else.
@@ -83,10 +86,11 @@ def open_folder(output: Path, recipe: Recipe) -> None:
     if file.is_file():
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
         processes = json.loads(versions.read_text(encoding="utf-8"))["processes"]
+        of_finished = {key: size for key, size in samples_a_step(now, processes).items() if key in finished}
         lines = differences(before, now)
         lines += differences(
             samples_a_step(before, processes),
-            samples_a_step(now, PartialState().num_processes),
+            {**samples_a_step(now, PartialState().num_processes), **of_finished},
             "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of ",
         )
         if lines:

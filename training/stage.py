@@ -24,7 +24,7 @@ class StageSettings:
             once an epoch.
         group_by_length: bring conversations of like length together.
         augment: move and recolour the training pictures.
-        eval_batches: validation batches an evaluation; all by default.
+        eval_batches: validation batches an evaluation, spread over all of the split; all by default.
         example_images: validation items drawn as pictures at every evaluation.
     """
 
@@ -129,17 +129,19 @@ def train_only(model: nn.Module, prefixes: Iterable[str]) -> None:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules to keep out of training: all without a parameter that trains, but for whole transformer layers.
+    """The modules to keep out of training: those whose parameters are all frozen and what is in them, but for whole
+    transformer layers.
 
     Such a layer holds no statistics and draws nothing itself, and only in training is it checkpointed, as it must be
-    where gradients flow through it to something before it that trains.
+    where gradients flow through it to something before it that trains. A module without parameters, such as a dropout,
+    is as its parents are.
     """
-    return [
-        module
-        for module in model.modules()
-        if not any(parameter.requires_grad for parameter in module.parameters())
-        and not isinstance(module, GradientCheckpointingLayer)
-    ]
+    frozen: dict[int, nn.Module] = {}
+    for module in model.modules():
+        trains = [parameter.requires_grad for parameter in module.parameters()]
+        if trains and not any(trains):
+            frozen |= {id(inner): inner for inner in module.modules()}
+    return [module for module in frozen.values() if not isinstance(module, GradientCheckpointingLayer)]
 
 
 def dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -296,7 +296,8 @@ class StageTrainer(Trainer):
         items, size = self.eval_dataset if eval_dataset is None else eval_dataset, self.args.per_device_eval_batch_size
         limit = self.stage.settings.eval_batches
         count = len(items) if limit is None else min(len(items), limit * size)
-        shares = [list(range(first, count, self.args.world_size)) for first in range(self.args.world_size)]
+        chosen = [place * len(items) // count for place in range(count)]
+        shares = [chosen[first :: self.args.world_size] for first in range(self.args.world_size)]
         own = shares[self.args.process_index]
         batches = [own[start : start + size] for start in range(0, len(own), size)]
         scored, most = len(batches), -(-len(shares[0]) // size)
@@ -354,7 +355,12 @@ def sft_trainer_class() -> type:
 
         def __init__(self, *args: Any, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
             rows = None if eval_dataset is None else eval_dataset.rows
+            model = kwargs["model"]
+            dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
             super().__init__(*args, train_dataset=train_dataset.rows, eval_dataset=rows, **kwargs)
+            for name, weight in model.named_parameters():
+                if name in dtypes:  # TRL rounds what trains beside a quantised model to bfloat16
+                    weight.data = weight.data.to(dtypes[name])
             self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
 
     return StageSFTTrainer

@@ -188,7 +188,7 @@ class Page:
         names = [DEFAULT_WINDOW, *own, *(WINDOWS if scan is not None and scan.modality == "CT" else ())]
         formats = ["png", "coco"]
         if scan is not None:
-            left_out = (["nifti"] if scan.affine is None else []) + (
+            left_out = (["nifti"] if scan.affine is None and scan.kind != "nifti" else []) + (
                 [] if scan.kind == "dicom" else ["dicom-seg", "rtstruct"]
             )
             formats = [name for name in FORMATS if name not in left_out]

@@ -1,6 +1,7 @@
 """Diagnoses of images with masks, and diagnose-then-segment items made from them."""
 
 import csv
+import filecmp
 import json
 import re
 import shutil
@@ -115,7 +116,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         How many rows became items, and how many did not, by reason.
 
     Raises:
-        OSError: files are missing, or the output folder is not empty.
+        OSError: files are missing, or the output folder is not empty; or two files from outside the set would have one
+            name in it.
         ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
             not there, or no row has a diagnosis.
     """
@@ -173,6 +175,8 @@ def _copied(row: Mapping[str, Any], diagnosis: Diagnosis, question: str, data: P
     for file in [row["image"]["path"], *(row["masks"][index]["path"] for index in diagnosis.masks)]:
         copy = folder / "files" / relative(file, data)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        if copy.exists() and not filecmp.cmp(file, copy, shallow=False):
+            raise FileExistsError(f"{file}: another file is copied to {copy.relative_to(folder)} already; rename one")
         shutil.copyfile(file, copy)
         copies.append(copy.relative_to(folder).as_posix())
     return {

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,12 +151,12 @@ def _picture(entry: Mapping[str, Any]) -> Any:
 
 
 def relative(path: str | Path, root: Path) -> str:
-    """A path below the data's folder as ids name it, with slashes; others by their last three parts."""
-    root = root if root.is_dir() else root.parent
-    absolute = Path(path).absolute()
-    if absolute.is_relative_to(root.absolute()):
-        return absolute.relative_to(root.absolute()).as_posix()
-    return "/".join(absolute.parts[-3:])
+    """A path below the data's folder as ids name it, with slashes; others by their last three parts; without ".."."""
+    root = Path(os.path.abspath(root if root.is_dir() else root.parent))
+    absolute = Path(os.path.abspath(path))
+    if absolute.is_relative_to(root):
+        return absolute.relative_to(root).as_posix()
+    return "/".join(absolute.parts[1:][-3:])
 
 
 def origin_of(row: Mapping[str, Any]) -> dict[str, Any]:

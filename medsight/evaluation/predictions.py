@@ -10,7 +10,7 @@ may say whether its answer came to an end, `complete`.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -263,12 +263,18 @@ class Problems:
 
 
 def match_predictions(
-    ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]]
+    ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]], left_out: Collection[str] = ()
 ) -> tuple[dict[str, Prediction], Problems]:
-    """The first prediction of each item, and what does not match."""
+    """The first prediction of each item, and what does not match.
+
+    Args:
+        left_out: ids of items that are not scored, whose predictions are passed over.
+    """
     problems, known = Problems(), set(ids)
     found: dict[str, Prediction] = {}
     for place, prediction in predictions:
+        if prediction.id in left_out:
+            continue
         if prediction.id not in known:
             problems.extra.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
         elif prediction.id in found:

@@ -25,7 +25,7 @@ class Asked:
     Attributes:
         target: what it is about: one structure, or several in words.
         masks: of the reference, as indices into the row's.
-        named: whether each mask is of a structure of its own, told apart by name.
+        named: whether the masks are of several structures, told apart by name.
         key: what the item's id says after the image's.
         answer, answer_type: the reference answer, where answers are scored.
     """
@@ -106,8 +106,11 @@ def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
 
 def spacings(path: Path) -> dict[tuple[str, str], tuple[float, float]]:
     """Pixel sizes in mm by (image, target), where a manifest tells them of a picture or of an isotropic volume."""
+    from medsight.training.data.biomedparse import biomedparse_shards
+    from medsight.training.data.sources import Source
+
     found: dict[tuple[str, str], tuple[float, float]] = {}
-    for manifest in [path] if path.is_file() else [path / "manifest.jsonl", *sorted(path.glob("*/manifest.jsonl"))]:
+    for manifest in map(Path, biomedparse_shards(Source("biomedparse", str(path)))):
         for _, record in json_records(manifest) if manifest.is_file() else ():
             if isinstance(record, ValueError) or not isinstance(record.get("voxel_mm"), list):
                 continue

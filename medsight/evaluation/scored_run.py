@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ ROWS, REPORT = "scores.jsonl", "report.html"
 
 def rows_to_score(
     benchmark: Benchmark, data: Path, limit: int | None, held_out_prompts: bool, seed: int, allow_row_count: bool
-) -> tuple[list[Item], list[str]]:
-    """The rows of a benchmark, and what the report has to say of them.
+) -> tuple[list[Item], list[Item], list[str]]:
+    """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them.
 
     Raises:
         OSError, ValueError: see `read_items` and `check_counts`; or the limit is below 1.
@@ -48,7 +49,8 @@ def rows_to_score(
     notes = [*benchmark.notes, *([counted] if counted else [])]
     if limit is not None and limit < len(items):
         notes.append(f"Limited to the first {limit:,} of {len(items):,} rows: not comparable with the whole set.")
-    return items[:limit], notes
+    count = len(items) if limit is None else limit
+    return items[:count], items[count:], notes
 
 
 def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, flags: dict[str, Any]) -> Protocol:
@@ -123,21 +125,57 @@ def codebook_of(config: Any) -> dict[str, int]:
 
 
 def saved(
-    path: Path, output: Path, benchmark: Benchmark, data: Path, items: list[Item], overwrite: bool
-) -> dict[str, Any]:
+    path: Path,
+    output: Path,
+    benchmark: Benchmark,
+    data: Path,
+    items: list[Item],
+    left_out: list[Item],
+    overwrite: bool,
+    accept_problems: bool,
+) -> tuple[dict[str, Any], list[str]]:
     """What is known of saved predictions: their own run.json, if one lies beside them, and their file's hash.
+
+    Args:
+        items, left_out: see `rows_to_score`.
+        accept_problems: score answers to other questions too.
+
+    Returns:
+        What run.json is to say; and notes for the report.
 
     Raises:
         OSError: a file cannot be read, or the output folder holds something else.
-        ValueError: their run.json is damaged.
+        ValueError: their run.json is damaged, or says that they answer another benchmark, other data or wordings,
+            which is not accepted.
     """
     content = path.read_bytes()
     described: dict[str, Any] = {"model": path.stem}
     if (path.parent / RUN).is_file():
         described = read_json(path.parent / RUN)
+    differing = _other_questions(described, benchmark, [*items, *left_out])
+    if differing is not None and not accept_problems:
+        raise ValueError(
+            f"{path}: {differing}; ask as that run did (--benchmark, --data, --held-out-prompts, --seed), or add "
+            "--accept-problems to score them all the same, with a note"
+        )
     described |= {"predictions_sha256": hashlib.sha256(content).hexdigest(), **questions(benchmark, data, items)}
     _make_scores_folder(output, {RUN, path.name}, overwrite)
-    return described
+    return described, [] if differing is None else [f"The answers were given to other questions: {differing}."]
+
+
+def _other_questions(described: dict[str, Any], benchmark: Benchmark, rows: list[Item]) -> str | None:
+    """In what a run's questions differ from the benchmark's rows, of which a limited run has the first; None if in
+    nothing, or if the run does not say."""
+    before = described.get("data")
+    if "benchmark" not in described or not isinstance(before, dict) or "sha256" not in before:
+        return None
+    now = fingerprint(rows[: before.get("rows")])
+    if (described["benchmark"], before["sha256"]) == (benchmark.name, now):
+        return None
+    return (
+        f"its {RUN} is of the benchmark {described['benchmark']} with data and wordings {before['sha256'][:12]}, "
+        f"asked for is {benchmark.name} with {now[:12]}"
+    )
 
 
 def questions(benchmark: Benchmark, data: Path, items: list[Item]) -> dict[str, Any]:
@@ -173,9 +211,15 @@ def score(
     name: str | None,
     seed: int,
     accept_problems: bool,
+    left_out: Sequence[Item] = (),
 ) -> dict[str, Any]:
-    """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns."""
-    predictions, problems = match_predictions([item.id for item in items], read_predictions(path))
+    """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns.
+
+    Args:
+        left_out: rows of the benchmark that are not scored, of which there may be predictions.
+    """
+    ids, others = [item.id for item in items], {item.id for item in left_out}
+    predictions, problems = match_predictions(ids, read_predictions(path), others)
     rows = score_rows(items, predictions, benchmark, protocol, problems, accept_problems)
     saved_threshold = described.get("threshold")
     if benchmark.has_masks and saved_threshold not in (None, protocol.mask_protocol.threshold):

@@ -166,23 +166,36 @@ def predicted_masks(
     return masks
 
 
-def by_name(masks: Mapping[int, np.ndarray], phrases: Sequence[str | None], names: Sequence[str]) -> list[np.ndarray]:
-    """An answer's masks in the order of the references: the first of each reference's name that is left, an empty one
-    where there is none; then those that are left over. Without names, in the answer's order.
+def by_name(
+    masks: Mapping[int, np.ndarray],
+    phrases: Sequence[str | None],
+    references: Sequence[np.ndarray],
+    names: Sequence[str],
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """An answer's masks, and the references one a structure, in the same order.
+
+    References of one name are one structure and united; so are all masks of that name. A structure of one reference
+    gets the first mask of its name. An empty mask stands for a structure without one; masks that are left over come
+    last. Where the answer names none, its masks keep their order.
 
     Args:
         masks: by their place in the answer.
         phrases: what the answer calls each, whatever the case; empty where the system names none.
+        references: reference masks, of the masks' size.
         names: what each reference shows.
     """
+    wanted: dict[str, list[np.ndarray]] = {}
+    for name, reference in zip(names, references, strict=True):
+        wanted.setdefault(name, []).append(reference)
+    united = [np.logical_or.reduce(parts) for parts in wanted.values()]
     if not phrases or not masks:
-        return list(masks.values())
+        return list(masks.values()), united
     left, ordered = dict(masks), []
-    nothing = np.zeros_like(next(iter(masks.values())))
-    for name in names:
-        place = next((place for place in left if (phrases[place] or "").casefold() == name.casefold()), None)
-        ordered.append(nothing if place is None else left.pop(place))
-    return [*ordered, *left.values()]
+    for name, parts in wanted.items():
+        places = [place for place in left if (phrases[place] or "").casefold() == name.casefold()]
+        own = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
+        ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *own]))
+    return [*ordered, *left.values()], united
 
 
 def _code_scores(item: Item, prediction: Prediction) -> dict[str, Any]:
@@ -224,7 +237,7 @@ def _mask_scores(item: Item, prediction: Prediction, protocol: Protocol, problem
     if item.absent:
         return row
     if item.mask_targets:
-        shown = by_name(placed, prediction.phrases, item.mask_targets)
+        shown, references = by_name(placed, prediction.phrases, references, item.mask_targets)
     flags: dict[str, Any] = {name: protocol.flags.get(name) for name in MASK_FLAGS}
     scores = score_item(shown, references, preset=protocol.masks, **flags, spacing_mm=item.spacing_mm)
     return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}

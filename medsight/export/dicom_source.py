@@ -116,7 +116,7 @@ def _geometry(source: "Dataset") -> "Dataset":
         element = source[tag]
         if element.VR == "SQ":
             setattr(kept, keyword, [_geometry(item) for item in element.value])
-        elif element.VR == "UI" and keyword != "SOPClassUID":
+        elif element.VR == "UI" and keyword != "SOPClassUID" and element.value:  # an empty one stays missing
             setattr(kept, keyword, replaced_uid(element.value))
         else:
             setattr(kept, keyword, element.value)

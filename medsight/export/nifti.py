@@ -34,14 +34,14 @@ class Overlap:
         return {"labels": list(self.labels), "voxels": self.voxels, "kept": self.kept}
 
 
-def check_nifti(scan: "Scan") -> np.ndarray:
-    """The scan's affine.
+def check_nifti(scan: "Scan") -> np.ndarray | None:
+    """The scan's affine; None of a NIfTI that states none, whose own header is taken as it is.
 
     Raises:
-        ValueError: it has none, so that `write_nifti` can write no regions of it; or a package is missing.
+        ValueError: it has no voxel grid, so that `write_nifti` can write no regions of it; or a package is missing.
     """
     load("nibabel.nifti1", "nifti")
-    if scan.affine is None:
+    if scan.affine is None and scan.kind != "nifti":
         others = "png, coco or dicom-seg" if scan.kind == "dicom" else "png or coco"
         raise ValueError(
             f"{scan.name}: nifti needs an evenly spaced voxel grid with a place in the patient, and it states none; "
@@ -68,7 +68,7 @@ def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> t
     nifti1 = load("nibabel.nifti1", "nifti")
     labels = group_by_label(regions)
     volume, overlaps = label_map(scan, labels)
-    image = _image_of_dicom(affine, volume) if scan.kind == "dicom" else _image_like(scan, volume)
+    image = _image_like(scan, volume) if affine is None or scan.kind == "nifti" else _image_of_dicom(affine, volume)
     names = {0: "background"} | {label.number: label.name for label in labels}
     image.header.extensions.append(nifti1.Nifti1Extension("comment", json.dumps(names).encode()))
     path = folder / NIFTI_FILE

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from medsight import __version__
+from medsight.console import printable
 
 from .coco import write_coco
 from .dicom_seg import write_dicom_seg
@@ -164,8 +165,8 @@ def describe_regions(scan: "Scan", regions: Sequence[FoundRegion], deidentify: b
 
 
 def scan_name(scan: "Scan", deidentify: bool) -> str:
-    """How files written here call the scan: its file name without folders, or, de-identified, its kind."""
-    return scan.kind if deidentify else Path(scan.name).name
+    """How files written here call the scan: its file name without folders, printable; de-identified, its kind."""
+    return scan.kind if deidentify else printable(Path(scan.name).name)
 
 
 def move_into(stage: Path, folder: Path) -> list[Path]:

@@ -23,6 +23,9 @@ class RegionCodeConstraint(LogitsProcessor):
         prompt_length: columns of the prompt.
         force_region: put a code where the answer would end, or reach `max_length`, without one.
         max_length: columns that a sequence may have in all.
+
+    Raises:
+        ValueError: when it is called, a code has to come but other processors have ruled them all out.
     """
 
     def __init__(
@@ -59,7 +62,13 @@ class RegionCodeConstraint(LogitsProcessor):
             at_end = torch.ones_like(at_end)
         codes_only = torch.full_like(scores, -torch.inf)
         codes_only[:, first:last] = scores[:, first:last]
-        scores = torch.where((without & at_end)[:, None], codes_only, scores)
+        due = without & at_end
+        if bool((due & codes_only.isneginf().all(dim=1)).any()):
+            raise ValueError(
+                "force_region=True: another logits processor or setting (suppress_tokens, forced_eos_token_id, "
+                "bad_words_ids, ...) rules out every region code where one is due"
+            )
+        scores = torch.where(due[:, None], codes_only, scores)
         for end_id in self.end_ids:
             scores[:, end_id] = scores[:, end_id].masked_fill(without, -torch.inf)
         return scores
@@ -113,7 +122,7 @@ class MedSightGenerationMixin(GenerationMixin):
 
         Returns:
             transformers' output with `mask_logits` (a tensor (codes, H, W) for each returned sequence), `region_codes`
-            (token ids) and `region_scores` besides: see [`MedSightDecodedRegions`]. With
+            (token ids), `region_scores` and `is_complete` besides: see [`MedSightGenerateOutput`]. With
             `return_dict_in_generate=False`, the plain tensor of sequences.
 
         Raises:
@@ -151,12 +160,13 @@ class MedSightGenerationMixin(GenerationMixin):
         allowed = self._allowed_groups(prompt, regions, allowed_groups)
         if force_region and not bool(allowed.any(dim=1).all()):
             raise ValueError("force_region=True needs an image in every row of the prompt")
-        end_ids = setting("eos_token_id") if setting("eos_token_id") is not None else []
+        end_ids = _ids(setting("eos_token_id"))
+        prompt_length = 0 if prompt is None else prompt.shape[1]
         constraint = RegionCodeConstraint(
             self.config,
             allowed,
-            end_ids=torch.as_tensor(end_ids).reshape(-1).tolist(),
-            prompt_length=0 if prompt is None else prompt.shape[1],
+            end_ids=end_ids,
+            prompt_length=prompt_length,
             force_region=force_region,
             max_length=self._length_limit(prompt, setting),
         )
@@ -171,8 +181,10 @@ class MedSightGenerationMixin(GenerationMixin):
         if not hasattr(outputs, "sequences"):
             return outputs
         decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), regions, states, synced)
+        complete = _is_complete(outputs.sequences[:, prompt_length:], end_ids, setting("pad_token_id"))
         beams = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
-        return (MedSightGenerateBeamOutput if beams else MedSightGenerateOutput)(**outputs, **decoded)
+        kind = MedSightGenerateBeamOutput if beams else MedSightGenerateOutput
+        return kind(**outputs, **decoded, is_complete=complete)
 
     def prepare_inputs_for_generation(
         self,
@@ -273,8 +285,7 @@ class MedSightGenerationMixin(GenerationMixin):
     def _mask_of_padding(prompt: torch.Tensor, pad_id: Any, end_ids: Any) -> torch.Tensor:
         """The attention mask that transformers infers where none is given: padding is the pad token, unless it also
         ends text."""
-        ends = torch.as_tensor(end_ids if end_ids is not None else []).reshape(-1).tolist()
-        if pad_id is None or pad_id in ends:
+        if pad_id is None or pad_id in _ids(end_ids):
             return torch.ones_like(prompt)
         return (prompt != pad_id).long()
 
@@ -373,6 +384,23 @@ class MedSightGenerationMixin(GenerationMixin):
         return MedSightDecodedRegions(
             **{name: [value[n:] for value, n in zip(values, earlier, strict=True)] for name, values in decoded.items()}
         )
+
+
+def _ids(token_ids: Any) -> list[int]:
+    """A setting that holds no token id, one, or several."""
+    found: list[int] = torch.as_tensor([] if token_ids is None else token_ids).reshape(-1).tolist()
+    return found
+
+
+def _is_complete(new_tokens: torch.Tensor, end_ids: Sequence[int], pad_id: int | None) -> torch.Tensor:
+    """(rows,) boolean: whether each row of `new_tokens` (rows, length) came to an end token, before its padding."""
+    ends = torch.isin(new_tokens, torch.tensor(end_ids, device=new_tokens.device))
+    if not new_tokens.shape[1]:
+        return ends.any(dim=1)
+    if pad_id is None or pad_id in end_ids:
+        return ends[:, -1]
+    last = (new_tokens != pad_id).cumsum(dim=1).argmax(dim=1)  # the first place of the highest count
+    return ends.gather(1, last[:, None])[:, 0]
 
 
 def _images_of_rows(input_ids: torch.Tensor, config: Any) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from transformers.utils import logging
 
 
@@ -27,6 +27,8 @@ MAX_IMAGE_PIXELS = 2**27
 _CHANNELS = (1, 2, 3, 4)
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
+_PHOTOMETRIC, _BITS = 262, 258  # tags of a TIFF
+_WHITE_IS_ZERO = 0
 # Not whatever Pillow can open: some of its readers start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
@@ -55,7 +57,13 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         ImageOps.exif_transpose(opened, in_place=True)
     except Exception as error:
         raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-    return opened
+    image = black_is_zero(opened)
+    if frames > 1 and image is opened:
+        image = opened.copy()
+    if image is not opened:
+        image.filename, image.format = opened.filename, opened.format  # type: ignore[attr-defined]
+        opened.close()  # Pillow keeps a file of several frames open
+    return image
 
 
 def count_frames(opened: Image.Image, name: str) -> int:
@@ -114,6 +122,18 @@ def decode(image: Image.Image, name: str) -> None:
         raise ValueError(f"{name} is damaged or truncated: its pixels cannot be decoded ({error})") from error
 
 
+def black_is_zero(image: Image.Image) -> Image.Image:
+    """A decoded image; inverted where it is a 16-bit TIFF whose 0 is white: Pillow sees to fewer bits alone.
+
+    Returns:
+        The image itself, or an inverted one that is no TIFF any more and so is never inverted again.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if not image.mode.startswith("I;16") or tags.get(_PHOTOMETRIC) != _WHITE_IS_ZERO:
+        return image
+    return Image.fromarray(2 ** tags[_BITS][0] - 1 - np.asarray(image))
+
+
 def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_last: bool | None = None) -> np.ndarray:
     """Pixels of one image, by the range rule of this module.
 
@@ -136,6 +156,7 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
     """
     if isinstance(image, Image.Image):
         decode(image, name)
+        image = black_is_zero(image)
         if image.mode not in _SIXTEEN_BIT_OR_MORE and not image.mode.startswith("I;16"):
             return _colour_pixels(image, name, convert_rgb)
         pixels = np.asarray(image)[:, :, None]
@@ -190,7 +211,7 @@ def is_volume(array: np.ndarray, few_slices: bool = False) -> bool:
     )
 
 
-def open_image(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes, name: str) -> ImageFile.ImageFile:
     """A picture file of a known format, opened and not yet decoded.
 
     Raises:

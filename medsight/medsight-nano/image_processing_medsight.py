@@ -58,7 +58,8 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
             might hold channels; where the last has 1 to 4 entries these stay channels.
         window (`str` or `(float, float)`): which grey levels of DICOM, NIfTI and of pictures and arrays of more than 8
             bits are shown: `"abdomen"`, `"lung"`, `"bone"`, `"brain"`, `"soft tissue"` (of CT), `"file"` (the one that
-            the file states), or (centre, width); by default what suits the modality.
+            the file states), or (centre, width); by default what suits the modality. Given to a call, it is refused
+            by pictures of 8 bits or in colour, which the processor's own leaves as they are.
         plane (`str`): that NIfTI volumes are cut along: `"axial"` (the default), `"coronal"` or `"sagittal"`. Other
             files are refused with one.
         do_resize, do_rescale, do_normalize, do_convert_rgb (`bool`): steps to take.
@@ -117,6 +118,7 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
             window=self.window if window is None else window,
             plane=self.plane if plane is None else plane,
             as_volume=slices is not None,
+            window_asked=window is not None,
         )
         return _fetch_all(images, name, reading)
 
@@ -298,6 +300,12 @@ class _Reading(NamedTuple):
     window: str | Sequence[float] | None
     plane: str | None
     as_volume: bool
+    window_asked: bool
+
+    def windows(self, picture: Image.Image | np.ndarray) -> bool:
+        """Whether the window is for this picture: the processor's own passes over one of 8 bits or in colour, which
+        refuses a call's."""
+        return self.window is not None and (self.window_asked or is_wide(picture))
 
 
 def _fetch_all(images: Any, name: str | None, reading: _Reading) -> Any:
@@ -319,17 +327,16 @@ def _fetch(image: Any, name: str, reading: _Reading) -> list[Any]:
     if isinstance(image, (np.ndarray, torch.Tensor)):
         pixels = as_numpy(image, name)
         if not is_volume(pixels, reading.as_volume):
-            if reading.window is not None and is_wide(pixels):
-                return [open_scan(pixels, name).slice_image(0, reading.window)]
+            if reading.windows(pixels):
+                return [Picture(one, name).slice_image(0, reading.window) for one in flatten_images(pixels)]
             return [grey_to_pillow(image, name) if image.ndim == 2 else image]
         scan = open_scan(pixels, name, volume=True)
     elif isinstance(image, Image.Image):
-        wide = reading.window is not None and is_wide(image)
-        return [open_scan(image, name).slice_image(0, reading.window) if wide else image]
+        return [Picture(image, name).slice_image(0, reading.window) if reading.windows(image) else image]
     elif isinstance(image, (str, os.PathLike, bytes)):
         called = name if isinstance(image, bytes) else None
         scan = open_scan(image, called, reading.plane, reading.as_volume)
-        if isinstance(scan, Picture) and reading.window is None:
+        if isinstance(scan, Picture) and not reading.windows(scan.original):
             return [scan.original]
     else:
         kind = type(image).__name__

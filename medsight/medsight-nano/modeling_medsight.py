@@ -443,14 +443,16 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         Args:
             input_ids: (batch, length), with the image blocks and the codes.
             pixel_values: (images, 3, H, W), in the order of the blocks.
-            attention_mask: (batch, length).
+            attention_mask: (batch, length); by default, all but the pad tokens that a row begins with.
 
         Raises:
             ValueError: if a code has no image before it.
         """
         codes = locate_codes(input_ids, self.config)
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            pad_id = self.generation_config.pad_token_id
+            began = torch.ones_like(input_ids) if pad_id is None else (input_ids != pad_id).cumsum(dim=1)
+            attention_mask = (began > 0).long()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -111,17 +111,24 @@ class MedSightDecodedRegions(ModelOutput):
 
 @dataclass
 class MedSightGenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output of greedy search and sampling, and [`MedSightDecodedRegions`] of the generated codes."""
+    """transformers' output of greedy search and sampling, and [`MedSightDecodedRegions`] of the generated codes.
+
+    Args:
+        is_complete (`torch.BoolTensor` of shape `(sequences,)`): whether each came to an end token; `False` where a
+            limit of length, or a stop of the caller's own, cut it.
+    """
 
     mask_logits: list[torch.FloatTensor] | None = None
     region_codes: list[torch.LongTensor] | None = None
     region_scores: list[torch.FloatTensor] | None = None
+    is_complete: torch.BoolTensor | None = None
 
 
 @dataclass
 class MedSightGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """transformers' output of beam search, and [`MedSightDecodedRegions`] of the generated codes."""
+    """transformers' output of beam search, and the rest as in [`MedSightGenerateOutput`]."""
 
     mask_logits: list[torch.FloatTensor] | None = None
     region_codes: list[torch.LongTensor] | None = None
     region_scores: list[torch.FloatTensor] | None = None
+    is_complete: torch.BoolTensor | None = None

@@ -197,9 +197,9 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         """Answers with their regions: clean text, and for every code its words, mask, box, area and score.
 
         Args:
-            outputs: what `generate` returned, `sequences` with `mask_logits`, `region_codes` and `region_scores` (an
-                entry a sequence); or what `decode_regions` returned, which has no `sequences`: then the text is that
-                of `inputs`, and every code in it counts.
+            outputs: what `generate` returned, `sequences` with `mask_logits`, `region_codes`, `region_scores` and
+                `is_complete` (an entry a sequence); or what `decode_regions` returned, which has no `sequences`: then
+                the text is that of `inputs`, and every code in it counts.
             inputs: what the processor returned for the prompts: `input_ids`, `attention_mask`, and `original_sizes` if
                 there were images. Sequence r answers prompt r // k, k being the number of returned sequences.
             skip_special_tokens: whether to leave out turn markers, padding and the like.
@@ -223,7 +223,7 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             )
         sizes = self._original_sizes_by_prompt(prompts, inputs.get("original_sizes"))
         attended = inputs.get("attention_mask")
-        ends = set(self.tokenizer.all_special_ids)  # of a turn, of a text, and padding
+        complete = outputs.get("is_complete")
         answers = []
         for row, sequence in enumerate(sequences):
             prompt = row // (len(sequences) // len(prompts))
@@ -248,8 +248,7 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             regions = [
                 self._region(token_ids[i], text, spans[i], images[i], masks[i], scores[i]) for i in range(len(codes))
             ]
-            is_complete = None if generated is None else ids[-1:] != [] and ids[-1] in ends
-            answers.append(GroundedAnswer(text, raw_text, regions, is_complete))
+            answers.append(GroundedAnswer(text, raw_text, regions, None if complete is None else bool(complete[row])))
         return answers
 
     def to_dict(self) -> dict[str, Any]:

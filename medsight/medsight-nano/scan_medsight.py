@@ -19,7 +19,9 @@ from transformers.utils import logging
 from .file_kinds_medsight import recognise
 from .image_loading_medsight import (
     as_numpy,
+    black_is_zero,
     bytes_of_text,
+    decode,
     display_name,
     grey_to_pillow,
     is_volume,
@@ -187,7 +189,10 @@ class Picture(Scan):
     def __init__(self, image: Image.Image | np.ndarray, name: str, files: Sequence[Path] = ()) -> None:
         super().__init__(name, files)
         wide = is_wide(image)
-        if isinstance(image, np.ndarray) and image.ndim == 2:
+        if isinstance(image, Image.Image):
+            decode(image, name)
+            image = black_is_zero(image)
+        elif image.ndim == 2:
             image = grey_to_pillow(image, name)
         self.original = image  # as it was read: of any mode or type
         self._values = np.asarray(image) if wide else None

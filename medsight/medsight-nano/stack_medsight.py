@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .image_loading_medsight import MAX_IMAGE_PIXELS, count_frames, decode, is_wide, open_image
+from .image_loading_medsight import MAX_IMAGE_PIXELS, black_is_zero, count_frames, decode, is_wide, open_image
 from .scan_medsight import MAX_VOXELS, Scan, to_picture
 from .windows_medsight import (
     Window,
@@ -104,7 +104,7 @@ class PageStack(Stack):
                 ImageOps.exif_transpose(self._opened, in_place=True)
             except Exception as error:
                 raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-            return self._opened.copy()
+            return black_is_zero(self._opened).copy()
 
 
 def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsight.image_files import find_images
 from tests.medsight.export.scans import write_dicom_series
@@ -15,6 +16,17 @@ def test_a_folder_of_slices_in_space_is_one_image(series: str | None, tmp_path: 
     write_dicom_series(folder, np.ones((4, 8, 8), bool), **changes)
     found = find_images([str(folder)])
     assert found.images == [folder] and found.is_single
+
+
+def test_another_name_of_a_file_is_no_second_image(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "link.png").symlink_to(tmp_path / "a" / "0.png")
+    found = find_images([str(tmp_path / name) for name in ("a", "all/*", "b", "a")])
+    assert found.images == [tmp_path / "a" / "0.png", tmp_path / "b" / "0.png"]
+    assert found.repeated == [tmp_path / "all" / "link.png"]
 
 
 def test_dicom_pictures_without_series_and_place_are_images_each(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from medsight import Predictor, cli
+from medsight.answer_folder import save_answer
 from medsight.prediction import describe, to_parts
 from tests.medsight.answers import SIZE, contents, same
 
@@ -82,6 +84,9 @@ def test_a_cut_answer_says_so(predictor: Predictor) -> None:
         map(str, to_parts(describe([cut, replace(ended, slice_index=4), replace(cut, slice_index=7)])))
     )
     assert "of slice 0, 7;" in several
+    earlier = cut.to_dict()
+    del earlier["complete"]  # of a version that did not know
+    assert to_parts(earlier) == to_parts({**earlier, "complete": None})
 
 
 def test_an_answer_cannot_drive_the_terminal(predictor: Predictor) -> None:
@@ -262,6 +267,47 @@ def test_a_folder_is_answered_image_by_image_and_what_is_broken_is_reported_at_t
     assert {"b", "a_b_rm", "image-con"} < names and sum(name.lower().startswith("upper-") for name in names) == 2
     assert "notes.txt" in captured.err and "broken.png is damaged" in captured.err
     assert captured.err.endswith("medsight: error: 1 of 6 images could not be answered (named above)\n")
+
+
+def test_an_answer_that_cannot_be_written_does_not_stop_the_others(
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        picture(tmp_path / "study" / f"{number}.png", number)
+    (tmp_path / "all").symlink_to(tmp_path / "study")
+
+    def full(predictions: list, folder: Path, *arguments: object) -> Path:
+        if folder.name == "1":
+            raise OSError(28, "No space left on device", str(folder))
+        return save_answer(predictions, folder, *arguments)
+
+    monkeypatch.setattr("medsight.predict.save_answer", full)
+    assert predict(tmp_path / "study", str(tmp_path / "all"), "--output", str(tmp_path / "out")) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "2"}
+    error = capsys.readouterr().err
+    assert f"left out, another name of an image: 3 ({tmp_path / 'all' / '0.png'}" in error
+    assert f"{tmp_path / 'study' / '1.png'}: [Errno 28]" in error and "1 of 3 images" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf_8_is_answered_all_the_same(
+    predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image_file.rename(tmp_path / "M\udcfcller.png")
+    assert predict(image, "--formats", "png,coco", "--force-region", "--output", str(tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "regions.json").read_text("utf-8"))["scan"]["name"] == "M\ufffdller.png"
+    predictor(image, "Where?", max_new_tokens=6).save(tmp_path / "python")
+    for folder in ("out", "python"):
+        answer = json.loads((tmp_path / folder / "answer.json").read_text("utf-8"))
+        assert answer["image"].endswith("M\ufffdller.png")
+
+
+def test_deidentifying_changes_nothing_of_the_caller_s(predictor: Predictor, image_file: Path, tmp_path: Path) -> None:
+    prediction = predictor(image_file, "Where?", max_new_tokens=6, force_region=True)
+    prediction.save(tmp_path / "before")
+    prediction.save(tmp_path / "nameless", deidentify=True)
+    prediction.save(tmp_path / "after")
+    assert contents(tmp_path / "after") == contents(tmp_path / "before") != contents(tmp_path / "nameless")
 
 
 def test_an_interrupted_run_goes_on_and_gives_what_an_unbroken_one_gives(

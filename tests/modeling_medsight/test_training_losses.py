@@ -186,6 +186,8 @@ def test_unmatched_regions_can_be_kept_out_of_the_codebook() -> None:
     assert codes[:, 0].tolist() == [0, 0, 2, 2, 2, 0]
     everything = make_model(make_config("clip-qwen3")).train()
     assert len(everything(**batch).quantized_codes) == 4 * config.num_region_queries
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(**batch).codebook_loss)
     none = model(**rows_of(batch, [1]))
     assert len(none.quantized_codes) == 0 and float(none.vq_loss.detach()) == 0
 

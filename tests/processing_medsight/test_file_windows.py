@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from processing_medsight import MedSightImageProcessor, open_scan
 from processing_medsight.windows_medsight import Window, apply_window
@@ -176,7 +175,7 @@ def test_the_processor_takes_it() -> None:
         out = processor(content, return_tensors="pt", **arguments)
         assert torch.equal(out["pixel_values"], expected["pixel_values"])
     with pytest.raises(ValueError, match="image 1 states no window"):
-        MedSightImageProcessor(size=28)([Image.new("RGB", (8, 8)), STORED], window="file")
+        MedSightImageProcessor(size=28)([content, STORED], window="file")
 
 
 def test_windows_of_real_files(shared_data: Path) -> None:

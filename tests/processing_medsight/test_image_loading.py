@@ -1,6 +1,7 @@
 """From a file, a Pillow image of any mode or an array of any type to 8-bit pixels, or to an error with a name."""
 
 import base64
+import builtins
 import re
 import socket
 import struct
@@ -159,6 +160,23 @@ def test_only_the_first_frame_of_several_is_used(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((5, 6), level, np.uint8)) for level in (10, 20)]
     frames[0].save(tmp_path / "two.tif", save_all=True, append_images=frames[1:])
     assert (rgb(load_image(tmp_path / "two.tif")) == 10).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "MPO", "PNG"])
+def test_a_picture_of_several_frames_does_not_stay_open(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
+    path = tmp_path / f"two.{kind}"
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:])
+    with Image.open(path) as opened:
+        expected = np.asarray(opened.convert("RGB"))
+        assert opened.n_frames == 2
+    files, opens = [], builtins.open
+    monkeypatch.setattr(builtins, "open", lambda *given, **named: files.append(opens(*given, **named)) or files[-1])
+    image = load_image(path)
+    assert files and all(file.closed for file in files)
+    assert (image.filename, image.format) == (str(path), kind) and (rgb(image) == expected).all()
 
 
 def write_bad_files(folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from processing_medsight import MedSightImageProcessor, MedSightProcessor, open_scan
+from processing_medsight import MedSightImageProcessor, MedSightProcessor, nifti_medsight, open_scan
 from processing_medsight.windows_medsight import WINDOWS, apply_window, percentile_window
 from tests.processing_medsight.scan_files import (
     STORED,
@@ -18,6 +19,7 @@ from tests.processing_medsight.scan_files import (
     dicom_bytes,
     dicom_dataset,
     nifti_bytes,
+    npy_bytes,
     picture_bytes,
     shipped_dicoms,
     write_series,
@@ -86,6 +88,44 @@ def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(
     mask = scan.to_source(masks)
     assert mask.dtype == np.bool_ and np.array_equal(mask, voxels > 0)
     assert np.allclose(scan.affine, own)
+
+
+@pytest.mark.parametrize(
+    ("fields", "spacing", "through"),
+    [
+        ({"sform_code": 0}, (1.5, 0.5), 2),
+        ({"sform_code": 0, "pixdim": [1, 0.5, np.nan, 2, 1, 1, 1, 1]}, None, 2),
+        ({"sform_code": 0, "pixdim": [1, 0.5, 1.5, 0, 1, 1, 1, 1]}, (1.5, 0.5), None),
+        ({"srow_x": np.nan}, (1.5, 0.5), 2),
+    ],
+)
+def test_a_nifti_without_a_usable_affine_is_shown_as_it_is_stored_with_a_warning(
+    fields: dict, spacing: tuple | None, through: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = ct_volume()
+    content = nifti_bytes(volume, SPACING)
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    for field, value in fields.items():
+        header[field] = value
+    with caplog.at_level(logging.WARNING):
+        scan = open_scan(header.binaryblock + content[348:], "upload")
+    assert "upload has no usable affine" in caplog.text
+    assert (scan.affine, scan.pixel_spacing, scan.slice_spacing) == (None, spacing, through)
+    masks = {}
+    for index in range(7):
+        stored = PLANES["axial"][0](volume, index)
+        assert shows(scan.slice_image(index), soft_tissue(stored))
+        masks[index] = stored > 0
+    assert np.array_equal(scan.to_source(masks), volume > 0)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_the_window_of_a_nifti_is_found_on_all_planes(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nifti_medsight, "_SAMPLE", 64)
+    volume = np.full((8, 8, 8), 100, np.int16)
+    np.moveaxis(volume, axis, 0)[0] = -1000  # the air of one plane
+    scan = open_scan(nifti_bytes(volume))
+    assert shows(scan.slice_image(3), soft_tissue(volume[::-1, ::-1, 3].T))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -191,15 +231,43 @@ def test_a_frame_is_shown_by_what_its_header_says(elements: dict, expected: np.n
     assert np.abs(shown.astype(float) - expected).max() <= 1
 
 
+def modality_table() -> "pydicom.Dataset":
+    """Makes stored numbers of 8 bits four times as large."""
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [256, 0, 16], "US"
+    table.add_new("LUTData", "US", list(range(0, 1024, 4)))
+    return table
+
+
+@pytest.mark.parametrize("modality", ["US", "CR", "OT"])
+@pytest.mark.parametrize(
+    ("elements", "factor"),
+    [
+        ({}, 1),
+        ({"RescaleIntercept": 0, "RescaleSlope": 1}, 1),
+        ({"RescaleIntercept": 0, "RescaleSlope": 2}, 2),
+        ({"RescaleIntercept": 0, "RescaleSlope": 1, "PixelRepresentation": 1}, 1),
+        ({"ModalityLUTSequence": [modality_table()]}, 4),
+    ],
+)
+def test_8_bits_of_dicom_are_shown_as_they_are_unless_a_scale_or_a_sign_changes_them(
+    elements: dict, factor: int, modality: str
+) -> None:
+    stored = np.arange(30, 70, dtype=np.uint8).reshape(5, 8)
+    own = {"RescaleIntercept": None, "RescaleSlope": None, **elements}
+    shown = np.asarray(open_scan(dicom_bytes(dicom_dataset(stored, Modality=modality, **own))).slice_image(0))
+    as_they_are = factor == 1 and "PixelRepresentation" not in elements
+    levels = stored * float(factor)
+    assert np.array_equal(shown, stored if as_they_are else apply_window(levels, percentile_window(levels)))
+
+
 def test_lookup_tables_are_applied() -> None:
-    modality, voi = pydicom.Dataset(), pydicom.Dataset()
-    modality.LUTDescriptor, modality.ModalityLUTType = [256, 0, 16], "US"
-    modality.add_new("LUTData", "US", list(range(0, 1024, 4)))
+    voi = pydicom.Dataset()
     voi.LUTDescriptor = [1024, 0, 16]
     voi.add_new("LUTData", "US", [64 * i for i in range(1024)])
     stored = np.arange(40, dtype=np.uint8).reshape(5, 8)
     dataset = dicom_dataset(stored, Modality="DX", RescaleIntercept=None, RescaleSlope=None)
-    dataset.ModalityLUTSequence, dataset.VOILUTSequence = [modality], [voi]
+    dataset.ModalityLUTSequence, dataset.VOILUTSequence = [modality_table()], [voi]
     shown = np.asarray(open_scan(dicom_bytes(dataset)).slice_image(0))
     assert np.abs(shown - stored.astype(float) * 4 * 64 / 65535 * 255).max() <= 1
 
@@ -380,13 +448,32 @@ class TestProcessor:
             )
             assert torch.equal(chat["pixel_values"], expected["pixel_values"])
 
-    def test_a_window_is_for_wide_arrays_and_leaves_pictures_of_8_bits(self, image: Image.Image) -> None:
-        processor = MedSightImageProcessor(size=28)
+    @pytest.mark.parametrize("kind", ["pillow", "grey", "array", "tensor", "stack", "path", "bytes", "npy"])
+    def test_a_window_of_the_processor_leaves_pictures_of_8_bits_which_refuse_that_of_a_call(
+        self, kind: str, image: Image.Image, tmp_path: Path
+    ) -> None:
+        pixels = np.asarray(image.convert("L") if kind == "grey" else image)
+        image.save(tmp_path / "image.png")
+        picture = {
+            "pillow": image,
+            "grey": pixels,
+            "array": pixels,
+            "tensor": torch.from_numpy(pixels.copy()),
+            "stack": pixels[None],
+            "path": tmp_path / "image.png",
+            "bytes": (tmp_path / "image.png").read_bytes(),
+            "npy": npy_bytes(pixels),
+        }[kind]
+        plain, own = MedSightImageProcessor(size=28), MedSightImageProcessor(size=28, window="lung")
         values = np.arange(-1600, 2400, 100, dtype=np.int16).reshape(5, 8)
-        expected = open_scan(values).slice_image(0, "lung")
-        out = processor([values, image, values.clip(0).astype(np.uint16)], window="lung", return_tensors="pt")
-        assert torch.equal(out["pixel_values"][:1], processor(expected, return_tensors="pt")["pixel_values"])
-        assert torch.equal(out["pixel_values"][1:2], processor(image, return_tensors="pt")["pixel_values"])
+        for wide in (values, Image.fromarray(values.astype(np.int32)), npy_bytes(values)):
+            both = own([wide, picture], return_tensors="pt")["pixel_values"]
+            shown = open_scan(values).slice_image(0, "lung")
+            assert torch.equal(both, plain([shown, picture], return_tensors="pt")["pixel_values"])
+            assert torch.equal(both[:1], plain(wide, window="lung", return_tensors="pt")["pixel_values"])
+            for processor in (plain, own):
+                with pytest.raises(ValueError, match="is of 8 bits or in colour: it has no grey levels"):
+                    processor([wide, picture], window="lung")
 
 
 def test_training_images_are_made_as_scans_are_shown(shared_data: Path) -> None:
@@ -405,6 +492,42 @@ def test_the_series_of_the_shared_data_lies_where_its_label_map_does(shared_data
     shape = np.array(labels.shape) - 1
     own = np.sort([labels.affine[:3, 3], (labels.affine @ [*shape, 1])[:3]], axis=0)
     assert np.allclose(ends, own, atol=0.01)
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_compressed_frames_without_a_table_are_looked_for_once(
+    fragments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.new("L", (8, 5), level) for level in range(0, 240, 6)]
+    photos = []
+    for frame in frames:
+        file = BytesIO()
+        frame.save(file, "JPEG")
+        photos.append(file.getvalue())
+    dataset = dicom_dataset(np.zeros((len(frames), 5, 8), np.uint8), Modality="US")
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.PixelData = pydicom.encaps.encapsulate(photos, fragments_per_frame=fragments, has_bot=False)
+    scan = open_scan(dicom_bytes(dataset))
+    walked = 0
+    parse, generate = pydicom.encaps.parse_fragments, pydicom.encaps.generate_fragments
+
+    def counted_parse(*arguments: object, **options: object) -> tuple:
+        nonlocal walked
+        found = parse(*arguments, **options)
+        walked += found[0]
+        return found
+
+    def counted_generate(*arguments: object, **options: object) -> Iterator[bytes]:
+        nonlocal walked
+        for fragment in generate(*arguments, **options):
+            walked += 1
+            yield fragment
+
+    monkeypatch.setattr(pydicom.encaps, "parse_fragments", counted_parse)
+    monkeypatch.setattr(pydicom.encaps, "generate_fragments", counted_generate)
+    for index, frame in enumerate(frames):
+        assert np.abs(np.asarray(scan.slice_image(index), dtype=int) - np.asarray(frame)).max() <= 1
+    assert walked <= 4 * fragments * len(frames)
 
 
 @pytest.mark.parametrize(

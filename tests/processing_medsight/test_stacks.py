@@ -172,6 +172,33 @@ def test_pages_of_a_tiff_are_slices(mode: str, compression: str | None, tmp_path
             scan.slice_image(1, (100, 50))
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_deflate"])
+@pytest.mark.parametrize("pages", [1, 5])
+def test_16_bits_of_a_tiff_whose_0_is_white_are_inverted_once(
+    pages: int, compression: str | None, tmp_path: Path
+) -> None:
+    values = VOLUME[:pages].clip(0).astype(np.uint16)
+    tags = {274: 3}  # to be turned upside down
+    black = tiff_bytes([Image.fromarray(page) for page in values], tiffinfo=tags)
+    white = tiff_bytes(
+        [Image.fromarray(65535 - page) for page in values], tiffinfo={**tags, 262: 0}, compression=compression
+    )
+    (tmp_path / "white.tif").write_bytes(white)
+    mask = np.arange(54).reshape(9, 6) > 20
+    expected = open_scan(black)
+    for source in (white, tmp_path / "white.tif"):
+        for window in (None, (500, 900)):
+            scan = open_scan(source)
+            for index in (*range(pages), 0):
+                assert np.array_equal(scan.slice_image(index, window), expected.slice_image(index, window))
+            assert torch.equal(pixels_of(source, window=window), pixels_of(black, window=window))
+        assert np.array_equal(scan.to_source({0: mask}), expected.to_source({0: mask}))
+    with Image.open(BytesIO(white)) as held, Image.open(BytesIO(black)) as other:
+        for window in (None, (500, 900), None):
+            assert np.array_equal(open_scan(held).slice_image(0, window), open_scan(other).slice_image(0, window))
+            assert torch.equal(pixels_of(held, window=window), pixels_of(other, window=window))
+
+
 def test_turned_pages_are_shown_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -126,6 +126,16 @@ def test_uneven_conversations_are_padded_and_keep_their_own_masks(places: Places
     assert [labels.tolist() for labels in both["code_class_labels"]] == [[3, 2], []]
 
 
+def test_nothing_moves_where_the_text_says_its_place(places: Places, drawn_data: Path) -> None:
+    moves = Augmenter(Augmentation(rotate=15, scale=0.1, shift=0.1))
+    asked = {"role": "user", "content": "<image>Where are they?"}
+    for words, moved in (("of the torso", True), ("in the upper left of the image", False)):
+        turns = [asked, {"role": "assistant", "content": f"liver [C2_1], left kidney [C2_3] {words}."}]
+        rows = conversation(drawn_data, messages=turns)
+        masks = [ConversationItems(rows, places, augmenter)[0]["mask_labels"] for augmenter in (None, moves)]
+        assert torch.equal(*masks) is not moved
+
+
 def test_several_images_keep_their_masks_apart(places: Places, drawn_data: Path) -> None:
     other = drawn_data / "sunnybrook/train/1_MRI-cine_heart.png"
     small = drawn_data / "other.png"

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from medsight.training.optimisation import muon_with_adamw, orthogonalise
+from medsight.training.stage import frozen_modules
 
 
 class Toy(nn.Module):
@@ -37,6 +38,15 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     for shaped in (matrices, matrices.mT):
         values = torch.linalg.svdvals(orthogonalise(shaped))
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_what_is_frozen_is_kept_out_of_training_with_all_that_is_in_it() -> None:
+    frozen = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    adapter = nn.ModuleDict({"base": nn.Linear(2, 2), "dropout": nn.Dropout(), "low": nn.Linear(2, 2)})
+    model = nn.ModuleList([frozen, adapter])
+    model.requires_grad_(False)
+    adapter["low"].requires_grad_(True)
+    assert set(frozen_modules(model)) == {frozen, *frozen, adapter["base"]}
 
 
 def test_inner_matrices_take_muon_and_tables_and_vectors_adamw() -> None:

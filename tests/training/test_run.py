@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,25 @@ def test_only_the_last_checkpoints_are_kept(drawn_data: Path, tmp_path: Path, mo
     assert not checkpoints(tmp_path / "run" / "stages" / "0_language_model")  # the finished model takes their place
 
 
+@pytest.mark.parametrize("trainer", ["trainer", "sft"])
+def test_what_trains_beside_a_quantised_model_is_not_rounded(
+    unbroken: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    seen, step = set(), StageTrainer.training_step
+
+    def watched(self: StageTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.update(weight.dtype for weight in model.parameters() if weight.requires_grad)
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", watched)
+    settings = {"method": "qlora", "trainer": trainer, "max_steps": 2, "mask_share": 1.0}
+    values = tiny_values(drawn_data, tmp_path / "run", stages={**only("unified"), "unified": settings})
+    values["model"] = {"folder": str(unbroken / "stages" / "3b_text_to_vision" / "model")}
+    assert (train(build(Recipe, values, "a test")) / "model.safetensors").is_file()
+    assert seen == {torch.float32}
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("trainer", ["trainer", "sft"])
 def test_stage_4_by_adapters_and_under_trl(
@@ -296,19 +316,27 @@ def test_a_step_may_be_cut_otherwise_but_not_be_of_another_size(unbroken: Path, 
     environment = unbroken / "environment.json"
     told = environment.read_text("utf-8")
     environment.write_text(told.replace('"processes": 1', '"processes": 2'), encoding="utf-8")
+    mark = unbroken / "stages" / "1_perceiver" / "finished.json"
     try:
+        train(tiny_recipe(drawn_data, unbroken))  # all is finished: no step is left to be of another size
+        mark.rename(mark.with_suffix(".away"))
         with pytest.raises(ValueError, match=r"samples a step .* of perceiver: 6 -> 3"):
             train(tiny_recipe(drawn_data, unbroken))
     finally:
         environment.write_text(told, encoding="utf-8")
+        if not mark.exists():
+            mark.with_suffix(".away").rename(mark)
 
 
-def conversations_alone(unbroken: Path, folder: Path) -> Recipe:
-    """A recipe of stage 2 that starts from a checkpoint and reads words and a picture of one's own, no masks."""
-    picture = folder / "picture.png"
-    Image.fromarray(np.full((20, 30), 90, dtype=np.uint8)).save(picture)
+def conversations_alone(unbroken: Path, folder: Path, pictures: int = 1) -> Recipe:
+    """A recipe of stage 2 that starts from a checkpoint and reads words and pictures of one's own, no masks."""
+    for number in range(pictures):
+        Image.fromarray(np.full((20, 30), 90 + number, dtype=np.uint8)).save(folder / f"{number}.png")
     turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A grey square."}]
-    items = [{"id": str(number), "image": picture.name, "conversations": turns} for number in range(4)]
+    items = [
+        {"id": str(number), "image": f"{number % pictures}.png", "conversations": turns}
+        for number in range(max(4, pictures))
+    ]
     (folder / "own.json").write_text(json.dumps(items), encoding="utf-8")
     values = tiny_values(
         folder,
@@ -320,8 +348,27 @@ def conversations_alone(unbroken: Path, folder: Path) -> Recipe:
     return build(Recipe, {**values, "data": {**values["data"], "regions": [], "validation_fraction": 0}}, "a test")
 
 
-def test_conversations_need_no_images_with_masks(unbroken: Path, tmp_path: Path) -> None:
-    assert (train(conversations_alone(unbroken, tmp_path)) / "model.safetensors").is_file()
+@pytest.mark.parametrize("fraction", [0, 0.25])
+def test_conversations_need_no_images_with_masks(unbroken: Path, tmp_path: Path, fraction: float) -> None:
+    recipe = conversations_alone(unbroken, tmp_path, pictures=8)
+    recipe.data.validation_fraction = fraction
+    assert (train(recipe) / "model.safetensors").is_file()
+
+
+def test_a_share_of_the_validation_items_is_of_all_of_them() -> None:
+    trainer = StageTrainer.__new__(StageTrainer)
+    trainer.args = SimpleNamespace(
+        per_device_eval_batch_size=2,
+        world_size=2,
+        process_index=0,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+    )
+    trainer.stage = SimpleNamespace(settings=SimpleNamespace(eval_batches=3))
+    trainer.data_collator, seen = list, []
+    for trainer.args.process_index in range(2):
+        seen += [item for batch in trainer.get_eval_dataloader(range(60)) for item in batch]
+    assert sorted(set(seen)) == [0, 10, 20, 30, 40, 50]
 
 
 def test_a_stage_goes_on_only_with_the_conversations_that_it_began_with(

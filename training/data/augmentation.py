@@ -20,6 +20,12 @@ KEPT_SHARE = 0.1  # of a mask's area; with less it counts as moved out of the pi
 # A chamber of the heart keeps its name in a mirrored picture: what tells it is its wall and neighbours, no side.
 _CHAMBERS = re.compile(r"\b(left|right) (?:heart )?(?:ventric(?:le|ular)|atri(?:um|al))\b", flags=re.IGNORECASE)
 _SIDE = re.compile(r"\b(left|right)\b", flags=re.IGNORECASE)
+_WHERE = "left|right|upper|lower|top|bottom|middle|centre|center"
+_PLACE = re.compile(
+    rf"\b(?:{_WHERE})[- ](?:left|right|middle|corner|half|part|side|third|quadrant|portion|edge|panel)\b|"
+    rf"\b(?:{_WHERE}) of (?:the|this)\b",
+    flags=re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Augmenter:
         group: int,
         targets: Sequence[str],
         generator: torch.Generator,
+        stays: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mirror or turn, then rotate, zoom, shift and deform, then change the pixels' values.
 
@@ -121,6 +128,7 @@ class Augmenter:
             group: the group k of the image.
             targets: what each mask shows; known absent structures need not be named.
             generator: on the CPU; it is advanced.
+            stays: whether nothing may move, because words say where it is: then only the pixels' values change.
 
         Returns:
             Pixels and masks of the same shapes and types, in 0..1; what comes into the picture from outside is 0.
@@ -134,6 +142,8 @@ class Augmenter:
                 f"pixels {tuple(pixels.shape)}, masks {tuple(masks.shape)} and {len(targets)} targets: expected "
                 "(3, S, S), (n, S, S) and n targets"
             )
+        if stays:
+            return self._photometric(pixels, generator), masks
         layers = torch.cat([pixels, masks.to(pixels)])
         layers = self._reoriented(layers, group, targets, generator)
         layers = self._moved(layers, len(pixels), generator)
@@ -193,8 +203,13 @@ class Augmenter:
 
 
 def is_sided(target: str) -> bool:
-    """Whether a name says left or right as a word; the four chambers of the heart are named so but not sided."""
-    return _SIDE.search(_CHAMBERS.sub("", target)) is not None
+    """Whether a name, such as kidney_left, says left or right; the four chambers of the heart do but are not sided."""
+    return _SIDE.search(_CHAMBERS.sub("", target.replace("_", " "))) is not None
+
+
+def names_a_place(text: str) -> bool:
+    """Whether words say where in a picture something is ("in the upper left of the image", "the right half")."""
+    return _PLACE.search(text) is not None
 
 
 def sided_groups(rows: Iterable[Mapping[str, Any]], groups: Groups) -> frozenset[int]:

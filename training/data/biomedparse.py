@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import IMAGE_SUFFIXES, Item, as_text, json_records, required
+from .records import IMAGE_SUFFIXES, Item, as_text, json_records, patient_of, required
 from .splits import Member, canonical_split, hold_out
 
 
@@ -106,7 +106,7 @@ def _row(root: Path, image: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "modality": first["modality"],
         "site": first["site"],
         "split": first["split"],
-        "patient": str(first.get("group") or f"{dataset}:{Path(image).stem}"),
+        "patient": patient_of(first.get("group")) or f"{dataset}:{Path(image).stem}",
     }
 
 
@@ -176,6 +176,8 @@ def split_validation(rows: "Dataset", fraction: float, seed: int) -> tuple["Data
     """
     import pyarrow.compute as pc
 
+    if not len(rows):
+        return rows, rows
     names: list[str | None] = []
     for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=1000):
         names += pc.struct_field(batch["image"].combine_chunks(), "path").to_pylist()

@@ -5,12 +5,13 @@ has `mask_files: {id: path}` and `mask_orders: [id, ...]` besides: the mask `mas
 of the i-th region code in the answers. Codes are spelled `[C0_16]`, or `[M0_16]` as the released checkpoint does.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import JSON_SUFFIXES, Item, as_text, convert, json_records, required, source_files, split_of
+from .records import JSON_SUFFIXES, Item, as_text, convert, json_records, patient_of, required, source_files, split_of
 from .schema import IMAGE_MARKER
 from .splits import Member, canonical_split, hold_out
 
@@ -129,7 +130,7 @@ def conversation(
         "modality": record.get("modality") or pictured or None,
         "site": record.get("site") or record.get("body_part"),
         "split": canonical_split(record.get("split") or split or source.split or "train"),
-        "patient": record.get("patient") or (images[0]["path"] if images else None),
+        "patient": patient_of(record.get("patient")) or (images[0]["path"] if images else None),
     }
     check_conversation(row, place)
     return row
@@ -185,16 +186,20 @@ def check_conversation(row: dict[str, Any], place: str) -> None:
         raise ValueError(f"{place}: {len(row['targets'])} target(s) for {len(row['masks'])} mask(s)")
 
 
-def split_validation(rows: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
+def split_validation(
+    rows: "Dataset", fraction: float, seed: int, held_images: Collection[str] = ()
+) -> tuple["Dataset", "Dataset"]:
     """Hold out conversations for validation, by patient, as `splits.hold_out` says.
 
-    All conversations of an image come on one side, also where one of several images is shared. Only columns of text
-    are read. The same patients as from the images of the same data, for the same fraction and seed.
+    All conversations of an image come on one side, whatever data set they are of, also where one of several images is
+    shared. Only columns of text are read. The same patients as from the images of the same data, for the same fraction
+    and seed.
 
     Args:
         rows: of `schema.CONVERSATION_FEATURES`, map-style.
         fraction: of every data set's patients; 0 holds out none.
         seed: of the choice.
+        held_images: paths of images that are held out elsewhere: conversations about them are held out too.
 
     Returns:
         Training and validation rows.
@@ -222,6 +227,9 @@ def split_validation(rows: "Dataset", fraction: float, seed: int) -> tuple["Data
         for row, (patient, image) in zip(origin, keys, strict=True)
     )
     held = hold_out(members, fraction, seed)
+    named = {images.first(path) for path in map(os.path.abspath, held_images) if images.knows(path)}
+    out = named | {keys[position][1] for position in held}
+    held |= {position for position, (_, image) in enumerate(keys) if image in out}
     return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
 
 
@@ -230,6 +238,9 @@ class _Union:
 
     def __init__(self) -> None:
         self._parents: dict[str, str] = {}
+
+    def knows(self, name: str) -> bool:
+        return name in self._parents
 
     def first(self, name: str) -> str:
         while (parent := self._parents.get(name, name)) != name:
@@ -243,7 +254,7 @@ class _Union:
 
 
 def _image_paths(rows: "Dataset") -> list[list[str]]:
-    """The paths of each row's images that lie in files of their own, without reading embedded bytes."""
+    """The absolute paths of each row's images that lie in files of their own, without reading embedded bytes."""
     import pyarrow.compute as pc
 
     paths: list[list[str]] = []
@@ -254,5 +265,5 @@ def _image_paths(rows: "Dataset") -> list[list[str]]:
         names = iter(zip(pc.struct_field(pictures, "path").to_pylist(), embedded, strict=True))
         for count in pc.list_value_length(column).to_pylist():
             some = [next(names) for _ in range(count or 0)]
-            paths.append([path for path, inside in some if path and not inside])
+            paths.append([os.path.abspath(path) for path, inside in some if path and not inside])
     return paths

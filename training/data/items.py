@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from modeling_medsight.loss_medsight import resize_masks
 
-from .augmentation import Augmenter
+from .augmentation import Augmenter, names_a_place
 from .conversations import code_images
 from .encoding import encode
 from .groups import Groups
@@ -117,11 +117,12 @@ class Places:
         group: int,
         targets: Sequence[str],
         generator: torch.Generator,
+        stays: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and masks, moved together; brightness changes before normalisation, as a camera's would."""
+        """Pixels and masks, moved together if at all; brightness changes before normalisation, as a camera's would."""
         if augmenter is not None:
             picture = (pixels * self.std + self.mean).clamp(0, 1)
-            picture, masks = augmenter(picture, masks, group=group, targets=targets, generator=generator)
+            picture, masks = augmenter(picture, masks, group=group, targets=targets, generator=generator, stays=stays)
             pixels = (picture - self.mean) / self.std
         return pixels, resize_masks(masks, self.config.mask_size)
 
@@ -212,7 +213,7 @@ class RegionItems(Items):
 class ConversationItems(Items):
     """Samples for the language stages: a conversation, its images, and the masks of the codes that it cites.
 
-    Pictures are never mirrored here: a text may name a side.
+    Pictures are never mirrored here: a text may name a side. Where it says a place, nothing moves.
 
     Args:
         mask_share: chance of a conversation to have its codes decoded to masks.
@@ -257,7 +258,8 @@ class ConversationItems(Items):
         classes = [places.classes.get(target, -1) for target in row["targets"]]
         all_pixels = [pixels for pixels, _ in loaded]
         if len(loaded) == 1:
-            pixels, masks = places.augment(self.augmenter, all_pixels[0], masks, -1, row["targets"], generator)
+            stays = any(names_a_place(turn["content"]) for turn in row["messages"])
+            pixels, masks = places.augment(self.augmenter, all_pixels[0], masks, -1, row["targets"], generator, stays)
             all_pixels = [pixels]
         else:
             masks = resize_masks(masks, places.config.mask_size)

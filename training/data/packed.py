@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .conversations import check_conversation, conversation
-from .records import IMAGE_SUFFIXES, Item, Record, as_text, convert, parquet_records, source_files, split_of
+from .records import (
+    IMAGE_SUFFIXES,
+    Item,
+    Record,
+    as_text,
+    convert,
+    parquet_records,
+    patient_of,
+    source_files,
+    split_of,
+)
 from .schema import CONVERSATION_FEATURES, REGION_FEATURES
 from .splits import canonical_split
 
@@ -139,7 +149,7 @@ def webdataset_items(shard: str, source: "Source") -> Iterator[Item]:
             "absent": meta.get("absent") or [],
             "dataset": meta.get("dataset") or source.name,
             "split": canonical_split(meta.get("split") or split or source.split or "train"),
-            "patient": str(meta.get("patient") or place),
+            "patient": patient_of(meta.get("patient")) or place,
         }
         for name in ("modality", "site"):
             as_text(row[name], place, name)

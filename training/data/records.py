@@ -17,6 +17,11 @@ JSON_SUFFIXES = (".json", ".jsonl")
 _CHUNK = 2**20  # characters read at a time
 
 
+def patient_of(value: Any) -> str | None:
+    """A record's patient as text, also one that is numbered 0; None where it names none."""
+    return None if value is None or value == "" else str(value)
+
+
 class Item(NamedTuple):
     """One row of a source, or why there is none: the caller raises the error, or reports it.
 

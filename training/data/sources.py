@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -17,6 +18,8 @@ from .schema import CONVERSATION_FEATURES, REGION_FEATURES
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
@@ -148,15 +151,16 @@ def iterate(source: Source) -> Iterator[Item]:
     yield from islice(items, source.limit)
 
 
-def load_source(source: Source, streaming: bool = False) -> "Dataset | IterableDataset":
+def load_source(source: Source, streaming: bool = False, skip_errors: bool = False) -> "Dataset | IterableDataset":
     """The rows of a source, by `schema.REGION_FEATURES` or `schema.CONVERSATION_FEATURES` as `kind_of` says.
 
     Map-style rows lie in the cache of `datasets` (never beside the data) and are read again when the source's text
     files, or the readers, have changed; pictures in files of their own stay there. Streamed rows are not stored.
 
     Args:
-        source: what to read. Its first bad row stops the reading.
+        source: what to read.
         streaming: rows one after another, by shards (files), instead of map-style.
+        skip_errors: leave bad rows out, each with a warning when it is read, instead of stopping at the first.
 
     Raises:
         OSError, ValueError: files are missing or not in the source's layout, a row is bad (its file and item are
@@ -174,7 +178,7 @@ def load_source(source: Source, streaming: bool = False) -> "Dataset | IterableD
     shards = LAYOUTS[source.layout].shards(source)
     if next(iterate(source), None) is None:
         raise ValueError(nothing_found(source))
-    arguments = {"shards": shards, "source": source, "stamp": _stamp(shards)}
+    arguments = {"shards": shards, "source": source, "stamp": _stamp(shards), "skip_errors": skip_errors}
     if streaming:
         stream = IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
         return stream if source.limit is None else stream.take(source.limit)
@@ -184,16 +188,21 @@ def load_source(source: Source, streaming: bool = False) -> "Dataset | IterableD
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
         raise
+    if not len(rows):
+        raise ValueError(f"{source.path}: all of its rows are bad, and were left out")
     return rows if source.limit is None else rows.select(range(min(source.limit, len(rows))))
 
 
-def _rows(shards: list[str], source: Source, stamp: str) -> Iterator[dict[str, Any]]:
+def _rows(shards: list[str], source: Source, stamp: str, skip_errors: bool) -> Iterator[dict[str, Any]]:
     """The generator behind the data sets; `stamp` makes the cache of `datasets` forget rows of changed files."""
     for shard in shards:
         for item in islice(LAYOUTS[source.layout].items(shard, source), source.limit):
-            if item.error is not None:
+            if item.error is None:
+                yield item.row
+            elif skip_errors:
+                logger.warning(f"left out: {item.error}")
+            else:
                 raise item.error
-            yield item.row
 
 
 def _stamp(shards: list[str]) -> str:

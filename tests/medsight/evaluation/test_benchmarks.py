@@ -84,6 +84,12 @@ def test_segmentation_has_a_row_an_image_and_structure_and_absent_ones(regions: 
     assert items[4].spacing_mm is None
 
 
+def test_one_set_of_a_folder_has_the_pixel_sizes_of_the_folder_s_manifest(regions: Path) -> None:
+    items = read("segmentation", regions / "set")
+    assert [item.spacing_mm for item in items] == [item.spacing_mm for item in read("segmentation", regions)]
+    assert items[0].spacing_mm == (2.0, 2.0)
+
+
 def test_diagnosis_comes_from_the_finding_or_an_abnormal_name(regions: Path) -> None:
     items = read("diagnose-then-segment", regions)
     assert [(item.answer, len(item.masks), item.absent) for item in items] == [

@@ -50,6 +50,14 @@ def test_differences_are_paired(evaluation: Callable[..., Path]) -> None:
     assert set(result["by"]["modality"]) == {"CT", "MRI"} and result["by"]["modality"]["CT"]["dice"]["n"] == 30
 
 
+def test_a_missing_folder_of_the_output_is_named(
+    evaluation: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair, output = [str(evaluation(name, [0.5] * 4)) for name in "ab"], tmp_path / "nodir" / "x.json"
+    assert cli.main(["compare", *pair, "--output", str(output)]) == 1
+    assert f"{output}: there is no folder {output.parent};" in capsys.readouterr().err
+
+
 def test_pairs_of_a_patient_are_drawn_together(evaluation: Callable[..., Path]) -> None:
     dices: list[float | None] = [0.5 + 0.04 * (i // 4) for i in range(40)]  # four rows of ten patients alike
     others: list[float | None] = [0.5] * 40

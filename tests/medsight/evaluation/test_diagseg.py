@@ -97,6 +97,34 @@ def test_a_bad_table_is_refused_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("clash", [False, True])
+def test_files_outside_the_set_are_copied_into_the_folder(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    draw_picture: Callable[..., Path],
+    write_lines: Callable[..., Path],
+    clash: bool,
+) -> None:
+    rows = []
+    for number, place in enumerate(["b/images/test", "c/images/test"] if clash else ["b/images/test"]):
+        draw_picture(tmp_path / place / "a.png", seed=number)
+        draw_picture(tmp_path / place / "a_mask.png", mask=True, seed=number)
+        common = {"modality": "CT", "site": "torso", "target": "tumor", "split": "test"}
+        rows.append({"image": f"../../{place}/a.png", "mask": f"../../{place}/a_mask.png", **common})
+    write_lines(tmp_path / "sets" / "set" / "manifest.jsonl", rows)
+    before = sorted(tmp_path.rglob("*"))
+    status = build(tmp_path / "sets" / "set", tmp_path / "deep" / "er" / "out")
+    if clash:
+        assert status == 1 and "another file is copied to files/images/test/a.png already" in capsys.readouterr().err
+        return
+    assert status == 0, capsys.readouterr().err
+    output = tmp_path / "deep" / "er" / "out"
+    assert [path for path in sorted(tmp_path.rglob("*")) if tmp_path / "deep" not in (path, *path.parents)] == before
+    assert {path.relative_to(output).as_posix() for path in output.rglob("*.png")} == {
+        "files/images/test/a.png", "files/images/test/a_mask.png",
+    }  # fmt: skip
+
+
 def test_a_folder_with_something_in_it_is_not_touched(
     regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,54 @@ def test_figures_of_held_out_wordings_say_so(
     assert metrics_of(tmp_path / "b")["title"] == f"{title}, in wordings not trained on"
 
 
+@pytest.fixture(scope="module")
+def answered(
+    segmentation: Path, regions: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The predictions of a run, with its run.json beside them."""
+    from medsight import cli
+
+    output = tmp_path_factory.mktemp("answered") / "run"
+    arguments = ["--benchmark", segmentation, "--data", regions, "--output", output, "--model", tiny_checkpoint]
+    assert cli.main(["evaluate", *map(str, arguments), "--device", "cpu", "--max-new-tokens", "4"]) == 0
+    return output / "predictions.jsonl"
+
+
+@pytest.mark.parametrize("name", ["segmentation", "presence"])
+def test_answers_to_other_questions_are_no_answers_to_these(
+    evaluate: Evaluate, declare: Callable[..., Path], regions: Path, answered: Path, tmp_path: Path, name: str
+) -> None:
+    benchmark = declare(name, expected_rows=9)
+    options = ("--predictions", str(answered), *(["--held-out-prompts"] if name == "segmentation" else []))
+    status, printed = evaluate(benchmark, regions, tmp_path / "out", *options)
+    assert status == 1 and "run.json is of the benchmark segmentation with data and wordings" in printed
+    assert f"asked for is {name} with" in printed and "--held-out-prompts" in printed
+    assert not (tmp_path / "out").exists()
+    status, printed = evaluate(benchmark, regions, tmp_path / "out", *options, "--accept-problems")
+    assert status == 0, printed
+    assert any(
+        note.startswith("The answers were given to other questions: its run.json")
+        for note in metrics_of(tmp_path / "out")["notes"]
+    )
+
+
+def test_the_first_rows_of_saved_predictions_are_scored(
+    evaluate: Evaluate, segmentation: Path, regions: Path, answered: Path, tmp_path: Path
+) -> None:
+    for limit in (3, 2):  # of a whole run, then of one that was limited itself
+        output = tmp_path / str(limit)
+        options = ("--predictions", str(answered), "--limit", str(limit))
+        status, printed = evaluate(segmentation, regions, output, *options)
+        assert status == 0, printed
+        metrics = metrics_of(output)
+        assert metrics["n"] == metrics["run"]["data"]["rows"] == limit and not metrics["problems"].get("extra")
+        assert f"first {limit} of 9 rows" in printed
+        answered = Path(shutil.copy(answered, output))
+        (output / "run.json").write_text(json.dumps(metrics["run"]))
+    status, printed = evaluate(segmentation, regions, tmp_path / "other", *options, "--held-out-prompts")
+    assert status == 1 and "with data and wordings" in printed
+
+
 def test_a_model_without_a_group_of_that_name_has_no_right_codes_and_says_so(
     evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -191,6 +239,49 @@ def test_masks_of_several_structures_are_told_apart_by_name(
     assert status == 0, printed
     assert [row["dice"] for row in rows_of(tmp_path / "out")] == pytest.approx([dice] * 2)
     assert "multi order" in printed
+
+
+@pytest.mark.parametrize(
+    ("order", "dice"),
+    [
+        ([0, 1, 2], 1.0),
+        ([2, 1, 0], 1.0),
+        ([0, 2], 0.5),  # without the spleen
+        ([1, 2], (2 / 3 + 1) / 2),  # without one of the kidneys, which are of one size
+    ],
+)
+@pytest.mark.parametrize("united", [False, True])
+def test_a_structure_of_several_masks_is_compared_as_one(
+    evaluate: Evaluate,
+    tmp_path: Path,
+    write_lines: Callable[..., Path],
+    draw_picture: Callable[..., Path],
+    order: list[int],
+    dice: float,
+    united: bool,
+) -> None:
+    data, targets = tmp_path / "data", ["kidney", "spleen", "kidney"]
+    draw_picture(data / "set/test/a.png")
+    masks, rows = [], []
+    for number, target in enumerate(targets):
+        mask = np.zeros((16, 20), dtype=bool)
+        mask[5 * number : 5 * number + 4, 3:9] = True
+        masks.append(mask)
+        path = data / f"set/test_mask/{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(mask).save(path)
+        place = {"image": "set/test/a.png", "mask": f"set/test_mask/{number}.png", "split": "test"}
+        rows.append({**place, "modality": "CT", "site": "torso", "target": target})
+    write_lines(data / "manifest.jsonl", rows)
+    shown = [(targets[number], masks[number]) for number in order]
+    if united:
+        names = dict.fromkeys(name for name, _ in shown)
+        shown = [(name, np.logical_or.reduce([mask for other, mask in shown if other == name])) for name in names]
+    answer = {"masks": [encode_mask(mask) for _, mask in shown], "phrases": [name for name, _ in shown]}
+    saved = write_lines(tmp_path / "saved.jsonl", [{"id": "set/test/a.png", "answer": "", **answer}])
+    status, printed = evaluate("all-structures", data, tmp_path / "out", "--predictions", str(saved))
+    assert status == 0, printed
+    assert rows_of(tmp_path / "out")[0]["dice"] == pytest.approx(dice)
 
 
 @pytest.mark.parametrize("name", ["several-structures", "all-structures", "presence", "position", "modality"])
@@ -334,6 +425,17 @@ def test_wrong_options_are_refused(
 ) -> None:
     status, printed = evaluate(segmentation, regions, tmp_path / "out", *options)
     assert status == 1 and message in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--model=x", "--batch-size=-5", "--max-new-tokens=256", "--device=nonsense", "--dtype=float16"]
+)
+def test_options_of_answering_are_refused_beside_saved_predictions(
+    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path, option: str
+) -> None:
+    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(saved()), option)
+    assert status == 1 and f"leave out {option.partition('=')[0]}" in printed
     assert not (tmp_path / "out").exists()
 
 

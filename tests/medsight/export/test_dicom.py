@@ -276,6 +276,15 @@ def test_who_the_patient_is(series: Path, bright_regions: Regions, tmp_path: Pat
     assert_bright(structure_planes(written[1], sources), sources, BRIGHT / 2)
 
 
+@pytest.mark.parametrize("deidentify", [False, True])
+@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID"])
+def test_an_empty_uid_is_missing(keyword: str, deidentify: bool, tmp_path: Path, bright_regions: Regions) -> None:
+    write_dicom_series(tmp_path / "series", bright_volume((3, 16, 16)), **{keyword: ""})
+    scan = open_scan(tmp_path / "series")
+    with pytest.raises(ValueError, match=f"its files lack {keyword}"):
+        write_masks(scan, bright_regions(scan), tmp_path / "out", ["dicom-seg"], deidentify=deidentify)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -44,7 +44,7 @@ def test_voxels_lie_where_the_source_has_them(
     assert np.array_equal(sitk.GetArrayFromImage(labels), sitk.GetArrayFromImage(source) > BRIGHT / 2)
 
 
-@pytest.mark.parametrize(("qform", "sform"), [(0, 1), (1, 0), (1, 1), (2, 4)])
+@pytest.mark.parametrize(("qform", "sform"), [(0, 1), (1, 0), (1, 1), (2, 4), (0, 0)])
 def test_any_reader_aligns_it(qform: int, sform: int, bright_regions: Regions, tmp_path: Path) -> None:
     """Viewers differ in which of NIfTI's two transforms they follow: both are as in the source."""
     path = tmp_path / "volume.nii"

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from medsight.training.data.augmentation import Augmentation, Augmenter, is_sided, sided_groups
+from medsight.training.data.augmentation import Augmentation, Augmenter, is_sided, names_a_place, sided_groups
 from medsight.training.data.groups import Groups
+from medsight.training.data.wording import POSITIONS
 
 
 STILL = {"rotate": 0, "scale": 0, "shift": 0, "brightness": 0, "contrast": 0, "gamma": 0, "noise": 0, "flip": "none"}
@@ -182,10 +183,23 @@ def test_zoom_and_rotation_are_what_they_say() -> None:
         ("left lung and left ventricle", True),
         ("liver", False),
         ("bright spot", False),
+        ("kidney_left", True),
+        ("lung_upper_lobe_right", True),
+        ("Left_Ventricle", False),
     ],
 )
 def test_is_sided(target: str, sided: bool) -> None:
     assert is_sided(target) is sided
+
+
+@pytest.mark.parametrize("place", POSITIONS)
+def test_words_that_say_where_something_is(place: str) -> None:
+    assert names_a_place(f"The left ventricle is in the {place} of the image.")
+
+
+@pytest.mark.parametrize("text", ["Segment the left kidney.", "The left kidney [C0_1] and right lung.", "A CT image."])
+def test_the_name_of_a_structure_is_no_place(text: str) -> None:
+    assert not names_a_place(text)
 
 
 def test_a_group_is_sided_by_any_target_present_or_absent() -> None:

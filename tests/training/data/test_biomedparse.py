@@ -39,6 +39,13 @@ def test_file_names_alone_tell_all(named_sets: Path) -> None:
     assert read_mask(rows[0]["masks"][0], size).sum() == 30
 
 
+def test_patients_may_be_numbered_from_0(manifest_sets: Path) -> None:
+    manifest = next(manifest_sets.rglob("manifest.jsonl"))
+    records = [json.loads(line) | {"group": 0} for line in manifest.read_text("utf-8").splitlines()]
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert {row["patient"] for row in read(manifest_sets)} == {"0"}
+
+
 def test_a_set_alone_is_read_like_a_folder_of_sets(named_sets: Path) -> None:
     assert read(named_sets / "amos") == [row for row in read(named_sets) if row["dataset"] == "amos"]
 

@@ -194,6 +194,29 @@ def test_all_conversations_of_an_image_come_on_one_side(read_items: Callable[...
     assert len(split_validation(rows, 0, 0)[1]) == 0
 
 
+def test_an_image_of_two_sets_or_held_out_elsewhere_is_on_one_side(
+    read_items: Callable[..., list[dict]], tmp_path: Path
+) -> None:
+    turns = [ASKED, ANSWERED]
+    items = [
+        {"id": f"{name} {p}", "image": f"{p}.png", "conversations": turns, "dataset": name, "patient": f"{name} {p}"}
+        for name in ("one", "two")
+        for p in range(10)
+    ]
+    read_items(items)
+    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+    for seed in range(4):
+        training, held = split_validation(rows, 0.2, seed, [str(tmp_path / "7.png"), "/no/such.png"])
+        sides = [{row["images"][0]["path"] for row in side} for side in (training, held)]
+        assert not sides[0] & sides[1] and str(tmp_path / "7.png") in sides[1]
+        assert len(training) + len(held) == len(rows)
+
+
+def test_patients_may_be_numbered_from_0(read_items: Callable[..., list[dict]]) -> None:
+    found = read_items([{"id": "a", "image": "a.png", "conversations": [ASKED, ANSWERED], "patient": 0}])
+    assert found[0]["patient"] == "0"
+
+
 def test_the_same_patients_are_held_out_as_from_the_images(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
 ) -> None:

@@ -245,6 +245,20 @@ def test_files_of_a_folder_are_told_apart_by_the_split_in_their_names(
         load_source(Source("llava", str(tmp_path)))
 
 
+def test_bad_rows_are_left_out_on_request(
+    manifest_sets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = next(manifest_sets.rglob("manifest.jsonl"))
+    whole = load_source(Source("biomedparse", str(manifest_sets)))
+    with manifest.open("a", encoding="utf-8") as file:
+        file.write('{"image": "no target.png"}\n')
+    source = Source("biomedparse", str(manifest_sets))
+    with pytest.raises(ValueError, match=r"manifest.jsonl, line \d+"):
+        load_source(source)
+    assert len(load_source(source, skip_errors=True)) == len(whole)
+    assert "manifest.jsonl, line" in caplog.text and "left out" in caplog.text
+
+
 def test_changed_files_are_read_again_and_nothing_is_left_beside_them(
     manifest_sets: Path, own_datasets_cache: Path
 ) -> None:
