@@ -19,7 +19,8 @@ KEPT_SHARE = 0.1  # of a mask's area; with less it counts as moved out of the pi
 
 # A chamber of the heart keeps its name in a mirrored picture: what tells it is its wall and neighbours, no side.
 _CHAMBERS = re.compile(r"\b(left|right) (?:heart )?(?:ventric(?:le|ular)|atri(?:um|al))\b", flags=re.IGNORECASE)
-_SIDE = re.compile(r"\b(left|right)\b", flags=re.IGNORECASE)
+_SIDE = re.compile(r"\b(left|right|lt|rt|l|r)\b", flags=re.IGNORECASE)
+_JOINT = re.compile(r"_|(?<=[a-z])(?=[A-Z])|(?<=[a-z]{2})(?=\d)")  # kidney_left, LeftKidney, left2; L1 is a vertebra
 _WHERE = "left|right|upper|lower|top|bottom|middle|centre|center"
 _PLACE = re.compile(
     rf"\b(?:{_WHERE})[- ](?:left|right|middle|corner|half|part|side|third|quadrant|portion|edge|panel)\b|"
@@ -204,7 +205,7 @@ class Augmenter:
 
 def is_sided(target: str) -> bool:
     """Whether a name, such as kidney_left, says left or right; the four chambers of the heart do but are not sided."""
-    return _SIDE.search(_CHAMBERS.sub("", target.replace("_", " "))) is not None
+    return _SIDE.search(_CHAMBERS.sub("", _JOINT.sub(" ", target))) is not None
 
 
 def names_a_place(text: str) -> bool:

@@ -186,6 +186,11 @@ def test_zoom_and_rotation_are_what_they_say() -> None:
         ("kidney_left", True),
         ("lung_upper_lobe_right", True),
         ("Left_Ventricle", False),
+        ("LeftKidney", True),
+        ("kidney_left1", True),
+        ("kidney_L", True),
+        ("lt lung", True),
+        ("vertebrae_L1", False),
     ],
 )
 def test_is_sided(target: str, sided: bool) -> None:
