@@ -82,9 +82,9 @@ def found_regions(predictions: Sequence[Prediction]) -> "list[FoundRegion]":
 def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything but pixels of the predictions about one scan, for one prompt. Names of files are made printable.
 
-    `slice`, `text`, `raw_text`, `complete` (whether the answer came to its end) and `regions` of a single prediction
-    stand at the top; of several, `slices` lists them. Sizes are in pixels, and in mm² and ml where the scan's spacing
-    is known; None where it is not.
+    `slice`, `text`, `raw_text`, `is_complete` (whether the answer came to its end) and `regions` of a single
+    prediction stand at the top; of several, `slices` lists them. Sizes are in pixels, and in mm² and ml where the
+    scan's spacing is known; None where it is not.
 
     Args:
         run: what decided on the answers, for `medsight predict` to recognise a finished one by.
@@ -100,7 +100,7 @@ def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = Non
             "slice": one.slice_index,
             "text": one.answer.text,
             "raw_text": one.answer.raw_text,
-            "complete": one.answer.is_complete,
+            "is_complete": one.answer.is_complete,
             "regions": [_describe_region(region, next(areas)) for region in one.answer.regions],
         }
         for one in predictions
@@ -148,7 +148,7 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
     slices = content["slices"] if several else [content]
     regions = [(one, region) for one in slices for region in one["regions"]]
     lines = [f"slice {one['slice']}: {one['text']}" if several else one["text"] for one in slices]
-    cut = [str(one["slice"]) for one in slices if one.get("complete") is False]
+    cut = [str(one["slice"]) for one in slices if one.get("is_complete") is False]
     of_slices = f", of slice {', '.join(cut)}" if several else ""
     ending: list[str | Table] = [f"\nCut at the limit of length{of_slices}; --max-new-tokens sets it."] if cut else []
     if not regions:

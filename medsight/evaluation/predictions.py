@@ -4,7 +4,7 @@ Any system can write such a file. A line is a JSON object with `id` (the item's)
 cited, `masks` (COCO RLE at the reference's size: {"size": [height, width], "counts": text}), with `codes`, `groups`,
 `phrases` and `scores` of the same length where the system has them. A system with a codebook may add what that calls
 the reference masks, `reference_codes`, and the code group that it takes the image for, `group`; any system
-may say whether its answer came to an end, `complete`.
+may say whether its answer came to an end, `is_complete`.
 """
 
 import json
@@ -34,7 +34,7 @@ class Prediction:
         codes, groups, phrases, scores: of each mask, where the system knows them.
         group: the name of the code group that the system takes the image for, by its own classifier.
         reference_codes: the codes that the system's codebook gives to the item's reference masks; None where unknown.
-        complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
+        is_complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Prediction:
     scores: Sequence[float | None] = ()
     group: str | None = None
     reference_codes: Sequence[str] | None = None
-    complete: bool | None = None
+    is_complete: bool | None = None
 
     @classmethod
     def from_mapping(cls, record: Any, place: str) -> "Prediction":
@@ -86,10 +86,10 @@ class Prediction:
             raise ValueError(f"{place}: expected text in 'group', got {group!r}")
         if references is not None:
             references = tuple(checked_codes(references, place, "reference_codes"))
-        complete = record.get("complete")
-        if complete is not None and not isinstance(complete, bool):
-            raise ValueError(f"{place}: expected true or false in 'complete', got {complete!r}")
-        return cls(**given, group=group, reference_codes=references, complete=complete)
+        ended = record.get("is_complete")
+        if ended is not None and not isinstance(ended, bool):
+            raise ValueError(f"{place}: expected true or false in 'is_complete', got {ended!r}")
+        return cls(**given, group=group, reference_codes=references, is_complete=ended)
 
 
 def checked_codes(codes: Any, place: str, name: str) -> list[str]:

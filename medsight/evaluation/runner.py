@@ -254,7 +254,7 @@ def prediction_of(
         scores=[None if region.score is None else round(float(region.score), SCORE_DIGITS) for region in regions],
         group=group,
         reference_codes=reference_codes,
-        complete=answer.is_complete,
+        is_complete=answer.is_complete,
     )
 
 

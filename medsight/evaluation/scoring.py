@@ -80,7 +80,7 @@ def score_rows(
         A dict a row: `id`, origin, `target`, `absent`, `prompt`, `answer`, `reference`, `answer_type`, `answer_score`
         and `answer_refused` (why there is no score); `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows
         with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`, `group`,
-        `complete`; `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own),
+        `is_complete`; `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own),
         `code_accuracy` and `group_accuracy`, shares of the cited codes that are right, None where no code is cited or
         none is known.
 
@@ -102,7 +102,7 @@ def score_rows(
             "codes": list(prediction.codes),
             "groups": list(prediction.groups),
             "group": prediction.group,
-            "complete": prediction.complete,
+            "is_complete": prediction.is_complete,
         }
         if answers is not None:
             row["answer_score"], row["answer_refused"] = answers[number]

@@ -110,7 +110,7 @@ def summarise(
             "open": sum(row["answer_type"] == "OPEN" for row in rows),
             "by_modality": dict(Counter(row["modality"] for row in rows)),
             "label_origin": dict(Counter(row["label_origin"] or "unknown" for row in rows)),
-            "cut": sum(row.get("complete") is False for row in rows),
+            "cut": sum(row.get("is_complete") is False for row in rows),
         },
         "refused": _refusals(rows),
     }

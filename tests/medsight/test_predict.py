@@ -78,15 +78,15 @@ def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
 def test_a_cut_answer_says_so(predictor: Predictor) -> None:
     cut = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=1)
     ended = replace(cut, answer=replace(cut.answer, is_complete=True))
-    assert (cut.to_dict()["complete"], ended.to_dict()["complete"]) == (False, True)
+    assert (cut.to_dict()["is_complete"], ended.to_dict()["is_complete"]) == (False, True)
     assert "--max-new-tokens" in cut.to_table() and "--max-new-tokens" not in ended.to_table()
     several = "\n".join(
         map(str, to_parts(describe([cut, replace(ended, slice_index=4), replace(cut, slice_index=7)])))
     )
     assert "of slice 0, 7;" in several
     earlier = cut.to_dict()
-    del earlier["complete"]  # of a version that did not know
-    assert to_parts(earlier) == to_parts({**earlier, "complete": None})
+    del earlier["is_complete"]  # of a version that did not know
+    assert to_parts(earlier) == to_parts({**earlier, "is_complete": None})
 
 
 def test_an_answer_cannot_drive_the_terminal(predictor: Predictor) -> None:

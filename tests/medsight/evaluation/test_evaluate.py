@@ -347,13 +347,13 @@ def test_an_empty_answer_is_scored_and_listed(
 def test_answers_that_were_cut_are_counted_and_told(
     evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = saved(lambda records: [record.update(complete=place > 1) for place, record in enumerate(records)])
+    path = saved(lambda records: [record.update(is_complete=place > 1) for place, record in enumerate(records)])
     status, printed = evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(path))
     assert status == 0 and "2 answers were cut at the limit of length" in printed
     assert metrics_of(tmp_path / "out")["counts"]["cut"] == 2
-    path = saved(lambda records: records[0].update(complete="yes"))
+    path = saved(lambda records: records[0].update(is_complete="yes"))
     status, printed = evaluate(segmentation, regions, tmp_path / "bad", "--predictions", str(path))
-    assert status == 1 and "expected true or false in 'complete'" in printed
+    assert status == 1 and "expected true or false in 'is_complete'" in printed
 
 
 def test_a_set_of_another_size_says_so_in_the_output(
