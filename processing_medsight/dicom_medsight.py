@@ -91,6 +91,10 @@ class DicomScan(Scan):
         return list(self._headers)
 
     @property
+    def is_wide(self) -> bool:
+        return not self._colour
+
+    @property
     def has_window(self) -> bool:
         try:
             with guarded(self.name, "its header is damaged"):

@@ -27,7 +27,7 @@ MAX_IMAGE_PIXELS = 2**27
 _CHANNELS = (1, 2, 3, 4)
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
-_PHOTOMETRIC, _BITS = 262, 258  # tags of a TIFF
+_PHOTOMETRIC, _BITS, _ORIENTATION = 262, 258, 274  # tags of a TIFF
 _WHITE_IS_ZERO = 0
 # Not whatever Pillow can open: some of its readers start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -219,7 +219,12 @@ def open_image(source: str | os.PathLike | bytes, name: str) -> ImageFile.ImageF
     """
     file = _file(source, name)
     try:
-        return Image.open(file, formats=_FORMATS)
+        opened = Image.open(file, formats=_FORMATS)
+        if isinstance(file, str) and opened.format == "TIFF" and opened.getexif().get(_ORIENTATION, 1) > 4:
+            # Pillow 12 swaps the sides of a file that it maps into memory, and leaves its pixels as they lie.
+            opened.close()
+            opened = Image.open(BytesIO(Path(file).read_bytes()), formats=_FORMATS)
+        return opened
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
     except Image.UnidentifiedImageError as error:
@@ -234,6 +239,8 @@ def open_image(source: str | os.PathLike | bytes, name: str) -> ImageFile.ImageF
 def _file(source: str | os.PathLike | bytes, name: str) -> Any:
     """What Pillow can open: a path that exists, or the bytes behind an address or a base64 string."""
     if isinstance(source, bytes):
+        if not source:
+            raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
         return BytesIO(source)
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder: an image file was expected")

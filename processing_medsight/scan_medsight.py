@@ -56,6 +56,7 @@ class Scan(ABC):
         slice_spacing: mm between displayed slices; `None` where it is not known or differs from slice to slice.
         files: what is behind it, in slice order for a series; empty for bytes and arrays.
         plane: that a NIfTI volume is cut along: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
+        is_wide: whether it has grey levels for a window to choose: no colours, and no picture of 8 bits.
         has_window: whether it states a window of its own, for `window="file"`.
         affine: (4, 4), index into what `to_source` returns -> RAS, in mm, or in a NIfTI file's own unit; `None` where
             the file does not say.
@@ -74,6 +75,10 @@ class Scan(ABC):
         self.slice_spacing: float | None = None
         self.plane: str | None = None
         self.affine: np.ndarray | None = None
+
+    @property
+    @abstractmethod
+    def is_wide(self) -> bool: ...
 
     @property
     def has_window(self) -> bool:
@@ -198,6 +203,10 @@ class Picture(Scan):
         self._values = np.asarray(image) if wide else None
         self._shown = to_picture(image, name)
         self.width, self.height = self._shown.size
+
+    @property
+    def is_wide(self) -> bool:
+        return self._values is not None
 
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         self._index(index)

@@ -41,6 +41,10 @@ class Stack(Scan):
     def _page(self, index: int) -> np.ndarray | Image.Image:
         """A slice as it is stored: (height, width), or an image of any mode."""
 
+    @property
+    def is_wide(self) -> bool:
+        return is_wide(self._page(0))
+
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         page = self._page(self._index(index))
         if window is None and not is_wide(page):

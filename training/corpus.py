@@ -156,8 +156,8 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
         # Split together, and beside the images with masks: what one validates on no other trains on.
         read = [read_source(recipe, recipe.data.conversations[name]) for name in others]
         rows = concatenate_datasets(read) if len(read) > 1 else read[0]
-        held_images = [image["path"] for image in corpus.validation["image"] if image["path"]]
-        both = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe), held_images)
+        regions = (corpus.training, corpus.validation)
+        both = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe), regions)
         parts.append(both[0] if split == "training" else both[1])
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 

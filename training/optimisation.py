@@ -72,7 +72,12 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def muon_with_adamw(
-    model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module,
+    muon_learning_rate: float,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
 ) -> MuonWithAdamW:
     """The optimizer of a model's trainable parameters; vectors, lookup tables and the first and last layers (see
     `FOR_ADAMW`) go to AdamW, and vectors do not decay."""
@@ -88,4 +93,4 @@ def muon_with_adamw(
         {"params": tables, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return MuonWithAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas)
+    return MuonWithAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps)

@@ -11,9 +11,12 @@ OUTPUT/model/                                       the result
 import contextlib
 import dataclasses
 import logging
+import math
+import random
 from datetime import timedelta
 from functools import partial
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from transformers import TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 
-from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus
+from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus, split_seed
 from .data.augmentation import Augmentation, Augmenter, sided_groups
 from .data.items import ConversationItems, Items, Places
 from .data.sampler import DrawSampler, rarity_weights
@@ -75,7 +78,10 @@ FIXED = {
     "load_best_model_at_end": False,  # a stage goes on from its last step
     "average_tokens_across_devices": False,
 }
+OPTIMIZERS = {"optim", "optim_args", "optim_target_modules"}
 # "nll" leaves the model's own forward pass in place, which knows of masks.
+# What each run gives of its own.
+OWN = ("output_dir", "seed", "data_seed", "train_sampling_strategy")
 FIXED_SFT = {
     "max_length": None,
     "packing": False,
@@ -139,7 +145,7 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
     """For each stage of the recipe, in order, its own settings and the fields of `TrainingArguments`.
 
     Raises:
-        ValueError: an unknown stage or key, naming the nearest known one.
+        ValueError: an unknown stage or key, naming the nearest known one; or settings that do not go together.
     """
     refuse_unknown(recipe.stages, STAGES, "stages")
     result = {}
@@ -151,7 +157,7 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         arguments = {
             entry.name: entry for entry in dataclasses.fields(arguments_class(values.get("trainer", "trainer")))
         }
-        fixed = {"output_dir", *FIXED, *FIXED_SFT} - {*own}  # no argument of `TrainingArguments` is in the last
+        fixed = {*OWN, *FIXED, *FIXED_SFT} - {*own}  # no argument of `TrainingArguments` is in the last
         known = [*own, *(name for name in arguments if name not in fixed)]
         for where, some in (("training", recipe.training), (f"stages.{key}", values)):
             for name in fixed & some.keys():
@@ -167,6 +173,8 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
                 "stage trains those of the region codes alone: set it to 0"
             )
         settings = build(kind.Settings, {k: v for k, v in chosen.items() if k in own}, f"stages.{key}")
+        for name in OPTIMIZERS & given.keys() if settings.muon_learning_rate else ():
+            raise ValueError(f"stages.{key}: {name} has no use beside muon_learning_rate: leave one of them out")
         for name, value in chosen.items():
             if value is False and name.endswith("_strategy"):
                 chosen[name] = "no"  # which YAML reads as false
@@ -178,6 +186,7 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         result[key] = (settings, passed)
     if not result:
         raise ValueError(f"the recipe has no stages: choose some of {', '.join(STAGES)}")
+    refuse_codes_before_their_codebook(recipe, result)
     return result
 
 
@@ -189,6 +198,20 @@ def refuse_missing_regions(recipe: Recipe, settings: dict[str, tuple[StageSettin
     reading += [] if recipe.model.folder else [f"the preset {recipe.model.preset}"]
     if reading:
         raise ValueError(f"data.regions is empty, and images with masks are needed for {', '.join(reading)}")
+
+
+def refuse_codes_before_their_codebook(
+    recipe: Recipe, settings: dict[str, tuple[StageSettings, dict[str, Any]]]
+) -> None:
+    """Raise ValueError where a stage before 3a reads answers whose codes 3a is yet to learn, naming both."""
+    before = takewhile(lambda key: key != CodebookStage.key, settings)
+    for key in before if CodebookStage.key in settings else ():
+        for name in settings[key][0].data:
+            if name in recipe.annotations and recipe.annotations[name].plain_share < 1:
+                raise ValueError(
+                    f"stages.{key}: the answers of {name} cite region codes, which stage {CodebookStage.key} learns "
+                    "after it: name annotations of plain_share 1"
+                )
 
 
 def reads_regions(kind: type[Stage], settings: StageSettings, recipe: Recipe) -> bool:
@@ -327,11 +350,10 @@ def stage_items(stage: Stage, recipe: Recipe, corpus: Corpus, output: Path, spli
 
 
 def hold_out_text(rows: Any, recipe: Recipe, split: str) -> Any:
-    """Every n-th conversation of the corpus' text is for validation."""
-    if not recipe.data.validation_fraction:
-        return rows if split == "training" else rows.select([])
-    every = max(2, round(1 / recipe.data.validation_fraction))
-    return rows.select([i for i in range(len(rows)) if (i % every == 0) == (split == "validation")])
+    """A part of the conversations of the corpus' text, of all kinds, is for validation."""
+    count = math.ceil(recipe.data.validation_fraction * len(rows))
+    held = set(random.Random(split_seed(recipe)).sample(range(len(rows)), count))
+    return rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
 
 
 def sampler(items: Items, settings: StageSettings, arguments: TrainingArguments, seed: int) -> DrawSampler:
@@ -348,8 +370,7 @@ def training_arguments(
     folder: Path, settings: StageSettings, passed: dict[str, Any], recipe: Recipe
 ) -> TrainingArguments:
     """The stage's `TrainingArguments`; what the trainer here depends on is fixed."""
-    values = {**passed, **FIXED, "output_dir": str(folder)}
-    values.setdefault("seed", recipe.seed)
+    values = {**passed, **FIXED, "output_dir": str(folder), "seed": recipe.seed}
     if not torch.cuda.is_available():
         values.setdefault("use_cpu", True)
         values.setdefault("dataloader_pin_memory", False)

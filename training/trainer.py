@@ -168,6 +168,7 @@ class StageTrainer(Trainer):
                 self.args.learning_rate,
                 self.args.weight_decay,
                 (self.args.adam_beta1, self.args.adam_beta2),
+                self.args.adam_epsilon,
             )
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 

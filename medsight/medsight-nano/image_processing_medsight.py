@@ -302,10 +302,10 @@ class _Reading(NamedTuple):
     as_volume: bool
     window_asked: bool
 
-    def windows(self, picture: Image.Image | np.ndarray) -> bool:
-        """Whether the window is for this picture: the processor's own passes over one of 8 bits or in colour, which
-        refuses a call's."""
-        return self.window is not None and (self.window_asked or is_wide(picture))
+    def windows(self, wide: bool) -> bool:
+        """Whether the window is for what has such levels: the processor's own passes over 8 bits and colours, which
+        refuse a call's."""
+        return self.window is not None and (self.window_asked or wide)
 
 
 def _fetch_all(images: Any, name: str | None, reading: _Reading) -> Any:
@@ -327,16 +327,16 @@ def _fetch(image: Any, name: str, reading: _Reading) -> list[Any]:
     if isinstance(image, (np.ndarray, torch.Tensor)):
         pixels = as_numpy(image, name)
         if not is_volume(pixels, reading.as_volume):
-            if reading.windows(pixels):
+            if reading.windows(is_wide(pixels)):
                 return [Picture(one, name).slice_image(0, reading.window) for one in flatten_images(pixels)]
             return [grey_to_pillow(image, name) if image.ndim == 2 else image]
         scan = open_scan(pixels, name, volume=True)
     elif isinstance(image, Image.Image):
-        return [Picture(image, name).slice_image(0, reading.window) if reading.windows(image) else image]
+        return [Picture(image, name).slice_image(0, reading.window) if reading.windows(is_wide(image)) else image]
     elif isinstance(image, (str, os.PathLike, bytes)):
         called = name if isinstance(image, bytes) else None
         scan = open_scan(image, called, reading.plane, reading.as_volume)
-        if isinstance(scan, Picture) and not reading.windows(scan.original):
+        if isinstance(scan, Picture) and not reading.windows(scan.is_wide):
             return [scan.original]
     else:
         kind = type(image).__name__
@@ -346,7 +346,8 @@ def _fetch(image: Any, name: str, reading: _Reading) -> list[Any]:
             f"{scan.name} is read as {scan.num_slices} slices, because slices= is given: leave it out for a picture "
             f"of {scan.num_slices} channels"
         )
-    return [scan.slice_image(index, reading.window) for index in scan.choose_slices(reading.slices)]
+    window = reading.window if reading.windows(scan.is_wide) else None
+    return [scan.slice_image(index, window) for index in scan.choose_slices(reading.slices)]
 
 
 def flatten_images(images: Any) -> Iterable[Any]:

@@ -72,6 +72,10 @@ class NiftiScan(Scan):
         return self._header.copy()
 
     @property
+    def is_wide(self) -> bool:
+        return not self._dtype.names
+
+    @property
     def has_window(self) -> bool:
         return self._own_window() is not None
 

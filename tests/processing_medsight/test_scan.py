@@ -475,6 +475,22 @@ class TestProcessor:
                 with pytest.raises(ValueError, match="is of 8 bits or in colour: it has no grey levels"):
                     processor([wide, picture], window="lung")
 
+    @pytest.mark.parametrize("kind", ["dicom", "nifti", "pages"])
+    def test_a_window_of_the_processor_leaves_scans_in_colour(self, kind: str) -> None:
+        colours = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
+        voxels = np.ascontiguousarray(colours).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+        pages = [Image.fromarray(page) for page in colours]
+        source = {
+            "dicom": dicom_bytes(dicom_dataset(colours[0], Modality="US")),
+            "nifti": nifti_bytes(voxels),
+            "pages": picture_bytes("TIFF", save_all=True, append_images=pages, size=(7, 6)),
+        }[kind]
+        plain, own = MedSightImageProcessor(size=28), MedSightImageProcessor(size=28, window=(40, 400))
+        expected = plain(source, return_tensors="pt")["pixel_values"]
+        assert torch.equal(own(source, return_tensors="pt")["pixel_values"], expected)
+        with pytest.raises(ValueError, match="colour"):
+            own(source, window=(40, 400))
+
 
 def test_training_images_are_made_as_scans_are_shown(shared_data: Path) -> None:
     """The CT images of the training data, slice by slice: same orientation, same window."""

@@ -108,6 +108,23 @@ def test_a_conversations_ids_and_labels_are_the_processors_own(places: Places, d
     assert len(batch["mask_labels"][0]) == 2
 
 
+def test_a_mask_that_the_model_does_not_see_and_a_code_it_lacks_are_named(places: Places, drawn_data: Path) -> None:
+    rows = conversation(drawn_data)
+    unknown = [rows[0]["messages"][0], {"role": "assistant", "content": "liver [C2_1], left kidney [C7_3]."}]
+    with pytest.raises(ValueError, match=r"2_CT_torso\.png: conversation 1 cites \[C7_3\], which is none of the"):
+        ConversationItems(conversation(drawn_data, messages=unknown), places)[0]
+    skipped = ConversationItems(conversation(drawn_data, messages=unknown), places, skip_errors=True)[0]
+    assert isinstance(skipped, Skipped) and "[C7_3]" in skipped.reason
+    places.image_processor.fit = "crop"
+    edge = drawn_data.parent / "edge.png"
+    pixels = np.zeros((24, 32), dtype=bool)
+    pixels[:, :3] = True  # of 32 columns the model sees the 24 in the middle
+    Image.fromarray(pixels).save(edge)
+    masks = [{"path": str(edge), "bytes": None}, rows[0]["masks"][1]]
+    with pytest.raises(ValueError, match=r"edge\.png: the mask lies outside what the model sees.*fit='crop'"):
+        ConversationItems(conversation(drawn_data, masks=masks), places)[0]
+
+
 def test_uneven_conversations_are_padded_and_keep_their_own_masks(places: Places, drawn_data: Path) -> None:
     plain = [{"role": "user", "content": "<image>Hello?"}, {"role": "assistant", "content": "Hi."}]
     samples = [

@@ -30,7 +30,7 @@ def trained(model: Toy, optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def make(model: Toy) -> torch.optim.Optimizer:
-    return muon_with_adamw(model, 3e-3, 1e-3, 0.01, (0.9, 0.99))
+    return muon_with_adamw(model, 3e-3, 1e-3, 0.01, (0.9, 0.99), eps=0.1)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
@@ -62,7 +62,7 @@ def test_inner_matrices_take_muon_and_tables_and_vectors_adamw() -> None:
 def test_its_adamw_part_is_torchs_adamw() -> None:
     model, other = Toy(), Toy()
     trained(model, make(model), 5)
-    reference = torch.optim.AdamW([other.embed_tokens.weight], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    reference = torch.optim.AdamW([other.embed_tokens.weight], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, eps=0.1)
     expected = copy.deepcopy(other)
     steps = Toy()
     optimizer = make(steps)

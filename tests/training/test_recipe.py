@@ -62,6 +62,12 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Path, change: str, message: 
         ("stages.perceiver.load_best_model_at_end=true", "load_best_model_at_end is set by the run itself"),
         ("training.label_smoothing_factor=0.1", "training: label_smoothing_factor is set by the run itself"),
         ("stages.perceiver.trainer=mine", "trainer='mine': choose trainer or sft"),
+        ("training.seed=3", "training: seed is set by the run itself"),
+        ("stages.perceiver.train_sampling_strategy=sequential", "train_sampling_strategy is set by the run itself"),
+        (
+            "stages.perceiver={muon_learning_rate: 1e-3, optim: sgd}",
+            "optim has no use beside muon_learning_rate",
+        ),
         ("stages.perceiver.learning_rate=fast", "learning_rate: expected a number, got 'fast'"),
         ("stages.unified={method: qloora}", "method='qloora': choose full, lora or qlora"),
         ("training.loging_steps=3", "training: unknown key 'loging_steps'; did you mean 'logging_steps'"),
@@ -72,6 +78,15 @@ def test_a_wrong_setting_of_a_stage_is_named_before_anything_runs(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         stage_settings(load_recipe(recipe_file, [change]))
+
+
+def test_codes_are_not_read_before_their_codebook_is_trained(recipe_file: Path) -> None:
+    read = ["annotations={grounded: {plain_share: 0.5}}", "stages.vision_to_text={data: [grounded]}"]
+    with pytest.raises(ValueError, match="stages.vision_to_text: the answers of grounded cite region codes"):
+        stage_settings(load_recipe(recipe_file, [*read, "stages.codebook={}"]))
+    for change in ("stages.codebook=null", "annotations.grounded.plain_share=1"):
+        stage_settings(load_recipe(recipe_file, [*read, "stages.codebook={}", change]))
+    stage_settings(load_recipe(recipe_file, [read[0], "stages.codebook={}", "stages.unified={data: [grounded]}"]))
 
 
 def test_a_stage_can_be_left_out(recipe_file: Path) -> None:
@@ -96,10 +111,10 @@ def test_files_that_are_not_recipes_are_named(tmp_path: Path) -> None:
 
 def test_a_recipe_extends_another_key_by_key(recipe_file: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
-    child.write_text("extends: recipe.yaml\nstages: {perceiver: {seed: 4}, codebook: {}}\n", encoding="utf-8")
+    child.write_text("extends: recipe.yaml\nstages: {perceiver: {warmup_steps: 4}, codebook: {}}\n", encoding="utf-8")
     recipe = load_recipe(child)
     assert recipe.model.preset == "tiny"
-    assert recipe.stages == {"perceiver": {"max_steps": 3, "seed": 4}, "codebook": {}}
+    assert recipe.stages == {"perceiver": {"max_steps": 3, "warmup_steps": 4}, "codebook": {}}
 
 
 def test_a_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:

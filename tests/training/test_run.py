@@ -1,6 +1,7 @@
 """A whole run: its result, its files, what each stage may change, and going on after a stop."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from medsight import Predictor
+from medsight.training.corpus import corpus_conversations, read_corpus
 from medsight.training.recipe import Recipe, build, load_recipe
-from medsight.training.run import STAGES, train
+from medsight.training.run import STAGES, hold_out_text, train
 from medsight.training.run_folder import lock
 from medsight.training.trainer import StageTrainer, checkpoints
 from tests.training.tiny_run import only, steps_of, tiny_recipe, tiny_values
@@ -182,6 +184,17 @@ def test_stages_run_one_by_one_in_their_order(drawn_data: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(ValueError, match="'perceivr'; did you mean 'perceiver'"):
         train(recipe, "perceivr")
+
+
+def test_text_of_all_kinds_is_held_out(drawn_data: Path, tmp_path: Path) -> None:
+    """The rounds of an image's text are of different kinds, one after the other."""
+    rounds = 5
+    recipe = tiny_recipe(drawn_data, tmp_path, data={"text_rounds": rounds, "validation_fraction": 1 / rounds})
+    rows = corpus_conversations(read_corpus(recipe))
+    training, held = (hold_out_text(rows, recipe, split) for split in ("training", "validation"))
+    assert sorted([*training["id"], *held["id"]]) == sorted(rows["id"]) and len(held) == math.ceil(len(rows) / rounds)
+    assert {int(name.removeprefix("text-")) % rounds for name in held["id"]} == set(range(rounds))
+    assert hold_out_text(rows, recipe, "validation")["id"] == held["id"]
 
 
 def test_nothing_need_be_held_out(drawn_data: Path, tmp_path: Path) -> None:

@@ -194,13 +194,8 @@ class _Annotator:
                 return reading
             masks = [read_mask(entry, picture.size) for entry in row["masks"]]
             reading.places = [position_in_words(mask) for mask in masks]
-            reading.pixels, reading.masks = self.canvas.pixels(picture), self.canvas.masks(masks)
-            unseen = (reading.masks.flatten(1).amax(1) == 0).nonzero().flatten().tolist()
-            if unseen:
-                raise ValueError(
-                    f"{picture_name(row['masks'][unseen[0]])}: the mask lies outside what the model sees of its image "
-                    f"(its processor has fit={self.canvas.image_processor.fit!r})"
-                )
+            reading.pixels = self.canvas.pixels(picture)
+            reading.masks = self.canvas.masks(masks, [picture_name(entry) for entry in row["masks"]])
         except (OSError, ValueError) as error:
             return error
         return reading

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import IMAGE_SUFFIXES, Item, as_text, json_records, patient_of, required
+from .records import IMAGE_SUFFIXES, Item, as_text, check_regions, json_records, patient_of, required
 from .splits import Member, canonical_split, hold_out
 
 
@@ -88,7 +88,12 @@ def _of_manifest(manifest: Path, source: "Source") -> Iterator[Item]:
             yield Item(place, error=ValueError(f"{place}: its rows disagree on {differing[0]!r}: {', '.join(values)}"))
             continue
         known_leak = any(row.get("same_volume_in_train") for row in some)
-        yield Item(place, _row(manifest.parent, image, some), known_leak=known_leak)
+        try:
+            row = _row(manifest.parent, image, some)
+            check_regions(row, place)
+            yield Item(place, row, known_leak=known_leak)
+        except ValueError as error:
+            yield Item(place, error=error)
 
 
 def _row(root: Path, image: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,6 +118,9 @@ def _row(root: Path, image: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _of_names(folder: Path, source: "Source") -> Iterator[Item]:
     for split, images in split_folders(folder).items():
         masks = images.with_name(f"{images.name}_mask")
+        for file in (*_listed(images), *_listed(masks)):
+            if not _is_text(file):
+                yield Item(str(file), error=ValueError(f"{file}: its name is not UTF-8 text: rename it"))
         by_stem: dict[str, Path] = {}
         for file in _pictures(images):
             if file.stem in by_stem:
@@ -156,8 +164,21 @@ def _of_names(folder: Path, source: "Source") -> Iterator[Item]:
                 yield Item(str(file), row)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _listed(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [file for file in _listed(folder) if _is_text(file)]
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a name can be written down: neither the rows of `datasets` nor JSON hold one that is not UTF-8."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_validation(rows: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:

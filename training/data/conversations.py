@@ -5,9 +5,11 @@ has `mask_files: {id: path}` and `mask_orders: [id, ...]` besides: the mask `mas
 of the i-th region code in the answers. Codes are spelled `[C0_16]`, or `[M0_16]` as the released checkpoint does.
 """
 
+import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from .sources import Source
 
+logger = logging.getLogger(__name__)
 _NUMBER = "(?:0|[1-9][0-9]*)"
 _CODE = re.compile(rf"\[C{_NUMBER}_{_NUMBER}\]|\[SEG\]")
 _RELEASED_CODE = re.compile(rf"\[M({_NUMBER}_{_NUMBER})\]")
@@ -187,7 +190,7 @@ def check_conversation(row: dict[str, Any], place: str) -> None:
 
 
 def split_validation(
-    rows: "Dataset", fraction: float, seed: int, held_images: Collection[str] = ()
+    rows: "Dataset", fraction: float, seed: int, regions: Sequence["Dataset"] = ()
 ) -> tuple["Dataset", "Dataset"]:
     """Hold out conversations for validation, by patient, as `splits.hold_out` says.
 
@@ -199,7 +202,8 @@ def split_validation(
         rows: of `schema.CONVERSATION_FEATURES`, map-style.
         fraction: of every data set's patients; 0 holds out none.
         seed: of the choice.
-        held_images: paths of images that are held out elsewhere: conversations about them are held out too.
+        regions: the training and the validation rows of images with masks, by `schema.REGION_FEATURES`: conversations
+            about an image, or a patient of a data set, that is on one side there come on the same.
 
     Returns:
         Training and validation rows.
@@ -222,15 +226,39 @@ def split_validation(
         patient = row["patient"] or image
         patients.join(owners.setdefault(image, patient), patient)
         keys.append((patient, image))
-    members = (
+    members = [
         Member(row["dataset"] or "", patients.first(patient), row["modality"] or "", image)
         for row, (patient, image) in zip(origin, keys, strict=True)
-    )
+    ]
     held = hold_out(members, fraction, seed)
-    named = {images.first(path) for path in map(os.path.abspath, held_images) if images.knows(path)}
-    out = named | {keys[position][1] for position in held}
-    held |= {position for position, (_, image) in enumerate(keys) if image in out}
+    if regions:
+        told = _sides(regions, images, patients)
+        by_patient = {member.image: told.get(member[:2]) for member in members}
+        sides = {image: told.get(image, side) for image, side in by_patient.items()}
+        held = {
+            position
+            for position, member in enumerate(members)
+            if sides[member.image] or (sides[member.image] is None and position in held)
+        }
+        if not held:
+            logger.warning(
+                "all conversations are about images or patients whose masks are trained on: none is held out"
+            )
     return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
+
+
+def _sides(regions: Sequence["Dataset"], images: "_Union", patients: "_Union") -> dict[str | tuple[str, str], bool]:
+    """Whether an image, or a patient of a data set who is on one side alone, is held out among the `regions`."""
+    told: dict[str | tuple[str, str], bool] = {}
+    seen: dict[tuple[str, str], set[bool]] = {}
+    for side, rows in enumerate(regions):
+        origin = rows.select_columns(["dataset", "patient"])
+        for row, path in zip(origin, _region_paths(rows), strict=True):
+            if path is not None:
+                told[images.first(path)] = bool(side)
+            if row["patient"]:
+                seen.setdefault((row["dataset"] or "", patients.first(row["patient"])), set()).add(bool(side))
+    return told | {patient: sides.pop() for patient, sides in seen.items() if len(sides) == 1}
 
 
 class _Union:
@@ -238,9 +266,6 @@ class _Union:
 
     def __init__(self) -> None:
         self._parents: dict[str, str] = {}
-
-    def knows(self, name: str) -> bool:
-        return name in self._parents
 
     def first(self, name: str) -> str:
         while (parent := self._parents.get(name, name)) != name:
@@ -253,6 +278,23 @@ class _Union:
         self._parents[high] = low
 
 
+def _region_paths(rows: "Dataset") -> list[str | None]:
+    """The absolute path of each row's image that lies in a file of its own."""
+    batches = rows.select_columns(["image"]).with_format("arrow").iter(batch_size=1000)
+    return [path for batch in batches for path in _paths(batch["image"].combine_chunks())]
+
+
+def _paths(pictures: Any) -> list[str | None]:
+    """The absolute paths in an Arrow array of pictures, None where the bytes are embedded, which are not read."""
+    import pyarrow.compute as pc
+
+    names = pc.struct_field(pictures, "path").to_pylist()
+    embedded = pc.is_valid(pc.struct_field(pictures, "bytes")).to_pylist()
+    return [
+        os.path.abspath(name) if name and not inside else None for name, inside in zip(names, embedded, strict=True)
+    ]
+
+
 def _image_paths(rows: "Dataset") -> list[list[str]]:
     """The absolute paths of each row's images that lie in files of their own, without reading embedded bytes."""
     import pyarrow.compute as pc
@@ -260,10 +302,7 @@ def _image_paths(rows: "Dataset") -> list[list[str]]:
     paths: list[list[str]] = []
     for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000):
         column = batch["images"].combine_chunks()
-        pictures = pc.list_flatten(column)
-        embedded = pc.is_valid(pc.struct_field(pictures, "bytes")).to_pylist()
-        names = iter(zip(pc.struct_field(pictures, "path").to_pylist(), embedded, strict=True))
-        for count in pc.list_value_length(column).to_pylist():
-            some = [next(names) for _ in range(count or 0)]
-            paths.append([os.path.abspath(path) for path, inside in some if path and not inside])
+        names = iter(_paths(pc.list_flatten(column)))
+        counts = pc.list_value_length(column).to_pylist()
+        paths += [[path for path in islice(names, count or 0) if path is not None] for count in counts]
     return paths

@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import Dataset
 
 from modeling_medsight.loss_medsight import resize_masks
+from processing_medsight.region_codes_medsight import region_code_ids
 
 from .augmentation import Augmenter, names_a_place
-from .conversations import code_images
+from .conversations import cited_codes, code_images
 from .encoding import encode
 from .groups import Groups
 from .pictures import picture_name, read_mask, read_picture
@@ -40,13 +41,15 @@ class Places:
         processor: a `MedSightProcessor`.
         config: the model's `MedSightConfig`.
         groups: code groups.
-        keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
+        keep_in_memory: keep every placed picture and mask, so that a file is decoded once (by each worker process of a
+            loader): for small data sets.
     """
 
     def __init__(self, processor: Any, config: Any, groups: Groups, keep_in_memory: bool = False) -> None:
         self.processor, self.config, self.groups = processor, config, groups
         self.kept: dict[str, Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
+        self.codes = frozenset(region_code_ids(processor.tokenizer).values())
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
         self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
         self.std = torch.tensor(self.image_processor.image_std).view(3, 1, 1)
@@ -89,7 +92,7 @@ class Places:
         side = self.config.image_size
 
         def load(entry: Any, size: tuple[int, int]) -> torch.Tensor:
-            return self.masks([read_mask(entry, size)])[0]
+            return self.masks([read_mask(entry, size)], [picture_name(entry)])[0]
 
         placed = [self._once(entry, partial(load, entry, size)) for entry, size in zip(entries, sizes, strict=True)]
         return torch.stack(placed) if placed else torch.zeros(0, side, side)
@@ -102,12 +105,23 @@ class Places:
             self.kept[path] = load()
         return self.kept[path]
 
-    def masks(self, masks: Sequence[np.ndarray]) -> torch.Tensor:
-        """(n, S, S) in [0, 1] on the same canvas."""
+    def masks(self, masks: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
+        """(n, S, S) in [0, 1] on the same canvas; `names` are the files to blame, one a mask.
+
+        Raises:
+            ValueError: nothing of a mask is on the canvas.
+        """
         side = self.config.image_size
         if not len(masks):
             return torch.zeros(0, side, side)
-        return self.image_processor.preprocess_masks(np.stack(masks), output_size=(side, side))
+        placed = self.image_processor.preprocess_masks(np.stack(masks), output_size=(side, side))
+        unseen = (placed.flatten(1).amax(1) == 0).nonzero().flatten().tolist()
+        if unseen:
+            raise ValueError(
+                f"{names[unseen[0]]}: the mask lies outside what the model sees of its image (its processor has "
+                f"fit={self.image_processor.fit!r})"
+            )
+        return placed
 
     def augment(
         self,
@@ -253,6 +267,12 @@ class ConversationItems(Items):
         if len(owners) != len(row["masks"]) or -1 in owners:
             raise ValueError(
                 f"{name}: conversation {row['id']} cites {len(owners)} codes, has {len(row['masks'])} masks"
+            )
+        unknown = [code for code in cited_codes(row["messages"]) if code not in places.codes]
+        if unknown:
+            raise ValueError(
+                f"{name}: conversation {row['id']} cites {unknown[0]}, which is none of the model's "
+                f"{len(places.codes)} region codes"
             )
         masks = places.load_masks(row["masks"], [loaded[owner][1] for owner in owners])
         classes = [places.classes.get(target, -1) for target in row["targets"]]

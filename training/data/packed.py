@@ -21,6 +21,7 @@ from .records import (
     Item,
     Record,
     as_text,
+    check_regions,
     convert,
     parquet_records,
     patient_of,
@@ -84,8 +85,8 @@ def parquet_items(shard: str, source: "Source") -> Iterator[Item]:
             row[name] = [_picture(entry, base, f"{place}, {name} {i}") for i, entry in enumerate(row[name] or [])]
         if kind == "regions":
             row["image"] = _picture(row["image"], base, f"{place}, image")
-            row["absent"] = row["absent"] or []
-            _check_regions(row, place)
+            row["absent"], row["targets"] = row["absent"] or [], row["targets"] or []
+            check_regions(row, place)
         else:
             row["targets"] = row["targets"] or [""] * len(row["masks"])
             check_conversation(row, place)
@@ -104,11 +105,6 @@ def _picture(entry: Any, base: Path, place: str) -> dict[str, Any]:
     if entry.get("bytes") is not None:
         return {"path": entry.get("path") or place, "bytes": entry["bytes"]}
     return {"path": str(base / entry["path"]), "bytes": None}
-
-
-def _check_regions(row: dict[str, Any], place: str) -> None:
-    if len(row["masks"]) != len(row["targets"] or []):
-        raise ValueError(f"{place}: {len(row['masks'])} mask(s) for {len(row['targets'] or [])} target(s)")
 
 
 def webdataset_shards(source: "Source") -> list[str]:
@@ -153,7 +149,7 @@ def webdataset_items(shard: str, source: "Source") -> Iterator[Item]:
         }
         for name in ("modality", "site"):
             as_text(row[name], place, name)
-        _check_regions(row, place)
+        check_regions(row, place)
         return row
 
     def takes(sample: dict[str, Any]) -> bool:

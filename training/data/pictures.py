@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, decode, load_image, to_array
+from processing_medsight.image_loading_medsight import load_image, to_array
 
 
 # What a row holds for a picture, as `datasets.Image(decode=False)` yields it, or the path alone.
@@ -45,7 +44,7 @@ def read_picture(entry: PictureEntry, name: str | None = None) -> Image.Image:
     name = name or picture_name(entry)
     content = entry.get("bytes") if isinstance(entry, Mapping) else None
     if content is not None:
-        image = _from_bytes(content, name)
+        image = load_image(content, name)
     else:
         path = entry.get("path") if isinstance(entry, Mapping) else entry
         if not path:
@@ -58,25 +57,10 @@ def read_picture(entry: PictureEntry, name: str | None = None) -> Image.Image:
     return image
 
 
-def _from_bytes(content: bytes, name: str) -> Image.Image:
-    if not content:
-        raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
-    try:
-        image = Image.open(BytesIO(content))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
-    except Exception as error:
-        raise ValueError(f"{name} is not an image, or its header is damaged ({error})") from error
-    decode(image, name)
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:
-        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-    return image
-
-
 def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = None) -> np.ndarray:
     """Decode a mask; every pixel that is not 0 (not black, where it has colours) is inside.
+
+    In a JPEG, which blurs what was black and white, the pixels above half of its brightest are.
 
     Args:
         entry: as for `read_picture`.
@@ -98,9 +82,10 @@ def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = Non
             f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"
         )
     if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
-        mask = np.asarray(image) != 0
+        values = np.asarray(image)
     else:
-        mask = to_array(image, name, convert_rgb=True, rescale=True).any(axis=2)
+        values = to_array(image, name, convert_rgb=True, rescale=True).max(axis=2)
+    mask = values > values.max() / 2 if image.format in ("JPEG", "MPO") else values != 0
     if not mask.any():
         raise EmptyMaskError(f"{name}: the mask is empty; a structure that is not in the image has no mask")
     return mask

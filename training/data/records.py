@@ -2,7 +2,9 @@
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,10 +152,25 @@ def as_text(value: Any, place: str, name: str) -> str:
     return value
 
 
+def check_regions(row: dict[str, Any], place: str) -> None:
+    """Raises ValueError naming `place` if the masks, targets and absent structures of an image do not go together."""
+    masks, targets = row["masks"], row["targets"]
+    if len(masks) != len(targets):
+        raise ValueError(f"{place}: {len(masks)} mask(s) for {len(targets)} target(s)")
+    both = sorted(set(targets) & set(row["absent"]))
+    if both:
+        raise ValueError(f"{place}: {both[0]!r} has a mask and is said to be absent")
+    files = [mask["path"] for mask in masks if mask["bytes"] is None]
+    twice = [path for path in files if files.count(path) > 1]
+    if twice:
+        raise ValueError(f"{place}: the mask {twice[0]} is named {files.count(twice[0])} times")
+
+
 def source_files(source: "Source", suffixes: tuple[str, ...], recursive: bool = False) -> list[str]:
     """The files of a source whose path is a file, a folder or a pattern of files, in order.
 
-    In a folder, files named after a split (`train.json`, `data/test-00000.parquet`, `val/x.tar`) are of that split.
+    In a folder, and of those that match a pattern, files named after a split (`train.json`, `data/test-00000.parquet`,
+    `val/x.tar`) are of that split. A file that is named itself is read whatever it is called.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -163,32 +180,34 @@ def source_files(source: "Source", suffixes: tuple[str, ...], recursive: bool = 
     wanted = " or ".join(suffixes)
     if path.is_file():
         return [str(path)]
-    if not path.is_dir():
-        if not glob.has_magic(str(path)):
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if name.endswith(suffixes))
-        if not found:
+    if path.is_dir():
+        files = sorted(str(file) for file in path.glob("**/*" if recursive else "*") if file.name.endswith(suffixes))
+        if not files:
+            raise ValueError(f"{path}: expected {wanted} files in this folder, found none")
+    elif glob.has_magic(source.path):
+        files = sorted(name for name in glob.glob(source.path, recursive=True) if name.endswith(suffixes))
+        if not files:
             raise ValueError(f"{path}: no {wanted} file matches")
-        return found
-    files = sorted(file for file in path.glob("**/*" if recursive else "*") if file.name.endswith(suffixes))
-    if not files:
-        raise ValueError(f"{path}: expected {wanted} files in this folder, found none")
-    splits = {file: split_in_name(file.relative_to(path)) for file in files}
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    splits = {file: split_of(file, source) for file in files}
     unnamed = [file for file in files if splits[file] is None]
     if len(unnamed) == len(files):
-        return [str(file) for file in files]
+        return files
     if unnamed:
         raise ValueError(
-            f"{unnamed[0]}: its name tells no split, while {len(files) - len(unnamed)} other files in {path} are "
-            "named after one; name a file or a pattern of files as the path"
+            f"{unnamed[0]}: its name tells no split, while {len(files) - len(unnamed)} other files of {path} are "
+            "named after one; name a file as the path, or a pattern that leaves the one or the other out"
         )
-    chosen = [str(file) for file in files if source.split in (None, splits[file])]
+    chosen = [file for file in files if source.split in (None, splits[file])]
     if not chosen:
         raise ValueError(f"{path}: no file of the split {source.split!r}, only of {sorted(set(splits.values()))}")
     return chosen
 
 
 def split_of(shard: str, source: "Source") -> str | None:
-    """The split that a file of a source's folder is named after."""
-    path = Path(source.path)
-    return split_in_name(Path(shard).relative_to(path)) if path.is_dir() else None
+    """The split that a file of a source's folder or pattern is named after, in what the source's path leaves open."""
+    if os.path.isfile(source.path):
+        return None
+    fixed = takewhile(lambda part: os.path.isdir(source.path) or not glob.has_magic(part), Path(source.path).parts)
+    return split_in_name(Path(shard).relative_to(Path(*fixed)))

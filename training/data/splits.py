@@ -59,6 +59,7 @@ def hold_out(members: Iterable[Member], fraction: float, seed: int) -> set[int]:
         raise ValueError(f"the validation fraction is {fraction}: expected at least 0 and less than 1")
     if fraction == 0:
         return set()
+    members = list(members)
     by_dataset: dict[str, list[tuple[int, Member]]] = defaultdict(list)
     for position, member in enumerate(members):
         by_dataset[member.dataset].append((position, member))
@@ -83,4 +84,5 @@ def hold_out(members: Iterable[Member], fraction: float, seed: int) -> set[int]:
             f"a fraction {fraction} cannot be held out for validation: no data set has five patients, or five images "
             "of one patient; give a split of its own, or the fraction 0"
         )
-    return held
+    images = {members[position].image for position in held}
+    return {position for position, member in enumerate(members) if member.image in images}

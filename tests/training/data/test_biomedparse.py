@@ -1,6 +1,9 @@
 """BiomedParse's layout: a row an image with all its masks, from file names or from a manifest."""
 
 import json
+import os
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +71,19 @@ def test_a_file_that_fits_nowhere_is_named(
     assert len(errors(named_sets)) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names themselves")
+def test_a_name_that_is_not_utf_8_is_refused(named_sets: Path) -> None:
+    for folder, name in (("test", b"caf\xe9_CT_abdomen.png"), ("test_mask", b"caf\xe9_CT_abdomen_liver.png")):
+        shutil.copy(named_sets / "amos/test/case_5_CT_abdomen.png", named_sets / "amos" / folder / os.fsdecode(name))
+    source = Source("biomedparse", str(named_sets / "amos"), split="test")
+    found = list(iterate(source))
+    told = [str(item.error) for item in found if item.error]
+    assert len(told) == 2 and all(message.endswith("its name is not UTF-8 text: rename it") for message in told)
+    assert len([item for item in found if item.row]) == 1
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_source(source)
+
+
 def test_a_manifest_gathers_the_rows_of_an_image(manifest_sets: Path) -> None:
     rows = {Path(row["image"]["path"]).name: row for row in read(manifest_sets)}
     assert len(rows) == 5 + 12
@@ -93,6 +109,8 @@ def test_one_set_of_a_folder_with_a_manifest_keeps_its_patients(manifest_sets: P
         ({"absent": True}, "line 1.*mask null"),
         ({"split": "test"}, "disagree on 'split': test, train"),
         ({"group": "torso:z"}, "disagree on 'group': torso:a, torso:z"),
+        ({"absent": True, "mask": None, "target": "spleen"}, "a0_CT_torso.png: 'spleen' has a mask and is said to be"),
+        ({"mask": "torso/train_mask/a0_CT_torso_spleen.png"}, "the mask .*a0_CT_torso_spleen.png is named 2 times"),
     ],
 )
 def test_a_bad_manifest_row_is_named(manifest_sets: Path, change: dict, message: str) -> None:

@@ -194,9 +194,7 @@ def test_all_conversations_of_an_image_come_on_one_side(read_items: Callable[...
     assert len(split_validation(rows, 0, 0)[1]) == 0
 
 
-def test_an_image_of_two_sets_or_held_out_elsewhere_is_on_one_side(
-    read_items: Callable[..., list[dict]], tmp_path: Path
-) -> None:
+def test_an_image_of_two_sets_is_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
     turns = [ASKED, ANSWERED]
     items = [
         {"id": f"{name} {p}", "image": f"{p}.png", "conversations": turns, "dataset": name, "patient": f"{name} {p}"}
@@ -206,10 +204,54 @@ def test_an_image_of_two_sets_or_held_out_elsewhere_is_on_one_side(
     read_items(items)
     rows = load_source(Source("llava", str(tmp_path / "items.json")))
     for seed in range(4):
-        training, held = split_validation(rows, 0.2, seed, [str(tmp_path / "7.png"), "/no/such.png"])
+        training, held = split_validation(rows, 0.2, seed)
         sides = [{row["images"][0]["path"] for row in side} for side in (training, held)]
-        assert not sides[0] & sides[1] and str(tmp_path / "7.png") in sides[1]
+        assert not sides[0] & sides[1]
         assert len(training) + len(held) == len(rows)
+
+
+def test_images_and_patients_are_on_the_side_of_their_masks(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
+) -> None:
+    """Conversations about images that have masks, others of the same patients, and about ones of neither."""
+    from medsight.training.data import biomedparse
+
+    regions = load_source(Source("biomedparse", str(manifest_sets)))
+    told = [
+        {"image": row["image"]["path"], "dataset": "questions", "patient": f"q{number}"}
+        for number, row in enumerate(regions)
+    ]
+    told += [
+        {"image": f"{number}.png", "dataset": "busi", "patient": row["patient"]}
+        for number, row in enumerate(regions)
+        if row["dataset"] == "busi"
+    ]
+    free = [{"image": f"free {number}.png", "dataset": "questions", "patient": f"f{number}"} for number in range(40)]
+    for some in (told + free, told):
+        read_items([{"id": str(n), "conversations": [ASKED, ANSWERED], **one} for n, one in enumerate(some)])
+        rows = load_source(Source("llava", str(tmp_path / "items.json")))
+        for seed in range(4):
+            both = biomedparse.split_validation(regions, 0.3, seed + 10)
+            training, held = split_validation(rows, 0.2, seed, both)
+            assert len(training) + len(held) == len(rows) and len(held)
+            for side, other in ((training, both[1]), (held, both[0])):
+                paths, patients = {row["image"]["path"] for row in other}, set(other["patient"])
+                assert not {row["images"][0]["path"] for row in side} & paths
+                assert not {row["patient"] for row in side if row["dataset"] == "busi"} & patients
+            assert len(some) == len(told) or any("free" in row["images"][0]["path"] for row in held)
+
+
+def test_what_cannot_be_validated_on_is_said(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from medsight.training.data import biomedparse
+
+    both = biomedparse.split_validation(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
+    items = [{"id": str(n), "image": row["image"]["path"], "patient": str(n)} for n, row in enumerate(both[0])]
+    read_items([{**item, "conversations": [ASKED, ANSWERED]} for item in items])
+    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+    training, held = split_validation(rows, 0.2, 0, both)
+    assert len(training) == len(items) and not len(held) and "none is held out" in caplog.text
 
 
 def test_patients_may_be_numbered_from_0(read_items: Callable[..., list[dict]]) -> None:

@@ -36,6 +36,33 @@ def test_a_16_bit_scan_stays_16_bit_and_exif_turns_it_upright(tmp_path: Path) ->
     assert read_picture({"bytes": (tmp_path / "turned.jpg").read_bytes()}).size == (6, 8)
 
 
+def test_a_turned_tiff_is_the_same_by_path_and_by_bytes(tmp_path: Path) -> None:
+    pixels = np.asarray(GREY)
+    upright = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
+    for orientation, expected in upright.items():
+        GREY.save(tmp_path / "turned.tiff", tiffinfo={274: orientation})
+        for entry in (tmp_path / "turned.tiff", {"bytes": (tmp_path / "turned.tiff").read_bytes()}):
+            assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
+
+
+def test_a_tiff_whose_0_is_white_is_inverted_by_path_and_by_bytes(tmp_path: Path) -> None:
+    white = np.full((6, 8), 2**16 - 1, dtype=np.uint16)
+    white[2:4, 3:5] = 0
+    Image.fromarray(white).save(tmp_path / "white.tiff", tiffinfo={262: 0})
+    for entry in (tmp_path / "white.tiff", {"bytes": (tmp_path / "white.tiff").read_bytes()}):
+        assert np.array_equal(read_mask(entry, (8, 6)), white == 0)
+
+
+def test_a_jpeg_mask_does_not_grow_by_its_noise() -> None:
+    rows, columns = np.mgrid[:80, :96]
+    inside = (rows - 40) ** 2 + (columns - 50) ** 2 < 25**2
+    for image in (Image.fromarray(inside), Image.fromarray(inside * np.uint8(255)).convert("RGB")):
+        content = encoded(image.convert("L") if image.mode == "1" else image, "JPEG")
+        assert np.count_nonzero(np.asarray(Image.open(BytesIO(content)))) > 1.1 * inside.sum()  # there is noise
+        read = read_mask({"bytes": content}, (96, 80))
+        assert np.count_nonzero(read != inside) < 0.01 * inside.sum()
+
+
 BAD = {
     "empty": b"",
     "truncated": encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)))[:900],

@@ -240,6 +240,15 @@ def test_files_of_a_folder_are_told_apart_by_the_split_in_their_names(
     assert load_source(Source("llava", str(tmp_path), split=None))["split"] == ["train", "train", "validation"]
     with pytest.raises(ValueError, match="no file of the split 'test'"):
         load_source(Source("llava", str(tmp_path), split="test"))
+    for pattern in ("*.json*", "[tv]*"):
+        assert load_source(Source("llava", str(tmp_path / pattern)))["id"] == ["train-b.jsonl", "train_a.json"]
+    assert load_source(Source("llava", str(tmp_path / "*.json"), split="dev"))["id"] == ["val.json"]
+    with pytest.raises(ValueError, match="no file of the split 'train', only of \\['validation'\\]"):
+        load_source(Source("llava", str(tmp_path / "v*.json")))
+    assert load_source(Source("llava", str(tmp_path / "val.json")))["split"] == ["train"]  # named itself
+    write_json(tmp_path / "of a lab" / "train" / "a.json", [{"id": "a", "conversations": turns}])
+    write_json(tmp_path / "of a lab" / "test" / "a.json", [{"id": "b", "conversations": turns}])
+    assert load_source(Source("llava", str(tmp_path / "of*" / "**" / "*.json"), split="test"))["id"] == ["b"]
     write_json(tmp_path / "trainer.json", [])
     with pytest.raises(ValueError, match=r"trainer\.json: its name tells no split"):
         load_source(Source("llava", str(tmp_path)))
