@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 # Below Pillow's own limit for files (178,956,970), so that one rule holds for files, lazily opened images and arrays.
 MAX_IMAGE_PIXELS = 2**27
+MAX_DOWNLOAD = 2**30  # bytes behind an address
 _CHANNELS = (1, 2, 3, 4)
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
@@ -260,12 +261,17 @@ def bytes_of_text(source: str | os.PathLike, name: str) -> bytes:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         from huggingface_hub import get_session
 
+        content = bytearray()
         try:
-            response = get_session().get(source, follow_redirects=True, timeout=30)
-            response.raise_for_status()
+            with get_session().stream("GET", source, follow_redirects=True, timeout=30) as response:
+                response.raise_for_status()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) > MAX_DOWNLOAD:
+                        raise ValueError(f"it has more than {MAX_DOWNLOAD:,} bytes")
         except Exception as error:  # of the HTTP library that huggingface_hub happens to use
             raise ValueError(f"{name} cannot be fetched ({error})") from error
-        return response.content
+        return bytes(content)
     if isinstance(source, str) and (len(source) >= _SHORTEST_BASE64 or source.startswith("data:")):
         text = source.partition(",")[2] if source.startswith("data:") else source
         try:

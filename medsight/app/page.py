@@ -85,6 +85,7 @@ class Page:
                     self.slice = gr.Slider(
                         1, 2, 1, step=1, label="Slice", visible=False, buttons=[], scale=3, elem_id="ms-slice"
                     )
+                    self.plane = gr.Dropdown([], label="Plane", visible=False, scale=1, elem_id="ms-plane")
                     self.window = gr.Dropdown(
                         [DEFAULT_WINDOW],
                         value=DEFAULT_WINDOW,
@@ -136,6 +137,7 @@ class Page:
         for number, button in enumerate(self.example_buttons):
             on(button.click, self._opener(number), [self.threshold])
         on(self.slice.input, self.show_slice, [self.slice, self.threshold], trigger_mode="always_last")
+        on(self.plane.input, self.show_plane, [self.plane, self.threshold])
         on(self.window.input, self.show_window, [self.window, self.threshold], trigger_mode="always_last")
         on(self.threshold.input, self.redraw, [self.threshold], trigger_mode="always_last")
         settings = [self.max_new_tokens, self.predicted_only, self.threshold]
@@ -150,7 +152,7 @@ class Page:
         on(self.save_button.click, self.save, [self.formats, self.deidentify, self.threshold])
 
     def _outputs(self) -> list[Any]:
-        view = [self.picture, self.facts, self.slice, self.window, self.layers, self.card, self.back]
+        view = [self.picture, self.facts, self.slice, self.plane, self.window, self.layers, self.card, self.back]
         save = [self.formats, self.deidentify, self.archive]
         return [self.session, self.upload, *view, self.chat, self.question, *save]
 
@@ -180,9 +182,11 @@ class Page:
 
     def _opened(self, session: Session, threshold: float) -> Updates:
         from medsight.export import FORMATS
+        from processing_medsight.scan_medsight import PLANES
         from processing_medsight.windows_medsight import FILE_WINDOW, WINDOWS
 
         scan = session.scan
+        plane = None if scan is None else scan.plane
         slices = 1 if scan is None else scan.num_slices
         own = [FILE_WINDOW] if scan is not None and scan.has_window else []
         names = [DEFAULT_WINDOW, *own, *(WINDOWS if scan is not None and scan.modality == "CT" else ())]
@@ -199,11 +203,8 @@ class Page:
             self.slice: gr.update(
                 visible=slices > 1, maximum=max(2, slices), value=session.slice_index + 1, label=f"Slice (of {slices})"
             ),
-            self.window: gr.update(
-                visible=scan is not None and (scan.kind != "image" or scan.num_slices > 1),
-                choices=names,
-                value=DEFAULT_WINDOW,
-            ),
+            self.plane: gr.update(visible=plane is not None, choices=list(PLANES), value=plane),
+            self.window: gr.update(visible=scan is not None and scan.is_wide, choices=names, value=DEFAULT_WINDOW),
             self.formats: gr.update(choices=formats, value=["png"]),
             self.deidentify: gr.update(visible=scan is not None and scan.kind == "dicom"),
             **self._talk(session),
@@ -217,6 +218,16 @@ class Page:
         session.slice_index = min(max(int(number), 1), session.scan.num_slices) - 1
         session.heat = None
         return self._view(session, threshold)
+
+    def show_plane(self, session: Session | None, plane: str, threshold: float) -> Updates:
+        """Cuts a NIfTI volume along another plane, and begins the conversation anew."""
+        if session is None or session.scan is None:
+            return _warn(NOTHING_OPEN)
+        try:
+            session.cut_along(plane)
+        except (ValueError, OSError) as error:
+            _warn(error, session)
+        return self._opened(session, threshold)
 
     def show_window(self, session: Session | None, text: str | None, threshold: float) -> Updates:
         """Shows the slices under another window: a name, the file's own, centre/width, or the default."""

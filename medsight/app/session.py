@@ -89,6 +89,7 @@ class Session:
     heat: int | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     _folder: Path | None = None
+    _source: Path | bytes | None = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -125,8 +126,8 @@ class Session:
         for number, file in enumerate(files, 1):
             shutil.move(file, folder / f"{number:05d}")
         try:
-            source = folder if len(files) > 1 else folder / "00001"
-            self._show(open_scan(source, name=UPLOAD_NAME))
+            self._source = folder if len(files) > 1 else folder / "00001"
+            self._show(open_scan(self._source, name=UPLOAD_NAME))
         except (ValueError, OSError) as error:
             message = self.without_paths(str(error))
             self.close()
@@ -137,7 +138,22 @@ class Session:
         from processing_medsight.scan_medsight import open_scan
 
         self.close()
+        self._source = content
         self._show(open_scan(content, name="the example"))
+
+    def cut_along(self, plane: str) -> None:
+        """Cuts the volume along another plane. The conversation ends: it was about other slices.
+
+        Raises:
+            ValueError: the scan has no planes to choose from; nothing changes.
+        """
+        from processing_medsight.scan_medsight import open_scan
+
+        assert self.scan is not None and self._source is not None
+        scan = open_scan(self._source, name=self.scan.name, plane=plane)
+        self.forget_conversation()
+        self.window = None
+        self._show(scan)
 
     def new_folder(self) -> Path:
         """A new, empty folder that goes when the scan is closed."""
@@ -198,7 +214,7 @@ class Session:
     def close(self) -> None:
         """Takes away the conversation, the scan and its files."""
         self.forget_conversation()
-        self.scan, self.slice_index, self.window = None, 0, None
+        self.scan, self.slice_index, self.window, self._source = None, 0, None, None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

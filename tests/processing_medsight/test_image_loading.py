@@ -2,10 +2,13 @@
 
 import base64
 import builtins
+import functools
 import re
 import socket
 import struct
+import threading
 import zlib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -285,3 +288,20 @@ def test_an_address_that_gives_nothing_is_named() -> None:
         address = f"http://127.0.0.1:{held.getsockname()[1]}/scan.png"
         with pytest.raises(ValueError, match=r"scan\.png cannot be fetched"):
             MedSightImageProcessor(size=28)([np.zeros((9, 9), dtype=np.uint8), address])
+
+
+def test_an_address_gives_a_picture_or_is_refused_where_it_has_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(COLOUR).save(tmp_path / "scan.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/scan.png"
+        assert np.array_equal(np.asarray(load_image(address)), COLOUR)
+        with pytest.raises(ValueError, match="gone.png cannot be fetched .*404"):
+            load_image(address.replace("scan", "gone"))
+        monkeypatch.setattr("processing_medsight.image_loading_medsight.MAX_DOWNLOAD", 50)
+        with pytest.raises(ValueError, match="scan.png cannot be fetched .it has more than 50 bytes"):
+            load_image(address)
+        server.shutdown()

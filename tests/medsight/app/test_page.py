@@ -1,5 +1,6 @@
 """What the page's controls do, without a browser: events take a session, change it, and say what the page shows."""
 
+import io
 import json
 import re
 import shutil
@@ -218,6 +219,35 @@ def test_each_slice_has_its_own_masks_and_conversation(
     assert session.slice_index == 0 and heat[page.slice] == 1
 
 
+def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
+    page: Any, upload: Callable[..., str], volume_file: bytes, picture_file: bytes
+) -> None:
+    updates = page.open_upload(None, [upload(volume_file, "brain.nii")], 0.5)
+    session = updates[page.session]
+    assert updates[page.plane]["visible"] and updates[page.plane]["value"] == "axial" and session.scan.num_slices == 4
+    asked(page, session)
+    assert session.findings
+    cut = page.show_plane(session, "coronal", 0.5)
+    assert session.scan.plane == cut[page.plane]["value"] == "coronal" and session.scan.num_slices == 24
+    assert session.turns == [] and cut[page.slice]["maximum"] == 24 and not cut[page.layers]["visible"]
+    (finding, *_) = asked(page, session) and session.findings
+    assert page._mask(session, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
+    picture = page.open_upload(session, [upload(picture_file, "a.png")], 0.5)
+    assert not picture[page.plane]["visible"] and not picture[page.window]["visible"]
+    with pytest.warns(UserWarning, match="is for NIfTI volumes"):
+        assert page.show_plane(session, "coronal", 0.5)[page.picture]["visible"]
+
+
+def test_a_window_is_offered_where_there_are_grey_levels_to_choose(page: Any, upload: Callable[..., str]) -> None:
+    wide, file = np.arange(2400, dtype=np.uint16).reshape(40, 60), io.BytesIO()
+    Image.fromarray(wide).save(file, "PNG")
+    updates = page.open_upload(None, [upload(file.getvalue(), "scan.png")], 0.5)
+    assert updates[page.window]["visible"]
+    plain = np.asarray(shown(updates, page.picture))
+    narrow = page.show_window(updates[page.session], "200/100", 0.5)
+    assert (np.asarray(shown(narrow, page.picture)) != plain).any()
+
+
 def test_a_window_is_a_name_or_two_numbers_or_refused(
     page: Any, upload: Callable[..., str], volume_file: bytes
 ) -> None:
@@ -337,7 +367,7 @@ def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
 def test_nothing_happens_without_an_image(page: Any) -> None:
     with pytest.warns(UserWarning, match="Open an image first"):
         assert list(page.ask(None, "What?", **ASK)) == [gr.skip()]
-    for event in (page.show_slice, page.show_window):
+    for event in (page.show_slice, page.show_plane, page.show_window):
         with pytest.warns(UserWarning, match="Open an image first"):
             assert event(None, 1, 0.5) == gr.skip()
     with pytest.warns(UserWarning, match="Open an image first"):
