@@ -65,10 +65,8 @@ def command(
         with quiet_transformers():
             loaded, processor = load_for_evaluation(folder, RunSettings(dtype="float32"), device)
         names = list(codebook_of(loaded.config))
-        if groups is not None:
-            matched = load_groups(groups, names)
-        else:
-            matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows})
+        told = None if groups is None else load_groups(groups, names)
+        matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows}, told)
         found = describe_codes(loaded, processor, _counted(rows), matched, examples, batch_size)
         content = meanings_to_json(
             found,

@@ -110,11 +110,12 @@ def annotate(
         with quiet_transformers():
             loaded, processor = load_checkpoint(Path(model), "auto")
         names = list(loaded.config.group_names) if loaded.config.use_region_codebook else None
-        if groups is not None:
-            matched = load_groups(groups, names)
+        told = None if groups is None else load_groups(groups, names)
+        pairs = {(row["modality"], row["site"]) for row in rows.select_columns(["modality", "site"])}
+        if names is None:
+            matched = told or Groups.of_pairs(pairs)
         else:
-            pairs = {(row["modality"], row["site"]) for row in rows.select_columns(["modality", "site"])}
-            matched = Groups.of_pairs(pairs) if names is None else match_groups(loaded.config, pairs)
+            matched = match_groups(loaded.config, pairs, told)
         counts = write_conversations(
             rows,
             loaded.to(place),

@@ -17,7 +17,7 @@ def command(
     stage: Annotated[str | None, typer.Option(metavar="NAME", help="Run this stage alone, such as perceiver.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.unified.seed=1; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.perceiver=null; repeatable."),
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print parameters, memory and steps of every stage, and train nothing.")

@@ -169,6 +169,7 @@ def run(
     Raises:
         OSError, ValueError: see `medsight.training.run.train`.
     """
+    from medsight.evaluation.items import NoRowsError
     from medsight.whole_files import write_json, write_text
 
     from .corpus import read_corpus
@@ -177,7 +178,14 @@ def run(
 
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
     corpora = {seed: read_corpus(dataclasses.replace(recipe, seed=seed)) for seed in seeds}
-    items = {(seed, name): held_out_items(corpora[seed], name, split) for seed in seeds for name in BENCHMARKS}
+    items: dict[str, dict[int, list[Item]]] = {}
+    for benchmark in BENCHMARKS:
+        try:
+            items[benchmark] = {seed: held_out_items(corpora[seed], benchmark, split) for seed in seeds}
+        except NoRowsError as error:
+            if benchmark == BENCHMARKS[0]:
+                raise
+            print(f"left out: {error}", flush=True)
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in variants}
     for seed in seeds:
         own = {
@@ -190,10 +198,10 @@ def run(
                 take_over(own[FULL], variant)
             model = train(variant)
             found: dict[str, float | None] = {}
-            for benchmark in BENCHMARKS:
+            for benchmark, by_seed in items.items():
                 folder = Path(variant.output).with_name(split) / benchmark
                 note = f"The {split} rows of a recipe's own data."
-                metrics = evaluate(variant, model, benchmark, items[seed, benchmark], folder, note)
+                metrics = evaluate(variant, model, benchmark, by_seed[seed], folder, note)
                 found |= {f"{benchmark}: {figure}": value for figure, value in figures(metrics).items()}
             runs[name][seed] = found
     whole = runs[FULL]

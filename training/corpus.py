@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,36 @@ class Corpus:
     validation: Any
     groups: Groups
     classes: list[str]
+
+    @cached_property
+    def conversations(self) -> dict[str, tuple[Any, Any]]:
+        """Training and validation rows of each source of conversations that a stage reads.
+
+        They are split together, and beside the images with masks: what one stage validates on no other trains on.
+
+        Raises:
+            OSError, ValueError: as `load_source`; or nothing can be held out though it is asked.
+        """
+        from datasets import concatenate_datasets
+
+        from .data.conversations import held_out
+        from .data.splits import divide
+
+        recipe = self.recipe
+        named = {name for values in recipe.stages.values() if values for name in values.get("data", [])}
+        parts = {
+            name: read_source(recipe, entry) for name, entry in recipe.data.conversations.items() if name in named
+        }
+        if not parts:
+            return {}
+        rows, beside = concatenate_datasets([*parts.values()]), [(self.training, self.validation)]
+        fraction = recipe.data.validation_fraction
+        held = held_out(rows, fraction, split_seed(recipe), beside) if fraction else set()
+        split, start = {}, 0
+        for name, part in parts.items():
+            split[name] = divide(part, {place - start for place in held if start <= place < start + len(part)})
+            start += len(part)
+        return split
 
     def split(self, name: str) -> Any:
         """The region rows of `training` or `validation`."""
@@ -96,11 +127,14 @@ def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
 def corpus_conversations(corpus: Corpus) -> Any:
     """The corpus' own text as conversations without images: for stage 0, and for a preset's tokenizer.
 
-    Made from the training rows alone, with the wordings of the first annotation; and the words of `data.text`.
+    Made from the training rows alone, with the wordings of the first annotation; and the words of `data.text`, but
+    those about images or patients that are held out elsewhere.
     """
     from datasets import Dataset, concatenate_datasets
 
+    from .data.conversations import held_out
     from .data.schema import CONVERSATION_FEATURES
+    from .data.splits import divide
     from .data.wording import ConversationMaker, Vocabulary, corpus_texts
 
     recipe = corpus.recipe
@@ -126,39 +160,34 @@ def corpus_conversations(corpus: Corpus) -> Any:
     ]
     empty = dict.fromkeys(("modality", "site", "split", "patient"))
     made = Dataset.from_list([{**empty, **row} for row in rows], features=CONVERSATION_FEATURES)
-    return concatenate_datasets([made, *(read_source(recipe, entry) for entry in recipe.data.text)])
+    if not recipe.data.text:
+        return made
+    text = concatenate_datasets([read_source(recipe, entry) for entry in recipe.data.text])
+    held = held_out(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
+    return concatenate_datasets([made, divide(text, held)[0]])
 
 
 def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str) -> Any:
     """The conversations of a stage: annotated ones from the run's folder, others from their sources.
 
     Raises:
-        ValueError: a name is neither an annotation nor a source of conversations, or there are no names.
+        OSError, ValueError: as `load_source` and `Corpus.conversations`.
     """
     from datasets import Dataset, concatenate_datasets
 
-    from .data.conversations import split_validation
     from .data.schema import CONVERSATION_FEATURES
     from .data.sources import Source, load_source
-    from .recipe import refuse_unknown
 
     recipe = corpus.recipe
-    refuse_unknown(names, [*recipe.annotations, *recipe.data.conversations], "data of a stage")
-    if not names:
-        raise ValueError("a language stage needs data: names of annotations or of data.conversations")
     parts = []
     for name in [name for name in names if name in recipe.annotations]:
         if len(corpus.split(split)):
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
         else:
             parts.append(Dataset.from_dict({column: [] for column in CONVERSATION_FEATURES}, CONVERSATION_FEATURES))
-    if others := [name for name in names if name in recipe.data.conversations]:
-        # Split together, and beside the images with masks: what one validates on no other trains on.
-        read = [read_source(recipe, recipe.data.conversations[name]) for name in others]
-        rows = concatenate_datasets(read) if len(read) > 1 else read[0]
-        regions = (corpus.training, corpus.validation)
-        both = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe), regions)
-        parts.append(both[0] if split == "training" else both[1])
+    for name in [name for name in names if name in recipe.data.conversations]:
+        training, validation = corpus.conversations[name]
+        parts.append(training if split == "training" else validation)
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .corpus import Corpus
-from .data.sources import Source
+from .data.sources import Source, iterate
 
 
 if TYPE_CHECKING:
@@ -24,15 +24,16 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
         split: "validation", the images of the training rows that no stage trains on; or "test".
 
     Raises:
-        ValueError: the benchmark or a source has another layout, two rows have one id, or there is no row.
+        NoRowsError: there is no row.
+        ValueError: the benchmark or a source has another layout, or two rows have one id.
     """
     from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.items import read_items
+    from medsight.evaluation.items import NoRowsError, read_items
 
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     declared = load_benchmark(benchmark)
-    held = {os.path.abspath(image["path"]) for image in corpus.validation["image"]}
+    images = image_paths(corpus.validation)
     found: dict[str, Item] = {}
     for source in map(Source.from_mapping, corpus.recipe.data.regions):
         if {source.layout, declared.layout} != {"biomedparse"}:
@@ -40,17 +41,28 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
                 f"benchmark {benchmark} reads the layout {declared.layout}, {source.path} has {source.layout}: "
                 "expected biomedparse of both"
             )
-        of_split = source.split if split == "validation" else "test"
-        items, _ = read_items(dataclasses.replace(declared, split=of_split), source.path)
+        if split == "test":
+            source = dataclasses.replace(source, split="test")
+            images = image_paths([item.row for item in iterate(source) if item.row is not None])
+        try:  # whether the files are there was seen when they were read
+            items, _ = read_items(dataclasses.replace(declared, split=source.split, files=("*",)), source.path)
+        except NoRowsError:
+            continue
         for item in items:
-            if split == "validation" and os.path.abspath(item.images[0]["path"]) not in held:
+            path = os.path.abspath(item.images[0]["path"])
+            if path not in images:
                 continue
-            if item.id in found:
+            if item.id in found and os.path.abspath(found[item.id].images[0]["path"]) != path:
                 raise ValueError(f"{source.path}: the row {item.id!r} is in two sources")
             found[item.id] = item
     if not found:
-        raise ValueError(f"benchmark {benchmark}: the recipe's data have no {split} row for it")
+        raise NoRowsError(f"benchmark {benchmark}: the recipe's data have no {split} row for it")
     return list(found.values())
+
+
+def image_paths(rows: Any) -> set[str]:
+    """The absolute paths of the images of region rows."""
+    return {os.path.abspath(row["image"]["path"]) for row in rows}
 
 
 def score_predictions(items: Sequence["Item"], predictions: Sequence["Prediction"], benchmark: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from .corpus import Corpus, conversation_rows, corpus_conversations, read_corpus
 from .fresh_model import fresh_config
 from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_bytes
 from .recipe import AnnotationSettings, Recipe
-from .run import STAGES, arguments_class, hold_out_text, refuse_missing_regions, stage_settings
+from .run import DEFAULTS_SFT, STAGES, arguments_class, hold_out_text, refuse_missing_regions, stage_settings
 from .stage import Stage, StageSettings
 from .stage_3b_text_to_vision import TextToVisionStage, vocabularies
 
@@ -168,6 +168,7 @@ def stage_plan(
 def setting_of(own: StageSettings, passed: dict[str, Any]) -> Any:
     """A function: the value of a field of `TrainingArguments`, as set or by default; None for one that it lacks."""
     defaults = {entry.name: entry.default for entry in dataclasses.fields(arguments_class(own.trainer))}
+    defaults |= DEFAULTS_SFT if own.trainer == "sft" else {}
     return lambda name: passed.get(name, defaults.get(name))
 
 

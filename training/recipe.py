@@ -126,7 +126,7 @@ class Recipe:
     annotations: dict[str, AnnotationSettings] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the resolved YAML file holds them."""
@@ -155,7 +155,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--set {override}: {parent} in {path} is not a mapping")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override}: not valid YAML ({' '.join(str(error).split())})") from error
     recipe = build(Recipe, values, str(path))
     if recipe.model.preset is None and recipe.model.folder is None:
         raise ValueError(f"{path}: model: give a preset, to train from nothing, or a folder")
@@ -233,10 +236,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return convert(options[0], value, where) if len(options) == 1 else value
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
-    if origin is dict and dataclasses.is_dataclass(arguments[1]):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected a mapping, got {value!r}")
-        return {key: build(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    if origin is dict and isinstance(value, Mapping):
+        return {key: convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    if origin is list and isinstance(value, list):
+        return [convert(arguments[0], entry, f"{where}, entry {place}") for place, entry in enumerate(value)]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -245,7 +248,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     expected = {float: float, int: int, str: str, bool: bool}.get(hint, {dict: dict, list: list}.get(origin))
     wrong = expected is not None and not isinstance(value, expected)
     if wrong or (hint is int and isinstance(value, bool)):
-        name = getattr(expected, "__name__", str(hint))
+        name = {"dict": "a mapping", "list": "a list"}.get(kind := getattr(expected, "__name__", str(hint)), kind)
         raise ValueError(f"{where}: expected {name}, got {value!r}")
     return value
 

@@ -30,6 +30,7 @@ from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversa
 from .data.augmentation import Augmentation, Augmenter, sided_groups
 from .data.items import ConversationItems, Items, Places
 from .data.sampler import DrawSampler, rarity_weights
+from .data.sources import LAYOUTS, Source
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
 from .recipe import Recipe, build, convert, refuse_unknown
@@ -82,6 +83,7 @@ OPTIMIZERS = {"optim", "optim_args", "optim_target_modules"}
 # "nll" leaves the model's own forward pass in place, which knows of masks.
 # What each run gives of its own.
 OWN = ("output_dir", "seed", "data_seed", "train_sampling_strategy")
+DEFAULTS_SFT = {"gradient_checkpointing": False, "bf16": False}  # TRL's own differ
 FIXED_SFT = {
     "max_length": None,
     "packing": False,
@@ -114,7 +116,13 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
     state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
-    on_main(lambda: open_folder(output, recipe, [key for key in STAGES if finished(output, key)]))
+    done = [key for key in STAGES if finished(output, key)]
+    begun = [key for key in STAGES if key in done or checkpoints(stage_folder(output, key))]
+    for key in settings.keys() - set(done):
+        training_arguments(stage_folder(output, key), *settings[key], recipe)  # refuses what only it can tell
+        check_conversations(recipe, settings[key][0])
+    ahead = takewhile(lambda key: key not in begun, reversed(STAGES))
+    on_main(lambda: open_folder(output, recipe, done, [*ahead]))
     held = lock(output) if state.is_main_process else contextlib.nullcontext()
     with held:
         return run_stages(recipe, settings, stage, output)
@@ -186,6 +194,11 @@ def stage_settings(recipe: Recipe) -> dict[str, tuple[StageSettings, dict[str, A
         result[key] = (settings, passed)
     if not result:
         raise ValueError(f"the recipe has no stages: choose some of {', '.join(STAGES)}")
+    for key, (settings, _) in result.items():
+        if STAGES[key].reads == "conversations" and key != LanguageModelStage.key:
+            if not settings.data:
+                raise ValueError(f"stages.{key}: a language stage needs data: names of annotations or conversations")
+            refuse_unknown(settings.data, [*recipe.annotations, *recipe.data.conversations], f"stages.{key}: data")
     refuse_codes_before_their_codebook(recipe, result)
     return result
 
@@ -198,6 +211,13 @@ def refuse_missing_regions(recipe: Recipe, settings: dict[str, tuple[StageSettin
     reading += [] if recipe.model.folder else [f"the preset {recipe.model.preset}"]
     if reading:
         raise ValueError(f"data.regions is empty, and images with masks are needed for {', '.join(reading)}")
+
+
+def check_conversations(recipe: Recipe, settings: StageSettings) -> None:
+    """Raise OSError or ValueError where the files of a source of conversations that a stage names are not there."""
+    for name in recipe.data.conversations.keys() & {*settings.data}:
+        source = Source.from_mapping(recipe.data.conversations[name])
+        LAYOUTS[source.layout].shards(source)
 
 
 def refuse_codes_before_their_codebook(
@@ -376,7 +396,7 @@ def training_arguments(
         values.setdefault("dataloader_pin_memory", False)
     if settings.trainer == "sft":
         values |= FIXED_SFT
-        values = {"gradient_checkpointing": False, "bf16": False, **values}  # TRL's defaults differ
+        values = {**DEFAULTS_SFT, **values}
     arguments = arguments_class(settings.trainer)(**values)
     if arguments.n_gpu > 1:  # Trainer would divide batches by DataParallel, which cannot divide lists of masks
         logger.warning("one process trains on one GPU of %d; for all, start it by accelerate launch", arguments.n_gpu)

@@ -72,11 +72,12 @@ def on_main(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = ()) -> None:
+def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = (), ahead: Collection[str] = ()) -> None:
     """Make the run's folder, or go on in it if it holds a run of the same recipe.
 
     Args:
         finished: stages whose steps are all made: they go by the number of processes then, not now.
+        ahead: stages that no step was made of, nor of any after them: their settings may have changed.
 
     Raises:
         ValueError: the folder holds another run (with the differences), or something else.
@@ -87,10 +88,11 @@ def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = ()) ->
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
         processes = json.loads(versions.read_text(encoding="utf-8"))["processes"]
         of_finished = {key: size for key, size in samples_a_step(now, processes).items() if key in finished}
-        lines = differences(before, now)
+        old, new = ({**some, "stages": _without(some["stages"], ahead)} for some in (before, now))
+        lines = differences(old, new)
         lines += differences(
-            samples_a_step(before, processes),
-            {**samples_a_step(now, PartialState().num_processes), **of_finished},
+            samples_a_step(old, processes),
+            {**samples_a_step(new, PartialState().num_processes), **of_finished},
             "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of ",
         )
         if lines:
@@ -98,12 +100,18 @@ def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = ()) ->
                 f"{output} holds a run of another recipe; go on with the same one, or choose another output. "
                 f"It differs in {'; '.join(lines)}"
             )
+        if differences(before, now):
+            write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
         return
     if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no run: choose another output")
     output.mkdir(parents=True, exist_ok=True)
     write_json(versions, environment())
     write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+
+
+def _without(stages: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: values for key, values in stages.items() if key not in keys}
 
 
 def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:

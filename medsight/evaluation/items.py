@@ -85,6 +85,10 @@ class Words(NamedTuple):
         return "".join([f"{IMAGE_MARKER}\n"] * (images - placed)) + text
 
 
+class NoRowsError(ValueError):
+    """The data hold no row that a benchmark asks about."""
+
+
 def read_items(
     benchmark: "Benchmark", path: str | Path, held_out_prompts: bool = False, seed: int = 0
 ) -> tuple[list[Item], int]:
@@ -100,6 +104,7 @@ def read_items(
 
     Raises:
         FileNotFoundError: the data is not there; see `Benchmark.check_present`.
+        NoRowsError: there is no row for it.
         ValueError: a row is bad, two rows have one id, or there are no held-out wordings for this benchmark.
     """
     from medsight.evaluation.readers import READERS
@@ -116,7 +121,7 @@ def read_items(
             raise ValueError(f"{path}: two rows have the id {item.id!r}")
         seen.add(item.id)
     if not items:
-        raise ValueError(f"{path}: no row of the split {benchmark.split!r} for the benchmark {benchmark.name}")
+        raise NoRowsError(f"{path}: no row of the split {benchmark.split!r} for the benchmark {benchmark.name}")
     return items, shards
 
 

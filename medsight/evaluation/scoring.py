@@ -80,7 +80,8 @@ def score_rows(
         A dict a row: `id`, origin, `target`, `absent`, `prompt`, `answer`, `reference`, `answer_type`, `answer_score`
         and `answer_refused` (why there is no score); `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows
         with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`, `group`,
-        `is_complete`; `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own),
+        `is_complete`; `code_structures`, what each code is cited for, None where the system does not say it of several
+        structures; `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own),
         `code_accuracy` and `group_accuracy`, shares of the cited codes that are right, None where no code is cited or
         none is known.
 
@@ -108,7 +109,7 @@ def score_rows(
             row["answer_score"], row["answer_refused"] = answers[number]
         if benchmark.has_masks:
             row |= _mask_scores(item, prediction, protocol, problems)
-            row |= _code_scores(item, prediction)
+            row |= {"code_structures": _cited_for(item, prediction), **_code_scores(item, prediction)}
         rows.append(row)
     refuse(problems, accept_problems)
     return rows
@@ -196,6 +197,17 @@ def by_name(
         own = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
         ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *own]))
     return [*ordered, *left.values()], united
+
+
+def _cited_for(item: Item, prediction: Prediction) -> list[str] | None:
+    """What each cited code stands for: the one structure that is asked for, or of several what the answer calls it."""
+    if not item.mask_targets:
+        return [item.target or "-"] * len(prediction.codes)
+    if len(prediction.phrases) != len(prediction.codes):
+        return None
+    names = {name.casefold(): name for name in item.mask_targets}
+    found = [names.get((phrase or "").casefold(), phrase) for phrase in prediction.phrases]
+    return None if None in found else [name for name in found if name is not None]
 
 
 def _code_scores(item: Item, prediction: Prediction) -> dict[str, Any]:

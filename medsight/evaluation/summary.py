@@ -216,7 +216,7 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
         references=[row["reference_codes"] for row in rows],
         absent=[row["absent"] for row in rows],
         reference_counts=[None if row["absent"] else row["n_references"] for row in rows],
-        structures=[None if row["absent"] else [row["target"] or "-"] * len(row["codes"]) for row in rows],
+        structures=[None if row["absent"] else row["code_structures"] for row in rows],
         groups=[row["groups"] if named else None for row in rows],
         codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
     )

@@ -194,6 +194,6 @@ def test_it_goes_on_where_it_was(
 
 
 def test_rows_that_are_not_there_are_missed_before_training(drawn_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no row of the split 'test'"):
+    with pytest.raises(ValueError, match="the recipe's data have no test row"):
         ablations.run(tiny_recipe(drawn_data, Path("unused")), [], [0], tmp_path / "out", "test")
     assert not (tmp_path / "out").exists()

@@ -189,6 +189,14 @@ def test_a_stage_of_broken_items_alone_says_so(data: Path, tmp_path: Path) -> No
         ({"data": {"classes": ["liver"]}}, "is none of the model's 1 mask classes"),
         ({"stages": {"vision_to_text": {"data": ["plane"]}}}, "unknown key 'plane'; did you mean 'plain'"),
         ({"stages": {"vision_to_text": {"data": []}}}, "a language stage needs data"),
+        ({"stages": {"vision_to_text": {"lr_scheduler_type": "cosin"}}}, "cosin is not a valid SchedulerType"),
+        (
+            {
+                "stages": {"vision_to_text": {"data": ["plain", "lab"]}},
+                "data": {"conversations": {"lab": {"layout": "llava", "path": "/no/such/lab.json"}}},
+            },
+            "/no/such/lab.json: no such file",
+        ),
         ({"stages": {"vision_to_text": {"trainer": "sft", "loss_type": "dft"}}}, "loss_type is set by the run itself"),
         ({"model": {"preset": "tyni"}}, "preset='tyni': choose one of"),
         ({"model": {"config": {"num_querys": 3}}}, "num_querys"),
@@ -199,8 +207,9 @@ def test_a_recipe_that_does_not_fit_its_data_is_told_so(
     data: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     stages = {**only("perceiver", "vision_to_text"), **changes.pop("stages", {})}
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((OSError, TypeError, ValueError), match=message):
         train(tiny_recipe(data, tmp_path / "run", stages=stages, **changes))
+    assert not [*tmp_path.glob("run/stages/*/finished.json")]  # before any stage has trained for nothing
 
 
 def test_groups_that_are_not_the_models_are_refused_and_by_default_are_the_models_own(

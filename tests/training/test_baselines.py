@@ -12,6 +12,7 @@ import yaml
 
 from medsight.cli import main as medsight
 from medsight.evaluation import items as evaluation_items
+from medsight.evaluation.items import NoRowsError
 from medsight.training.baselines import unet
 from medsight.training.corpus import read_corpus
 from medsight.training.held_out import held_out_items
@@ -128,8 +129,22 @@ def test_validation_is_the_recipes(drawn_data: Path) -> None:
     assert held == {image["path"] for image in corpus.validation["image"]}
     rows = [item for item in held_out_items(corpus, "segmentation") if not item.absent]
     assert len(rows) == sum(map(len, corpus.validation["targets"]))
-    with pytest.raises(ValueError, match="no row of the split 'test'"):
+    with pytest.raises(ValueError, match="the recipe's data have no test row"):
         held_out_items(corpus, "segmentation", "test")
+
+
+def test_held_out_rows_are_those_of_the_sources(drawn_data: Path) -> None:
+    """Two sources of one folder, and one without a folder for tests."""
+    folder = {"layout": "biomedparse", "path": str(drawn_data)}
+    parts = {"regions": [{**folder, "where": {"site": site}} for site in ("breast", "torso")]}
+    corpus = read_corpus(tiny_recipe(drawn_data, Path("unused"), data=parts))
+    held = {item.images[0]["path"] for item in held_out_items(corpus, "segmentation")}
+    assert held == {image["path"] for image in corpus.validation["image"]} and len(held) >= 2
+    alone = {"regions": [{"layout": "biomedparse", "path": str(drawn_data / "sunnybrook")}]}
+    corpus = read_corpus(tiny_recipe(drawn_data, Path("unused"), data=alone))
+    assert len(held_out_items(corpus, "segmentation")) == len(corpus.validation)
+    with pytest.raises(NoRowsError, match="no validation row"):
+        held_out_items(corpus, "diagnose-then-segment")
 
 
 def test_masks_lie_where_the_picture_does(drawn_data: Path) -> None:

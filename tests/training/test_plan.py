@@ -42,7 +42,11 @@ def bytes_of(tensors: Any) -> int:
 
 
 def planned(key: str, settings: dict[str, Any], **changes: Any) -> Any:
-    values = {"model": {"preset": "tiny", "folder": "not there"}, "stages": {key: {"max_steps": 1, **settings}}}
+    values = {
+        "model": {"preset": "tiny", "folder": "not there"},
+        "annotations": {"plain": {"plain_share": 1}},
+        "stages": {key: {"max_steps": 1, "data": ["plain"], **settings}},
+    }
     (stage,), _ = stage_plans(build(Recipe, {**values, **changes}, "a test's recipe"), 1)
     return stage
 
@@ -89,6 +93,11 @@ def test_lora_trains_adapters_code_rows_and_projectors() -> None:
     projectors = (vision + 1) * width + 2 * (width + 1) * width + (width + 1) * vision
     rows = 2 * config.num_region_codes * width
     assert planned("unified", {"method": "lora", "lora_rank": 4}).trained == adapters + projectors + rows
+
+
+def test_trl_is_planned_as_it_runs() -> None:
+    plain, sft = (planned("vision_to_text", {"trainer": trainer}) for trainer in ("trainer", "sft"))
+    assert plain.activations == sft.activations > 0
 
 
 def test_qlora_holds_the_language_models_layers_in_four_bits() -> None:

@@ -197,6 +197,44 @@ def test_text_of_all_kinds_is_held_out(drawn_data: Path, tmp_path: Path) -> None
     assert hold_out_text(rows, recipe, "validation")["id"] == held["id"]
 
 
+def test_what_a_stage_validates_on_is_in_no_text(drawn_data: Path, tmp_path: Path) -> None:
+    """The same conversations as text and for a stage, some of images that the masks' validation holds out."""
+    turns = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Yes."}]
+    images = [str(path) for path in sorted(drawn_data.glob("*/train/*.png"))]
+    items = [
+        {"id": path, "image": path, "conversations": turns} for path in [*images, *map("{}.png".format, range(20))]
+    ]
+    (tmp_path / "lab.json").write_text(json.dumps(items), encoding="utf-8")
+    source = {"layout": "llava", "path": str(tmp_path / "lab.json")}
+    data = {"text": [source], "conversations": {"lab": source, "unused": {"layout": "llava", "path": "/no/such"}}}
+    stages = {**only("language_model", "unified"), "unified": {"data": ["lab"]}}
+    corpus = read_corpus(tiny_recipe(drawn_data, tmp_path, data=data, stages=stages))
+    training, held = corpus.conversations["lab"]
+    told = set(corpus_conversations(corpus)["id"])
+    assert told >= set(training["id"]) and not told & set(held["id"])
+    assert {image["path"] for image in corpus.validation["image"]} < set(held["id"]) and len(training) + len(
+        held
+    ) == 39
+
+
+def test_stages_ahead_may_be_changed_and_those_behind_may_not(drawn_data: Path, tmp_path: Path) -> None:
+    stages = only("perceiver", "vision_to_text")
+    output = tmp_path / "run"
+    train(tiny_recipe(drawn_data, output, stages=stages), stage="perceiver")
+    changed = {**stages, "vision_to_text": {"max_steps": 2, "per_device_train_batch_size": 2}, "codebook": {}}
+    train(tiny_recipe(drawn_data, output, stages=changed), stage="vision_to_text")
+    assert len(steps_of(output, "2_vision_to_text")) == 2
+    assert yaml.safe_load((output / "recipe.yaml").read_text("utf-8"))["stages"]["vision_to_text"]["max_steps"] == 2
+    for stage in ("perceiver", "vision_to_text"):
+        with pytest.raises(ValueError, match=f"differs in stages.{stage}.max_steps: . -> 3"):
+            train(
+                tiny_recipe(drawn_data, output, stages={**changed, stage: {**changed.get(stage, {}), "max_steps": 3}})
+            )
+    without = {**changed, "vision_to_text": None}
+    with pytest.raises(ValueError, match="differs in stages.vision_to_text"):
+        train(tiny_recipe(drawn_data, output, stages=without))
+
+
 def test_nothing_need_be_held_out(drawn_data: Path, tmp_path: Path) -> None:
     once = {name: {"max_steps": 1} for name in STAGES}
     output = train(tiny_recipe(drawn_data, tmp_path / "run", data={"validation_fraction": 0}, stages=once))

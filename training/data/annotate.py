@@ -34,11 +34,12 @@ def summary(counts: "AnnotationCounts") -> str:
     return "\n".join(lines)
 
 
-def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]]) -> Groups:
+def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], told: Groups | None = None) -> Groups:
     """The model's groups with the patterns of the data's pairs of modality and site.
 
-    A pair belongs to the first group that has a pattern for it, or else to the group called "MODALITY SITE", whatever
-    the case, or else to that of its modality up to the first hyphen ("MRI-T1", "brain" to "MRI brain").
+    A pair belongs to the group that `told` has for it, or else to the first that has a pattern for it, or else to the
+    group called "MODALITY SITE", whatever the case, or else to that of its modality up to the first hyphen ("MRI-T1",
+    "brain" to "MRI brain").
 
     Raises:
         ValueError: for a pair without such a group, naming it and the groups.
@@ -47,6 +48,9 @@ def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]]) -> Gr
     by_name = {name.lower(): name for name in names}
     patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in names}
     for modality, site in sorted(set(pairs)):
+        if told is not None and (k := told.find(modality, site)) is not None:
+            patterns[told.names[k]].append(f"{modality}/{site}")
+            continue
         if Groups(patterns).find(modality, site) is not None:
             continue
         spellings = (f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower())
@@ -65,7 +69,7 @@ def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
     """Groups from a YAML file, group name -> patterns of "modality/site".
 
     Args:
-        names: the model's groups, whose order counts; `None` takes the file's.
+        names: the model's groups, which those of the file must be among; `None` takes the file's.
 
     Raises:
         OSError: the file cannot be read.
@@ -83,11 +87,9 @@ def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
         isinstance(some, list) and all(isinstance(pattern, str) for pattern in some) for some in content.values()
     ):
         raise ValueError(f"{path}: expected group names, each with a list of patterns of 'modality/site'")
-    if names is None:
-        return Groups({str(name): some for name, some in content.items()})
-    for name in content:
+    for name in content if names is not None else ():
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(names)}"
             raise ValueError(f"{path}: the model has no code group {name!r}; {hint}")
-    return Groups({name: content.get(name, []) for name in names})
+    return Groups({str(name): some for name, some in content.items()})

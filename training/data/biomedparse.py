@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .records import IMAGE_SUFFIXES, Item, as_text, check_regions, json_records, patient_of, required
-from .splits import Member, canonical_split, hold_out
+from .splits import Member, canonical_split, divide, hold_out
 
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def biomedparse_shards(source: "Source") -> list[str]:
 def biomedparse_items(shard: str, source: "Source") -> Iterator[Item]:
     """One item an image, with all its masks."""
     path = Path(shard)
+    if source.images and not path.is_file():
+        raise ValueError(f"{path}: images={source.images!r} is for a manifest: here the files themselves are found")
     yield from _of_manifest(path, source) if path.is_file() else _of_names(path, source)
 
 
@@ -89,7 +91,7 @@ def _of_manifest(manifest: Path, source: "Source") -> Iterator[Item]:
             continue
         known_leak = any(row.get("same_volume_in_train") for row in some)
         try:
-            row = _row(manifest.parent, image, some)
+            row = _row(Path(source.images) if source.images else manifest.parent, image, some)
             check_regions(row, place)
             yield Item(place, row, known_leak=known_leak)
         except ValueError as error:
@@ -207,5 +209,4 @@ def split_validation(rows: "Dataset", fraction: float, seed: int) -> tuple["Data
         Member(row["dataset"] or "", row["patient"] or name or f"row {i}", row["modality"] or "", name or f"row {i}")
         for i, (row, name) in enumerate(zip(origin, names, strict=True))
     )
-    held = hold_out(members, fraction, seed)
-    return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
+    return divide(rows, hold_out(members, fraction, seed))

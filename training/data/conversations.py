@@ -5,11 +5,13 @@ has `mask_files: {id: path}` and `mask_orders: [id, ...]` besides: the mask `mas
 of the i-th region code in the answers. Codes are spelled `[C0_16]`, or `[M0_16]` as the released checkpoint does.
 """
 
+import hashlib
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,76 +191,76 @@ def check_conversation(row: dict[str, Any], place: str) -> None:
         raise ValueError(f"{place}: {len(row['targets'])} target(s) for {len(row['masks'])} mask(s)")
 
 
-def split_validation(
-    rows: "Dataset", fraction: float, seed: int, regions: Sequence["Dataset"] = ()
-) -> tuple["Dataset", "Dataset"]:
-    """Hold out conversations for validation, by patient, as `splits.hold_out` says.
+def held_out(
+    rows: "Dataset", fraction: float, seed: int, beside: Sequence[tuple["Dataset", "Dataset"]] = ()
+) -> set[int]:
+    """Positions of the conversations to hold out for validation, by patient, as `splits.hold_out` says.
 
     All conversations of an image come on one side, whatever data set they are of, also where one of several images is
-    shared. Only columns of text are read. The same patients as from the images of the same data, for the same fraction
-    and seed.
+    shared; so do all of a patient, but of data sets of fewer than five. The same patients as from the images of the
+    same data, for the same fraction and seed. Images are told apart by their paths, and none is read; where any is
+    embedded, by their content.
 
     Args:
         rows: of `schema.CONVERSATION_FEATURES`, map-style.
-        fraction: of every data set's patients; 0 holds out none.
+        fraction: of every data set's patients; 0 draws none.
         seed: of the choice.
-        regions: the training and the validation rows of images with masks, by `schema.REGION_FEATURES`: conversations
-            about an image, or a patient of a data set, that is on one side there come on the same.
-
-    Returns:
-        Training and validation rows.
+        beside: training and validation rows of other data, of either kind: conversations about an image, or a patient
+            of a data set, that is on one side there come on the same.
 
     Raises:
-        ValueError: see `splits.hold_out`.
+        ValueError: see `splits.hold_out`; `beside` others, nothing need be left to hold out.
     """
-    if fraction == 0:
-        return rows, rows.select([])
-    origin = rows.select_columns(["dataset", "patient", "modality"])
-    paths = _image_paths(rows)
+    naming = ImageNames(any(map(has_embedded, (rows, *chain(*beside)))))
+    names = list(naming.of_rows(rows))
     images, patients = _Union(), _Union()
     owners: dict[str, str] = {}  # image -> one of its patients
-    for some in paths:
-        for path in some:
-            images.join(some[0], path)
-    keys = []
-    for position, (row, some) in enumerate(zip(origin, paths, strict=True)):
-        image = images.first(some[0]) if some else f"row {position}"
-        patient = row["patient"] or image
+    for some in names:
+        for name in some:
+            images.join(some[0], name)
+    members = []
+    origin = rows.select_columns(["dataset", "patient", "modality"])
+    for position, (row, some) in enumerate(zip(origin, names, strict=True)):
+        image = images.first(some[0]) if some else f"row {position:09d}"
+        patient = _patient(row) or image
         patients.join(owners.setdefault(image, patient), patient)
-        keys.append((patient, image))
-    members = [
-        Member(row["dataset"] or "", patients.first(patient), row["modality"] or "", image)
-        for row, (patient, image) in zip(origin, keys, strict=True)
-    ]
-    held = hold_out(members, fraction, seed)
-    if regions:
-        told = _sides(regions, images, patients)
-        by_patient = {member.image: told.get(member[:2]) for member in members}
-        sides = {image: told.get(image, side) for image, side in by_patient.items()}
-        held = {
-            position
-            for position, member in enumerate(members)
-            if sides[member.image] or (sides[member.image] is None and position in held)
-        }
-        if not held:
-            logger.warning(
-                "all conversations are about images or patients whose masks are trained on: none is held out"
-            )
-    return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
+        members.append(Member(row["dataset"] or "", patient, row["modality"] or "", image))
+    members = [member._replace(patient=patients.first(member.patient)) for member in members]
+    of_images, of_patients = _sides(beside, naming, images, patients)
+    sides: dict[str, bool] = {}  # of images; what anything holds out is held out
+    for member in members:
+        for side in (of_images.get(member.image), of_patients.get(member.patient)):
+            if side is not None:
+                sides[member.image] = sides.get(member.image, False) or side
+    free = [position for position, member in enumerate(members) if member.image not in sides]
+    drawn = {free[place] for place in hold_out([members[i] for i in free], fraction, seed, required=not beside)}
+    left = {members[i][:2] for i in free if i not in drawn}  # a volume may be left in part
+    whole = {members[i].patient for i in drawn if members[i][:2] not in left}
+    drawn |= {i for i in free if members[i].patient in whole}
+    held = drawn | {position for position, member in enumerate(members) if sides.get(member.image)}
+    if fraction and not held:
+        logger.warning("all conversations are about images or patients whose masks are trained on: none is held out")
+    return held
 
 
-def _sides(regions: Sequence["Dataset"], images: "_Union", patients: "_Union") -> dict[str | tuple[str, str], bool]:
-    """Whether an image, or a patient of a data set who is on one side alone, is held out among the `regions`."""
-    told: dict[str | tuple[str, str], bool] = {}
-    seen: dict[tuple[str, str], set[bool]] = {}
-    for side, rows in enumerate(regions):
-        origin = rows.select_columns(["dataset", "patient"])
-        for row, path in zip(origin, _region_paths(rows), strict=True):
-            if path is not None:
-                told[images.first(path)] = bool(side)
-            if row["patient"]:
-                seen.setdefault((row["dataset"] or "", patients.first(row["patient"])), set()).add(bool(side))
-    return told | {patient: sides.pop() for patient, sides in seen.items() if len(sides) == 1}
+def _patient(row: dict[str, Any]) -> str | None:
+    """A name of a row's patient that no other data set has."""
+    return f"{row['dataset'] or ''}\0{row['patient']}" if row["patient"] else None
+
+
+def _sides(
+    beside: Sequence[tuple["Dataset", "Dataset"]], naming: "ImageNames", images: "_Union", patients: "_Union"
+) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Whether an image, and a patient who is on one side alone, is held out in other data."""
+    of_images: dict[str, bool] = {}
+    of_patients: dict[str, set[bool]] = defaultdict(set)
+    for held, rows in chain(*map(enumerate, beside)):
+        for row, names in zip(rows.select_columns(["dataset", "patient"]), naming.of_rows(rows), strict=True):
+            for image in map(images.first, names):
+                of_images[image] = of_images.get(image, False) or bool(held)
+            if patient := _patient(row):
+                of_patients[patients.first(patient)].add(bool(held))
+    return of_images, {patient: found.pop() for patient, found in of_patients.items() if len(found) == 1}
 
 
 class _Union:
@@ -278,31 +280,44 @@ class _Union:
         self._parents[high] = low
 
 
-def _region_paths(rows: "Dataset") -> list[str | None]:
-    """The absolute path of each row's image that lies in a file of its own."""
-    batches = rows.select_columns(["image"]).with_format("arrow").iter(batch_size=1000)
-    return [path for batch in batches for path in _paths(batch["image"].combine_chunks())]
+class ImageNames:
+    """What tells images apart: their absolute paths, or their content, named by the first path that it was met at.
+
+    Args:
+        by_content: read all images; one that cannot be read goes by its path.
+    """
+
+    def __init__(self, by_content: bool) -> None:
+        self.by_content = by_content
+        self._named: dict[bytes, str] = {}
+
+    def of_rows(self, rows: "Dataset") -> Iterator[list[str]]:
+        """The names of each row's images, of either kind of rows."""
+        column = "image" if "image" in rows.column_names else "images"
+        for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=100):
+            for some in batch[column].to_pylist():
+                yield [self._name(entry) for entry in (some or [] if column == "images" else [some])]
+
+    def _name(self, entry: dict[str, Any]) -> str:
+        content = entry.get("bytes")
+        path = entry["path"] if content is not None else os.path.abspath(entry["path"])
+        if not self.by_content:
+            return path
+        try:
+            content = Path(path).read_bytes() if content is None else content
+        except OSError:
+            return path
+        return self._named.setdefault(hashlib.sha256(content).digest(), f"{path}\0{len(self._named)}")
 
 
-def _paths(pictures: Any) -> list[str | None]:
-    """The absolute paths in an Arrow array of pictures, None where the bytes are embedded, which are not read."""
+def has_embedded(rows: "Dataset") -> bool:
+    """Whether any image of the rows is embedded; none is read."""
     import pyarrow.compute as pc
 
-    names = pc.struct_field(pictures, "path").to_pylist()
-    embedded = pc.is_valid(pc.struct_field(pictures, "bytes")).to_pylist()
-    return [
-        os.path.abspath(name) if name and not inside else None for name, inside in zip(names, embedded, strict=True)
-    ]
-
-
-def _image_paths(rows: "Dataset") -> list[list[str]]:
-    """The absolute paths of each row's images that lie in files of their own, without reading embedded bytes."""
-    import pyarrow.compute as pc
-
-    paths: list[list[str]] = []
-    for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000):
-        column = batch["images"].combine_chunks()
-        names = iter(_paths(pc.list_flatten(column)))
-        counts = pc.list_value_length(column).to_pylist()
-        paths += [[path for path in islice(names, count or 0) if path is not None] for count in counts]
-    return paths
+    column = "image" if "image" in rows.column_names else "images"
+    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        pictures = batch[column].combine_chunks()
+        pictures = pc.list_flatten(pictures) if column == "images" else pictures
+        if pc.any(pc.is_valid(pc.struct_field(pictures, "bytes"))).as_py():
+            return True
+    return False

@@ -8,7 +8,8 @@ class Groups:
     """Which code group an image belongs to, by its modality and site.
 
     Args:
-        patterns: group name -> shell patterns of "modality/site"; the first group that matches counts.
+        patterns: group name -> shell patterns of "modality/site"; the first group that matches counts, but one that
+            names the pair itself goes before all.
     """
 
     def __init__(self, patterns: Mapping[str, Sequence[str]]) -> None:
@@ -22,9 +23,11 @@ class Groups:
 
     def find(self, modality: str, site: str) -> int | None:
         """The group k of an image; None if no group has a pattern for it."""
-        for k, some in enumerate(self.patterns.values()):
-            if any(fnmatchcase(f"{modality}/{site}", pattern) for pattern in some):
-                return k
+        pair = f"{modality}/{site}"
+        for matches in (str.__eq__, fnmatchcase):
+            for k, some in enumerate(self.patterns.values()):
+                if any(matches(pair, pattern) for pattern in some):
+                    return k
         return None
 
     def index(self, modality: str, site: str) -> int:

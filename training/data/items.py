@@ -49,7 +49,6 @@ class Places:
         self.processor, self.config, self.groups = processor, config, groups
         self.kept: dict[str, Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
-        self.codes = frozenset(region_code_ids(processor.tokenizer).values())
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
         self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
         self.std = torch.tensor(self.image_processor.image_std).view(3, 1, 1)
@@ -245,6 +244,7 @@ class ConversationItems(Items):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.mask_share, self.text_only, self.max_length = mask_share, text_only, max_length
+        self.codes = frozenset(region_code_ids(self.places.processor.tokenizer).values())
 
     def encoded(self, messages: list[dict[str, str]], name: str) -> tuple[list[int], list[int]]:
         """Token ids, and 1 where one is the assistant's."""
@@ -268,11 +268,11 @@ class ConversationItems(Items):
             raise ValueError(
                 f"{name}: conversation {row['id']} cites {len(owners)} codes, has {len(row['masks'])} masks"
             )
-        unknown = [code for code in cited_codes(row["messages"]) if code not in places.codes]
+        unknown = [code for code in cited_codes(row["messages"]) if code not in self.codes]
         if unknown:
             raise ValueError(
                 f"{name}: conversation {row['id']} cites {unknown[0]}, which is none of the model's "
-                f"{len(places.codes)} region codes"
+                f"{len(self.codes)} region codes"
             )
         masks = places.load_masks(row["masks"], [loaded[owner][1] for owner in owners])
         classes = [places.classes.get(target, -1) for target in row["targets"]]

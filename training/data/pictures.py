@@ -15,6 +15,9 @@ from processing_medsight.image_loading_medsight import load_image, to_array
 PictureEntry = Mapping[str, Any] | str | os.PathLike
 
 
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
+
+
 class MaskSizeError(ValueError):
     """A mask is not of the size of its image."""
 
@@ -60,7 +63,7 @@ def read_picture(entry: PictureEntry, name: str | None = None) -> Image.Image:
 def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = None) -> np.ndarray:
     """Decode a mask; every pixel that is not 0 (not black, where it has colours) is inside.
 
-    In a JPEG, which blurs what was black and white, the pixels above half of its brightest are.
+    In a file of a kind that blurs what was black and white, see `_LOSSY`, the pixels above half of its brightest are.
 
     Args:
         entry: as for `read_picture`.
@@ -85,7 +88,7 @@ def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = Non
         values = np.asarray(image)
     else:
         values = to_array(image, name, convert_rgb=True, rescale=True).max(axis=2)
-    mask = values > values.max() / 2 if image.format in ("JPEG", "MPO") else values != 0
+    mask = values > values.max() / 2 if image.format in _LOSSY else values != 0
     if not mask.any():
         raise EmptyMaskError(f"{name}: the mask is empty; a structure that is not in the image has no mask")
     return mask

@@ -5,8 +5,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SPELLINGS = {
     "training": "train",
@@ -19,7 +22,7 @@ _SPELLINGS = {
     "testing": "test",
     "test": "test",
 }
-_NAMED = re.compile(rf"({'|'.join(_SPELLINGS)})(?![a-z])")
+_NAMED = re.compile(rf"(?:^|[_.\s-])({'|'.join(_SPELLINGS)})(?![a-z])")
 
 
 def canonical_split(name: str) -> str:
@@ -28,9 +31,9 @@ def canonical_split(name: str) -> str:
 
 
 def split_in_name(path: str | Path) -> str | None:
-    """The split that a relative path begins a folder's or file's name with, as `data/train-00000.parquet` does."""
+    """The split that a folder's or file's name tells, as do `data/train-00000.parquet` and `captions_val2017.json`."""
     for part in Path(path).parts:
-        match = _NAMED.match(part.lower())
+        match = _NAMED.search(part.lower())
         if match:
             return _SPELLINGS[match[1]]
     return None
@@ -45,15 +48,23 @@ class Member(NamedTuple):
     image: str
 
 
-def hold_out(members: Iterable[Member], fraction: float, seed: int) -> set[int]:
+def divide(rows: "Dataset", held: set[int]) -> tuple["Dataset", "Dataset"]:
+    """The rows that are trained on and those, by position, that are held out."""
+    return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
+
+
+def hold_out(members: Iterable[Member], fraction: float, seed: int, required: bool = True) -> set[int]:
     """Positions of the rows to hold out: `fraction` of every data set's patients, at least one.
 
     A data set of fewer than five patients gives the last images, by name, of each patient and modality instead (none
     where there are fewer than five): neighbours in one volume flatter the score, so it serves for choosing only.
     All rows of one image come on one side.
 
+    Args:
+        required: whether to refuse where nothing can be held out, though `fraction` is above 0.
+
     Raises:
-        ValueError: `fraction` is not in [0, 1), or nothing can be held out though it is above 0.
+        ValueError: `fraction` is not in [0, 1), or see `required`.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction is {fraction}: expected at least 0 and less than 1")
@@ -79,10 +90,10 @@ def hold_out(members: Iterable[Member], fraction: float, seed: int) -> set[int]:
             count = max(1, round(fraction * len(images))) if len(images) >= 5 else 0
             last.update((patient, image) for image in sorted(images)[len(images) - count :])
         held.update(position for position, member in rows if (member.patient, member.image) in last)
-    if not held:
+    if not held and required:
         raise ValueError(
             f"a fraction {fraction} cannot be held out for validation: no data set has five patients, or five images "
-            "of one patient; give a split of its own, or the fraction 0"
+            "of one patient; set data.validation_fraction to 0"
         )
     images = {members[position].image for position in held}
     return {position for position, member in enumerate(members) if member.image in images}

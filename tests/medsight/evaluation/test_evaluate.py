@@ -239,6 +239,28 @@ def test_masks_of_several_structures_are_told_apart_by_name(
     assert "multi order" in printed
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_codes_of_several_structures_stand_each_for_its_own(
+    evaluate: Evaluate, regions: Path, tmp_path: Path, write_lines: Callable[..., Path], named: bool
+) -> None:
+    empty = encode_mask(np.zeros((16, 20), dtype=bool))
+    own = {"codes": ["[C0_0]", "[C0_1]"], "phrases": ["spleen", "Liver"] if named else [], "masks": [empty] * 2}
+    records = [{"id": f"set/test/{number}.png", "answer": "", **own} for number in range(2)]
+    saved = write_lines(tmp_path / "saved.jsonl", records)
+    status, printed = evaluate("several-structures", regions, tmp_path / "out", "--predictions", str(saved))
+    assert status == 0, printed
+    usage = metrics_of(tmp_path / "out")["codes"]["usage"]
+    if not named:
+        assert usage["citations"] == 0  # whose each code is is not known
+        return
+    group = usage["groups"]["0"]
+    assert (group["purity"], group["nmi"], group["citations"]) == (1.0, 1.0, 4)
+    assert {code: found["structures"] for code, found in group["codes"].items()} == {
+        "[C0_0]": {"spleen": 1.0},
+        "[C0_1]": {"liver": 1.0},
+    }
+
+
 @pytest.mark.parametrize(
     ("order", "dice"),
     [

@@ -420,9 +420,13 @@ def test_groups_of_the_model_are_found_by_pattern_or_by_name() -> None:
 def test_a_groups_file_keeps_the_models_order_and_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "groups.yaml"
     path.write_text("CT torso: ['CT*/*']\n", encoding="utf-8")
-    groups = load_groups(path, ["MRI brain", "CT torso"])
-    assert groups.names == ["MRI brain", "CT torso"] and groups.index("CT-LD", "chest") == 1
-    assert load_groups(path, None).names == ["CT torso"]
+    config = MedSightConfig.from_preset("tiny", group_names=["MRI brain", "CT torso", "X-ray chest"])
+    config.group_patterns = {"MRI brain": ["*/brain", "CT*/chest"]}
+    told = load_groups(path, config.group_names)
+    assert told.names == load_groups(path, None).names == ["CT torso"]
+    pairs = [("CT-LD", "chest"), ("PET", "brain"), ("CT", "torso")]
+    groups = match_groups(config, pairs, told)
+    assert groups.names == list(config.group_names) and [groups.index(*pair) for pair in pairs] == [1, 0, 1]
     path.write_text("CT tors: ['CT*/*']\n", encoding="utf-8")
     with pytest.raises(ValueError, match="groups.yaml.*'CT tors'; did you mean 'CT torso'"):
         load_groups(path, ["MRI brain", "CT torso"])

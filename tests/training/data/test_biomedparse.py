@@ -96,6 +96,15 @@ def test_a_manifest_gathers_the_rows_of_an_image(manifest_sets: Path) -> None:
     assert torso["label_origin"] == "model" and normal["dataset"] == "busi"
 
 
+def test_a_manifest_may_lie_elsewhere_than_its_images(manifest_sets: Path, named_sets: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    shutil.copy(manifest_sets / "manifest.jsonl", tmp_path / "lists/mine.jsonl")
+    rows = read(tmp_path / "lists/mine.jsonl", images=str(manifest_sets))
+    assert rows == read(manifest_sets) and all(Path(row["image"]["path"]).is_file() for row in rows)
+    with pytest.raises(ValueError, match="images=.* is for a manifest"):
+        read(named_sets / "amos", images=str(manifest_sets))
+
+
 def test_one_set_of_a_folder_with_a_manifest_keeps_its_patients(manifest_sets: Path) -> None:
     rows = read(manifest_sets / "torso")
     assert {row["patient"] for row in rows} == {"torso:a", "torso:b"} and len(rows) == 12

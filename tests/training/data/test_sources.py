@@ -249,6 +249,11 @@ def test_files_of_a_folder_are_told_apart_by_the_split_in_their_names(
     write_json(tmp_path / "of a lab" / "train" / "a.json", [{"id": "a", "conversations": turns}])
     write_json(tmp_path / "of a lab" / "test" / "a.json", [{"id": "b", "conversations": turns}])
     assert load_source(Source("llava", str(tmp_path / "of*" / "**" / "*.json"), split="test"))["id"] == ["b"]
+    for name in ("captions_train2017.json", "captions_val2017.json", "a-test.json"):
+        write_json(tmp_path / "later" / name, [{"id": name, "conversations": turns}])
+    assert load_source(Source("llava", str(tmp_path / "later")))["id"] == ["captions_train2017.json"]
+    everything = load_source(Source("llava", str(tmp_path / "later"), split=None))
+    assert everything["split"] == ["test", "train", "validation"]
     write_json(tmp_path / "trainer.json", [])
     with pytest.raises(ValueError, match=r"trainer\.json: its name tells no split"):
         load_source(Source("llava", str(tmp_path)))
