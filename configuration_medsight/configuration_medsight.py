@@ -253,6 +253,12 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
                 f"image_size={self.image_size} is not a multiple of the encoder's stride of {deepest} pixels: "
                 f"masks would be shifted. Nearest: {self.image_size // deepest * deepest}"
             )
+        for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
+            if (value := getattr(self.text_config, name, neutral)) not in (neutral, None):
+                raise ValueError(
+                    f"text_config.{name}={value}: a {self.text_config.model_type} model scales its logits, which this "
+                    "one does not; use Qwen3, Qwen2 or Llama"
+                )
         if any(side % self.patch_pooling for side in self.patch_grid):
             raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")
         if width % 4:
@@ -309,14 +315,20 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if vision.model_type == MedSightUNetConfig.model_type:
         return vision.hidden_size, int(vision.patch_size), 1
-    if hasattr(vision, "hidden_size") and hasattr(vision, "patch_size"):
-        return vision.hidden_size, int(vision.patch_size), vision.num_hidden_layers + 1
+    # Windows that merge, patches that are dropped at random, and patches of any size and number are no grid.
+    gridless = hasattr(vision, "mask_ratio") or vision.model_type == "siglip2_vision_model"
+    if (
+        not (gridless or hasattr(vision, "depths"))
+        and hasattr(vision, "hidden_size")
+        and isinstance(getattr(vision, "patch_size", None), int)
+    ):
+        return vision.hidden_size, vision.patch_size, vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
         widths = [vision.embedding_size, *vision.hidden_sizes]
         strides = [4] + [
             4 * 2 ** (stage + bool(vision.downsample_in_first_stage)) for stage in range(len(vision.hidden_sizes))
         ]
-    elif hasattr(vision, "hidden_sizes") and hasattr(vision, "patch_size"):
+    elif hasattr(vision, "hidden_sizes") and isinstance(getattr(vision, "patch_size", None), int):
         widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
         strides = [vision.patch_size] + [vision.patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
     else:

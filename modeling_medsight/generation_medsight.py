@@ -315,12 +315,13 @@ class MedSightGenerationMixin(GenerationMixin):
             predicted = regions.group_logits.argmax(-1).to(prompt.device)[last_image]
             allowed = torch.nn.functional.one_hot(predicted, num_groups).bool()
         else:
-            if isinstance(allowed_groups, str):
-                allowed_groups = [allowed_groups]
-            chosen = [names.index(group) if group in names else group for group in allowed_groups]
-            unknown = [group for group in chosen if not isinstance(group, int) or not 0 <= group < num_groups]
-            if unknown or not chosen:
-                raise ValueError(f"allowed_groups={list(allowed_groups)!r}: unknown {unknown}; the groups are {names}")
+            given = allowed_groups.tolist() if hasattr(allowed_groups, "tolist") else allowed_groups
+            given = list(given) if isinstance(given, (list, tuple, set, range)) else [given]
+            known = {**dict(enumerate(names)), **{name: name for name in names}}
+            unknown = [group for group in given if isinstance(group, bool) or group not in known]
+            if unknown or not given:
+                raise ValueError(f"allowed_groups={allowed_groups!r}: unknown {unknown}; the groups are {names}")
+            chosen = [names.index(known[group]) for group in given]
             allowed = torch.zeros(len(prompt), num_groups, dtype=torch.bool, device=prompt.device)
             allowed[:, chosen] = True
         return allowed & (images > 0)[:, None]
@@ -350,8 +351,12 @@ class MedSightGenerationMixin(GenerationMixin):
         prompt_length, copies = prompt.shape[1], len(sequences) // len(prompt)
         images = count_images(prompt, self.config)
         first_image = (images.cumsum(0) - images).repeat_interleave(copies)
-        codes = locate_codes(sequences, self.config, first_image=first_image)
-        earlier = is_region_code(sequences[:, :prompt_length], self.config).sum(dim=1).tolist()
+        # A prompt's codes before its first image, as of earlier turns that had another, are no regions of this one.
+        imageless = (sequences == self.config.image_token_id).cumsum(dim=1) == 0
+        imageless[:, prompt_length:] = False
+        codes = locate_codes(sequences, self.config, first_image=first_image, left_out=imageless)
+        earlier = is_region_code(sequences[:, :prompt_length], self.config) & ~imageless[:, :prompt_length]
+        earlier = earlier.sum(dim=1).tolist()
         if states is not None and not any(earlier):
             hidden = states.of(sequences[:, prompt_length:], self.config)
             if hidden is not None:

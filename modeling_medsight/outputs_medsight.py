@@ -70,7 +70,7 @@ class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
         quantized_codes (`torch.LongTensor` of shape `(regions, 2)`): group and index of the code that each region
             took.
         group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
-        mask_logits (`tuple[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
+        mask_logits (`list[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`): what the logits were made of, with
             `return_last_hidden_state`.
         past_key_values (`cache` since transformers 5.24), hidden_states, attentions, image_hidden_states: as there.

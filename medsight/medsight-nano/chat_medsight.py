@@ -108,10 +108,24 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
     for number, message in enumerate(conversations):
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"message {number}: expected a dict with 'role' and 'content', got {message!r:.200}")
+        _check_content(message.get("content"), f"message {number}")
         forbidden = special if message["role"] == "assistant" else everything
         where = f"message {number} ({str(message['role'])[:40]})"
         messages.append({key: _neutralise(value, forbidden, tokenizer, where) for key, value in message.items()})
     return messages
+
+
+def _check_content(content: Any, where: str) -> None:
+    """Raises ValueError for what a template would render as something else, or not at all."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{where}: expected text or a list of parts as its content, got {content!r:.200}")
+    for part in content:
+        if not isinstance(part, dict) or "type" not in part:
+            raise ValueError(f"{where}: expected parts such as {{'type': 'text', 'text': ...}}, got {part!r:.200}")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}: expected text in a part of type text, got {part.get('text')!r:.200}")
 
 
 def neutralise(text: str, tokens: Iterable[str]) -> str:

@@ -126,7 +126,8 @@ class RegionPerceiverLoss(nn.Module):
         class_loss = F.cross_entropy(
             class_queries_logits.float().transpose(1, 2), classes, weight=weights, reduction="sum"
         )
-        loss = self.class_weight * class_loss / (num_masks + self.no_object_weight * (num_queries - num_masks))
+        weight = num_masks + self.no_object_weight * (num_queries - num_masks)
+        loss = self.class_weight * class_loss / (weight or 1)  # without any weight there is no loss
         if len(logits) == 0:
             return loss + 0 * masks_queries_logits.float().sum(), pairs
         mask_loss = self.bce_weight * mask_bce(logits, targets) + self.dice_weight * mask_dice(logits, targets)

@@ -28,7 +28,7 @@ from .outputs_medsight import (
 from .quantization_medsight import of_language_model
 from .region_codes_in_text_medsight import CodeLocations, locate_codes
 from .region_perceiver_medsight import RegionPerceiver
-from .training_loss_medsight import TrainingLossMixin, refuse_uneven_labels, require
+from .training_loss_medsight import TrainingLossMixin, refuse_uneven_labels, refuse_useless, require
 from .unet_encoder_medsight import MedSightUNetEncoder
 from .vision_medsight import encode_image
 
@@ -76,6 +76,13 @@ class MedSightPreTrainedModel(HubCardMixin, PreTrainedModel):
             kwargs["quantization_config"] = of_language_model(quantization_config)
         return super().from_pretrained(*args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As [`PreTrainedModel.set_attn_implementation`]; convolutions have no attention that a name could be for."""
+        if isinstance(attn_implementation, str) and not has_attention(self.config.vision_config):
+            names = {"": attn_implementation, "text_config": attn_implementation, "vision_config": "eager"}
+            attn_implementation = names
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -95,14 +102,19 @@ class MedSightPreTrainedModel(HubCardMixin, PreTrainedModel):
             init.normal_(module.segmentation_head.mask_projection.weight, std=self.config.mask_projection_init_std)
 
 
+def has_attention(vision_config: Any) -> bool:
+    """Whether an encoder has attention to choose an implementation of."""
+    return hasattr(vision_config, "num_attention_heads")
+
+
 class MedSightModel(MedSightPreTrainedModel):
     """Everything but the language modelling head."""
 
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
         vision_dim, text_dim = config.vision_hidden_size, config.text_config.hidden_size
-        if not hasattr(config.vision_config, "num_attention_heads"):
-            config.vision_config._attn_implementation = "eager"  # convolutions have no attention to choose
+        if not has_attention(config.vision_config):
+            config.vision_config._attn_implementation = "eager"
         # By name: a checkpoint folder's own code may know the configuration's class twice, and AutoModel one of them.
         own = config.vision_config.model_type == MedSightUNetEncoder.config_class.model_type
         self.vision_tower = (MedSightUNetEncoder._from_config if own else AutoModel.from_config)(config.vision_config)
@@ -295,12 +307,16 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    accepts_loss_kwargs = False  # of Trainer, which knows of tokens alone: `loss_counts` tells of masks, too
 
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
         self.model = MedSightModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.perceiver_loss = RegionPerceiverLoss(config)
+        words = self.get_input_embeddings()
+        table = next(name for name, module in self.named_modules() if module is words)  # GPT-2 calls it wte
+        self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -374,14 +390,20 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
                 those of this call. `num_items_in_batch` is the same for `labels`.
             return_last_hidden_state: give the states that the logits were made of, too.
 
+        transformers' own `Trainer` evaluates with these losses where `TrainingArguments` has `label_names=["labels"]`:
+        by default it waits for every argument whose name has "label" in it.
+
         Raises:
-            ValueError: if the mask labels of a sample do not match its codes, or a needed input is missing.
+            ValueError: if the mask labels of a sample do not match its codes, a needed input is missing, or one has
+                no use beside the others.
         """
         if input_ids is None and inputs_embeds is None:
+            refuse_useless("without text", labels=labels, code_class_labels=code_class_labels)
             return self._perceive(
                 pixel_values, mask_labels, class_labels, group_labels, asked_classes, matched_images, loss_counts or {}
             )
 
+        refuse_useless("with text", group_labels=group_labels, asked_classes=asked_classes)
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -400,7 +422,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         logits = self.lm_head(kept)
 
         lm_loss = perceiver_loss = None
-        if labels is not None:
+        if labels is not None or of_loss.get("shift_labels") is not None:
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **of_loss
             )
@@ -453,6 +475,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             pad_id = self.generation_config.pad_token_id
             began = torch.ones_like(input_ids) if pad_id is None else (input_ids != pad_id).cumsum(dim=1)
             attention_mask = (began > 0).long()
+        kwargs.setdefault("position_ids", (attention_mask.cumsum(dim=1) - 1).clamp(min=0))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

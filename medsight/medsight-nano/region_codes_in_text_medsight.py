@@ -46,6 +46,7 @@ def locate_codes(
     config: Any,
     counts: list[int] | None = None,
     first_image: torch.Tensor | None = None,
+    left_out: torch.Tensor | None = None,
 ) -> CodeLocations:
     """Find all region codes in `input_ids` (batch, length); a code belongs to the last image block before it.
 
@@ -53,12 +54,15 @@ def locate_codes(
         counts: how many codes each row has, if known: needed under `torch.compile`, where nothing may depend on
             values.
         first_image: (batch,) index of each row's first image; by default rows own their images in order.
+        left_out: (batch, length) boolean, places whose codes do not count.
 
     Raises:
         ValueError: if a code has no image before it.
     """
     device = input_ids.device
     codes = is_region_code(input_ids, config)
+    if left_out is not None:
+        codes = codes & ~left_out
     counts = codes.sum(dim=1).tolist() if counts is None else counts
     blocks = (input_ids == config.image_token_id).cumsum(dim=1) // config.image_seq_length
     if first_image is None:

@@ -268,6 +268,13 @@ def require(**inputs: Any) -> None:
         raise ValueError(f"missing {', '.join(missing)}: this loss needs it")
 
 
+def refuse_useless(where: str, **inputs: Any) -> None:
+    """Refuse inputs that are there and would be passed over."""
+    given = [name for name, value in inputs.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: of no use {where}")
+
+
 def refuse_uneven_labels(
     pixel_values: torch.Tensor, mask_labels: list[torch.Tensor], class_labels: list[torch.Tensor]
 ) -> None:

@@ -153,6 +153,25 @@ def test_what_cannot_be_told_apart_is_refused(token: AddedToken, text: str, proc
         processor.apply_chat_template([{"role": "assistant", "content": "ok"}, {"role": "user", "content": text}])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "text", "text": None}], "expected text in a part of type text, got None"),
+        ([{"text": "Hm?"}], "expected parts such as .*got {'text': 'Hm\\?'}"),
+        (["Hm?"], "expected parts such as"),
+        ({"type": "text", "text": "Hm?"}, "expected text or a list of parts"),
+        (3, "expected text or a list of parts"),
+    ],
+)
+def test_content_that_a_template_would_garble_is_refused(
+    content: object, message: str, processor: MedSightProcessor
+) -> None:
+    chat = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": content}]
+    for conversations in (chat, [chat, chat]):
+        with pytest.raises(ValueError, match=f"message 1: {message}"):
+            processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
+
+
 def test_spaces_that_are_tokens_are_left_alone(processor: MedSightProcessor) -> None:
     processor.tokenizer.add_tokens([AddedToken("    ", normalized=False)])
     assert WORD_JOINER not in processor.apply_chat_template([{"role": "user", "content": "a    b"}])
