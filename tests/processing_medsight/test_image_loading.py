@@ -293,6 +293,7 @@ def test_an_address_that_gives_nothing_is_named() -> None:
 def test_an_address_gives_a_picture_or_is_refused_where_it_has_too_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on this machine
     Image.fromarray(COLOUR).save(tmp_path / "scan.png")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
