@@ -129,6 +129,8 @@ def convert(
     check_output(output, overwrite, inputs=[llm, *given.values()])
 
     llm_config = read_json(llm / "config.json")
+    if llm_config.get("model_type") == MedSightConfig.model_type:
+        raise ValueError(f"{llm} is a MedSIGHT checkpoint already")
     layer = vision_feature_layer if vision_feature_layer is not None else llm_config.get("mm_vision_select_layer")
     if layer is None:
         raise ValueError(

@@ -36,6 +36,8 @@ def find_images(arguments: Sequence[str]) -> ImageFiles:
     """
     found = ImageFiles()
     for argument in arguments:
+        if not argument:
+            raise ValueError("the name of an image is empty: expected a file, a folder or a pattern")
         path = Path(argument)
         if path.is_dir():
             before = len(found.images)
@@ -64,8 +66,20 @@ def find_images(arguments: Sequence[str]) -> ImageFiles:
 
 
 def image_content(image: Path) -> list[Path]:
-    """The files that decide on what an image looks like."""
-    return sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
+    """The files that decide on what an image looks like: of a folder, those of DICOM."""
+    return sorted(filter(_is_dicom, image.iterdir())) if image.is_dir() else [image]
+
+
+def _is_dicom(path: Path) -> bool:
+    from processing_medsight.file_kinds_medsight import recognise
+
+    if not path.is_file() or path.name.startswith(".") or path.name == "DICOMDIR":
+        return False
+    try:
+        with path.open("rb") as file:
+            return recognise(file, str(path)) == "dicom"
+    except ValueError:
+        return True  # whatever is wrong with it is said when it is read
 
 
 def _add_folder(folder: Path, found: ImageFiles) -> None:

@@ -41,20 +41,22 @@ def check_empty(output: Path, overwrite: bool = False) -> None:
 def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], None] = check_output) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.
 
-    Of an output that is a link, the folder that it leads to is written. An empty mount point cannot be replaced: files
-    are moved into it one by one, so that a kill in the middle leaves a part of them.
+    Of an output that is a link, the folder that it leads to is written. An empty mount point, or the folder that the
+    process runs in, is not replaced: files are moved into it one by one, so that a kill in the middle leaves a part.
 
     Args:
         output, overwrite: for `check`, which raises where the folder may not be written: before the work and after it,
             so that what came meanwhile is kept.
 
     Raises:
-        OSError: the folder cannot be written, or is a mount point that is not empty.
+        OSError: the folder cannot be written, or is not empty and cannot be replaced.
     """
     check(output, overwrite)
     output = output.resolve()
     if os.path.ismount(output) and any(output.iterdir()):
         raise FileExistsError(f"output folder {output} is a mount point, which cannot be moved; name a folder in it")
+    if _is_lived_in(output) and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is the one that this runs in; name a folder in it")
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -76,6 +78,8 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
 
 def _put(folder: Path, output: Path) -> None:
     """Moves a folder to where there is nothing or an empty folder; anything else stays, and raises OSError."""
+    if _is_lived_in(output):
+        return _fill(folder, output)
     with suppress(OSError):
         output.rmdir()
     try:
@@ -84,6 +88,12 @@ def _put(folder: Path, output: Path) -> None:
         if error.errno != errno.EBUSY:
             raise
         _fill(folder, output)
+
+
+def _is_lived_in(folder: Path) -> bool:
+    """Whether the process runs in a folder, or in one within it."""
+    here = Path.cwd()
+    return folder in (here, *here.parents)
 
 
 def _fill(folder: Path, output: Path) -> None:

@@ -212,6 +212,7 @@ def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
     now = {"medsight_version": __version__, "sha256": job.sha256, **run}
     before = {"medsight_version": earlier["medsight_version"], **(earlier["run"] or {})}
     differing = [name for name in now if before.get(name) != now[name]]
+    differing = ["image" if name == "sha256" else name for name in differing]
     if differing:
         raise FileExistsError(
             f"output folder {job.folder} holds an answer of another {', '.join(differing)}; name another folder, or "
@@ -297,7 +298,8 @@ def show(out: Results, job: Job, is_single: bool, done: str) -> None:
     from medsight.prediction import to_parts
 
     content = read_answer(job.folder)
-    assert content is not None
+    if content is None:
+        raise FileNotFoundError(f"{job.folder / ANSWER_FILE} is not there any more")
     heading = [] if is_single else [f"{job.image}"]
     written = f"\n{done} {job.folder}/: {ANSWER_FILE}, {', '.join(content['files'])}"
     if len(content["files"]) > LISTED_FILES:

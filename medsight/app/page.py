@@ -398,7 +398,7 @@ class Page:
             }
         here = session.findings_here()
         masks = {finding.number: self._mask(session, finding, threshold) for finding in here}
-        areas = [_area(int(masks[finding.number].sum()), session.scan.pixel_spacing) for finding in here]
+        areas = [_area(int(masks[finding.number].sum()), session.scan.pixel_mm2) for finding in here]
         layers = gr.update(value=markup.layers(here, areas, session.hidden), visible=bool(here))
         if session.heat is None:
             drawn = [finding for finding in here if finding.number not in session.hidden]
@@ -487,8 +487,8 @@ def _facts(scan: Any) -> str:
     return markup.scan_facts(scan.kind, scan.modality, scan.num_slices, scan.width, scan.height, spacing)
 
 
-def _area(pixels: int, spacing: tuple[float, float] | None) -> str:
-    if spacing is None:
+def _area(pixels: int, pixel_mm2: float | None) -> str:
+    if pixel_mm2 is None:
         return f"{pixels:,} px"
-    area = pixels * spacing[0] * spacing[1]
+    area = pixels * pixel_mm2
     return f"{area / 100:,.1f} cm²" if area >= 1000 else f"{area:,.0f} mm²"

@@ -34,7 +34,7 @@ def measure(scan: "Scan", regions: Sequence[FoundRegion]) -> Measures:
         ValueError: a region does not fit the scan.
     """
     check_regions(scan, regions)
-    pixel_mm2 = None if scan.pixel_spacing is None else scan.pixel_spacing[0] * scan.pixel_spacing[1]
+    pixel_mm2 = scan.pixel_mm2
     voxel_mm3 = None if pixel_mm2 is None or scan.slice_spacing is None else pixel_mm2 * scan.slice_spacing
     areas = [None if pixel_mm2 is None else int(region.mask.sum()) * pixel_mm2 for region in regions]
     volumes: dict[str, float | None] = {}

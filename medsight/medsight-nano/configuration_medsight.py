@@ -256,8 +256,8 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
         for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
             if (value := getattr(self.text_config, name, neutral)) not in (neutral, None):
                 raise ValueError(
-                    f"text_config.{name}={value}: the head of a {self.text_config.model_type} model scales its logits, "
-                    "which this one does not; use Qwen3, Qwen2 or Llama"
+                    f"text_config.{name}={value}: a {self.text_config.model_type} model scales its logits, which this "
+                    "one does not; use Qwen3, Qwen2 or Llama"
                 )
         if any(side % self.patch_pooling for side in self.patch_grid):
             raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")

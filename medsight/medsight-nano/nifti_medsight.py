@@ -64,12 +64,17 @@ class NiftiScan(Scan):
         self._offset = int(offset)
         self._voxels: np.ndarray | None = None
         self._levels: Window | None = None
+        self._pixel_mm2: float | None = None
         self._check_length()
         self._orient()
 
     @property
     def nifti_header(self) -> Any:
         return self._header.copy()
+
+    @property
+    def pixel_mm2(self) -> float | None:
+        return super().pixel_mm2 if self._pixel_mm2 is None else self._pixel_mm2
 
     @property
     def is_wide(self) -> bool:
@@ -149,6 +154,13 @@ class NiftiScan(Scan):
         across, down, through = (float(size) if 0 < size < np.inf else None for size in sizes[source_axis])
         self.pixel_spacing = None if down is None or across is None else (down, across)
         self.slice_spacing = through
+        if usable:
+            axes = unit * affine[:3, source_axis]
+            pixel = float(np.linalg.norm(np.cross(axes[:, 0], axes[:, 1])))
+            distance = float(abs(np.linalg.det(axes)) / pixel)
+            right_angles = sizes[source_axis[:2]].prod(), sizes[source_axis[2]]
+            if not np.allclose((pixel, distance), right_angles):  # as of a tilted gantry
+                self._pixel_mm2, self.slice_spacing = pixel, distance
         warn_of_oblong_pixels(self)
 
     def _displayed(self, voxels: np.ndarray, index: int) -> np.ndarray:

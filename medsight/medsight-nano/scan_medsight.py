@@ -5,6 +5,7 @@ claims was held against what is there. Messages name files and never quote what 
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -53,7 +54,9 @@ class Scan(ABC):
         height, width: of a displayed slice, in pixels.
         modality: "CT", "MR", "US", ... where the file says so.
         pixel_spacing: mm between rows and between columns, as displayed; `None` where it is not known.
-        slice_spacing: mm between displayed slices; `None` where it is not known or differs from slice to slice.
+        pixel_mm2: area of a displayed pixel; `None` where it is not known.
+        slice_spacing: mm between displayed slices, along their normal; `None` where it is not known or differs from
+            slice to slice.
         files: what is behind it, in slice order for a series; empty for bytes and arrays.
         plane: that a NIfTI volume is cut along: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
         is_wide: whether it has grey levels for a window to choose: no colours, and no picture of 8 bits.
@@ -79,6 +82,10 @@ class Scan(ABC):
     @property
     @abstractmethod
     def is_wide(self) -> bool: ...
+
+    @property
+    def pixel_mm2(self) -> float | None:
+        return None if self.pixel_spacing is None else self.pixel_spacing[0] * self.pixel_spacing[1]
 
     @property
     def has_window(self) -> bool:
@@ -128,26 +135,28 @@ class Scan(ABC):
         """Indices of displayed slices.
 
         Args:
-            slices: an index (negative: from the end) or several; "middle"; "all"; "largest-foreground" (the slice
-                that shows most of the body); "a-b", both ends included.
+            slices: an index (negative: from the end) or several, also as text ("-1", "0,4"); "middle"; "all";
+                "largest-foreground" (the slice that shows most of the body); "a-b", both ends included.
 
         Raises:
             ValueError: for a slice that is not there, or anything else.
         """
         if isinstance(slices, str):
-            first, dash, last = slices.partition("-")
             if slices == "middle":
                 return [self.num_slices // 2]
             if slices == "all":
                 return list(range(self.num_slices))
             if slices == "largest-foreground":
                 return [max(range(self.num_slices), key=self._foreground)] if self.num_slices > 1 else [0]
-            if first.isdecimal() and (not dash or last.isdecimal()):
-                chosen = list(range(self._index(int(first)), self._index(int(last or first)) + 1))
-                if chosen:
-                    return chosen
+            if re.fullmatch(r"-?\d+(,-?\d+)*", slices):
+                return [self._index(int(index)) for index in slices.split(",")]
+            if ends := re.fullmatch(r"(\d+)-(\d+)", slices):
+                first, last = (self._index(int(end)) for end in ends.groups())
+                if first <= last:
+                    return list(range(first, last + 1))
             raise ValueError(
-                f'slices={slices!r}: expected an index, several, "middle", "all", "largest-foreground" or "a-b"'
+                f'slices={slices!r}: expected an index (negative: from the end), several ("0,4"), "a-b" with a not '
+                'above b, "middle", "all" or "largest-foreground"'
             )
         if isinstance(slices, Sequence):
             return [self._index(index) for index in slices]

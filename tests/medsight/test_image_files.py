@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.image_files import find_images
+from medsight.image_files import find_images, image_content
 from tests.medsight.export.scans import write_dicom_series
 
 
@@ -16,6 +16,17 @@ def test_a_folder_of_slices_in_space_is_one_image(series: str | None, tmp_path: 
     write_dicom_series(folder, np.ones((4, 8, 8), bool), **changes)
     found = find_images([str(folder)])
     assert found.images == [folder] and found.is_single
+    content = image_content(folder)
+    for stray in (".DS_Store", "notes.txt", "DICOMDIR"):
+        (folder / stray).write_text("x")
+    assert image_content(folder) == content and len(content) == 4
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name of an image is empty"):
+        find_images([""])
 
 
 def test_another_name_of_a_file_is_no_second_image(tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def test_of_a_link_the_folder_behind_it_is_written(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == {output, tmp_path / "disk"}
 
 
+def test_the_folder_that_the_process_runs_in_is_filled_and_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "here"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    with staged_folder(Path("."), False, check_empty) as stage:
+        fill(stage)
+    assert Path.cwd() == output and filled(Path(".")) == WHOLE and [*tmp_path.iterdir()] == [output]
+    with pytest.raises(FileExistsError, match="is the one that this runs in"), staged_folder(Path("."), True):
+        pass
+    assert filled(output) == WHOLE
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_what_is_overwritten_comes_back_where_the_new_cannot_be_put(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,6 +102,12 @@ def test_without_output_the_folder_is_named_after_the_image_and_lies_here(
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["scan-medsight"]
 
 
+def test_the_working_folder_may_be_the_output(predict: Callable, image_file: Path, tmp_path: Path, capsys) -> None:
+    assert predict(image_file, "--output", ".") == 0
+    assert "answer.json" in {path.name for path in Path.cwd().iterdir()} and Path.cwd() == tmp_path / "here"
+    assert "Written to" in capsys.readouterr().out
+
+
 def test_python_gives_the_regions_that_the_command_writes(
     predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path
 ) -> None:
@@ -371,7 +377,7 @@ def test_a_changed_image_or_model_is_noticed(
     assert "another model_sha256;" in capsys.readouterr().err
     picture(image_file, 9)
     assert predict(image_file, "--output", output) == 1
-    assert "another sha256;" in capsys.readouterr().err
+    assert "another image;" in capsys.readouterr().err
 
 
 def test_patterns_files_and_folders_add_up_without_earlier_answers(

@@ -324,6 +324,8 @@ def test_a_window_is_refused_where_there_are_no_grey_levels_to_choose() -> None:
         (2, [2]),
         (np.int64(2), [2]),
         (-1, [6]),
+        ("-1", [6]),
+        ("5,-7,5", [5, 0, 5]),
         ([6, 0], [6, 0]),
     ],
 )
@@ -334,7 +336,9 @@ def test_slices_are_chosen(slices: object, expected: list[int]) -> None:
     assert open_scan(nifti_bytes(volume)).choose_slices(slices) == expected
 
 
-@pytest.mark.parametrize("slices", [7, -8, "7", "0-7", "4-2", "last", "", "-", "1-", 1.0, True, [0, 9], None])
+@pytest.mark.parametrize(
+    "slices", [7, -8, "7", "0-7", "4-2", "-8", "1,", "1,9", "last", "", "-", "1-", 1.0, True, [0, 9], None]
+)
 def test_slices_that_are_not_there_are_refused(slices: object) -> None:
     with pytest.raises(ValueError, match="slice"):
         open_scan(nifti_bytes(ct_volume())).choose_slices(slices)

@@ -198,7 +198,10 @@ def read_targets(path: str | Path) -> list[str]:
         OSError: the file cannot be read.
         ValueError: it names none.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected names of targets as UTF-8 text ({error})") from error
     names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines()]
     names = [name for name in names if name]
     if not names or not all(isinstance(name, str) for name in names):

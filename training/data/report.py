@@ -31,7 +31,7 @@ class Report:
     Attributes:
         rows, images, masks, absent, conversations: counts by split ("image" rows and conversations are rows; `images`
             counts the pictures that they name, one that is named twice once, where it has a file or name of its own).
-        targets: images by target and split.
+        targets: rows by target and split.
         origins: rows by "modality / site" and split.
         problems: what must be put right before training.
         warnings: what need not.
@@ -65,7 +65,7 @@ class Report:
         lines = _table(
             "", splits, {name: getattr(self, name) for name in COUNTED if any(getattr(self, name).values())}
         )
-        lines += _table("images by target", splits, self.targets)
+        lines += _table("rows by target", splits, self.targets)
         lines += _table("rows by modality / site", splits, self.origins)
         for title, findings in (("warnings", self.warnings), ("problems", self.problems)):
             if findings:

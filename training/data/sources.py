@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_NO_DATA = ("annotation.json",)  # what `medsight data annotate` says of the parquet files beside it
+
+
 class Layout(NamedTuple):
     """How the files of one layout are found and read."""
 
@@ -251,7 +254,7 @@ def detect_layout(path: str | Path) -> str:
     if (path / biomedparse.MANIFEST).is_file() or biomedparse.split_folders(path):
         return "biomedparse"
     for pattern in ("*.json", "*.jsonl", "**/*.parquet", "**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.pkl"):
-        for file in sorted(path.glob(pattern)):
+        for file in sorted(file for file in path.glob(pattern) if file.name not in _NO_DATA):
             return _layout_of_file(file)
     if any(child.is_dir() and biomedparse.split_folders(child) for child in path.iterdir()):
         return "biomedparse"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,6 +98,20 @@ def test_sizes_follow_from_the_spacing(series: Path, picture: Path, bright_regio
 
     unknown = measure(open_scan(picture), bright_regions(open_scan(picture)))
     assert unknown.area_mm2 == [None] and unknown.volume_ml == {"bright": None}
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+def test_a_sheared_grid_is_as_large_as_its_determinant(plane: str) -> None:
+    """As of a CT with a tilted gantry, in each plane."""
+    affine = np.array([[2.0, 0, 0, 0], [0, 2, 1.5, 0], [0, 0.5, 4, 0], [0, 0, 0, 1]])
+    voxels = np.ones((5, 6, 7), dtype=np.int16)
+    scan = open_scan(nibabel.Nifti1Image(voxels, affine).to_bytes(), plane=plane)
+    mask = np.ones((scan.height, scan.width), dtype=bool)
+    measures = measure(scan, [FoundRegion(index, mask, "all", "[C0_0]", None) for index in range(scan.num_slices)])
+    assert measures.volume_ml["all"] == pytest.approx(voxels.size * abs(np.linalg.det(affine)) / 1000)
+    first, second = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}[plane]
+    pixel = np.linalg.norm(np.cross(affine[:3, first], affine[:3, second]))
+    assert measures.area_mm2[0] == pytest.approx(mask.size * pixel)
 
 
 def test_a_volume_is_as_large_in_every_plane(nifti: Path, bright_regions: Regions, tmp_path: Path) -> None:

@@ -459,6 +459,7 @@ def test_the_command_annotates_a_folder(checkpoint: Path, tmp_path: Path, capsys
     assert "annotate" in printed.err and "annotate:" not in printed.out
     conversations = read(output)
     assert len(conversations) == 12
+    assert main(["data", "check", str(output)]) == 0 and "(parquet)" in capsys.readouterr().out
     assert any("left kidney [C0_" in text_of(one)[1] for one in conversations)
     assert command(str(tmp_path / "mine"), "--model", str(checkpoint), "--output", str(output)) == 1
     assert "out is not empty" in capsys.readouterr().err
