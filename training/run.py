@@ -34,7 +34,17 @@ from .data.sources import LAYOUTS, Source
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
 from .recipe import Recipe, build, convert, refuse_unknown
-from .run_folder import describe_data, finish_stage, load_folder, lock, on_main, open_folder, save_folder, save_result
+from .run_folder import (
+    describe_data,
+    finish_stage,
+    keep_recipe,
+    load_folder,
+    lock,
+    on_main,
+    open_folder,
+    save_folder,
+    save_result,
+)
 from .stage import Stage, StageSettings
 from .stage_0_language_model import LanguageModelStage
 from .stage_1_perceiver import PerceiverStage
@@ -79,11 +89,10 @@ FIXED = {
     "load_best_model_at_end": False,  # a stage goes on from its last step
     "average_tokens_across_devices": False,
 }
+OWN = ("output_dir", "seed", "data_seed", "train_sampling_strategy")  # what each run gives of its own
 OPTIMIZERS = {"optim", "optim_args", "optim_target_modules"}
-# "nll" leaves the model's own forward pass in place, which knows of masks.
-# What each run gives of its own.
-OWN = ("output_dir", "seed", "data_seed", "train_sampling_strategy")
 DEFAULTS_SFT = {"gradient_checkpointing": False, "bf16": False}  # TRL's own differ
+# "nll" leaves the model's own forward pass in place, which knows of masks.
 FIXED_SFT = {
     "max_length": None,
     "packing": False,
@@ -118,7 +127,7 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
     state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
     done = [key for key in STAGES if finished(output, key)]
     begun = [key for key in STAGES if key in done or checkpoints(stage_folder(output, key))]
-    for key in settings.keys() - set(done):
+    for key in [key for key in settings if key not in done]:
         training_arguments(stage_folder(output, key), *settings[key], recipe)  # refuses what only it can tell
         check_conversations(recipe, settings[key][0])
     ahead = takewhile(lambda key: key not in begun, reversed(STAGES))
@@ -132,6 +141,7 @@ def run_stages(recipe: Recipe, settings: dict[str, Any], stage: str | None, outp
     """What `train` does once the folder is its own."""
     state, corpus = PartialState(), read_corpus(recipe)
     on_main(lambda: describe_data(output, {"training": corpus.training, "validation": corpus.validation}))
+    on_main(lambda: keep_recipe(output, recipe))
     previous = start_folder(recipe, corpus, output)
     for key in settings:
         if stage is not None and key != stage and not finished(output, key):

@@ -32,6 +32,7 @@ from .trainer import checkpoints
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
 LOCK_FILE = ".lock"
+RECIPE_FILE = "recipe.yaml"
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = (), ah
     Raises:
         ValueError: the folder holds another run (with the differences), or something else.
     """
-    file, versions = output / "recipe.yaml", output / "environment.json"
+    file, versions = output / RECIPE_FILE, output / "environment.json"
     now = recipe.to_dict()
     if file.is_file():
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -100,14 +101,19 @@ def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = (), ah
                 f"{output} holds a run of another recipe; go on with the same one, or choose another output. "
                 f"It differs in {'; '.join(lines)}"
             )
-        if differences(before, now):
-            write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
         return
     if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no run: choose another output")
     output.mkdir(parents=True, exist_ok=True)
     write_json(versions, environment())
-    write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+    keep_recipe(output, recipe)
+
+
+def keep_recipe(output: Path, recipe: Recipe) -> None:
+    """Write down what is run, where it is not there as it is now; a run that goes on may have changed stages ahead."""
+    file, now = output / RECIPE_FILE, recipe.to_dict()
+    if not file.is_file() or differences(yaml.safe_load(file.read_text(encoding="utf-8")), now):
+        write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
 
 
 def _without(stages: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
