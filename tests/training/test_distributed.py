@@ -340,7 +340,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 def test_accumulated_parts_train_like_the_whole(folder: Path, one_process: Path) -> None:
     train(load_recipe(write_recipe(folder, "accumulated", size=1, accumulation=4)))
     assert_same_run(folder / "accumulated", one_process)
-    for key, counts in {"perceiver": 6, "codebook": 6, "unified": 10}.items():
+    for key, counts in {"perceiver": 6, "codebook": 6, "unified": 12}.items():
         assert len(steps(one_process, key)) == counts
 
 
