@@ -43,7 +43,7 @@ class Corpus:
         """
         from datasets import concatenate_datasets
 
-        from .data.conversations import held_out
+        from .data.conversation_splits import hold_out_conversations
         from .data.splits import divide
 
         recipe = self.recipe
@@ -55,7 +55,7 @@ class Corpus:
             return {}
         rows, beside = concatenate_datasets([*parts.values()]), [(self.training, self.validation)]
         fraction = recipe.data.validation_fraction
-        held = held_out(rows, fraction, split_seed(recipe), beside) if fraction else set()
+        held = hold_out_conversations(rows, fraction, split_seed(recipe), beside) if fraction else set()
         split, start = {}, 0
         for name, part in parts.items():
             split[name] = divide(part, {place - start for place in held if start <= place < start + len(part)})
@@ -132,7 +132,7 @@ def corpus_conversations(corpus: Corpus) -> Any:
     """
     from datasets import Dataset, concatenate_datasets
 
-    from .data.conversations import held_out
+    from .data.conversation_splits import hold_out_conversations
     from .data.schema import CONVERSATION_FEATURES
     from .data.splits import divide
     from .data.wording import ConversationMaker, Vocabulary, corpus_texts
@@ -163,7 +163,7 @@ def corpus_conversations(corpus: Corpus) -> Any:
     if not recipe.data.text:
         return made
     text = concatenate_datasets([read_source(recipe, entry) for entry in recipe.data.text])
-    held = held_out(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
+    held = hold_out_conversations(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
     return concatenate_datasets([made, divide(text, held)[0]])
 
 

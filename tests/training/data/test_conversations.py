@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+from medsight.training.data.conversation_splits import hold_out_conversations
 from medsight.training.data.conversations import (
     CodeMaskError,
     check_conversation,
     cited_codes,
     code_images,
     count_codes,
-    held_out,
 )
 from medsight.training.data.schema import CONVERSATION_FEATURES
 from medsight.training.data.sources import Source, iterate, load_source
@@ -27,7 +27,7 @@ ANSWERED = {"from": "gpt", "value": "A scan."}
 
 
 def split(rows: Dataset, fraction: float, seed: int, *beside: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
-    return divide(rows, held_out(rows, fraction, seed, beside))
+    return divide(rows, hold_out_conversations(rows, fraction, seed, beside))
 
 
 @pytest.fixture
