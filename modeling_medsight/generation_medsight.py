@@ -317,13 +317,12 @@ class MedSightGenerationMixin(GenerationMixin):
         else:
             given = allowed_groups.tolist() if hasattr(allowed_groups, "tolist") else allowed_groups
             given = list(given) if isinstance(given, (list, tuple, set, range)) else [given]
-            known = {**dict(enumerate(names)), **{name: name for name in names}}
+            known = {**{k: k for k in range(num_groups)}, **{name: k for k, name in enumerate(names)}}
             unknown = [group for group in given if isinstance(group, bool) or group not in known]
             if unknown or not given:
                 raise ValueError(f"allowed_groups={allowed_groups!r}: unknown {unknown}; the groups are {names}")
-            chosen = [names.index(known[group]) for group in given]
             allowed = torch.zeros(len(prompt), num_groups, dtype=torch.bool, device=prompt.device)
-            allowed[:, chosen] = True
+            allowed[:, [known[group] for group in given]] = True
         return allowed & (images > 0)[:, None]
 
     def _decode_generated(
