@@ -1,4 +1,4 @@
-"""Stage 4: unified grounded instruction tuning; whole, or by LoRA or QLoRA.
+"""Stage 4: unified grounded instruction tuning; whole, or by LoRA or QLoRA; and 4b, the same on other conversations.
 
 medsight train CONFIG.yaml --stage unified
 """
@@ -59,6 +59,12 @@ class UnifiedStage(AnsweringStage):
         return merge_quantised(model) if self.settings.method == "qlora" else model.merge_and_unload()
 
 
+class UnifiedAgainStage(UnifiedStage):
+    """Stage 4 once more, from where it ended, with settings and conversations of its own: first short answers, then long."""
+
+    key, folder = "unified_again", "4b_unified_again"
+
+
 def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
     """The model with LoRA on the language model's linear layers; code rows and projectors train whole."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -66,6 +72,10 @@ def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
     config = model.config
     if settings.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # On such CPUs bitsandbytes' first evaluation would re-order the weights in place: merging needs their order.
+                module.support_avx512bf16_for_cpu = False
     codes = list(range(config.region_code_start_id, config.region_code_start_id + config.num_region_codes))
     rows = {"embed_tokens": codes}
     if model.lm_head.weight is not model.get_input_embeddings().weight:
