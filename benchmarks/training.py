@@ -30,16 +30,13 @@ from . import measuring, random_inputs
 
 
 OPTIONS = ("checkpointing", "fused-loss", "adamw-8bit")
-BACKWARD = {
-    "lora": 1,
-    "full": 2,
-}  # operations of the backward pass, in forward passes: frozen weights need no gradient
+METHODS = ("full", "lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = measuring.parser("benchmarks.training", __doc__)
     measuring.add_shape(options, (1,))
-    options.add_argument("--method", nargs="+", choices=sorted(BACKWARD), default=["lora"])
+    options.add_argument("--method", nargs="+", choices=METHODS, default=["lora"])
     options.add_argument(
         "--options", nargs="*", default=[], metavar="OPTION", help=f"{', '.join(OPTIONS)}, or several joined by +"
     )
@@ -131,8 +128,9 @@ def unified_row(
             return plain(**text, labels=labels).loss
         return loss_of(plain.lm_head, plain.model(**text).last_hidden_state, labels)
 
-    flop = forward_flop(model, lambda: trained(**read, labels=labels, mask_labels=masks)) * (1 + BACKWARD[method])
     try:
+        flop = flop_of(model, lambda: trained(**read, labels=labels, mask_labels=masks).loss.backward())
+        optimiser.zero_grad()
         times = measuring.paired({"step": lambda: step(ours), "plain": lambda: step(theirs)}, chosen, device)
         peak = measuring.peak_memory(lambda: step(ours), device)
     except RuntimeError as error:  # out of memory, or a kernel that is not for this device
@@ -181,15 +179,18 @@ def perceiver_row(chosen: Any, device: torch.device, dtype: torch.dtype, size: i
     }
 
 
-@torch.no_grad()
-def forward_flop(model: Any, forward: Callable[[], Any]) -> int:
-    """Floating-point operations of a forward pass, with attention written out: the counter does not know the fused
-    kernels' grouped heads."""
-    usual = model.config._attn_implementation
+def flop_of(model: Any, passes: Callable[[], Any]) -> int:
+    """Floating-point operations of passes, none made twice for gradient checkpointing, with attention written out: the
+    counter does not know the fused kernels' grouped heads."""
+    usual, again = model.config._attn_implementation, model.is_gradient_checkpointing
     model.set_attn_implementation("eager")
+    if again:
+        model.gradient_checkpointing_disable()
     with FlopCounterMode(display=False) as counter:
-        forward()
+        passes()
     model.set_attn_implementation(usual)
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return counter.get_total_flops()
 
 

@@ -15,7 +15,7 @@ class ImageFiles:
 
     Attributes:
         images: files, and folders of one DICOM series each, in the order of the arguments and then by name.
-        left_out: what lies in the folders, or matches the patterns, and is no image.
+        left_out: what lies in the folders, or matches the patterns, and is no image; folders in folders too.
         repeated: other names of images, by links, that are found already.
         is_single: there is one argument, and it names an image itself.
     """
@@ -43,7 +43,10 @@ def find_images(arguments: Sequence[str]) -> ImageFiles:
             before = len(found.images)
             _add_folder(path, found)
             if len(found.images) == before:
-                raise ValueError(f"{path} is a folder without an image: name files, or a folder that holds some")
+                way_out = "name files, or a folder that holds some"
+                if any(child.is_dir() for child in path.iterdir()):
+                    way_out = f"by a pattern, name the folders in it ('{path}/*')"
+                raise ValueError(f"{path} is a folder without an image: {way_out}")
         elif path.exists():
             found.images.append(path)
         elif glob.has_magic(argument):
@@ -51,7 +54,10 @@ def find_images(arguments: Sequence[str]) -> ImageFiles:
             if not matches:
                 raise FileNotFoundError(f"nothing matches {argument}")
             for match in matches:
-                _add_folder(match, found) if match.is_dir() else _add_file(match, found)
+                if match.is_dir():
+                    _add_folder(match, found)
+                elif match.parent not in found.images:  # a series of which it is a part
+                    _add_file(match, found)
         else:
             raise FileNotFoundError(f"{argument}: there is no such file or folder")
     first: dict[Path, Path] = {}
@@ -88,7 +94,11 @@ def _add_folder(folder: Path, found: ImageFiles) -> None:
         return
     dicom: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            found.left_out.append(path)
+        elif path.is_file():
             _add_file(path, found, dicom)
     if not dicom:
         return

@@ -12,6 +12,9 @@ from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenera
 from .region_codes_in_text_medsight import count_images, is_region_code, locate_codes
 
 
+UNREAD = ("original_sizes", "mm_token_type_ids")  # what the processor gives beside what the model reads
+
+
 class RegionCodeConstraint(LogitsProcessor):
     """Keeps region codes to allowed groups and image placeholders out of answers, and on request lets no answer end
     without a code.
@@ -118,7 +121,8 @@ class MedSightGenerationMixin(GenerationMixin):
             inputs: (batch, length) prompt; or `input_ids=`. Keyword inputs are what the processor returns.
             allowed_groups: code groups (ids or names) that answers may use, or `"predicted"` for the group that the
                 classifier gives to the row's last image. All groups by default.
-            force_region: let no answer end without at least one region code.
+            force_region: let no answer end without at least one region code. A stop of the caller's own
+                (`stopping_criteria`, `stop_strings`, `max_time`) still ends one where it stands.
 
         Returns:
             transformers' output with `mask_logits` (a tensor (codes, H, W) for each returned sequence), `region_codes`
@@ -128,7 +132,8 @@ class MedSightGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if images and placeholders do not match, or a setting cannot give right masks.
         """
-        kwargs.pop("original_sizes", None)  # the processor's, for masks at the original size
+        for name in UNREAD:
+            kwargs.pop(name, None)
 
         def setting(name: str) -> Any:
             """As transformers finds it: what a given configuration leaves open is the model's own."""
@@ -248,6 +253,13 @@ class MedSightGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None,
         setting: Any,
     ) -> None:
+        if prompt is not None and attention_mask is not None and attention_mask.shape == prompt.shape:
+            right = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
+            if right:
+                raise ValueError(
+                    f"row {right[0]} of the prompt is padded on the right, where its answer would begin: pad on the "
+                    'left (tokenizer.padding_side = "left")'
+                )
         if pixel_values is None:
             if prompt is not None and bool((prompt == self.config.image_token_id).any()):
                 raise ValueError("the prompt has image placeholders but no images were given (pixel_values)")
@@ -310,7 +322,7 @@ class MedSightGenerationMixin(GenerationMixin):
         images = count_images(prompt, self.config)
         if allowed_groups is None:
             allowed = torch.ones(len(prompt), num_groups, dtype=torch.bool, device=prompt.device)
-        elif allowed_groups == "predicted":
+        elif isinstance(allowed_groups, str) and allowed_groups == "predicted":
             last_image = (images.cumsum(0) - 1).clamp(min=0)
             predicted = regions.group_logits.argmax(-1).to(prompt.device)[last_image]
             allowed = torch.nn.functional.one_hot(predicted, num_groups).bool()

@@ -115,7 +115,8 @@ class MedSightGenerateOutput(GenerateDecoderOnlyOutput):
 
     Args:
         is_complete (`torch.BoolTensor` of shape `(sequences,)`): whether each came to an end token; `False` where a
-            limit of length, or a stop of the caller's own, cut it.
+            limit of length, or a stop of the caller's own, cut it. Where the pad token ends text too, as Qwen3's does,
+            a row that such a stop ended before other rows of its batch cannot be told from one that came to its end.
     """
 
     mask_logits: list[torch.FloatTensor] | None = None

@@ -66,6 +66,8 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             raise ValueError(f"the tokenizer has no added token {self.image_token}, which stands for an image")
         if image_seq_length < 1:
             raise ValueError(f"image_seq_length={image_seq_length}: an image takes at least one row")
+        # Prompts are padded before they begin: text is generated at their end.
+        tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", "left")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_seq_length = image_seq_length
         self.group_names = group_names

@@ -25,7 +25,6 @@ OPERATIONAL = (
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "ddp_timeout", "example_images", "project", "trackio_space_id"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product with the processes may not change
-    "save_dtype",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 

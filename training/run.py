@@ -42,6 +42,7 @@ from .run_folder import (
     lock,
     on_main,
     open_folder,
+    outdate_result,
     save_folder,
     save_result,
 )
@@ -51,7 +52,7 @@ from .stage_1_perceiver import PerceiverStage
 from .stage_2_vision_to_text import VisionToTextStage
 from .stage_3a_codebook import CodebookStage
 from .stage_3b_text_to_vision import TextToVisionStage
-from .stage_4_unified import UnifiedStage
+from .stage_4_unified import UnifiedAgainStage, UnifiedStage
 from .trainer import STEPS_FILE, StageTrainer, checkpoints, sft_trainer_class
 
 
@@ -64,6 +65,7 @@ STAGES: dict[str, type[Stage]] = {
         CodebookStage,
         TextToVisionStage,
         UnifiedStage,
+        UnifiedAgainStage,
     )
 }
 logger = logging.getLogger(__name__)
@@ -149,6 +151,7 @@ def run_stages(recipe: Recipe, settings: dict[str, Any], stage: str | None, outp
                 raise ValueError(f"stage {key} comes before {stage} and is not finished: run it first")
             break
         if not finished(output, key):
+            on_main(lambda: outdate_result(output / "model"))
             run_stage(STAGES[key], settings[key], recipe, corpus, previous, output)
         elif state.is_main_process:
             print(f"stage {STAGES[key].folder} is finished: {stage_folder(output, key) / 'model'}", flush=True)

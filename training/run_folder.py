@@ -33,6 +33,7 @@ from .trainer import checkpoints
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
 LOCK_FILE = ".lock"
 RECIPE_FILE = "recipe.yaml"
+OUTDATED = ".outdated"  # stands beside a result that a later stage leaves behind
 
 
 @contextlib.contextmanager
@@ -172,8 +173,6 @@ def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
 
 def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
     """Save a stage's model and mark the stage as finished."""
-    if (folder / "model").is_dir():
-        shutil.rmtree(folder / "model")  # of a run that was killed between the model and the mark
     save_folder(model, processor, folder / "model", state)
     write_json(folder / "finished.json", {"metrics": metrics, "environment": environment()})
     for checkpoint in checkpoints(folder):
@@ -223,7 +222,7 @@ def quantised(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> None:
-    """Write a checkpoint folder, which appears whole or not at all."""
+    """Write a checkpoint folder, which appears whole or not at all, in the place of one that is there."""
     partial = folder.with_name(f".saving-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -232,12 +231,23 @@ def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> 
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} could not be written ({type(error).__name__}: {error})") from error
-    os.replace(partial, folder)
+    if folder.is_dir():
+        before = folder.with_name(f".before-{folder.name}")
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
+        os.replace(partial, folder)
+        shutil.rmtree(before)
+    else:
+        os.replace(partial, folder)
 
 
 def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
-    """The result of a whole run: the last stage's model, stored in `save_dtype`, answering greedily by default."""
-    if folder.is_dir():
+    """The result of a whole run: the last stage's model, stored in `save_dtype`, answering greedily by default.
+
+    One that is there stays, unless a stage was trained after it was written (`outdate_result`).
+    """
+    outdated = folder.with_name(OUTDATED)
+    if folder.is_dir() and not outdated.exists():
         return
     model = MedSightForConditionalGeneration.from_pretrained(last, local_files_only=True, dtype=torch.float32)
     processor = MedSightProcessor.from_pretrained(last, local_files_only=True)
@@ -258,3 +268,10 @@ def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
     # A small model is stored in half the bytes and still computes in float32.
     model.config.dtype = torch.float32 if recipe.model.dtype == "float32" else dtype
     save_folder(model, processor, folder, stored)
+    outdated.unlink(missing_ok=True)
+
+
+def outdate_result(folder: Path) -> None:
+    """Note, before another stage is trained, that the run's result is to be written anew after it."""
+    if folder.is_dir():
+        folder.with_name(OUTDATED).touch()

@@ -18,7 +18,7 @@ class StageSettings:
 
     Attributes:
         data: names of the conversations that a language stage reads (keys of `annotations` or `data.conversations`).
-        trainer: `trainer`, or `sft` for TRL's SFTTrainer (stages 2 and 4).
+        trainer: `trainer`, or `sft` for TRL's SFTTrainer (stages 2, 4 and 4b).
         muon_learning_rate: above 0, inner matrices and kernels take Muon at this rate.
         rarity_power: below 1, rows with rare targets are drawn more often (`rarity_weights`); with 1 every row comes
             once an epoch.

@@ -60,7 +60,7 @@ class UnifiedStage(AnsweringStage):
 
 
 class UnifiedAgainStage(UnifiedStage):
-    """Stage 4 once more, from where it ended, with settings and conversations of its own: first short answers, then long."""
+    """Stage 4 once more, from where it ended, on conversations of its own: such as long answers after short ones."""
 
     key, folder = "unified_again", "4b_unified_again"
 
@@ -74,7 +74,7 @@ def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                # On such CPUs bitsandbytes' first evaluation would re-order the weights in place: merging needs their order.
+                # On such CPUs bitsandbytes would re-order the weights in place, and their sums with adapters be wrong.
                 module.support_avx512bf16_for_cpu = False
     codes = list(range(config.region_code_start_id, config.region_code_start_id + config.num_region_codes))
     rows = {"embed_tokens": codes}

@@ -197,10 +197,15 @@ def _named_fields(benchmark: "Benchmark", record: Mapping[str, Any], place: str)
         elif name not in OPTIONAL_FIELDS:
             missing.append(f"{' or '.join(map(repr, called))} ({name})")
     if missing:
+        from medsight.evaluation.benchmarks import load_declarations
+
+        name, fields = benchmark.name, "fields: {NAME: FIELD}"
+        way_out = f"'{fields}' of {name} in its YAML file"
+        if name in load_declarations():
+            way_out = f"a YAML file with '{name}: {{like: {name}, {fields}}}' for --benchmark"
         raise ValueError(
-            f"{place}: benchmark {benchmark.name} expects {', '.join(missing)}, and the record has "
-            f"{', '.join(map(repr, record))}; a YAML file with '{benchmark.name}: {{like: {benchmark.name}, fields: "
-            "{NAME: FIELD}}' for --benchmark says what they are called"
+            f"{place}: benchmark {name} expects {', '.join(missing)}, and the record has "
+            f"{', '.join(map(repr, record))}; {way_out} says what they are called"
         )
     return told
 

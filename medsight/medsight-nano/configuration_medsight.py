@@ -253,6 +253,11 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
                 f"image_size={self.image_size} is not a multiple of the encoder's stride of {deepest} pixels: "
                 f"masks would be shifted. Nearest: {self.image_size // deepest * deepest}"
             )
+        if not hasattr(self.text_config, "num_attention_heads"):
+            raise ValueError(
+                f"text_config.model_type={self.text_config.model_type!r} is no decoder with attention: use Qwen3, "
+                "Qwen2 or Llama"
+            )
         for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
             if (value := getattr(self.text_config, name, neutral)) not in (neutral, None):
                 raise ValueError(
@@ -315,10 +320,11 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if vision.model_type == MedSightUNetConfig.model_type:
         return vision.hidden_size, int(vision.patch_size), 1
-    # Windows that merge, patches that are dropped at random, and patches of any size and number are no grid.
-    gridless = hasattr(vision, "mask_ratio") or vision.model_type == "siglip2_vision_model"
+    # Patches that are dropped at random, rows after the patches, and patches of any size and number are no grid.
+    gridless = any(hasattr(vision, name) for name in ("mask_ratio", "num_detection_tokens"))
+    gridless = gridless or vision.model_type in ("siglip2_vision_model", "pixtral")
     if (
-        not (gridless or hasattr(vision, "depths"))
+        not (gridless or hasattr(vision, "depths"))  # windows that merge
         and hasattr(vision, "hidden_size")
         and isinstance(getattr(vision, "patch_size", None), int)
     ):

@@ -16,7 +16,7 @@ from .card_medsight import HubCardMixin
 from .configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
-from .generation_medsight import MedSightGenerationMixin
+from .generation_medsight import UNREAD, MedSightGenerationMixin
 from .loss_medsight import RegionPerceiverLoss
 from .outputs_medsight import (
     CACHE_NAME,
@@ -112,6 +112,7 @@ class MedSightModel(MedSightPreTrainedModel):
 
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
+        config.refuse_contradictions()  # `from_pretrained(folder, image_size=...)` sets them after the construction
         vision_dim, text_dim = config.vision_hidden_size, config.text_config.hidden_size
         if not has_attention(config.vision_config):
             config.vision_config._attn_implementation = "eager"
@@ -199,7 +200,8 @@ class MedSightModel(MedSightPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        kwargs.pop("original_sizes", None)  # the processor's, for masks at the original size
+        for name in UNREAD:
+            kwargs.pop(name, None)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             placeholders = input_ids == self.config.image_token_id
@@ -374,8 +376,9 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         (`group_labels` too).
 
         Args:
-            labels: (batch, length), next-token targets, -100 where there is none. With them, `region_features` comes
-                without masks and classes of regions, unless `class_labels` or the mask decoder need these.
+            labels: (batch, length), next-token targets, -100 where there is none. With them, or with `mask_labels`,
+                `region_features` comes without masks and classes of regions, unless `class_labels` or the mask decoder
+                need these.
             mask_labels: a tensor (n_i, H, W) a sample, boolean or in [0, 1], of any size. With text, mask j is the
                 target of the j-th region code in row i; `None` leaves the masks of row i undecoded. Without, the
                 regions of image i.
@@ -413,7 +416,9 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
-            with_masks=labels is None or class_labels is not None or self.config.mask_decoder == "head",
+            with_masks=class_labels is not None
+            or self.config.mask_decoder == "head"
+            or (labels is None and mask_labels is None),
             **kwargs,
         )
         hidden = outputs.last_hidden_state

@@ -21,7 +21,7 @@ def encode_image(
         of the grid where the encoder has none.
 
     Raises:
-        ValueError: for pixel values of another shape.
+        ValueError: for pixel values of another shape, or an encoder whose features make no such grid.
     """
     side = pixel_values.shape[-1] if any_size else config.image_size
     expected = (3, side, side)
@@ -33,9 +33,16 @@ def encode_image(
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     outputs = vision_tower(pixel_values.to(vision_tower.dtype), **kwargs)
     hidden = outputs.hidden_states[config.vision_feature_layer]
-    if hidden.ndim == 4:
+    images, dim = len(pixel_values), config.vision_hidden_size
+    if hidden.ndim == 4 and hidden.shape == (images, dim, height, width):
         grid = hidden.permute(0, 2, 3, 1)
         return outputs, grid, grid.mean(dim=(1, 2))
     prefix = hidden.shape[1] - height * width
+    if hidden.ndim != 3 or prefix < 0 or (len(hidden), hidden.shape[2]) != (images, dim):
+        raise ValueError(
+            f"vision_config.model_type={config.vision_config.model_type!r} gives features of shape "
+            f"{tuple(hidden.shape)} where a grid ({images}, {dim}, {height}, {width}), or its cells as rows, is "
+            "needed: use another encoder"
+        )
     grid = hidden[:, prefix:].unflatten(1, (height, width))
     return outputs, grid, hidden[:, 0] if prefix else hidden.mean(dim=1)

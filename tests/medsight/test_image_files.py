@@ -44,3 +44,16 @@ def test_dicom_pictures_without_series_and_place_are_images_each(tmp_path: Path)
     folder = tmp_path / "pictures"
     files = write_dicom_series(folder, np.ones((4, 8, 8), bool), SeriesInstanceUID="", ImagePositionPatient=None)
     assert find_images([str(folder)]).images == sorted(files)
+
+
+def test_folders_in_a_folder_are_named_as_left_out_or_read_by_a_pattern(tmp_path: Path) -> None:
+    study, picture = tmp_path / "study", tmp_path / "study" / "picture.png"
+    files = write_dicom_series(study / "series", np.ones((4, 8, 8), bool))
+    with pytest.raises(ValueError, match=r"without an image: by a pattern, name the folders in it \('.*study/\*'\)"):
+        find_images([str(study)])
+    Image.new("L", (8, 8)).save(picture)
+    found = find_images([str(study)])
+    assert found.images == [picture] and found.left_out == [study / "series"]
+    for pattern in ("study/*", "study/**"):
+        assert find_images([str(tmp_path / pattern)]).images == [picture, study / "series"]
+    assert find_images([str(study / "series"), str(files[0])]).images == [study / "series", files[0]]

@@ -17,7 +17,7 @@ from medsight.checkpoint import shipped_checkpoint
 SHARED = Path(os.environ.get("MEDSIGHT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 SETS = SHARED / "data" / "segmentation"
 README = Path(__file__).resolve().parents[2] / "README.md"
-SHA256 = "c29f0e4f5af4caeb8f31534cfe8d29275c42a2a169506cabf843434acc5fa695"
+SHA256 = "43ac25408c969ffb3850b6bb032c193cf2c91ad04866c693d7e5c027a3de2a80"
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What the model is given: counted right whatever stands beside it, or refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,70 @@ def test_a_head_that_scales_its_logits_is_refused(scaling: dict[str, float]) -> 
         make_config("clip-qwen3", text_config={**QWEN3, **scaling})
 
 
-@pytest.mark.parametrize("kind", ["swin", "swinv2", "vit_mae", "siglip2_vision_model", "hiera"])
+@pytest.mark.parametrize("kind", ["swin", "swinv2", "vit_mae", "siglip2_vision_model", "hiera", "yolos", "pixtral"])
 def test_an_encoder_without_a_grid_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=f"model_type='{kind}' is not an encoder that yields a feature grid"):
         make_config("clip-qwen3", vision_config={"model_type": kind})
+
+
+def test_an_encoder_whose_features_are_no_grid_is_named() -> None:
+    """The configuration of this one promises cells of 4 pixels, and it gives one of 32."""
+    vision = {"model_type": "mobilevit", "image_size": 32, "patch_size": 4, "hidden_sizes": [16, 16, 16]}
+    vision |= {"neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16], "num_attention_heads": 2}
+    config = make_config("clip-qwen3", vision_config=vision, image_size=32, vision_feature_layer=-1)
+    with pytest.raises(ValueError, match="model_type='mobilevit' gives features of shape .*use another encoder"):
+        make_model(config).get_region_features(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_language_model_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="model_type='mamba' is no decoder with attention"):
+        make_config("clip-qwen3", text_config={"model_type": "mamba", "vocab_size": QWEN3["vocab_size"]})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mask_decoder": "heads"}, "mask_decoder='heads': choose one of"),
+        ({"region_state_offset": 1}, "region_state_offset=1: choose 0"),
+        ({"image_size": 40}, "image_size=40 contradicts vision_config.image_size"),
+    ],
+)
+def test_settings_given_to_loading_are_checked_as_those_of_a_configuration(
+    setting: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_model(make_config("clip-qwen3")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForImageTextToText.from_pretrained(tmp_path, **setting)
+
+
+def test_what_the_processor_gives_beside_is_taken_and_not_read() -> None:
+    config = make_config("clip-qwen3")
+    model, batch = make_model(config), make_batch(config, ["tItt"])
+    beside = {"mm_token_type_ids": torch.zeros_like(batch["input_ids"]), "original_sizes": torch.tensor([[9, 9]])}
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**batch, **settings)["sequences"]
+    assert torch.equal(model.generate(**batch, **beside, **settings)["sequences"], expected)
+    assert torch.equal(model(**batch, **beside).logits, model(**batch).logits)
+
+
+def test_a_prompt_that_is_padded_on_the_right_is_refused() -> None:
+    config = make_config("clip-qwen3")
+    model, batch = make_model(config), make_batch(config, ["tItt", "tIt"])
+    batch = {**batch, **{name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}}
+    with pytest.raises(ValueError, match="row 1 of the prompt is padded on the right"):
+        model.generate(**batch, max_new_tokens=4)
+
+
+def test_masks_of_regions_are_not_made_where_only_losses_are_asked_for() -> None:
+    config = make_config("clip-qwen3")
+    model, batch = make_model(config).train(), make_batch(config, ["tIttC"])
+    masks = [torch.zeros(1, 20, 20)]
+    both = model(**batch, labels=batch["input_ids"], mask_labels=masks)
+    alone = model(**batch, mask_labels=masks)
+    torch.testing.assert_close(alone.mask_loss, both.mask_loss)
+    for outputs in (both, alone):
+        assert outputs.region_features.masks_queries_logits is None
+    assert model(**batch).region_features.masks_queries_logits is not None
 
 
 def test_images_without_regions_cost_nothing_where_no_object_has_no_weight() -> None:
@@ -88,7 +149,9 @@ def test_images_without_regions_cost_nothing_where_no_object_has_no_weight() -> 
     assert make_model(config).train()(pixel_values=pixels, **none).loss.item() == 0
 
 
-@pytest.mark.parametrize("one", [1, np.int64(1), [np.int64(1)], np.array([1]), torch.tensor([1]), torch.tensor(1)])
+@pytest.mark.parametrize(
+    "one", [1, np.int64(1), [np.int64(1)], np.array([1]), np.array([1, 1]), torch.tensor([1]), torch.tensor(1)]
+)
 def test_groups_are_numbers_of_any_kind(one: Any) -> None:
     config = make_config("clip-qwen3")
     model, batch = make_model(config), make_batch(config, ["tItt"])

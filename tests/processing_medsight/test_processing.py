@@ -48,6 +48,16 @@ class TestArguments:
         flat = processor(text=f"a {IMAGE}", images=image, return_tensors="pt", rescale_factor=1.0, do_normalize=False)
         assert flat["pixel_values"].min() >= 0
 
+    def test_padding_comes_first_unless_the_tokenizer_says_otherwise(self, builder: object, tmp_path: Path) -> None:
+        tokenizer = builder.build_tiny_tokenizer()
+        tokenizer.save_pretrained(tmp_path)
+        for given, expected in (({}, "left"), ({"padding_side": "right"}, "right")):
+            tokenizer = type(tokenizer).from_pretrained(tmp_path, **given)
+            processor = MedSightProcessor(MedSightImageProcessor(size=28), tokenizer, image_seq_length=ROWS)
+            assert processor.tokenizer.padding_side == expected
+            masks = processor(text=["a", "a longer one"], padding=True)["attention_mask"]
+            assert [mask[0] for mask in masks] == [0 if expected == "left" else 1, 1]
+
     @pytest.mark.parametrize("how", ["flat", "nested"])
     def test_a_call_reaches_both_parts(self, how: str, processor: MedSightProcessor, image: Image.Image) -> None:
         images, text = {"rescale_factor": -1.0, "fit": "crop", "size": 20}, {"padding": "max_length", "max_length": 76}

@@ -37,6 +37,7 @@ TRAINED = {
         *("model.vision_to_text_projector.", "model.text_to_vision_projector."),
     ),
 }
+TRAINED["4b_unified_again"] = TRAINED["4_unified"]
 ROWS = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
 
 
@@ -62,7 +63,7 @@ def test_the_resolved_recipe_versions_and_data_are_saved(unbroken: Path, drawn_d
     assert len(data["training"]["sha256"]) == 64
 
 
-@pytest.mark.parametrize("number", range(6), ids=FOLDERS)
+@pytest.mark.parametrize("number", range(len(FOLDERS)), ids=FOLDERS)
 def test_a_stage_trains_exactly_its_parameters(unbroken: Path, number: int) -> None:
     stage = FOLDERS[number]
     before = weights(unbroken / "stages" / (FOLDERS[number - 1] + "/model" if number else "start"))
@@ -99,6 +100,7 @@ def test_every_stage_scores_itself_and_logs_its_losses_one_by_one(unbroken: Path
         ),
         "3b_text_to_vision": ({"eval_perplexity", "eval_dice_through_codes"}, {"lm_loss", "mask_loss"}),
         "4_unified": ({"eval_answer_recall", "eval_dice_through_codes"}, {"lm_loss", "mask_loss"}),
+        "4b_unified_again": ({"eval_answer_recall", "eval_dice_through_codes"}, {"lm_loss", "mask_loss"}),
     }
     for stage, (metrics, losses) in expected.items():
         finished = json.loads((unbroken / "stages" / stage / "finished.json").read_text("utf-8"))
@@ -233,6 +235,25 @@ def test_stages_ahead_may_be_changed_and_those_behind_may_not(drawn_data: Path, 
     without = {**changed, "vision_to_text": None}
     with pytest.raises(ValueError, match="differs in stages.vision_to_text"):
         train(tiny_recipe(drawn_data, output, stages=without))
+
+
+def test_the_result_is_that_of_the_last_stage_also_where_a_run_goes_on(drawn_data: Path, tmp_path: Path) -> None:
+    stages, output = only("unified", "unified_again"), tmp_path / "run"
+    short = {"max_steps": 1}
+    once = {**stages, "unified": short, "unified_again": None}
+    result = train(tiny_recipe(drawn_data, output, stages=once))
+    (result / "notes.txt").write_text("mine", encoding="utf-8")
+    train(tiny_recipe(drawn_data, output, stages=once))
+    assert (result / "notes.txt").is_file()  # nothing is written anew where nothing was trained
+    train(tiny_recipe(drawn_data, output, stages={**once, "unified_again": short}), stage="unified_again")
+    first, second = (weights(output / "stages" / name / "model") for name in ("4_unified", "4b_unified_again"))
+    again = tiny_recipe(drawn_data, output, stages={**once, "unified_again": short})
+    given = weights(train(again))
+    assert all(torch.equal(given[name], weight) for name, weight in second.items())
+    assert any(not torch.equal(given[name], weight) for name, weight in first.items())
+    again.model.save_dtype = "bfloat16"
+    with pytest.raises(ValueError, match="model.save_dtype: 'float32' -> 'bfloat16'"):
+        train(again)
 
 
 def test_nothing_need_be_held_out(drawn_data: Path, tmp_path: Path) -> None:

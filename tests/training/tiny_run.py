@@ -37,6 +37,7 @@ RECIPE: dict[str, Any] = {
         "codebook": {**COMMON, "revive_every": 2, "revive_until": 1.0, "kmeans_images": 8, "revive_images": 6},
         "text_to_vision": {**COMMON, "data": ["grounded"]},
         "unified": {**COMMON, "data": ["grounded", "plain"], "mask_share": 0.5},
+        "unified_again": {**COMMON, "data": ["grounded"]},
     },
 }
 

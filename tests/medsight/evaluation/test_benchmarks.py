@@ -346,6 +346,9 @@ def test_a_declaration_of_one_s_own_names_the_fields_anew(tmp_path: Path) -> Non
     assert [len(item.masks) for item in (first, second, third)] == [2, 0, 1]
     assert [item.absent for item in (first, second, third)] == [False, True, False]
     assert load_benchmark(str(declared)).title == "DiagSeg"
+    declared.write_text("mine: {like: diagseg, fields: {answer: answer, image: picture}}")
+    with pytest.raises(ValueError, match="'fields: {NAME: FIELD}' of mine in its YAML file says what they are called"):
+        read(str(declared), tmp_path)
 
 
 @pytest.mark.parametrize(
