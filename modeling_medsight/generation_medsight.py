@@ -380,7 +380,7 @@ class MedSightGenerationMixin(GenerationMixin):
         cache = None
         if not bool((sequences[:, start:] == self.config.image_token_id).any()):
             cache = _beginning_of_cache(outputs.get(CACHE_NAME), len(prompt), copies, start)
-        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        position_ids = positions_of(attention_mask)
         if cache is not None:
             passed = {CACHE_NAME: cache, "use_cache": True}
         else:
@@ -400,6 +400,11 @@ class MedSightGenerationMixin(GenerationMixin):
         return MedSightDecodedRegions(
             **{name: [value[n:] for value, n in zip(values, earlier, strict=True)] for name, values in decoded.items()}
         )
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids (rows, length) of padded texts: padding does not count."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _ids(token_ids: Any) -> list[int]:

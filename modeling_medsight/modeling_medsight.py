@@ -16,7 +16,7 @@ from configuration_medsight.card_medsight import HubCardMixin
 from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
-from .generation_medsight import UNREAD, MedSightGenerationMixin
+from .generation_medsight import UNREAD, MedSightGenerationMixin, positions_of
 from .loss_medsight import RegionPerceiverLoss
 from .outputs_medsight import (
     CACHE_NAME,
@@ -407,6 +407,8 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             )
 
         refuse_useless("with text", group_labels=group_labels, asked_classes=asked_classes)
+        if not self.config.use_class_queries:
+            refuse_useless("without class queries", code_class_labels=code_class_labels)
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -480,7 +482,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             pad_id = self.generation_config.pad_token_id
             began = torch.ones_like(input_ids) if pad_id is None else (input_ids != pad_id).cumsum(dim=1)
             attention_mask = (began > 0).long()
-        kwargs.setdefault("position_ids", (attention_mask.cumsum(dim=1) - 1).clamp(min=0))
+        kwargs.setdefault("position_ids", positions_of(attention_mask))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

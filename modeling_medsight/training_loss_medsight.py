@@ -187,7 +187,7 @@ class TrainingLossMixin:
         mask_logits = mask_loss = alignment_loss = None
         if mask_labels is not None:
             mask_logits, mask_loss = self._mask_loss(input_ids, hidden, regions, mask_labels, loss_counts)
-        if code_class_labels is not None and self.config.use_class_queries:
+        if code_class_labels is not None:
             require(input_ids=input_ids)
             alignment_loss = self._alignment_loss(input_ids, hidden, code_class_labels, loss_counts)
         return mask_logits, mask_loss, alignment_loss

@@ -28,12 +28,13 @@ def grounded(config: MedSightConfig) -> dict[str, Any]:
     batch = make_batch(config, rows)
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == config.image_token_id, -100)
     counts = [row.count("C") for row in rows]
-    return {
-        **batch,
+    batch |= {
         "labels": labels.masked_fill(batch["attention_mask"] == 0, -100),
         "mask_labels": random_masks(counts, config.mask_size),
-        "code_class_labels": [torch.tensor([3, -1]), torch.tensor([2]), torch.tensor([], dtype=torch.long)],
     }
+    if config.use_class_queries:
+        batch["code_class_labels"] = [torch.tensor([3, -1]), torch.tensor([2]), torch.tensor([], dtype=torch.long)]
+    return batch
 
 
 def rows_of(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -138,7 +139,10 @@ def test_a_model_without_class_queries_has_neither_weights_nor_losses_of_them() 
     assert not [name for name, _ in model.named_parameters() if "class_queries" in name]
     output = model(**perceiving(model.config))
     assert output.class_query_loss is None
-    assert model(**grounded(model.config)).alignment_loss is None
+    batch = grounded(model.config)
+    assert model(**batch).alignment_loss is None
+    with pytest.raises(ValueError, match="code_class_labels: of no use without class queries"):
+        model(**batch, code_class_labels=[torch.tensor([3, -1]), torch.tensor([2]), torch.tensor([])])
 
 
 def test_region_queries_can_be_trained_on_some_images_alone() -> None:

@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medsight.training.data.sources import Source, load_source
+
+
+ASKED = {"from": "human", "value": "What is shown?"}
+ANSWERED = {"from": "gpt", "value": "A scan."}
+
 
 @pytest.fixture(autouse=True)
 def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -119,3 +125,14 @@ def grounded_file(tmp_path: Path, write_json: Callable[..., Path]) -> Path:
         {"id": 12, "image": "images/scan.png", "conversations": plain},
     ]
     return write_json(root / "answers.json", items)
+
+
+@pytest.fixture
+def read_items(tmp_path: Path, write_json: Callable[..., Path]) -> Callable[..., list[dict]]:
+    """Writes items to a file and reads them back as rows."""
+
+    def read(items: list[dict], name: str = "items.json", **settings) -> list[dict]:
+        path = write_json(tmp_path / name, items)
+        return list(load_source(Source("llava", str(path), **settings)))
+
+    return read
