@@ -4,14 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
@@ -21,70 +14,19 @@ from modeling_medsight.outputs_medsight import CACHE_NAME
 from tests.tiny_checkpoint import byte_tokenizer
 
 from .configurations import CONFIGURATIONS, make_batch, make_config, make_model, row_of_batch
-
-
-CLOSE = {"rtol": 1e-3, "atol": 5e-4}
-END = 258
-# Two images and a cited code, one image, three images in a row with text before: padded on the left.
-ROWS = ["ItCtttItt", "Itt", "ttIIItt"]
-# Every way to decode; those marked take one row only.
-MODES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "chat": {"do_sample": True, "temperature": 0.2, "repetition_penalty": 1.2},
-    "several samples": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"num_beams": 3},
-    "several beams": {"num_beams": 3, "num_return_sequences": 2},
-    "sampled beams": {"num_beams": 2, "num_return_sequences": 2, "do_sample": True},
-    "static cache": {"cache_implementation": "static"},
-    "static cache, beams": {"cache_implementation": "static", "num_beams": 2},
-    "no cache": {"use_cache": False},
-    "no cache, beams": {"use_cache": False, "num_beams": 2, "num_return_sequences": 2},
-    "lookup": {"prompt_lookup_num_tokens": 3},
-    "assisted": {"assistant_model": "tiny"},
-    "assisted by itself": {"assistant_model": "itself"},
-}
-ONE_ROW = ("lookup", "assisted", "assisted by itself")
-
-
-class Scripted(LogitsProcessor):
-    """Makes each row say what its script says; `None` leaves the choice to the model."""
-
-    def __init__(self, prompt_length: int, scripts: list[list[int | None]]) -> None:
-        self.prompt_length, self.scripts = prompt_length, scripts
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step, scores = input_ids.shape[1] - self.prompt_length, scores.clone()
-        for row, script in enumerate(self.scripts):
-            if step < len(script) and script[step] is not None:
-                scores[row] = -torch.inf
-                scores[row, script[step]] = 0
-        return scores
-
-
-class CitesOften(LogitsProcessor):
-    """Makes region codes likely after every other token or so."""
-
-    def __init__(self, config: MedSightConfig) -> None:
-        self.codes = slice(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[:, self.codes] += 12.0 * (input_ids[:, -1:] % 2)
-        return scores
-
-
-class EndsSoon(LogitsProcessor):
-    """Ends answers of two tokens or more after any token whose id 3 divides, so that rows end at different times."""
-
-    def __init__(self, prompt_length: int) -> None:
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        ends = (input_ids[:, -1] % 3 == 0) & (input_ids.shape[1] > self.prompt_length + 1)
-        scores[:, END] = torch.where(ends, 100.0, -torch.inf)
-        return scores
+from .generating import (
+    CLOSE,
+    END,
+    MODES,
+    ONE_ROW,
+    ROWS,
+    CitesOften,
+    EndsSoon,
+    answers,
+    assert_masks_are_those_of_decode_regions,
+    generate,
+    say,
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,48 +37,6 @@ def config() -> MedSightConfig:
 @pytest.fixture(scope="module")
 def model(config: MedSightConfig) -> MedSightForConditionalGeneration:
     return make_model(config)
-
-
-def generate(model: Any, batch: dict[str, torch.Tensor], seed: int = 0, **settings: Any) -> Any:
-    torch.manual_seed(seed)
-    return model.generate(**batch, **{"max_new_tokens": 8, **settings})
-
-
-def say(model: Any, batch: dict[str, torch.Tensor], scripts: list[list[int | None]], **settings: Any) -> Any:
-    script = LogitsProcessorList([Scripted(batch["input_ids"].shape[1], scripts)])
-    return generate(model, batch, logits_processor=script, max_new_tokens=len(scripts[0]), **settings)
-
-
-def answers(batch: dict[str, torch.Tensor], sequences: torch.Tensor) -> list[list[int]]:
-    """The new tokens of each sequence, up to its end."""
-    new = sequences[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(END) + 1] if END in row else row for row in new]
-
-
-def is_code(config: MedSightConfig, token: int) -> bool:
-    return 0 <= token - config.region_code_start_id < config.num_region_codes
-
-
-def assert_masks_are_those_of_decode_regions(model: Any, batch: dict[str, torch.Tensor], out: Any) -> int:
-    """Each sequence alone and without padding, read as a finished text, has the same masks. Returns how many."""
-    config, seen = model.config, 0
-    copies, rest = divmod(len(out.sequences), len(batch["input_ids"]))
-    assert rest == 0
-    assert len(out.mask_logits) == len(out.region_codes) == len(out.region_scores) == len(out.sequences)
-    for i, answer in enumerate(answers(batch, out.sequences)):
-        codes = [token for token in answer if is_code(config, token)]
-        assert out.region_codes[i].tolist() == codes
-        assert out.mask_logits[i].shape == (len(codes), *config.mask_size)
-        assert out.region_scores[i].shape == (len(codes),)
-        if not codes:
-            continue
-        single = row_of_batch(config, batch, i // copies)
-        whole = torch.cat((single["input_ids"], torch.tensor([answer])), dim=1)
-        decoded = model.decode_regions(input_ids=whole, pixel_values=single["pixel_values"])
-        torch.testing.assert_close(out.mask_logits[i], decoded.mask_logits[0][-len(codes) :], **CLOSE)
-        torch.testing.assert_close(out.region_scores[i], decoded.region_scores[0][-len(codes) :], **CLOSE)
-        seen += len(codes)
-    return seen
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -237,33 +137,6 @@ def test_the_score_is_the_probability_of_code_and_mask(model: Any, config: MedSi
         assert out.region_scores[0][i].item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_text_alone_can_neither_cite_nor_decode_codes(model: Any, config: MedSightConfig) -> None:
-    out = generate(model, make_batch(config, ["ttt", "t"]))
-    assert [len(codes) for codes in out.region_codes] == [0, 0]
-    assert not (
-        (out.sequences >= config.region_code_start_id) & (out.sequences < config.region_code_start_id + 12)
-    ).any()
-    batch = make_batch(config, ["tItt", "ttt"])
-    for seed in range(4):
-        mixed = generate(model, batch, seed, do_sample=True, max_new_tokens=12)
-        assert len(mixed.region_codes[1]) == 0
-    assert len(mixed.region_codes[0]) > 0
-    assert_masks_are_those_of_decode_regions(model, batch, mixed)
-
-
-def test_an_image_placeholder_is_never_written(config: MedSightConfig) -> None:
-    model, batch = make_model(config), make_batch(config, ["tItt", "It"])
-    with torch.no_grad():
-        model.lm_head.weight[config.image_token_id] = 3 * model.lm_head.weight[:256].abs().amax(0)
-        model.lm_head.weight[config.image_token_id] *= model.lm_head.weight[5].sign()
-    for settings in ({}, {"do_sample": True, "num_return_sequences": 3}, {"suppress_tokens": [5]}):
-        out = generate(model, batch, max_new_tokens=12, **settings)
-        new = out.sequences[:, batch["input_ids"].shape[1] :]
-        assert not (new == config.image_token_id).any()
-        if "suppress_tokens" in settings:
-            assert not (new == 5).any()
-
-
 def test_without_a_dictionary_there_are_just_the_sequences(model: Any, config: MedSightConfig) -> None:
     batch = make_batch(config, ROWS)
     for settings in ({}, {"num_beams": 2}):
@@ -341,159 +214,6 @@ def test_a_second_turn_goes_on_from_the_cache_of_the_first(
     cached = generate(model, conversation, past_key_values=one.past_key_values)
     assert torch.equal(afresh.sequences, cached.sequences)
     assert_masks_are_those_of_decode_regions(model, conversation, cached)
-
-
-@pytest.mark.parametrize("mode", ["greedy", "several samples", "several beams", "static cache"])
-@pytest.mark.parametrize("allowed", [[1], ["group 1"], "group 1", [0, "group 2"], "predicted"])
-def test_codes_keep_to_the_allowed_groups(model: Any, config: MedSightConfig, mode: str, allowed: Any) -> None:
-    batch = make_batch(config, ["tItt", "Itt", "tIItt"])
-    out = generate(model, batch, allowed_groups=allowed, max_new_tokens=12, **MODES[mode])
-    copies = len(out.sequences) // 3
-    if allowed == "predicted":
-        groups = model.get_region_features(batch["pixel_values"]).group_logits.argmax(-1)[[0, 1, 3]]
-        wanted = [{int(group)} for group in groups]
-    else:
-        wanted = [{0, 2} if allowed == [0, "group 2"] else {1}] * 3
-    for i, codes in enumerate(out.region_codes):
-        used = {(code - config.region_code_start_id) // config.codes_per_group for code in codes.tolist()}
-        assert used <= wanted[i // copies]
-    assert assert_masks_are_those_of_decode_regions(model, batch, out) > 0
-
-
-def test_the_predicted_group_is_that_of_each_rows_last_image(config: MedSightConfig) -> None:
-    model, batch = make_model(config), make_batch(config, ["tIItt", "Itt"])
-    batch["pixel_values"] = batch["pixel_values"].mul(torch.tensor([0.0, 0.5, 1.0])[:, None, None, None])
-    with torch.no_grad():
-        model.model.group_classifier.weight.zero_()
-    groups = iter([0, 2, 1])
-    logits = torch.stack([torch.eye(3)[next(groups)] for _ in range(3)])
-    model.model.group_classifier.register_forward_hook(lambda *_: logits)
-    out = generate(model, batch, allowed_groups="predicted", max_new_tokens=16)
-    used = [{(c - config.region_code_start_id) // 4 for c in codes.tolist()} for codes in out.region_codes]
-    assert used == [{2}, {1}]
-
-
-class NeverCites(LogitsProcessor):
-    """A model that would rather end, or say anything else, than cite a code."""
-
-    def __init__(self, config: MedSightConfig, ends: bool) -> None:
-        self.codes = slice(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
-        self.ends = ends
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[:, self.codes] -= 50
-        scores[:, END] += 8 if self.ends else -50
-        return scores
-
-
-@pytest.mark.parametrize("ends", [True, False])
-@pytest.mark.parametrize("length", [{"max_new_tokens": 6}, {"max_length": 60}, {"max_new_tokens": 1}, {}])
-@pytest.mark.parametrize("mode", ["greedy", "sampling", "several samples", "beams", "several beams", "static cache"])
-def test_an_answer_forced_to_cite_a_region_does(
-    model: Any, config: MedSightConfig, mode: str, length: dict[str, int], ends: bool
-) -> None:
-    batch = make_batch(config, ["tItt", "It", "tIItt"])
-
-    def out_of(**settings: Any) -> Any:
-        torch.manual_seed(0)
-        reluctant = LogitsProcessorList([NeverCites(config, ends)])
-        return model.generate(**batch, logits_processor=reluctant, **length, **MODES[mode], **settings)
-
-    assert sum(len(codes) for codes in out_of().region_codes) == 0
-    out = out_of(force_region=True)
-    assert all(len(codes) >= 1 for codes in out.region_codes)
-    assert_masks_are_those_of_decode_regions(model, batch, out)
-    both = out_of(force_region=True, allowed_groups=["group 2"])
-    first = config.region_code_start_id + 2 * config.codes_per_group
-    assert all(len(codes) >= 1 and codes.min() >= first for codes in both.region_codes)
-
-
-def test_a_given_configuration_leaves_open_what_the_models_own_says(
-    model: Any, config: MedSightConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """End and padding among it: without these no answer could be forced, and padding would be read."""
-    own = GenerationConfig(eos_token_id=END, pad_token_id=256, max_new_tokens=6, return_dict_in_generate=True)
-    monkeypatch.setattr(model, "generation_config", own)
-    batch = make_batch(config, ["tItt", "It"])
-    del batch["attention_mask"]
-    reluctant = LogitsProcessorList([NeverCites(config, ends=True)])
-    expected = model.generate(**batch, logits_processor=reluctant, force_region=True)
-    given = model.generate(
-        **batch, logits_processor=reluctant, force_region=True, generation_config=GenerationConfig(do_sample=False)
-    )
-    assert all(len(codes) >= 1 for codes in expected.region_codes)
-    assert torch.equal(given.sequences, expected.sequences)
-    for one, other in zip(given.mask_logits, expected.mask_logits, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_code_after_rejected_candidates_is_scored_by_its_own_state(model: Any, config: MedSightConfig) -> None:
-    batch = make_batch(config, ["ttIttt"])
-    batch["input_ids"][0, -2:] = batch["input_ids"][0, :2]  # something to look up, which the script rejects
-    scripts = [[config.region_code_start_id + 1, 5, 7, END]]
-    plain, lookup = say(model, batch, scripts), say(model, batch, scripts, prompt_lookup_num_tokens=3)
-    assert torch.equal(plain.sequences, lookup.sequences) and len(plain.region_codes[0]) == 1
-    torch.testing.assert_close(lookup.region_scores[0], plain.region_scores[0], **CLOSE)
-    torch.testing.assert_close(lookup.mask_logits[0], plain.mask_logits[0], **CLOSE)
-
-
-def test_forcing_changes_nothing_in_an_answer_that_cites_anyway(model: Any, config: MedSightConfig) -> None:
-    batch = make_batch(config, ["tItt"])
-    code = config.region_code_start_id
-    scripts = [[3, code, 4, 5, END]]
-    assert torch.equal(say(model, batch, scripts).sequences, say(model, batch, scripts, force_region=True).sequences)
-
-
-@pytest.mark.parametrize("setting", ["forced_eos_token_id", "suppress_tokens"])
-def test_a_code_that_something_else_rules_out_cannot_be_forced(
-    model: Any, config: MedSightConfig, setting: str
-) -> None:
-    codes = range(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
-    ruled_out = {setting: END if setting == "forced_eos_token_id" else list(codes)}
-    batch, reluctant = make_batch(config, ["tIt"]), LogitsProcessorList([NeverCites(config, ends=False)])
-    with pytest.raises(ValueError, match="rules out every region code"):
-        generate(model, batch, logits_processor=reluctant, force_region=True, **ruled_out)
-
-
-def refusals(config: MedSightConfig) -> list[tuple[dict[str, Any], str]]:
-    good = make_batch(config, ["tItt", "It"])
-    ids, pixels = good["input_ids"], good["pixel_values"]
-    words = make_batch(config, ["tt"])
-    return [
-        ({**good, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 42"),
-        ({**good, "pixel_values": torch.cat([pixels] * 2)}, "4 images need 84"),
-        ({**good, "pixel_values": None}, "placeholders but no images"),
-        ({**words, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 0"),
-        ({"pixel_values": pixels}, "images need input_ids"),
-        ({**good, "pixel_values": None, "image_embeds": torch.zeros(2, 21, 32)}, "image_embeds: no mask can be drawn"),
-        ({"inputs_embeds": torch.zeros(*ids.shape, 32), "pixel_values": pixels}, "images need input_ids"),
-        ({**good, "prefill_chunk_size": 8}, "prefill_chunk_size=8 cannot be used with images"),
-        ({**good, "token_healing": True}, "token_healing=True cannot be used with images"),
-        ({**good, "allowed_groups": ["group 9"]}, "unknown .'group 9'.*group 0"),
-        ({**good, "allowed_groups": [0, 3]}, r"unknown \[3\]"),
-        ({**good, "allowed_groups": []}, "allowed_groups"),
-        ({**words, "allowed_groups": [0]}, "needs an image"),
-        ({**words, "force_region": True}, "force_region=True needs an image in every row"),
-        ({**make_batch(config, ["tI", "tt"]), "force_region": True}, "force_region=True needs an image in every row"),
-    ]
-
-
-@pytest.mark.parametrize("case", range(15))
-def test_what_cannot_give_right_masks_is_refused(model: Any, config: MedSightConfig, case: int) -> None:
-    inputs, message = refusals(config)[case]
-    with pytest.raises(ValueError, match=message):
-        generate(model, inputs)
-    assert len(refusals(config)) == 15
-
-
-def test_only_the_new_turn_on_an_old_cache_is_refused(model: Any, config: MedSightConfig) -> None:
-    batch = make_batch(config, ["ItCt"])
-    one = generate(model, batch, max_new_tokens=4, min_new_tokens=4)
-    turn = make_batch(config, ["tItt"], seed=3)
-    turn["attention_mask"] = torch.ones(1, one.sequences.shape[1] + turn["input_ids"].shape[1], dtype=torch.long)
-    with pytest.raises(ValueError, match="whole conversation"):
-        generate(model, turn, past_key_values=one.past_key_values)
 
 
 class Collector(BaseStreamer):
