@@ -1,5 +1,6 @@
 """What a verb of the command line says: results to standard output, everything else to standard error."""
 
+import io
 import json
 import sys
 import unicodedata
@@ -68,6 +69,8 @@ class Results:
 def results(as_json: bool) -> Iterator[Results]:
     """Where results go. While the block runs, whatever else is printed goes to standard error."""
     stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a name that a pipe's encoding lacks ends no run
     with redirect_stdout(sys.stderr):
         yield Results(stream, as_json)
 

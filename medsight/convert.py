@@ -17,7 +17,7 @@ import typer
 
 from medsight.checkpoint import read_json
 from medsight.console import Json, results
-from medsight.foreign_files import Source, merge
+from medsight.foreign_files import Source, merge, same
 from medsight.output_folder import check_output, staged_folder
 from medsight.published_tokenizer import load_published_tokenizer
 from medsight.state_dict_adapter import to_theirs
@@ -126,7 +126,7 @@ def convert(
     llm, output = Path(llm), Path(output)
     loose = {"region_perceiver": region_perceiver, "codebook": codebook, "image_encoder": image_encoder}
     given = {kind: Path(path) for kind, path in loose.items() if path is not None}
-    check_output(output, overwrite, inputs=[llm, *given.values()])
+    check_output(output, overwrite, inputs=[llm, *given.values(), *([] if groups is None else [Path(groups)])])
 
     llm_config = read_json(llm / "config.json")
     if llm_config.get("model_type") == MedSightConfig.model_type:
@@ -163,6 +163,9 @@ def convert(
     expected = split_codes(model.state_dict(), num_groups)
     tied = set(model.all_tied_weights_keys)
     problems |= find_problems(tensors, expected, tied, sources, compare_shapes=shapes.complete)
+    head, words = (tensors.get(name) for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"))
+    if "lm_head.weight" in tied and head is not None and words is not None and not same(head, words):
+        problems.add("lm_head.weight differs from the embedding that config.json ties it to (tie_word_embeddings)")
     refuse_problems(problems)
     model.load_state_dict(assemble(tensors, dtype, num_groups), strict=not tied, assign=True)
     model.tie_weights()
@@ -185,6 +188,7 @@ def write_checkpoint(
     Args:
         statistics: mean and standard deviation of the pixels; CLIP's by default.
     """
+    from safetensors import SafetensorError
     from transformers import GenerationConfig
 
     from processing_medsight import MedSightImageProcessor, MedSightProcessor
@@ -205,8 +209,11 @@ def write_checkpoint(
         group_names=config.group_names,
     )
     with staged_folder(output, overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        processor.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            processor.save_pretrained(folder)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{output} could not be written ({error})") from error
 
 
 def sizes(config: "MedSightConfig") -> dict[str, Any]:
@@ -242,7 +249,10 @@ def read_names(path: StrPath) -> list[str]:
         ValueError: it has no names, an empty one, or the same name twice.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not written in UTF-8 ({error}); save it so") from error
     try:
         names = json.loads(text) if text.lstrip().startswith("[") else text.strip().splitlines()
     except ValueError as error:

@@ -139,14 +139,14 @@ def merge(sources: Iterable[Source]) -> "tuple[dict[str, torch.Tensor], set[str]
             for our_name, part in zip(ours, parts, strict=True):
                 if our_name not in merged:
                     merged[our_name], found_in[our_name] = part, where
-                elif not _same(merged[our_name], part):
+                elif not same(merged[our_name], part):
                     raise ValueError(
                         f"{where} differs from {found_in[our_name]}: both stand for {our_name}, and must be equal"
                     )
     return merged, problems
 
 
-def _same(first: "torch.Tensor", second: "torch.Tensor") -> bool:
+def same(first: "torch.Tensor", second: "torch.Tensor") -> bool:
     import torch
 
     dtype = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)

@@ -164,7 +164,9 @@ def init(
     from processing_medsight.region_codes_medsight import add_region_codes
 
     output = Path(output)
-    check_output(output, overwrite, inputs=[Path(path) for path in (llm, image_encoder) if Path(path).exists()])
+    given = (llm, image_encoder, groups, mask_classes)
+    inputs = [Path(path) for path in given if path is not None and Path(path).exists()]
+    check_output(output, overwrite, inputs=inputs)
     settings = {"codes_per_group": 32, **settings, "group_names": read_names(groups)}
     settings["num_groups"] = len(settings["group_names"])
     if mask_classes is not None:

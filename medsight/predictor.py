@@ -289,10 +289,12 @@ def user_turn(prompt: str, image: Any = None) -> dict[str, Any]:
     """A message of the user: an image, where one is given, and what is asked.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the prompt is empty, or has bytes that are no text.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask about the image, for example 'Segment the liver.'")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"the prompt {prompt!r} has bytes that are no UTF-8: write it in UTF-8")
     shown = [] if image is None else [{"type": "image", "image": image}]
     return {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}
 

@@ -255,6 +255,11 @@ class Page:
         if session is None or session.scan is None:
             yield _warn(NOTHING_OPEN)
             return
+        if len(question) > QUESTION_LENGTH:  # the browser keeps to it by itself
+            yield _warn(
+                f"the question has {len(question):,} characters; at most {QUESTION_LENGTH:,} are read", session
+            )
+            return
         turn = Turn(question.strip(), session.slice_index, session.window)
         session.turns.append(turn)
         session.stop.clear()
@@ -340,7 +345,9 @@ class Page:
 
     def redraw(self, session: Session | None, threshold: float) -> Updates:
         """Draws the masks anew, as after a change of the threshold."""
-        return gr.skip() if session is None or session.scan is None else self._view(session, threshold)
+        if session is None or session.scan is None:
+            return gr.skip()
+        return {**self._view(session, threshold), self.archive: gr.update(value=None, visible=False)}
 
     def save(self, session: Session | None, formats: list[str], deidentify: bool, threshold: float) -> Updates:
         """Writes all regions of the conversation, and a picture of them, into an archive to download."""

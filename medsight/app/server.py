@@ -33,8 +33,9 @@ def launch(
 ) -> Any:
     """Loads a checkpoint and serves the page, until interrupted.
 
-    Uploaded files lie in a folder of this process that only its user can read, are deleted with the visitor's session,
-    and all of them when the page stops. There are no accounts: whoever reaches the address can use the page.
+    Uploaded files lie in a folder of this process that only its user can read, are deleted with the visitor's session
+    (an hour after its page was closed), and all of them when this stops. There are no accounts: whoever reaches the
+    address can use the page.
 
     Args:
         model, device, dtype: as `Predictor` takes them.
@@ -53,6 +54,7 @@ def launch(
     gradio = _import_gradio()
     from medsight.predictor import Predictor
 
+    host = host.strip("[]")
     if port:
         _check_port(host, port)
     if block:
@@ -66,15 +68,22 @@ def launch(
 
     blocks = build(Predictor(model, device=device, dtype=dtype), sessions)
     blocks.queue(max_size=32, default_concurrency_limit=4)
-    # Lives as long as the application does, and is removed with it.
-    blocks.private_folder = folder
+    blocks.private_folder = folder  # lives as long as the application does, and is removed with it
+    close = blocks.close
+
+    def close_and_clean(*args: Any, **kwargs: Any) -> None:
+        close(*args, **kwargs)
+        folder.cleanup()
+
+    blocks.close = close_and_clean
+    _need_no_proxy(host)
     fonts = ["system-ui", "sans-serif"]
     theme = gradio.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
     )
     try:
         blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port or None,
             inbrowser=open_browser,
             prevent_thread_lock=True,
@@ -90,7 +99,6 @@ def launch(
     finally:
         if block:
             blocks.close()
-            folder.cleanup()
     return blocks
 
 
@@ -108,9 +116,17 @@ def _import_gradio() -> Any:
 
 
 def _stop_on_termination() -> None:
-    """`kill` and a container's stop end the page as Ctrl+C does, so that uploads are deleted."""
+    """`kill`, a container's stop and a lost terminal end the page as Ctrl+C does, so that uploads are deleted."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+
+
+def _need_no_proxy(host: str) -> None:
+    """gradio asks its own server whether it is up, which no proxy can answer."""
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host, "localhost", "127.0.0.1", "::1")))
 
 
 def _check_port(host: str, port: int) -> None:

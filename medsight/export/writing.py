@@ -166,7 +166,7 @@ def describe_regions(scan: "Scan", regions: Sequence[FoundRegion], deidentify: b
 
 def scan_name(scan: "Scan", deidentify: bool) -> str:
     """How files written here call the scan: its file name without folders, printable; de-identified, its kind."""
-    return scan.kind if deidentify else printable(Path(scan.name).name)
+    return scan.kind if deidentify else printable(Path(scan.name).resolve().name)
 
 
 def move_into(stage: Path, folder: Path) -> list[Path]:

@@ -88,7 +88,7 @@ class Upload:
 
 def check_repo_id(repo_id: str) -> None:
     """Raises ValueError, with an example, where it is no `namespace/name`."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, flags=re.ASCII):
         raise ValueError(f"repository {repo_id!r}: expected NAMESPACE/NAME, for example my-name/medsight-nano")
 
 
@@ -110,7 +110,7 @@ def files_to_push(folder: Path, contact_sheets: Path | None = None) -> Upload:
     files, left_out = [], {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name in allowed:
-            if path.name == CARD and _PLACEHOLDER in path.read_text(encoding="utf-8"):
+            if path.name == CARD and _PLACEHOLDER.encode() in path.read_bytes():
                 left_out[CARD] = f"has {_PLACEHOLDER} in it; another is rendered"
                 continue
             files.append(UploadFile(path.name, path))
@@ -137,10 +137,11 @@ def refuse_unfinished(folder: Path) -> None:
         raise NotADirectoryError(f"{folder}: no such folder; name a checkpoint folder")
     if (folder / "stages").is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is the folder of a whole training run: push {folder / 'model'}, its result")
-    names = [folder.absolute().name, *(path.name for path in folder.iterdir())]
-    for name in names:
+    held = [path.name for path in folder.iterdir()]
+    for name in (folder.absolute().name, *held):
         if any(fnmatch(name, pattern) for pattern in UNFINISHED):
             raise ValueError(f"{folder} is not finished: {name} is still being written, or was left by a crash")
+    for name in held:
         if any(fnmatch(name, pattern) for pattern in RESUMABLE):
             raise ValueError(
                 f"{folder} is a checkpoint to resume training from ({name}): push the model that training ends with"
@@ -154,9 +155,25 @@ def _model_names(folder: Path) -> set[str]:
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the processor into the same folder")
     for path in folder.glob("*.json"):
         read_json(path)
+    refuse_unloadable(folder)
     weights = {path.name for path in weight_files(folder)}
     index = {INDEX_FILE} if weights != {WEIGHTS_FILE} else set()
     return {*NEEDED, *OPTIONAL, *DOCUMENTS, *weights, *index, *_code_names(folder)}
+
+
+def refuse_unloadable(folder: Path) -> None:
+    """Raise ValueError, naming the folder, where its settings, tokenizer or meanings of codes cannot be read."""
+    from configuration_medsight.configuration_medsight import MedSightConfig
+    from processing_medsight.processing_medsight import MedSightProcessor
+    from processing_medsight.region_codes_medsight import find_region_codes
+
+    try:
+        MedSightConfig.from_pretrained(folder, local_files_only=True).refuse_contradictions()
+        MedSightProcessor.from_pretrained(folder, local_files_only=True)
+        find_region_codes(folder, local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} would not load from the Hub ({type(error).__name__}: {reason})") from error
 
 
 def _adapter_names(folder: Path) -> set[str]:

@@ -8,13 +8,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from medsight.checkpoint import INDEX_FILE, read_json
+from medsight.checkpoint import CODES_FILE, INDEX_FILE, read_json
 from medsight.hub.card import CardFacts, base_model_of_adapter, render_card
-from medsight.hub.files import ADAPTER_CONFIG, CARD, CODE, Upload, UploadFile, check_repo_id, files_to_push
+from medsight.hub.files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, UploadFile, check_repo_id, files_to_push
 
 
 # What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
-STALE = ("model*.safetensors", INDEX_FILE, CODE)
+STALE = (
+    *("model*.safetensors", INDEX_FILE, CODE, ADAPTER_CONFIG, "adapter_model*", CODES_FILE),
+    *("generation_config.json", "preprocessor_config.json", "chat_template.*", f"{TEMPLATES}/*"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+)
 MESSAGES = {
     401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: it needs write access to the namespace",

@@ -48,7 +48,7 @@ model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}", trust_remot
 {%- endif %}
 
 image = Image.open("scan.png")
-content = [{"type": "image", "image": image}, {"type": "text", "text": "{{ prompt | default('Segment the liver.', true) }}"}]
+content = [{"type": "image", "image": image}, {"type": "text", "text": {{ prompt | default("Segment the liver.", true) | tojson }}}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     tokenize=True,

@@ -123,6 +123,27 @@ def test_a_copy_that_differs_is_named(published_copy: Any, tmp_path: Path, part:
     assert_refused(published_copy, tmp_path / "out", name, f"{kind}.pt", "must be equal")
 
 
+def test_a_head_that_would_be_tied_away_is_named(published_copy: Any, tmp_path: Path) -> None:
+    file = published_copy.llm / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**config, "tie_word_embeddings": True}), encoding="utf-8")
+    assert_refused(published_copy, tmp_path / "out", "lm_head.weight differs from the embedding")
+
+
+def test_files_beside_the_weights_are_kept_and_named(published: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(published, output)
+    names = output / "groups.txt"
+    names.write_text("a", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"would replace the input .*groups\.txt"):
+        run(published, output, groups=names, overwrite=True)
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Köpfe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not written in UTF-8"):
+        run(published, tmp_path / "other", groups=latin)
+    assert names.is_file()
+
+
 def test_a_less_precise_copy_is_no_difference(published_copy: Any, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in tensors:

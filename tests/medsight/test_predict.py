@@ -475,6 +475,8 @@ def test_a_question_that_leaves_no_place_for_its_answer_is_refused(
 def test_an_empty_prompt_is_refused(predictor: Predictor, image_file: Path) -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
         predictor(image_file, "  \n")
+    with pytest.raises(ValueError, match="no UTF-8"):  # as a shell passes on bytes of another encoding
+        predictor(image_file, b"Wo ist die F\xfc".decode("utf-8", "surrogateescape"))
 
 
 def test_the_shipped_model_answers_by_default(

@@ -336,6 +336,15 @@ def test_the_threshold_redraws_and_only_shrinks_masks(
     asked(page, session)
     masks = [page._mask(session, session.findings[0], threshold) for threshold in (0.05, 0.5, 0.95)]
     assert (masks[0] >= masks[1]).all() and (masks[1] >= masks[2]).all() and masks[0].sum() > masks[2].sum()
+    archive = page.redraw(session, 0.95)[page.archive]  # which another threshold made
+    assert archive["value"] is None and not archive["visible"]
+
+
+def test_a_question_that_is_too_long_is_not_asked(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
+    session = opened(page, upload(picture_file, "a.png"))
+    with pytest.warns(UserWarning, match="2,001 characters"):
+        asked(page, session, "x" * 2001)
+    assert session.turns == []
 
 
 @pytest.mark.parametrize("kind", ["picture", "volume", "dicom"])

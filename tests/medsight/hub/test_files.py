@@ -137,12 +137,20 @@ def set_auto_map(folder: Path, entry: str) -> None:
         (lambda folder: (folder / "loss_medsight.py").unlink(), r"lacks loss_medsight\.py"),
         (lambda folder: set_auto_map(folder, "org/other--modeling_medsight.MedSightModel"), "org/other--modeling"),
         (lambda folder: set_auto_map(folder, "evil.Model"), r"evil\.Model"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}", encoding="utf-8"), "would not load from the Hub"),
+        (lambda folder: (folder / "region_codes.json").write_text("{}", encoding="utf-8"), r"region_codes\.json"),
     ],
 )
 def test_what_is_unfinished_or_would_not_load_is_refused(folder: Path, break_it, message: str) -> None:
     break_it(folder)
     with pytest.raises((OSError, ValueError), match=message):
         files_to_push(folder)
+
+
+def test_a_folder_may_be_called_as_it_likes_and_its_card_be_in_any_encoding(folder: Path) -> None:
+    named = folder.rename(folder.with_name("optimizer-adamw"))
+    (named / "README.md").write_bytes("für Ärzte".encode("latin-1"))
+    assert {"model.safetensors", "README.md"} <= paths(named)
 
 
 def test_a_whole_runs_folder_is_refused_with_the_one_to_push(tmp_path: Path) -> None:

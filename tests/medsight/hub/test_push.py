@@ -59,11 +59,14 @@ def test_pushing_again_changes_what_changed_and_removes_what_would_be_loaded_in_
     model = AutoModelForImageTextToText.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="100KB")
-    hub.repos["me/tiny"].branches["main"][-1].files["notes.md"] = b"somebody's own"
+    there = hub.repos["me/tiny"].branches["main"][-1].files
+    there["notes.md"] = b"somebody's own"
+    stale = ["adapter_config.json", "adapter_model.safetensors", "model.safetensors", "region_codes.json"]
+    there |= {name: b"{}" for name in stale if name != "model.safetensors"}
     done = push(folder, "me/tiny")
     first, second = hub.commits("me/tiny")
     files = hub.files("me/tiny")
-    assert done.deleted == ["model.safetensors"] and "model.safetensors" not in files
+    assert sorted(done.deleted) == stale and not files.keys() & {*stale}
     assert files["notes.md"] == b"somebody's own"
     on_disk = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert on_disk.items() <= files.items() and "model.safetensors.index.json" in on_disk
