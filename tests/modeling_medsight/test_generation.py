@@ -9,7 +9,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from configuration_medsight import MedSightConfig
-from modeling_medsight import MedSightForConditionalGeneration
 from modeling_medsight.outputs_medsight import CACHE_NAME
 from tests.tiny_checkpoint import byte_tokenizer
 
@@ -27,16 +26,6 @@ from .generating import (
     generate,
     say,
 )
-
-
-@pytest.fixture(scope="module")
-def config() -> MedSightConfig:
-    return make_config("clip-qwen3")
-
-
-@pytest.fixture(scope="module")
-def model(config: MedSightConfig) -> MedSightForConditionalGeneration:
-    return make_model(config)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,20 +7,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from configuration_medsight import MedSightConfig
-from modeling_medsight import MedSightForConditionalGeneration
 
-from .configurations import make_batch, make_config, make_model
+from .configurations import make_batch, make_model
 from .generating import CLOSE, END, MODES, assert_masks_are_those_of_decode_regions, generate, say
-
-
-@pytest.fixture(scope="module")
-def config() -> MedSightConfig:
-    return make_config("clip-qwen3")
-
-
-@pytest.fixture(scope="module")
-def model(config: MedSightConfig) -> MedSightForConditionalGeneration:
-    return make_model(config)
 
 
 def test_text_alone_can_neither_cite_nor_decode_codes(model: Any, config: MedSightConfig) -> None:
