@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parent
 METRICS = [f"medsight.metrics.{name}" for name in ("medical_vqa", "mask_dice", "region_codes")]
 PACKAGES = [
     *("configuration_medsight", "modeling_medsight", "processing_medsight"),
-    *("medsight", "medsight.app", "medsight.evaluation", "medsight.export", "medsight.hub", "medsight.metrics"),
+    *("medsight", "medsight.app", "medsight.cli", "medsight.conversion", "medsight.data", "medsight.evaluation"),
+    *("medsight.export", "medsight.hub", "medsight.inference", "medsight.metrics", "medsight.scans"),
     *METRICS,
 ]
 # `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.
-TRAINING = ["medsight.training", "medsight.training.baselines", "medsight.training.data"]
+TRAINING = ["medsight.training", "medsight.training.baselines"]
 
 version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
 if version is None:
@@ -78,10 +79,10 @@ setup(
         "medsight": ["medsight-nano/*"],
         "medsight.app": ["*.css"],
         "medsight.hub": ["*.yaml"],
+        "medsight.data": ["*.yaml"],
         "medsight.evaluation": ["*.yaml", "*.jinja"],
         **{name: ["README.md", "requirements.txt"] for name in METRICS},
         "medsight.training": ["configs/*.yaml", "configs/ablations/*.yaml", "accelerate/*.yaml"],
-        "medsight.training.data": ["*.yaml"],
     },
     python_requires=">=3.10",
     install_requires=runtime,

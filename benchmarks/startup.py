@@ -96,7 +96,7 @@ def import_rows(chosen: Any) -> list[dict[str, Any]]:
 def predict_rows(chosen: Any, device: Any) -> list[dict[str, Any]]:
     from PIL import Image
 
-    from medsight.predictor import Predictor
+    from medsight.inference.predictor import Predictor
 
     with tempfile.TemporaryDirectory() as folder:
         image, question = Path(folder) / "image.png", "Segment the lesion."

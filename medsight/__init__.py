@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .prediction import Prediction
-    from .predictor import Predictor
+    from .inference.prediction import Prediction
+    from .inference.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Prediction", "Predictor", "__version__"]
@@ -23,11 +23,11 @@ __all__ = ["Prediction", "Predictor", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "Predictor":
-        from .predictor import Predictor
+        from .inference.predictor import Predictor
 
         return Predictor
     if name == "Prediction":
-        from .prediction import Prediction
+        from .inference.prediction import Prediction
 
         return Prediction
     raise AttributeError(f"module 'medsight' has no attribute {name!r}")

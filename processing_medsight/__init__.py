@@ -4,6 +4,7 @@ from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from configuration_medsight import MedSightConfig
+from medsight.scans.scan import Scan, open_scan
 
 from .chat_medsight import CHAT_TEMPLATE, PUBLISHED_CHAT_TEMPLATE
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion
@@ -11,7 +12,6 @@ from .image_loading_medsight import load_image
 from .image_processing_medsight import MedSightImageProcessor
 from .processing_medsight import MedSightProcessor
 from .region_codes_medsight import QWEN3_ADDED_TOKENS, add_region_codes, parse_region_code
-from .scan_medsight import Scan, open_scan
 
 
 AutoImageProcessor.register(MedSightConfig, image_processor_classes={"pil": MedSightImageProcessor}, exist_ok=True)

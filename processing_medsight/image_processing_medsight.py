@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from configuration_medsight.card_medsight import HubCardMixin
 from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
+from medsight.scans.scan import Picture, open_scan
 
 from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
 from .image_loading_medsight import as_numpy, grey_to_pillow, is_volume, is_wide, to_array
-from .scan_medsight import Picture, open_scan
 
 
 logger = logging.get_logger(__name__)

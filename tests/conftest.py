@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from medsight import cli
+from tests.shared import shared_folder
 from tests.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -15,6 +16,12 @@ from tests.tiny_checkpoint import save_tiny_checkpoint
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and its processor; read only."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images and masks."""
+    return shared_folder("data")
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def run(
         OSError, ValueError: see `medsight.training.run.train`.
     """
     from medsight.evaluation.items import NoRowsError
-    from medsight.whole_files import write_json, write_text
+    from medsight.files import write_json, write_text
 
     from .corpus import read_corpus
     from .held_out import figures, held_out_items

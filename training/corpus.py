@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .data.groups import Groups
+from medsight.data.groups import Groups
+
 from .recipe import AnnotationSettings, Recipe
 
 
@@ -43,8 +44,8 @@ class Corpus:
         """
         from datasets import concatenate_datasets
 
-        from .data.conversation_splits import hold_out_conversations
-        from .data.splits import divide
+        from medsight.data.conversation_splits import hold_out_conversations
+        from medsight.data.splits import divide
 
         recipe = self.recipe
         named = {name for values in recipe.stages.values() if values for name in values.get("data", [])}
@@ -75,8 +76,8 @@ def read_corpus(recipe: Recipe) -> Corpus:
     """
     from datasets import Dataset, concatenate_datasets
 
-    from .data.biomedparse import split_validation
-    from .data.schema import REGION_FEATURES
+    from medsight.data.biomedparse import split_validation
+    from medsight.data.schema import REGION_FEATURES
 
     parts = [read_source(recipe, entry) for entry in recipe.data.regions]
     if not parts:
@@ -97,7 +98,7 @@ def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
     Raises:
         OSError, ValueError: as `load_source`.
     """
-    from .data.sources import Source, load_source
+    from medsight.data.sources import Source, load_source
 
     return load_source(Source.from_mapping(entry), skip_errors=recipe.data.on_error == "skip")
 
@@ -118,7 +119,7 @@ def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
         return Groups.of_pairs(pairs)
     from configuration_medsight.configuration_medsight import MedSightConfig
 
-    from .data.annotate import match_groups
+    from .annotate import match_groups
 
     config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
     return match_groups(config, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
@@ -132,10 +133,10 @@ def corpus_conversations(corpus: Corpus) -> Any:
     """
     from datasets import Dataset, concatenate_datasets
 
-    from .data.conversation_splits import hold_out_conversations
-    from .data.schema import CONVERSATION_FEATURES
-    from .data.splits import divide
-    from .data.wording import ConversationMaker, Vocabulary, corpus_texts
+    from medsight.data.conversation_splits import hold_out_conversations
+    from medsight.data.schema import CONVERSATION_FEATURES
+    from medsight.data.splits import divide
+    from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
 
     recipe = corpus.recipe
     settings = next(iter(recipe.annotations.values()), AnnotationSettings())
@@ -175,8 +176,8 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
     """
     from datasets import Dataset, concatenate_datasets
 
-    from .data.schema import CONVERSATION_FEATURES
-    from .data.sources import Source, load_source
+    from medsight.data.schema import CONVERSATION_FEATURES
+    from medsight.data.sources import Source, load_source
 
     recipe = corpus.recipe
     parts = []
@@ -193,7 +194,7 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
 
 def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, folder: Path) -> None:
     """Write the conversations of one annotation, training and validation, where they are not there yet."""
-    from .data.annotation import annotate
+    from .annotation import annotate
 
     recipe, settings = corpus.recipe, corpus.recipe.annotations[name]
     for split in ("training", "validation"):
@@ -218,7 +219,7 @@ def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, fold
 
 def load_wordings(settings: AnnotationSettings) -> Any:
     """The wordings that an annotation names, or the shipped ones."""
-    from .data.templates import Wordings
+    from medsight.data.templates import Wordings
 
     return Wordings.load(settings.templates) if settings.templates else Wordings.load()
 

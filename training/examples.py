@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from medsight.overlay import draw_overlay
+from medsight.inference.overlay import draw_overlay
 
-from .data.items import Items, Skipped
+from .items import Items, Skipped
 from .stage import Stage
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from configuration_medsight.presets_medsight import PRESETS
+from medsight.data.groups import Groups
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.image_processing_medsight import MedSightImageProcessor
 from processing_medsight.processing_medsight import MedSightProcessor
 from processing_medsight.region_codes_medsight import IMAGE_TOKEN, QWEN3_ADDED_TOKENS, add_region_codes
 
-from .data.groups import Groups
 from .recipe import Recipe
 from .tokenizer import train_tokenizer
 

@@ -5,8 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medsight.data.sources import Source, iterate
+
 from .corpus import Corpus
-from .data.sources import Source, iterate
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import nn
 
 from modeling_medsight.region_codes_in_text_medsight import is_region_code
 
-from .data.collators import ConversationCollator
-from .data.items import ConversationItems, Items
+from .collators import ConversationCollator
+from .items import ConversationItems, Items
 from .stage import Stage, StageSettings, batch_to, dice, ratio
 
 

@@ -58,7 +58,7 @@ class ModelSettings:
 
 @dataclass
 class DataSettings:
-    """What is trained on; a source is a mapping with the fields of `training.data.sources.Source`.
+    """What is trained on; a source is a mapping with the fields of `medsight.data.sources.Source`.
 
     Attributes:
         regions: sources of images with masks (stages 1 and 3a, and what is annotated).
@@ -113,7 +113,7 @@ class Recipe:
         seed: source of all chance.
         threads: CPU threads of torch, as many as it likes by default.
         training: fields of `TrainingArguments` for all stages.
-        augmentation: strengths of the augmentation (`training.data.augmentation.Augmentation`).
+        augmentation: strengths of the augmentation (`training.augmentation.Augmentation`).
         stages: settings a stage, in any order; a stage that is missing or null is left out.
     """
 

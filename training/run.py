@@ -25,14 +25,13 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
+from medsight.data.sources import LAYOUTS, Source
 
+from .augmentation import Augmentation, Augmenter, sided_groups
 from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus, split_seed
-from .data.augmentation import Augmentation, Augmenter, sided_groups
-from .data.items import ConversationItems, Items, Places
-from .data.sampler import DrawSampler, rarity_weights
-from .data.sources import LAYOUTS, Source
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
+from .items import ConversationItems, Items, Places
 from .recipe import Recipe, build, convert, refuse_unknown
 from .run_folder import (
     describe_data,
@@ -46,6 +45,7 @@ from .run_folder import (
     save_folder,
     save_result,
 )
+from .sampler import DrawSampler, rarity_weights
 from .stage import Stage, StageSettings
 from .stage_0_language_model import LanguageModelStage
 from .stage_1_perceiver import PerceiverStage

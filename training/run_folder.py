@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import GenerationConfig, TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
-from medsight.whole_files import write_json, write_text
+from medsight.files import write_json, write_text
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.processing_medsight import MedSightProcessor
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .data.collators import Collator
-from .data.items import Items, Places
+from .collators import Collator
+from .items import Items, Places
 
 
 @dataclass

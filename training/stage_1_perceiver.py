@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from .data.collators import RegionCollator
-from .data.items import Items, RegionItems
+from .collators import RegionCollator
+from .items import Items, RegionItems
 from .stage import Stage, StageSettings, batch_to, dice, ratio
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .data.items import Items
+from .items import Items
 from .language import LanguageSettings, LanguageStage
 from .stage import in_batches
 

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import nn
 
-from .data.collators import RegionCollator
-from .data.items import Items, RegionItems
+from .collators import RegionCollator
+from .items import Items, RegionItems
 from .stage import Stage, StageSettings, dice, in_batches, ratio
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.items import Places
+from .items import Places
 from .language import AnsweringStage, LanguageSettings
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from .data.items import Items, Skipped
+from .items import Items, Skipped
 from .optimisation import muon_with_adamw
 from .sharding import gather_in_methods
 from .stage import Stage, frozen_modules

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from medsight.predictor import check_length, decode_greedily, tokenize_chats
+from medsight.inference.predictor import check_length, decode_greedily, tokenize_chats
 
 
 if TYPE_CHECKING:
-    from medsight.predictor import AnswerSettings
+    from medsight.inference.predictor import AnswerSettings
     from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
 

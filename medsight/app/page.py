@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from medsight.predictor import AnswerSettings
+from medsight.inference.predictor import AnswerSettings
 
 from . import markup
 from .answering import Answered, stream_answer
@@ -182,8 +182,8 @@ class Page:
 
     def _opened(self, session: Session, threshold: float) -> Updates:
         from medsight.export import FORMATS
-        from processing_medsight.scan_medsight import PLANES
-        from processing_medsight.windows_medsight import FILE_WINDOW, WINDOWS
+        from medsight.scans.scan import PLANES
+        from medsight.scans.windows import FILE_WINDOW, WINDOWS
 
         scan = session.scan
         plane = None if scan is None else scan.plane
@@ -445,7 +445,7 @@ def parse_window_text(text: str) -> Window:
     Raises:
         ValueError: it is none of these.
     """
-    from processing_medsight.windows_medsight import FILE_WINDOW, WINDOWS
+    from medsight.scans.windows import FILE_WINDOW, WINDOWS
 
     text = text.strip().lower()
     if text in ("", DEFAULT_WINDOW):

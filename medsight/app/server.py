@@ -52,7 +52,7 @@ def launch(
         ValueError: gradio is not installed, or the checkpoint is bad.
     """
     gradio = _import_gradio()
-    from medsight.predictor import Predictor
+    from medsight.inference.predictor import Predictor
 
     host = host.strip("[]")
     if port:

@@ -15,8 +15,8 @@ import torch
 if TYPE_CHECKING:
     from PIL import Image
 
+    from medsight.scans.scan import Scan
     from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
-    from processing_medsight.scan_medsight import Scan
 
 Window: TypeAlias = "str | tuple[float, float] | None"
 UPLOAD_NAME = "the upload"  # what errors call it: a file's own name may be a patient's
@@ -117,7 +117,7 @@ class Session:
         Raises:
             ValueError: they cannot be read, or do not belong together; then no scan is open.
         """
-        from processing_medsight.scan_medsight import open_scan
+        from medsight.scans.scan import open_scan
 
         if not files:
             raise ValueError("no file was uploaded")
@@ -135,7 +135,7 @@ class Session:
 
     def open_example(self, content: bytes) -> None:
         """Opens the content of a file that is not a visitor's."""
-        from processing_medsight.scan_medsight import open_scan
+        from medsight.scans.scan import open_scan
 
         self.close()
         self._source = content
@@ -147,7 +147,7 @@ class Session:
         Raises:
             ValueError: the scan has no planes to choose from; nothing changes.
         """
-        from processing_medsight.scan_medsight import open_scan
+        from medsight.scans.scan import open_scan
 
         assert self.scan is not None and self._source is not None
         scan = open_scan(self._source, name=self.scan.name, plane=plane)
@@ -190,7 +190,7 @@ class Session:
         Raises:
             ValueError: the question is empty.
         """
-        from medsight.predictor import assistant_turn, user_turn
+        from medsight.inference.predictor import assistant_turn, user_turn
 
         same = [
             earlier

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from medsight.overlay import heat_map, shorten
+from medsight.inference.overlay import heat_map, shorten
 
 
 if TYPE_CHECKING:
-    from medsight.training.data.groups import Groups
+    from medsight.data.groups import Groups
 
 TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
 
@@ -128,7 +128,7 @@ def code_masks(model: Any, image_features: Any, group: int, codes: Any) -> np.nd
 
 def _placed(row: Mapping[str, Any], processor: Any, side: int) -> tuple[Any, Any]:
     """An image and its masks on the model's canvas."""
-    from medsight.training.data.pictures import read_mask, read_picture
+    from medsight.data.pictures import read_mask, read_picture
 
     picture = read_picture(row["image"])
     masks = np.stack([read_mask(entry, picture.size) for entry in row["masks"]])

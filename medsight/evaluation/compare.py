@@ -129,8 +129,8 @@ def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
-    from medsight.console import align
     from medsight.evaluation.figures import LABELS as SCORE_LABELS
+    from medsight.text import align
 
     labels = {**SCORE_LABELS, **LABELS}
     lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]

@@ -36,7 +36,7 @@ class Diagnosis:
 
 @cache
 def _findings() -> dict[str, list[str]]:
-    from medsight.training.data.templates import Wordings
+    from medsight.data.templates import Wordings
 
     return Wordings.load().findings
 
@@ -50,7 +50,7 @@ def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosi
     Args:
         finding: from a table of diagnoses, instead of the row's own.
     """
-    from medsight.training.data.templates import matches
+    from medsight.data.templates import matches
 
     finding = finding or row.get("finding")
     targets = list(dict.fromkeys(row["targets"]))
@@ -121,8 +121,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
             not there, or no row has a diagnosis.
     """
-    from medsight.output_folder import check_empty, staged_folder
-    from medsight.training.data.sources import Source, iterate
+    from medsight.data.sources import Source, iterate
+    from medsight.files import check_empty, staged_folder
 
     diagnoses = None if table is None else read_table(table)
     rows: list[dict[str, Any]] = []

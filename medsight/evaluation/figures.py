@@ -42,7 +42,7 @@ def protocol_text(metrics: Mapping[str, Any]) -> str:
 
 def figures_text(metrics: Mapping[str, Any]) -> str:
     """The main figures for a terminal."""
-    from medsight.console import align
+    from medsight.text import align
 
     lines = [("", "micro", "95%", "macro", "95%", "rows")]
     for name, both in metrics["scores"].items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medsight.training.data.schema import IMAGE_MARKER
+from medsight.data.schema import IMAGE_MARKER
 
 
 if TYPE_CHECKING:
@@ -173,6 +173,6 @@ def origin_of(row: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def wordings() -> Any:
     """The shipped wordings, read once."""
-    from medsight.training.data.templates import Wordings
+    from medsight.data.templates import Wordings
 
     return Wordings.load()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medsight.data.records import as_text, json_records, parquet_records, required
+from medsight.data.schema import IMAGE_MARKER
 from medsight.evaluation.items import CLOSED, OPEN, Item, Words, origin_of, relative
 from medsight.evaluation.region_items import region_items
-from medsight.training.data.records import as_text, json_records, parquet_records, required
-from medsight.training.data.schema import IMAGE_MARKER
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ OPTIONAL_FIELDS = ("target", "dataset", "modality", "site", "patient", "label_or
 
 def _question_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
     """Questions of VQA-RAD, SLAKE, PathVQA and OmniMedVQA, by the readers of the training data."""
-    from medsight.training.data.sources import LAYOUTS, Source
+    from medsight.data.sources import LAYOUTS, Source
 
     source = Source(benchmark.layout, str(path), split=benchmark.split)
     layout, items = LAYOUTS[source.layout], []
@@ -212,7 +212,7 @@ def _named_fields(benchmark: "Benchmark", record: Mapping[str, Any], place: str)
 
 def _annotated_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
     """What `medsight data annotate` writes: questions, masks, and the codes of the masks, which its answers cite."""
-    from medsight.training.data.sources import Source, iterate
+    from medsight.data.sources import Source, iterate
 
     items = []
     for entry in iterate(Source("parquet", str(path), split=benchmark.split)):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def mapped_group(config: Any, modality: str, site: str) -> int | None:
     """The index of the code group that holds images of a modality and site; None where none does."""
-    from medsight.training.data.annotate import match_groups
+    from medsight.training.annotate import match_groups
 
     try:
         return match_groups(config, [(modality, site)]).index(modality, site)
@@ -88,7 +88,7 @@ class ReferenceCodes:
 
     def _assigned(self, item: Item, group: int, regions: Any, place: int) -> dict[str, str]:
         """The code of every mask of one image, by the mask's key."""
-        from medsight.training.data.pictures import read_mask, read_picture
+        from medsight.data.pictures import read_mask, read_picture
 
         known = self._masks[_key(item.images[0])]
         size = read_picture(item.images[0]).size
@@ -120,7 +120,7 @@ def codes_in_image(
     """
     import torch
 
-    from medsight.training.data.region_codes import assign_codes
+    from medsight.training.region_codes import assign_codes
 
     needed = ("masks_queries_logits", "class_queries_logits", "region_embeddings")
     alone = SimpleNamespace(**{name: getattr(regions, name)[place : place + 1] for name in needed})

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medsight.data.records import json_records
 from medsight.evaluation.diagseg import diagnosis_of
 from medsight.evaluation.items import CLOSED, OPEN, Item, Words, origin_of, relative, wordings
-from medsight.training.data.records import json_records
 
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Present:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        from medsight.training.data.groups import Groups
-        from medsight.training.data.wording import Vocabulary
+        from medsight.data.groups import Groups
+        from medsight.data.wording import Vocabulary
 
         self._groups = Groups.of_pairs([(row["modality"], row["site"]) for row in rows])
         vocabulary = Vocabulary.from_rows(rows, self._groups)
@@ -95,7 +95,7 @@ def region_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list
 
 def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
     """Rows of `REGION_FEATURES` of the benchmark's split; the first bad one raises."""
-    from medsight.training.data.sources import Source, iterate
+    from medsight.data.sources import Source, iterate
 
     for item in iterate(Source("biomedparse", str(path), split=benchmark.split)):
         if item.error is not None:
@@ -106,8 +106,8 @@ def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
 
 def spacings(path: Path) -> dict[tuple[str, str], tuple[float, float]]:
     """Pixel sizes in mm by (image, target), where a manifest tells them of a picture or of an isotropic volume."""
-    from medsight.training.data.biomedparse import biomedparse_shards
-    from medsight.training.data.sources import Source
+    from medsight.data.biomedparse import biomedparse_shards
+    from medsight.data.sources import Source
 
     found: dict[tuple[str, str], tuple[float, float]] = {}
     for manifest in map(Path, biomedparse_shards(Source("biomedparse", str(path)))):
@@ -140,7 +140,7 @@ def _one(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
 
 def _several(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
     """Two to `MOST_NAMED` of the image's structures, drawn by its name, in the order drawn."""
-    from medsight.training.data.wording import enumerate_words
+    from medsight.data.wording import enumerate_words
 
     targets = sorted(set(row["targets"]))
     if len(targets) > 1:
@@ -150,7 +150,7 @@ def _several(row: Row, present: Present, chance: random.Random) -> Iterator[Aske
 
 def _all(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
     """All structures that the row has masks of."""
-    from medsight.training.data.wording import enumerate_words
+    from medsight.data.wording import enumerate_words
 
     if targets := sorted(set(row["targets"])):
         yield Asked(enumerate_words(targets), _masks_of(row, targets), named=True)
@@ -174,8 +174,8 @@ def _presence(row: Row, present: Present, chance: random.Random) -> Iterator[Ask
 
 def _place(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
     """Where each structure of one mask lies, by its centre of gravity."""
-    from medsight.training.data.pictures import read_mask, read_picture
-    from medsight.training.data.wording import position_in_words
+    from medsight.data.pictures import read_mask, read_picture
+    from medsight.data.wording import position_in_words
 
     size = read_picture(row["image"]).size
     for target in dict.fromkeys(row["targets"]):
@@ -221,7 +221,7 @@ def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:
 
 def _fields(row: Row, target: str) -> dict[str, str]:
     """What a prompt may name in braces."""
-    from medsight.training.data.wording import picture_words, with_article
+    from medsight.data.wording import picture_words, with_article
 
     asked = {"target": target, "targets": target, "a_target": with_article(target)}
     return {**asked, **picture_words(row, wordings())}

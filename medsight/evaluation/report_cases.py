@@ -86,10 +86,10 @@ def _case(
 
 def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
     """An item's image with its reference in orange and the answer's masks, as one, in blue."""
+    from medsight.data.pictures import read_picture
     from medsight.evaluation.scoring import predicted_masks, reference_masks
-    from medsight.overlay import draw_regions, readable_side
-    from medsight.training.data.pictures import read_picture
-    from processing_medsight.scan_medsight import open_scan
+    from medsight.inference.overlay import draw_regions, readable_side
+    from medsight.scans.scan import open_scan
 
     image = open_scan(read_picture(item.images[0])).slice_image(0).convert("RGB")
     size = (image.height, image.width)

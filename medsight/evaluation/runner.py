@@ -20,7 +20,7 @@ from medsight.evaluation.predictions import (
     read_predictions,
 )
 from medsight.evaluation.reference_codes import ReferenceCodes
-from medsight.whole_files import write_json
+from medsight.files import write_json
 
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
@@ -205,7 +205,7 @@ def answer_batch(
     items: Sequence[Item], model: Any, processor: Any, settings: RunSettings, references: ReferenceCodes
 ) -> list[Prediction]:
     """Greedy answers to some items, with their masks at the images' own sizes, and the codes that would be right."""
-    from medsight.predictor import decode_greedily, tokenize_chats
+    from medsight.inference.predictor import decode_greedily, tokenize_chats
 
     messages = [[{"role": "user", "content": content_of(item)}] for item in items]
     inputs = tokenize_chats(model, processor, messages)
@@ -221,8 +221,8 @@ def content_of(item: Item) -> list[dict[str, Any]]:
     Raises:
         OSError, ValueError: an image is missing or cannot be read.
     """
-    from medsight.training.data.pictures import read_picture
-    from medsight.training.data.schema import IMAGE_MARKER
+    from medsight.data.pictures import read_picture
+    from medsight.data.schema import IMAGE_MARKER
 
     texts = item.prompt.split(IMAGE_MARKER)
     if len(texts) != len(item.images) + 1:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medsight.checkpoint import check_checkpoint, read_json, shipped_checkpoint
-from medsight.console import quiet_transformers
+from medsight.files import write_json, write_text
 from medsight.metrics.mask_dice.mask_counts import PRESETS
-from medsight.whole_files import write_json, write_text
+from medsight.text import quiet_transformers
 
 from .benchmarks import Benchmark, check_counts
 from .figures import METRICS

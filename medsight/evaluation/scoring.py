@@ -145,7 +145,7 @@ def reference_masks(item: Item) -> list[np.ndarray]:
     Raises:
         OSError, ValueError: a mask or the image is missing, damaged, of another size, or empty.
     """
-    from medsight.training.data.pictures import read_mask, read_picture
+    from medsight.data.pictures import read_mask, read_picture
 
     if not item.masks:
         return []

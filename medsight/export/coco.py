@@ -13,7 +13,7 @@ from .regions import FoundRegion, group_by_label, label_key
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 RLE_FILE = "coco-rle.json"
 POLYGON_FILE = "coco-polygons.json"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsight import __version__
-from medsight.overlay import PALETTE
+from medsight.inference.overlay import PALETTE
 
 from .dicom_source import discreet, source_headers
 from .extras import load
@@ -16,7 +16,7 @@ from .terminology import segment_codes
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 SEG_FILE = "segmentation.dcm"
 MANUFACTURER = "MedSIGHT"

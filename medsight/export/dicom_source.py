@@ -19,7 +19,7 @@ from .extras import load
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 PATIENT_AND_STUDY = (
     "PatientName",
@@ -94,7 +94,7 @@ def _prepare(source: "Dataset", deidentify: bool) -> "Dataset":
 @contextmanager
 def discreet(name: str, problem: str) -> Iterator[None]:
     """Turns what pydicom and highdicom raise into a ValueError and drops what they log: they may quote a header."""
-    from processing_medsight.dicom_file_medsight import guarded
+    from medsight.scans.dicom_file import guarded
 
     own = logging.getLogger("highdicom")
     level, own.level = own.level, logging.CRITICAL + 1

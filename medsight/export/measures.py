@@ -8,7 +8,7 @@ from .regions import FoundRegion, check_regions, group_by_label
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 MM3_PER_ML = 1000
 

@@ -13,7 +13,7 @@ from .regions import FoundRegion, Label, group_by_label
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 NIFTI_FILE = "labels.nii.gz"
 GEOMETRY_FIELDS = (

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from medsight.overlay import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
+from medsight.inference.overlay import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
 
 from .measures import measure
 from .regions import FoundRegion, check_regions, group_by_label
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 Window = str | tuple[float, float] | None
 MAX_TILES = 36

@@ -8,7 +8,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 
 @dataclass(frozen=True, eq=False)

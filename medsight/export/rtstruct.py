@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsight import __version__
-from medsight.overlay import PALETTE
+from medsight.inference.overlay import PALETTE
 
 from .dicom_seg import MANUFACTURER, labels_with_pixels, long_string
 from .dicom_source import PATIENT_AND_STUDY, discreet, source_headers
@@ -21,7 +21,7 @@ from .terminology import segment_codes
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 RTSTRUCT_FILE = "rtstruct.dcm"
 SERIES_NUMBER = 1002

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from medsight import __version__
-from medsight.console import printable
+from medsight.text import printable
 
 from .coco import write_coco
 from .dicom_seg import write_dicom_seg
@@ -24,7 +24,7 @@ from .rtstruct import write_rtstruct
 
 
 if TYPE_CHECKING:
-    from processing_medsight.scan_medsight import Scan
+    from medsight.scans.scan import Scan
 
 FORMATS = ("png", "coco", "nifti", "dicom-seg", "rtstruct")
 MASK_FILE = "mask-{:02d}.png"

@@ -95,8 +95,8 @@ def read_run(run: Path) -> TrainingRecord:
 
 def _read_sets(recipe: Any, sha256: str) -> dict[str, DataSet] | None:
     """The sets of a recipe by name; None if they are not what was trained on."""
+    from medsight.data.sources import Source, load_source
     from medsight.training.corpus import fingerprint, read_corpus
-    from medsight.training.data.sources import Source, load_source
 
     corpus = read_corpus(recipe)
     if fingerprint(corpus.training) != sha256:
@@ -119,9 +119,9 @@ def _read_sets(recipe: Any, sha256: str) -> dict[str, DataSet] | None:
 
 def _state_licences(sets: dict[str, DataSet], sources: Iterable[Any]) -> None:
     """Licences and addresses that the manifests of the region sources state."""
-    from medsight.training.data.biomedparse import biomedparse_shards
-    from medsight.training.data.records import json_records
-    from medsight.training.data.splits import canonical_split
+    from medsight.data.biomedparse import biomedparse_shards
+    from medsight.data.records import json_records
+    from medsight.data.splits import canonical_split
 
     for source in sources:
         shards = biomedparse_shards(source) if source.layout == "biomedparse" else []

@@ -12,9 +12,9 @@ from PIL import Image
 from medsight.checkpoint import shipped_checkpoint
 from medsight.demo import write_demo_image
 from tests.docs.pages import ROOT
+from tests.medsight.conversion.published_files import random_model, write_published
 from tests.medsight.export.scans import bright_volume, write_dicom_series
-from tests.medsight.published_files import random_model, write_published
-from tests.processing_medsight.scan_files import nifti_bytes
+from tests.medsight.scans.scan_files import nifti_bytes
 from tests.training.tiny_run import draw_data
 
 

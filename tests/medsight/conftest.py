@@ -10,7 +10,7 @@ from PIL import Image
 
 from medsight import Predictor, cli
 from tests.medsight.answers import SIZE
-from tests.medsight.published_files import Published, random_model, write_published
+from tests.medsight.conversion.published_files import Published, random_model, write_published
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from PIL import Image
 
 from medsight import Predictor
 from medsight.checkpoint import shipped_checkpoint
+from tests.shared import SHARED
 
 
-SHARED = Path(os.environ.get("MEDSIGHT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 SETS = SHARED / "data" / "segmentation"
 README = Path(__file__).resolve().parents[2] / "README.md"
 SHA256 = "43ac25408c969ffb3850b6bb032c193cf2c91ad04866c693d7e5c027a3de2a80"

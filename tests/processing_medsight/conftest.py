@@ -1,7 +1,6 @@
 """Fixtures for the processor's tests: a tiny tokenizer and processor, and Qwen3's own tokenizer where dashscope is."""
 
 import importlib.util
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +14,6 @@ from processing_medsight import MedSightImageProcessor, MedSightProcessor, add_r
 
 GROUPS, CODES = 3, 4
 IMAGE_ROWS = 5
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real images and masks: in the folder that MEDSIGHT_SHARED names, or in one beside the repository."""
-    folder = Path(os.environ.get("MEDSIGHT_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
-    if not folder.is_dir():
-        pytest.skip(f"real images are not here: there is no folder {folder} (MEDSIGHT_SHARED names another)")
-    return folder
 
 
 @pytest.fixture(scope="session")

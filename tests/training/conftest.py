@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from medsight.training.run import train
+from tests.medsight.data.conftest import draw_picture, manifest_sets, named_sets, write_json
 from tests.training.tiny_run import draw_data, tiny_recipe
+
+
+__all__ = ["draw_picture", "manifest_sets", "named_sets", "write_json"]
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from accelerate.utils import DistributedType
 
 from configuration_medsight import MedSightConfig
 from configuration_medsight.presets_medsight import PRESETS
-from medsight.training.data.augmentation import Augmentation
-from medsight.training.data.groups import Groups
-from medsight.training.data.sources import Source
+from medsight.data.groups import Groups
+from medsight.data.sources import Source
+from medsight.training.augmentation import Augmentation
 from medsight.training.recipe import CONFIGS, Recipe, build, load_recipe
 from medsight.training.run import STAGES, stage_settings, train, training_arguments
 from medsight.training.stage_4_unified import UnifiedSettings

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
 from configuration_medsight import MedSightConfig
-from medsight.training.data.collators import ConversationCollator, RegionCollator
-from medsight.training.data.encoding import encode
-from medsight.training.data.sampler import DrawSampler
+from medsight.training.collators import ConversationCollator, RegionCollator
+from medsight.training.encoding import encode
 from medsight.training.recipe import load_recipe
 from medsight.training.run import STAGES, train
+from medsight.training.sampler import DrawSampler
 from medsight.training.trainer import LOSSES, count_terms
 from modeling_medsight import MedSightForConditionalGeneration
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_processor

@@ -11,12 +11,12 @@ from datasets import Dataset
 from PIL import Image
 
 from configuration_medsight import MedSightConfig
-from medsight.training.data.augmentation import Augmentation, Augmenter
-from medsight.training.data.collators import ConversationCollator, RegionCollator
-from medsight.training.data.groups import Groups
-from medsight.training.data.items import ConversationItems, Items, Places, RegionItems, Skipped
-from medsight.training.data.schema import CONVERSATION_FEATURES
-from medsight.training.data.sources import Source, load_source
+from medsight.data.groups import Groups
+from medsight.data.schema import CONVERSATION_FEATURES
+from medsight.data.sources import Source, load_source
+from medsight.training.augmentation import Augmentation, Augmenter
+from medsight.training.collators import ConversationCollator, RegionCollator
+from medsight.training.items import ConversationItems, Items, Places, RegionItems, Skipped
 from medsight.training.language import first_answer
 from tests.tiny_checkpoint import tiny_processor
 

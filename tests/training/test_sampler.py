@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medsight.training.data.sampler import DrawSampler, rarity_weights
+from medsight.training.sampler import DrawSampler, rarity_weights
 
 
 def rows(sampler: DrawSampler, epoch: int) -> list[int]:

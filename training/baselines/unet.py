@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from medsight.evaluation.items import Item
     from medsight.evaluation.predictions import Prediction
     from medsight.training.corpus import Corpus
-    from medsight.training.data.items import Items, Places
+    from medsight.training.items import Items, Places
 
 WIDTHS = (16, 32, 64, 128, 128)
 BATCH_SIZE = 8
@@ -115,7 +115,7 @@ def learning_rate(spent: float) -> float:
 
 def region_items(recipe: Any, corpus: "Corpus", size: int) -> "Items":
     """The training samples of the recipe's perceiver stage, on a canvas of `size` pixels, with masks of that size."""
-    from medsight.training.data.items import Places
+    from medsight.training.items import Places
     from medsight.training.run import stage_items, stage_settings
     from medsight.training.stage_1_perceiver import PerceiverSettings, PerceiverStage
     from processing_medsight.image_processing_medsight import MedSightImageProcessor
@@ -140,7 +140,7 @@ def batches(
         size: pictures a batch.
         workers: processes that prepare them; the same pictures whatever their number.
     """
-    from medsight.training.data.sampler import DrawSampler, rarity_weights
+    from medsight.training.sampler import DrawSampler, rarity_weights
 
     weights = rarity_weights(items.rows["dataset"], items.rows["targets"], power)
     sampler = DrawSampler(len(items), seed, weights, batch_size=size)
@@ -154,7 +154,7 @@ def batches(
 
 def batch_of(samples: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Samples with the class that each is asked for and the mask of that class; None of broken ones alone."""
-    from medsight.training.data.items import Skipped
+    from medsight.training.items import Skipped
 
     samples = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not samples:
@@ -286,10 +286,9 @@ def run(
     from medsight.evaluation.benchmarks import load_benchmark
     from medsight.evaluation.items import read_items
     from medsight.evaluation.predictions import PredictionWriter
-    from medsight.output_folder import staged_folder
+    from medsight.files import staged_folder, write_json
     from medsight.training.corpus import read_corpus
     from medsight.training.recipe import load_recipe
-    from medsight.whole_files import write_json
 
     if output.exists():
         raise FileExistsError(f"{output} exists; name another output")

@@ -12,7 +12,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def tiny_predictor(tiny_checkpoint: Path) -> Any:
-    from medsight.predictor import Predictor
+    from medsight.inference.predictor import Predictor
 
     return Predictor(tiny_checkpoint, device="cpu")
 

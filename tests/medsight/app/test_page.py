@@ -180,7 +180,7 @@ def test_the_card_says_what_a_code_usually_means(
     tiny_checkpoint: Path, tmp_path: Path, upload: Callable[..., str], picture_file: bytes, page: Any
 ) -> None:
     from medsight.app.page import Page
-    from medsight.predictor import Predictor
+    from medsight.inference.predictor import Predictor
 
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "described"))
     config = page.predictor.model.config

@@ -190,7 +190,7 @@ def test_segmentation_without_an_intent_asks_for_one_structure(declare: Callable
 
 
 def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
-    from medsight.training.data.templates import Wordings
+    from medsight.data.templates import Wordings
 
     plain, asked = read("segmentation", regions), read("segmentation", regions, held_out_prompts=True, seed=1)
     assert [item.id for item in plain] == [item.id for item in asked]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medsight import cli
 from medsight.evaluation.codes import code_masks
-from medsight.overlay import HEAT, heat_map
+from medsight.inference.overlay import HEAT, heat_map
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from medsight.evaluation.benchmarks import load_benchmark
 from medsight.evaluation.items import Item, read_items
 from medsight.evaluation.predictions import decode_mask, read_predictions
 from medsight.evaluation.runner import RunSettings, answer_items, load_for_evaluation, prepare_output
+from tests.shared import shared_folder
 
 
 SETTINGS = RunSettings(max_new_tokens=8)
@@ -79,9 +80,9 @@ def test_reference_codes_are_those_of_all_masks_of_the_image_whatever_the_batch(
 ) -> None:
     import torch
 
+    from medsight.data.pictures import read_mask, read_picture
     from medsight.evaluation.reference_codes import ReferenceCodes
-    from medsight.training.data.pictures import read_mask, read_picture
-    from medsight.training.data.region_codes import assign_codes
+    from medsight.training.region_codes import assign_codes
 
     model, processor = load_for_evaluation(named_checkpoint, SETTINGS, "cpu")
     images = processor.image_processor
@@ -256,9 +257,7 @@ def test_two_processes_and_a_kill_give_the_file_of_one(
 def test_the_shipped_model_gives_real_images_the_same_answers_in_any_batch(tmp_path: Path) -> None:
     from medsight.checkpoint import shipped_checkpoint
 
-    data = Path(os.environ.get("MEDSIGHT_SHARED") or REPOSITORY.parent / "shared") / "data" / "segmentation"
-    if not data.is_dir():
-        pytest.skip(f"real images are not here: there is no folder {data} (MEDSIGHT_SHARED names another)")
+    data = shared_folder("data", "segmentation")
     items, _ = read_items(load_benchmark("segmentation"), data)
     checkpoint = load_for_evaluation(shipped_checkpoint(), SETTINGS, "cpu")
     chosen = items[::19]

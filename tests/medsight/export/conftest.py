@@ -1,6 +1,5 @@
 """Scans of known content, and real ones, with regions where they are bright."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,19 +8,16 @@ import pytest
 from PIL import Image
 
 from medsight.export import FoundRegion
-from processing_medsight.scan_medsight import Scan, open_scan
+from medsight.scans.scan import Scan, open_scan
+from tests.shared import shared_folder
 
 from .scans import BRIGHT, bright_volume, write_dicom_series, write_nifti_volume
 
 
 @pytest.fixture(scope="session")
 def volumes() -> Path:
-    """Real scans: in the folder that MEDSIGHT_SHARED names, or in one beside the repository."""
-    shared = Path(os.environ.get("MEDSIGHT_SHARED") or Path(__file__).resolve().parents[4] / "shared")
-    folder = shared / "data" / "volumes"
-    if not folder.is_dir():
-        pytest.skip(f"real scans are not here: there is no folder {folder} (MEDSIGHT_SHARED names another)")
-    return folder
+    """Real scans."""
+    return shared_folder("data", "volumes")
 
 
 @pytest.fixture(scope="session")

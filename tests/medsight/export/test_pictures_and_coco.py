@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 
 from medsight.export import FoundRegion, measure, mosaic, overlay, write_masks
 from medsight.export.outlines import outlines
-from medsight.overlay import PALETTE
-from processing_medsight.scan_medsight import Scan, open_scan
+from medsight.inference.overlay import PALETTE
+from medsight.scans.scan import Scan, open_scan
 
 from .scans import decode_run_lengths, fill, fill_with_pil
 

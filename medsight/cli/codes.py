@@ -1,0 +1,132 @@
+"""Says what each region code of a checkpoint stands for: `medsight codes`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medsight.checkpoint import CODES_FILE, check_checkpoint
+from medsight.cli.console import Device, Json, results
+from medsight.files import check_empty, staged_folder
+from medsight.text import quiet_transformers
+
+
+def command(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder.")],
+    data: Annotated[str, typer.Option(metavar="PATH", help="Images with masks.")],
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder for the contact sheets, new or empty  [default: none].")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the data  [default: what it looks like].")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split to look at.")] = "train",
+    limit: Annotated[int | None, typer.Option(metavar="N", help="The first N images alone.")] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="YAML: code group -> patterns of MODALITY/SITE  [default: as the checkpoint says]."
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(metavar="N", help="On a sheet.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at once.")] = 8,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what the checkpoint folder says already.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find out which structures each region code stands for.
+
+    Each reference mask gets the code that training would give it. What codes stand for is written into the checkpoint
+    folder (region_codes.json), and one contact sheet per code (PNG) into the output folder.
+    """
+    from medsight import __version__
+    from medsight.data.sources import Source, detect_layout, kind_of, load_source
+    from medsight.evaluation.codes import describe_codes, meanings_to_json
+    from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation
+    from medsight.evaluation.scored_run import codebook_of
+    from medsight.files import write_json
+    from medsight.training.annotate import load_groups, match_groups
+
+    folder = Path(model)
+    check_checkpoint(folder)
+    target = folder / CODES_FILE
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists: the codes are described already; add --overwrite to do it again")
+    if output is not None:
+        check_empty(Path(output))
+    if examples < 1:
+        raise ValueError(f"--examples {examples}: expected at least 1")
+    source = Source(layout or detect_layout(data), data, split=split, limit=limit)
+    if kind_of(source) != "regions":
+        raise ValueError(f"{data}: layout {source.layout} holds conversations; images with masks are needed")
+    with results(as_json) as out:
+        rows = load_source(source, streaming=True)
+        with quiet_transformers():
+            loaded, processor = load_for_evaluation(folder, RunSettings(dtype="float32"), device)
+        names = list(codebook_of(loaded.config))
+        told = None if groups is None else load_groups(groups, names)
+        matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows}, told)
+        found = describe_codes(loaded, processor, _counted(rows), matched, examples, batch_size)
+        content = meanings_to_json(
+            found,
+            codebook_of(loaded.config),
+            medsight_version=__version__,
+            weights_sha256=checkpoint_fingerprint(folder)["weights_sha256"],
+            data=Path(data).name,
+            split=split,
+        )
+        if output is not None:
+            write_sheets(Path(output), found.examples, content["codes"])
+        write_json(target, content)
+        sheets = f", and {len(found.examples)} sheets to {output}/" if output else ""
+        out.show(content, usage_rows(content), f"\nWritten to {target}{sheets}")
+
+
+def _counted(rows: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(rows, unit="image", desc="looking")
+
+
+def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) -> None:
+    """A contact sheet a code, `C0_16.png`; the folder appears whole or not at all."""
+    from medsight.evaluation.codes import contact_sheet
+
+    with staged_folder(output, False, check_empty) as folder:
+        for code, some in examples.items():
+            meaning = codes[code]
+            shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in meaning["structures"].items())
+            title = f"{code}  {meaning['group']}"
+            sheet = contact_sheet(title, f"{meaning['n']:,} masks: {shares}", some)
+            sheet.save(folder / f"{code.strip('[]')}.png")
+
+
+def usage_rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Usage by group, for a terminal."""
+    lines: list[tuple[str, ...]] = [
+        ("group", "masks", "codes in use", "perplexity", "purity", "NMI", "the code used most")
+    ]
+    for name, group in content["groups"].items():
+        if not group["citations"]:
+            continue
+        code = max((code for code, entry in content["codes"].items() if entry["group"] == name), key=_count(content))
+        structures = content["codes"][code]["structures"]
+        first = next(iter(structures))
+        lines.append(
+            (
+                name,
+                f"{group['citations']:,}",
+                f"{group['live_codes']} of {round(group['live_codes'] / group['live_share'])}",
+                f"{group['perplexity']:.1f}",
+                f"{group['purity']:.2f}",
+                f"{group['nmi']:.2f}",
+                f"{code} {first} {100 * structures[first]:.0f}%",
+            )
+        )
+    return lines
+
+
+def _count(content: dict[str, Any]) -> Any:
+    return lambda code: content["codes"][code]["n"]

@@ -1,0 +1,74 @@
+"""What a verb of the command line says: results to standard output, everything else to standard error."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from medsight.text import Table, align, printable
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON, an object a line, and nothing else.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+
+
+class Results:
+    """Prints results; made by `results`."""
+
+    def __init__(self, stream: TextIO, as_json: bool) -> None:
+        self.stream = stream
+        self.as_json = as_json
+
+    def show(self, content: Mapping[str, Any], *parts: str | Table) -> None:
+        """One result: `content` as a line of JSON, or else `parts`, which are text, and tables with a header row."""
+        from tqdm import tqdm
+
+        # A progress bar on the same terminal steps aside.
+        with tqdm.external_write_mode(file=self.stream):
+            if self.as_json:
+                # ASCII only: a pipe may have any encoding, and nothing in it can drive a terminal.
+                self._write(json.dumps(content) + "\n")
+                return
+            for part in parts:
+                if isinstance(part, str):
+                    self._write(printable(part) + "\n")
+                elif self.stream.isatty():
+                    self._write_rich(part)
+                else:
+                    self._write(align(part) + "\n")
+
+    def write(self, text: str) -> None:
+        """A piece of a line that appears at once, such as of an answer that is being generated; never JSON."""
+        if not self.as_json:
+            self._write(printable(text))
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+    def _write_rich(self, rows: Table) -> None:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=None, pad_edge=False, header_style="bold")
+        for title in rows[0]:
+            table.add_column(Text(title))
+        for row in rows[1:]:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        Console(file=self.stream).print(table)
+
+
+@contextmanager
+def results(as_json: bool) -> Iterator[Results]:
+    """Where results go. While the block runs, whatever else is printed goes to standard error."""
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a name that a pipe's encoding lacks ends no run
+    with redirect_stdout(sys.stderr):
+        yield Results(stream, as_json)

@@ -1,0 +1,1 @@
+"""Checkpoints from other files: published weights, pretrained parts."""

@@ -1,0 +1,133 @@
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Makes sure that a checkpoint folder may be written.
+
+    Raises:
+        OSError: it is a file, or a folder that is not empty and may not be replaced.
+        ValueError: it is, or holds, one of the inputs.
+    """
+    for path in inputs:
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"output {output} would replace the input {path}; name another folder")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output {output} is a file; name a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"output folder {output} is not empty; name another one, or add --overwrite")
+    if not (output / "config.json").is_file():
+        raise FileExistsError(f"output folder {output} holds something else than a checkpoint; name another one")
+
+
+def check_empty(output: Path, overwrite: bool = False) -> None:
+    """Raises OSError, naming it, if the output is anything but a new or empty folder."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is not empty; name another one")
+
+
+@contextmanager
+def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], None] = check_output) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.
+
+    Of an output that is a link, the folder that it leads to is written. An empty mount point, or the folder that the
+    process runs in, is not replaced: files are moved into it one by one, so that a kill in the middle leaves a part.
+
+    Args:
+        output, overwrite: for `check`, which raises where the folder may not be written: before the work and after it,
+            so that what came meanwhile is kept.
+
+    Raises:
+        OSError: the folder cannot be written, or is not empty and cannot be replaced.
+    """
+    check(output, overwrite)
+    output = output.resolve()
+    if os.path.ismount(output) and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is a mount point, which cannot be moved; name a folder in it")
+    if _is_lived_in(output) and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is the one that this runs in; name a folder in it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        folder, replaced = stage / "new", stage / "old"
+        folder.mkdir()
+        yield folder
+        check(output, overwrite)
+        try:
+            if overwrite and output.is_dir() and any(output.iterdir()):
+                output.rename(replaced)
+            _put(folder, output)
+        except BaseException:  # an interrupt too: with the stage goes what was replaced
+            if replaced.exists() and not output.exists():
+                replaced.rename(output)
+            raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put(folder: Path, output: Path) -> None:
+    """Moves a folder to where there is nothing or an empty folder; anything else stays, and raises OSError."""
+    if _is_lived_in(output):
+        return _fill(folder, output)
+    with suppress(OSError):
+        output.rmdir()
+    try:
+        folder.rename(output)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        _fill(folder, output)
+
+
+def _is_lived_in(folder: Path) -> bool:
+    """Whether the process runs in a folder, or in one within it."""
+    here = Path.cwd()
+    return folder in (here, *here.parents)
+
+
+def _fill(folder: Path, output: Path) -> None:
+    """Moves all that is in a folder into a mount point, which may be another disk; all of it or, on an error, none."""
+    moved: list[Path] = []
+    try:
+        for entry in sorted(folder.iterdir()):
+            if os.path.lexists(output / entry.name):
+                raise FileExistsError(f"{output / entry.name} is there already")
+            moved.append(output / entry.name)
+            shutil.move(entry, moved[-1])
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file beside its place, wait until it is on the disk, and move it there.
+
+    Raises:
+        OSError: the file's folder is not there, or the file cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it, or name another file")
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

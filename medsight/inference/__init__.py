@@ -1,0 +1,1 @@
+"""Answers about images and scans, and what is written of them."""

@@ -1,0 +1,183 @@
+"""A prediction: a grounded answer and what was asked, as data, as a table for a terminal, and as a folder of files."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medsight import __version__
+from medsight.text import Table, align, printable
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from medsight.export import FoundRegion
+    from medsight.scans.scan import Scan
+    from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
+
+__all__ = ["Prediction", "align", "describe", "found_regions", "printable", "to_parts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model answered to one prompt about one picture, or one slice of a volume.
+
+    Attributes:
+        answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
+        image: the picture or slice as the model's processor read it, 8-bit RGB.
+        image_name: where the image came from.
+        prompt: what was asked.
+        model: the checkpoint folder.
+        scan: what the image is of.
+        slice_index: which of its slices, from 0.
+        window: that it was shown with; None is what suits the modality.
+    """
+
+    answer: "GroundedAnswer"
+    image: "Image.Image"
+    image_name: str
+    prompt: str
+    model: str
+    scan: "Scan"
+    slice_index: int = 0
+    window: str | tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `answer.json`: see `describe`."""
+        return describe([self])
+
+    def to_table(self) -> str:
+        """The answer, then an aligned table of its regions."""
+        parts = to_parts(self.to_dict())
+        return "\n".join(printable(part) if isinstance(part, str) else align(part) for part in parts)
+
+    def save(
+        self, folder: str | Path, overwrite: bool = False, formats: Sequence[str] = ("png",), deidentify: bool = False
+    ) -> Path:
+        """Writes `answer.json`, `overlay.png` and the masks: see `medsight.inference.answer_folder.save_answer`."""
+        from medsight.inference.answer_folder import save_answer
+
+        return save_answer([self], Path(folder), overwrite, formats, deidentify)
+
+
+def label_of(region: "GroundedRegion") -> str:
+    """What a region is called in files: its words, or its group, or its code."""
+    return next(name for name in (region.phrase, region.group_name, region.code) if name and name.strip())
+
+
+def found_regions(predictions: Sequence[Prediction]) -> "list[FoundRegion]":
+    """All regions of predictions about one scan, as `medsight.export` takes them."""
+    import numpy as np
+
+    from medsight.export import FoundRegion
+
+    return [
+        FoundRegion(one.slice_index, np.asarray(region.mask, dtype=bool), label_of(region), region.code, region.score)
+        for one in predictions
+        for region in one.answer.regions
+    ]
+
+
+def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but pixels of the predictions about one scan, for one prompt. Names of files are made printable.
+
+    `slice`, `text`, `raw_text`, `is_complete` (whether the answer came to its end) and `regions` of a single
+    prediction stand at the top; of several, `slices` lists them. Sizes are in pixels, and in mm² and ml where the
+    scan's spacing is known; None where it is not.
+
+    Args:
+        run: what decided on the answers, for `medsight predict` to recognise a finished one by.
+    """
+    from medsight.export import measure
+
+    first = predictions[0]
+    scan = first.scan
+    measures = measure(scan, found_regions(predictions))
+    areas = iter(measures.area_mm2)
+    slices = [
+        {
+            "slice": one.slice_index,
+            "text": one.answer.text,
+            "raw_text": one.answer.raw_text,
+            "is_complete": one.answer.is_complete,
+            "regions": [_describe_region(region, next(areas)) for region in one.answer.regions],
+        }
+        for one in predictions
+    ]
+    return {
+        "medsight_version": __version__,
+        "model": printable(first.model),
+        "image": printable(first.image_name),
+        "size": {"width": first.image.width, "height": first.image.height},
+        "scan": {
+            "kind": scan.kind,
+            "slices": scan.num_slices,
+            "plane": scan.plane,
+            "modality": scan.modality,
+            "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
+            "slice_spacing_mm": scan.slice_spacing,
+        },
+        "prompt": first.prompt,
+        **(slices[0] if len(slices) == 1 else {"slices": slices}),
+        "volumes_ml": measures.volume_ml if len(slices) > 1 else {},
+        "run": run,
+    }
+
+
+def _describe_region(region: "GroundedRegion", area_mm2: float | None) -> dict[str, Any]:
+    return {
+        "code": region.code,
+        "group": region.group_name,
+        "meaning": None if region.meaning is None else asdict(region.meaning),
+        "phrase": region.phrase,
+        "span": region.span,
+        "box": region.box,
+        "area": region.area,
+        "area_mm2": area_mm2,
+        "score": region.score,
+    }
+
+
+def to_parts(content: dict[str, Any]) -> list[str | Table]:
+    """The content of an `answer.json` for a terminal: the answer, or one a slice, and a table of all regions.
+
+    Columns that no region has anything for are left out.
+    """
+    several = "slices" in content
+    slices = content["slices"] if several else [content]
+    regions = [(one, region) for one in slices for region in one["regions"]]
+    lines = [f"slice {one['slice']}: {one['text']}" if several else one["text"] for one in slices]
+    cut = [str(one["slice"]) for one in slices if one.get("is_complete") is False]
+    of_slices = f", of slice {', '.join(cut)}" if several else ""
+    ending: list[str | Table] = [f"\nCut at the limit of length{of_slices}; --max-new-tokens sets it."] if cut else []
+    if not regions:
+        none = "No answer cites a region." if several else "The answer cites no region."
+        return ["\n".join(lines), "", none, *ending]
+    columns = {
+        "": [str(number) for number in range(1, len(regions) + 1)],
+        "slice": [str(one["slice"]) if several else "" for one, _ in regions],
+        "code": [region["code"] for _, region in regions],
+        "group": [region["group"] or "-" for _, region in regions],
+        "phrase": [region["phrase"] or "-" for _, region in regions],
+        "usually": [_meaning_text(region["meaning"]) for _, region in regions],
+        "area (px)": [str(region["area"]) for _, region in regions],
+        "area (mm²)": ["" if region["area_mm2"] is None else f"{region['area_mm2']:.1f}" for _, region in regions],
+        "box (x0, y0, x1, y1)": [
+            "-" if region["box"] is None else ", ".join(map(str, region["box"])) for _, region in regions
+        ],
+        "score": ["-" if region["score"] is None else f"{region['score']:.2f}" for _, region in regions],
+    }
+    kept = {title: cells for title, cells in columns.items() if any(cells)}
+    parts: list[str | Table] = ["\n".join(lines), "", [tuple(kept), *zip(*kept.values(), strict=True)]]
+    volumes = {name: volume for name, volume in content["volumes_ml"].items() if volume is not None}
+    if volumes:
+        listed = ", ".join(f"{name} {volume:.1f} ml" for name, volume in volumes.items())
+        parts.append(f"\nOver the slices asked about: {listed}")
+    return parts + ending
+
+
+def _meaning_text(meaning: dict[str, Any] | None) -> str:
+    from processing_medsight.region_codes_medsight import CodeMeaning
+
+    return "" if meaning is None else str(CodeMeaning(**meaning))

@@ -1,0 +1,310 @@
+"""`Predictor`: a loaded checkpoint that answers prompts about pictures, slices of volumes, and whole conversations."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from medsight.inference.prediction import Prediction
+    from medsight.scans.scan import Scan, Source
+    from processing_medsight.grounded_answer_medsight import GroundedAnswer
+
+    Window = str | tuple[float, float] | None
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How to answer. Decoding is greedy.
+
+    Attributes:
+        max_new_tokens: the answer is cut there.
+        allowed_groups: names or numbers of the groups whose region codes may be cited, or "predicted" for the group
+            that the model sees in the image; any group by default.
+        force_region: cite at least one region code.
+        threshold: probability from which on a pixel belongs to a mask.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    max_new_tokens: int = 256
+    allowed_groups: str | Sequence[int | str] | None = None
+    force_region: bool = False
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, by name."""
+        return asdict(self)
+
+    def decoding(self) -> dict[str, Any]:
+        """What of it is for `generate`."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "allowed_groups": self.allowed_groups,
+            "force_region": self.force_region,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """A slice of a scan, or a picture, as the model sees it.
+
+    Attributes:
+        scan: what it is of.
+        index: which slice, from 0.
+        image: 8-bit RGB, of the scan's `width` x `height`.
+        window: that it is shown with; None is what suits the modality.
+    """
+
+    scan: "Scan"
+    index: int
+    image: "Image.Image"
+    window: "Window" = None
+
+
+def read_slices(
+    source: "Source | Scan", slices: int | str | Sequence[int] = "middle", window: "Window" = None
+) -> Iterator[Slice]:
+    """The chosen slices of a scan, or of anything that `open_scan` opens, decoded one by one.
+
+    Raises:
+        ValueError: it cannot be read, has no such slice, or cannot be shown with that window; the message names it.
+    """
+    from medsight.scans.scan import Scan, open_scan
+
+    scan = source if isinstance(source, Scan) else open_scan(source)
+    for index in scan.choose_slices(slices):
+        yield Slice(scan, index, scan.slice_image(index, window).convert("RGB"), window)
+
+
+class Predictor:
+    """A loaded checkpoint that answers prompts about images.
+
+    Args:
+        model: checkpoint folder; the small one that comes with the package by default.
+        device: "auto" (a GPU where there is one), or a torch device such as "cpu" or "cuda:1".
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+
+    Raises:
+        OSError: the folder or a file of it is missing.
+        ValueError: the folder is no complete MedSIGHT checkpoint, or the device or dtype is not to be had.
+    """
+
+    def __init__(self, model: str | Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
+        from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint, shipped_checkpoint
+
+        self.folder = shipped_checkpoint() if model is None else Path(model)
+        check_checkpoint(self.folder)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        self.device = choose_device(device)
+        self.model_name = self.folder.name if model is None else str(model)
+        self.model, self.processor = load_checkpoint(self.folder, dtype)
+        self.model.to(self.device).eval()
+
+    @overload
+    def __call__(
+        self,
+        image: "Source | Scan",
+        prompt: str,
+        slices: int | str | Sequence[int] = "middle",
+        window: "Window" = None,
+        batch_size: int = BATCH_SIZE,
+        **settings: Any,
+    ) -> "Prediction": ...
+
+    @overload
+    def __call__(
+        self,
+        image: "list[Source | Scan] | tuple[Source | Scan, ...]",
+        prompt: str | Sequence[str],
+        slices: int | str | Sequence[int] = "middle",
+        window: "Window" = None,
+        batch_size: int = BATCH_SIZE,
+        **settings: Any,
+    ) -> "list[Prediction]": ...
+
+    def __call__(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        slices: int | str | Sequence[int] = "middle",
+        window: "Window" = None,
+        batch_size: int = BATCH_SIZE,
+        **settings: Any,
+    ) -> "Prediction | list[Prediction]":
+        """Answers a prompt about an image; or, of a list of images, about each of them, in batches.
+
+        Args:
+            image: a file of any kind that `open_scan` knows, a DICOM series' folder, bytes, a PIL image, an array, or
+                a `Scan`. Or a list of these, which gives a list: a prediction for each chosen slice of each of them.
+            prompt: the question or instruction; for a list of images also a list of them, one an image.
+            slices: which slice of a volume, as `Scan.choose_slices` takes it; of a single image it must choose one.
+            window: how grey levels are shown, as `Scan.slice_image` takes it.
+            batch_size: slices answered at once. Answers do not depend on it beyond the rounding of the dtype.
+            **settings: fields of `AnswerSettings`.
+
+        Raises:
+            ValueError: an image cannot be read, or an argument is out of range; the message names it.
+        """
+        if not isinstance(image, (list, tuple)):
+            if not isinstance(prompt, str):
+                raise ValueError("several prompts for one image: give the image as a list, once for each prompt")
+            chosen = list(read_slices(image, slices, window))
+            if len(chosen) != 1:
+                raise ValueError(
+                    f"slices={slices!r} chooses {len(chosen)} slices of {chosen[0].scan.name}: give the image in a "
+                    "list to get a list of predictions"
+                )
+            return self.predict_slices(chosen, [prompt], [_name_of(image)], **settings)[0]
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected at least 1")
+        prompts = [prompt] * len(image) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(image):
+            raise ValueError(f"expected one prompt, or one an image, got {len(prompts)} for {len(image)} images")
+        entries = (
+            (one, asked, _name_of(source))
+            for source, asked in zip(image, prompts, strict=True)
+            for one in read_slices(source, slices, window)
+        )
+        predictions: list[Prediction] = []
+        while batch := list(islice(entries, batch_size)):
+            predictions += self.predict_slices(*(list(column) for column in zip(*batch, strict=True)), **settings)
+        return predictions
+
+    def predict_slices(
+        self, slices: Sequence[Slice], prompts: Sequence[str], names: Sequence[str], **settings: Any
+    ) -> "list[Prediction]":
+        """Answers one batch: a prompt about each slice; `names` are what the images are called.
+
+        Raises:
+            ValueError: an argument is out of range; the message names it.
+        """
+        from medsight.inference.prediction import Prediction
+
+        chats = [[user_turn(prompt, one.image)] for prompt, one in zip(prompts, slices, strict=True)]
+        return [
+            Prediction(
+                answer=answer,
+                image=one.image,
+                image_name=name,
+                prompt=prompt,
+                model=self.model_name,
+                scan=one.scan,
+                slice_index=one.index,
+                window=one.window,
+            )
+            for answer, one, prompt, name in zip(self.answer(chats, **settings), slices, prompts, names, strict=True)
+        ]
+
+    def answer(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], streamer: Any = None, **settings: Any
+    ) -> "list[GroundedAnswer]":
+        """Answers the last turn of each conversation, as one batch.
+
+        Args:
+            conversations: chat messages, as `apply_chat_template` takes them; see `user_turn`. The assistant's earlier
+                turns are `raw_text`s, so that their region codes are read again.
+            streamer: one of transformers', which gets the tokens of the one conversation as they come.
+            **settings: fields of `AnswerSettings`.
+
+        Returns:
+            An answer a conversation; the masks of its regions are at the size of the image they belong to.
+
+        Raises:
+            ValueError: a conversation cannot be tokenized or is too long, a setting is out of range, or there is no
+                such group.
+        """
+        chosen = AnswerSettings(**settings)
+        inputs = tokenize_chats(self.model, self.processor, conversations)
+        check_length(self.model, inputs, chosen.max_new_tokens)
+        output = decode_greedily(self.model, inputs, streamer=streamer, **chosen.decoding())
+        answers: list[GroundedAnswer] = self.processor.post_process_grounded_answer(
+            output, inputs, threshold=chosen.threshold
+        )
+        return answers
+
+
+def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Any:
+    """Conversations as one left-padded batch for `decode_greedily`, on the model's device and in its precision.
+
+    Args:
+        conversations: chat messages, as `apply_chat_template` takes them; each ends with a turn of the user.
+
+    Raises:
+        ValueError: one of them cannot be tokenized.
+    """
+    return processor.apply_chat_template(
+        [list(messages) for messages in conversations],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device, dtype=model.dtype)
+
+
+def check_length(model: Any, inputs: Any, max_new_tokens: int) -> None:
+    """Refuse conversations that leave the model no place for an answer.
+
+    Raises:
+        ValueError: the longest takes more tokens, with `max_new_tokens` for its answer, than the model has positions.
+    """
+    length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if length + max_new_tokens > limit:
+        raise ValueError(
+            f"the conversation takes {length} tokens, and with {max_new_tokens} for the answer that is more than the "
+            f"model's {limit}: ask less at once, begin a new conversation, or lower max_new_tokens"
+        )
+
+
+def decode_greedily(model: Any, inputs: Any, **settings: Any) -> Any:
+    """What the model's `generate` returns for the inputs, at the likeliest token each time.
+
+    Args:
+        **settings: more of `generate`, such as `max_new_tokens` or `streamer`.
+    """
+    import torch
+
+    with torch.inference_mode():
+        return model.generate(**inputs, do_sample=False, num_beams=1, return_dict_in_generate=True, **settings)
+
+
+def user_turn(prompt: str, image: Any = None) -> dict[str, Any]:
+    """A message of the user: an image, where one is given, and what is asked.
+
+    Raises:
+        ValueError: the prompt is empty, or has bytes that are no text.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask about the image, for example 'Segment the liver.'")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"the prompt {prompt!r} has bytes that are no UTF-8: write it in UTF-8")
+    shown = [] if image is None else [{"type": "image", "image": image}]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}
+
+
+def assistant_turn(answer: "GroundedAnswer") -> dict[str, Any]:
+    """An answer as a turn of the conversation that goes on after it."""
+    return {"role": "assistant", "content": [{"type": "text", "text": answer.raw_text}]}
+
+
+def _name_of(source: Any) -> str:
+    from medsight.text import printable
+
+    return printable(str(source)) if isinstance(source, (str, PathLike)) else getattr(source, "name", None) or "image"

@@ -1,0 +1,323 @@
+"""DICOM images: one file of one or several frames, or the files of a series, sorted along the normal of the slices.
+
+Frames are shown as they are stored, which is how DICOM means them to be looked at. Whatever pydicom says about a file
+may quote what the file says about a person: no message of its own is passed on.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.utils import logging
+
+from .dicom_file import (
+    FrameOffsets,
+    Refused,
+    check_codestream,
+    frame_offsets,
+    guarded,
+    missing_decoder,
+    read_header,
+    read_whole,
+)
+from .dicom_header import (
+    TOLERANCE,
+    code_of,
+    directions_of,
+    group_of,
+    measures_of,
+    number_of_frames,
+    numbers_of,
+    photometric_of,
+    position_of,
+    spacing_of,
+    voi_of,
+    window_of,
+)
+from .file_kinds import recognise
+from .scan import Scan, warn_of_oblong_pixels
+from .windows import (
+    WINDOWS,
+    Window,
+    apply_window,
+    is_file_window,
+    no_file_window,
+    parse_window,
+    percentile_window,
+    sampled_slices,
+)
+
+
+logger = logging.get_logger(__name__)
+
+MAX_SERIES_FILES = 2**14
+_BY_PERCENTILES = ("MR", "PT", "NM")  # grey levels without a scale that windows of files agree on
+_HEAD = ("HEAD", "BRAIN")
+_UNDECODED = "it is damaged, or of a kind that the installed decoders do not read"
+
+
+class DicomScan(Scan):
+    """The frames of one file, or the instances of a series; see [`open_scan`]."""
+
+    kind = "dicom"
+
+    def __init__(self, sources: Sequence[Path | bytes], name: str) -> None:
+        super().__init__(name)
+        names = [os.path.join(name, source.name) if isinstance(source, Path) else name for source in sources]
+        if len(sources) == 1:
+            names = [name]
+        headers = [read_header(source, called) for source, called in zip(sources, names, strict=True)]
+        with guarded(name, "its header is damaged"):
+            order = _series_order(headers, names, name) if len(sources) > 1 else [0]
+            self._headers = headers = [headers[i] for i in order]
+            self._sources = [sources[i] for i in order]
+            self._names = [names[i] for i in order]
+            self.files = tuple(source for source in self._sources if isinstance(source, Path))
+            first = headers[0]
+            self.num_slices = len(headers) if len(headers) > 1 else number_of_frames(first)
+            self.height, self.width = int(first.Rows), int(first.Columns)
+            self.modality = code_of(first.get("Modality"))
+            self._colour = int(first.get("SamplesPerPixel") or 1) == 3 or photometric_of(first) == "PALETTE COLOR"
+            self._place()
+        self._decoded: tuple[int, Any, FrameOffsets | None] | None = None
+        self._levels: Window | None = None
+        warn_of_oblong_pixels(self)
+
+    def dicom_datasets(self) -> list[Any]:
+        return list(self._headers)
+
+    @property
+    def is_wide(self) -> bool:
+        return not self._colour
+
+    @property
+    def has_window(self) -> bool:
+        try:
+            with guarded(self.name, "its header is damaged"):
+                voi = voi_of(*self._header(0))
+                return not self._colour and bool(voi.get("VOILUTSequence") or window_of(voi))
+        except Refused:
+            return False
+
+    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
+        index = self._index(index)
+        own = is_file_window(window)
+        chosen = None if window is None or own else parse_window(window)
+        with guarded(self._slice_name(index), _UNDECODED):
+            if self._colour:
+                if window is not None:
+                    raise Refused(f"{self.name} is in colour: it has no grey levels for a window to choose")
+                return Image.fromarray(self._colour_pixels(index))
+            if isinstance(window, str) and not own and self.modality not in (None, "CT"):
+                raise Refused(f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width")
+            values, padding = self._grey_values(index)
+            if chosen is not None:
+                shown: np.ndarray | None = apply_window(values, chosen)
+            else:
+                shown = self._shown_by_file(index, values) if own else self._shown_by_default(index, values)
+            if shown is None:
+                raise Refused(no_file_window(self._slice_name(index)))
+            if photometric_of(self._headers[0]) == "MONOCHROME1":
+                shown = 255 - shown
+            shown[padding] = 0
+            return Image.fromarray(shown)
+
+    def _slice_name(self, index: int) -> str:
+        if len(self._sources) > 1:
+            return self._names[index]
+        return self.name if self.num_slices == 1 else f"{self.name}, frame {index}"
+
+    def _header(self, index: int) -> tuple[Any, int]:
+        """The header behind a slice, and the slice's frame in that file."""
+        return (self._headers[index], 0) if len(self._headers) > 1 else (self._headers[0], index)
+
+    def _place(self) -> None:
+        """Spacing and affine, from the positions that the headers state."""
+        spacings = [spacing_of(header) for header in self._headers]
+        known = [spacing for spacing in spacings if spacing is not None]
+        if len(known) == len(spacings) and (np.ptp(known, axis=0) <= TOLERANCE * np.min(known)).all():
+            self.pixel_spacing = known[0]
+        directions = directions_of(*self._header(0))
+        positions = [position_of(*self._header(index)) for index in range(self.num_slices)]
+        same = [directions_of(*self._header(index)) for index in range(self.num_slices)]
+        if (
+            directions is None
+            or any(p is None for p in positions)
+            or any(d is None or np.abs(d - directions).max() > TOLERANCE for d in same)
+        ):
+            return
+        places = np.array(positions)
+        measures = measures_of(*self._header(0))
+        normal = np.cross(*directions)
+        if self.num_slices == 1:
+            step = (numbers_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"), 1) or (0.0,))[0]
+            self.slice_spacing = abs(step) or None
+            through = normal * (abs(step) or 1)
+        else:
+            through = (places[-1] - places[0]) / (self.num_slices - 1)
+            even = places[0] + np.arange(self.num_slices)[:, None] * through
+            distance = float(np.linalg.norm(through))
+            if not distance or np.abs(places - even).max() > TOLERANCE * distance * 5:
+                logger.warning(f"{self.name}: its slices are not evenly spaced, so no volume can be measured")
+                return
+            self.slice_spacing = abs(float(through @ normal)) or None
+        if self.pixel_spacing is None:
+            return
+        affine = np.eye(4)
+        affine[:3, 0] = through
+        affine[:3, 1] = directions[1] * self.pixel_spacing[0]
+        affine[:3, 2] = directions[0] * self.pixel_spacing[1]
+        affine[:3, 3] = places[0]
+        self.affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's axes go to the left and to the back
+
+    def _stored(self, index: int) -> np.ndarray:
+        """(Rows, Columns) or (Rows, Columns, 3) as stored, decompressed; YBR as RGB."""
+        from pydicom.pixels import pixel_array
+
+        file, frame = (index, 0) if len(self._sources) > 1 else (0, index)
+        if self._decoded is None or self._decoded[0] != file:
+            whole = read_whole(self._sources[file], self._slice_name(index))
+            self._decoded = file, whole, frame_offsets(whole)
+        _, dataset, offsets = self._decoded
+        check_codestream(dataset, frame, offsets, self._slice_name(index))
+        try:
+            pixels = pixel_array(dataset, index=frame, extended_offsets=offsets)
+        except RuntimeError:  # of all decoders that are there
+            syntax = dataset.file_meta.TransferSyntaxUID
+            if (package := missing_decoder(syntax)) is None:
+                raise
+            raise Refused(
+                f"{self._slice_name(index)} is compressed as {syntax.name}, which the decoders that are installed do "
+                f"not read, or damaged: pip install pylibjpeg {package}"
+            ) from None
+        colours = (3,) if int(dataset.get("SamplesPerPixel") or 1) == 3 else ()
+        if pixels.shape != (self.height, self.width, *colours):
+            raise Refused(f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims")
+        return pixels
+
+    def _colour_pixels(self, index: int) -> np.ndarray:
+        from pydicom.pixels import apply_color_lut
+
+        header = self._headers[0]
+        pixels = self._stored(index)
+        bits = int(header.BitsStored)
+        if photometric_of(header) == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, header)
+            bits = 8 * pixels.itemsize
+        if pixels.dtype.kind != "u" or pixels.shape != (self.height, self.width, 3):
+            raise Refused(f"{self.name} has colours of an unknown kind")
+        return (pixels >> (bits - 8) if bits > 8 else pixels).astype(np.uint8)
+
+    def _grey_values(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(Rows, Columns) in the modality's own grey levels, and where there is nothing but padding."""
+        from pydicom.pixels import apply_modality_lut
+
+        header, _ = self._header(index)
+        stored = self._stored(index)
+        padding = np.zeros(stored.shape, dtype=bool)
+        if (value := numbers_of(header.get("PixelPaddingValue"), 1)) is not None:
+            limit = numbers_of(header.get("PixelPaddingRangeLimit"), 1) or value
+            padding = (stored >= min(value[0], limit[0])) & (stored <= max(value[0], limit[0]))
+        return apply_modality_lut(stored, self._modality_scale(index)), padding
+
+    def _modality_scale(self, index: int) -> Any:
+        """What holds the rescale, or modality lookup table, of a slice."""
+        header, frame = self._header(index)
+        rescale = group_of(header, frame, "PixelValueTransformationSequence")
+        return rescale if "RescaleSlope" in rescale else header
+
+    def _shows_stored(self, index: int) -> bool:
+        """Whether the grey levels of a slice are the stored numbers, none of them negative."""
+        scale = self._modality_scale(index)
+        unchanged = scale.get("RescaleSlope") in (None, 1) and scale.get("RescaleIntercept") in (None, 0)
+        signed = self._header(index)[0].get("PixelRepresentation")
+        return unchanged and not scale.get("ModalityLUTSequence") and not signed
+
+    def _shown_by_file(self, index: int, values: np.ndarray) -> np.ndarray | None:
+        """By the VOI lookup table of the file, or else its first window; `None` where it states neither."""
+        from pydicom.pixels import apply_voi
+
+        voi = voi_of(*self._header(index))
+        if voi.get("VOILUTSequence"):
+            bits = int(voi.VOILUTSequence[0].LUTDescriptor[2])
+            shown = apply_voi(values.astype(np.int64), voi)
+            return (shown.astype(np.float64) * (255 / (2**bits - 1))).clip(0, 255).round().astype(np.uint8)
+        window = window_of(voi)
+        return None if window is None else apply_window(values, window)
+
+    def _shown_by_default(self, index: int, values: np.ndarray) -> np.ndarray:
+        header, frame = self._header(index)
+        rescale = group_of(header, frame, "PixelValueTransformationSequence")
+        scaled = "RescaleIntercept" in rescale or "RescaleIntercept" in header
+        if self.modality == "CT" and scaled:
+            head = code_of(header.get("BodyPartExamined")) in _HEAD
+            return apply_window(values, WINDOWS["brain" if head else "soft tissue"])
+        if self.modality not in _BY_PERCENTILES:
+            if (shown := self._shown_by_file(index, values)) is not None:
+                return shown
+            if int(header.get("BitsStored") or 16) <= 8 and self._shows_stored(index):
+                top = 2 ** int(header.BitsStored) - 1
+                return apply_window(values, Window(top / 2, top))
+        if self._levels is None:
+            sampled = [self._grey_values(i) for i in sampled_slices(self.num_slices)]
+            shown_values = np.concatenate([one[~hidden] for one, hidden in sampled])
+            self._levels = percentile_window(shown_values[np.isfinite(shown_values)])
+        return apply_window(values, self._levels)
+
+
+def series_files(folder: Path, name: str) -> list[Path]:
+    """The DICOM files of a folder (not of the folders in it), by name.
+
+    Raises:
+        ValueError: if it holds none, or more than `MAX_SERIES_FILES` files.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if len(files) > MAX_SERIES_FILES:
+        raise ValueError(f"{name} holds {len(files):,} files: a series of at most {MAX_SERIES_FILES:,} is read")
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            try:
+                dicom = recognise(file, str(path)) == "dicom"
+            except ValueError:
+                dicom = False
+        if dicom and path.name != "DICOMDIR":
+            found.append(path)
+    if not found:
+        raise ValueError(f"{name} is a folder without a DICOM file: name a file, or the folder of one DICOM series")
+    if len(found) < len(files):
+        logger.warning(f"{name}: {len(files) - len(found)} of {len(files)} files are not DICOM and were left out")
+    return found
+
+
+def _series_order(headers: Sequence[Any], names: Sequence[str], name: str) -> list[int]:
+    """The order of the instances of the one series, or a reason why they are no series."""
+    series = Counter(str(header.get("SeriesInstanceUID")) for header in headers)
+    if len(series) > 1:
+        raise Refused(f"{name} holds {len(series)} series ({len(headers)} images): name the folder of one of them")
+    first = headers[0]
+    seen: dict[str, str] = {}
+    for header, called in zip(headers, names, strict=True):
+        if number_of_frames(header) > 1:
+            raise Refused(f"{name} holds several files, {called} among them with several frames: name one file")
+        for key in ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "Modality"):
+            if header.get(key) != first.get(key):
+                raise Refused(f"{called} differs from {names[0]} in {key}: they are no one volume")
+        one, other = directions_of(first, 0), directions_of(header, 0)
+        if (one is None) != (other is None) or (one is not None and np.abs(one - other).max() > TOLERANCE):
+            raise Refused(f"{called} lies in another direction than {names[0]}: they are no one volume")
+        instance = str(header.get("SOPInstanceUID"))
+        if instance in seen and header.get("SOPInstanceUID"):
+            raise Refused(f"{called} and {seen[instance]} are the same image: keep one of them")
+        seen[instance] = called
+    directions = directions_of(first, 0)
+    positions = [position_of(header, 0) for header in headers]
+    numbers = [(numbers_of(header.get("InstanceNumber"), 1) or (0.0,))[0] for header in headers]
+    along = [0.0] * len(headers)
+    if directions is not None and all(position is not None for position in positions):
+        along = [round(float(position @ np.cross(*directions)), 3) for position in positions]
+    return sorted(range(len(headers)), key=lambda i: (along[i], numbers[i], names[i]))

@@ -1,0 +1,265 @@
+"""A DICOM file from its bytes to a data set whose claims were held against them: before anything is allocated.
+
+Whatever pydicom says about a file may quote what the file says about a person: no message of its own is passed on.
+"""
+
+import importlib.util
+import logging
+import math
+import os
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS
+
+from .dicom_header import code_of, number_of_frames, photometric_of
+
+
+# Where compressed frames begin, and their lengths: numbers, or bytes as a file has them.
+FrameOffsets: TypeAlias = tuple[list[int], list[int]] | tuple[bytes, bytes]
+
+MAX_FRAMES = 2**17  # tiles of a whole slide
+MAX_FILE_BYTES = 2**31
+MAX_INFLATED_BYTES = 2**28  # of a deflated data set
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
+_READING = threading.RLock()  # warnings and log levels are the whole process's
+
+
+class Refused(ValueError):
+    """An error whose message is ours."""
+
+
+@contextmanager
+def guarded(name: str, problem: str) -> Iterator[None]:
+    """Turn whatever pydicom and its decoders raise into a ValueError, and keep them from writing about a person."""
+    own = logging.getLogger("pydicom")
+    with _READING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level, own.level = own.level, logging.CRITICAL + 1
+        try:
+            yield
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"{name}: {problem} ({type(error).__name__})") from None
+        finally:
+            own.level = level
+
+
+def read_header(source: Path | bytes, name: str) -> Any:
+    """A data set without its pixels, whose sizes were held against the bytes that are there.
+
+    Raises:
+        ValueError: for a damaged file, one that is no image, or sizes that are absurd.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ValueError(f'{name} is DICOM, which needs pydicom: pip install "medsight[medical]"') from error
+    with guarded(name, "it is damaged: its DICOM header cannot be read"), _stream(source, name) as file:
+        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+        here = file.tell()
+        element = 8 if dataset.original_encoding[0] else 12  # tag, representation and length of the pixels
+        length = file.seek(0, os.SEEK_END) - here - element
+        _set_transfer_syntax(dataset)
+        _check_is_image(dataset, length, name)
+        _check_sizes(dataset, length, name)
+        return dataset
+
+
+def read_whole(source: Path | bytes, name: str) -> Any:
+    import pydicom
+
+    with _stream(source, name) as file:
+        if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
+            raise Refused(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
+        file.seek(0)
+        dataset = pydicom.dcmread(file, force=True)
+    _set_transfer_syntax(dataset)
+    return dataset
+
+
+@contextmanager
+def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
+    """The file as pydicom may read it; one that was deflated as a whole comes inflated, up to a limit."""
+    from pydicom.filereader import read_dataset
+
+    file: BinaryIO = BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    with file:
+        prefix = 132 if file.read(132)[128:] == b"DICM" else 0
+        file.seek(prefix)
+        if file.read(2) != b"\x02\x00":
+            file.seek(0)
+            yield file
+            return
+        file.seek(prefix)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        for element in meta:  # an implicit one would be read again, and otherwise, by pydicom
+            element.value  # noqa: B018
+        if meta.get("TransferSyntaxUID") != _DEFLATED:
+            file.seek(0)
+            yield file
+            return
+        unpack = zlib.decompressobj(-zlib.MAX_WBITS)
+        inflated = unpack.decompress(file.read(), MAX_INFLATED_BYTES)
+        if unpack.unconsumed_tail:
+            raise Refused(f"{name} inflates to more than {MAX_INFLATED_BYTES:,} bytes")
+        if not unpack.eof:
+            raise Refused(f"{name} is truncated")
+        yield BytesIO(inflated)
+
+
+def _set_transfer_syntax(dataset: Any) -> None:
+    """Say how a data set without a transfer syntax is encoded, or one that was inflated."""
+    import pydicom
+
+    implicit, little = dataset.original_encoding
+    if not getattr(dataset, "file_meta", None):
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+
+
+def _check_is_image(dataset: Any, length: int, name: str) -> None:
+    from pydicom.uid import UID_dictionary
+
+    known = UID_dictionary.get(str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")))
+    what = known[0].removesuffix(" Storage") if known else None
+    kind = _NOT_IMAGES.get(code_of(dataset.get("Modality")) or "")
+    if kind is None and "DirectoryRecordSequence" in dataset:
+        kind = "a directory of other files"
+    if kind is None and (
+        length <= 0 or not {"Rows", "Columns", "BitsAllocated"} <= set(dataset.dir("Rows", "Columns", "Bits"))
+    ):
+        kind = "an object without pixels"
+    if kind is not None:
+        raise Refused(f"{name} is no image but {kind}" + (f" ({what})" if what else ""))
+
+
+def _check_sizes(dataset: Any, length: int, name: str) -> None:
+    """Rows x columns x frames against the bytes that follow the header."""
+    from pydicom.uid import UID
+
+    rows, columns, frames = int(dataset.Rows), int(dataset.Columns), number_of_frames(dataset)
+    samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.BitsAllocated)
+    if min(rows, columns, frames) < 1 or samples not in (1, 3) or bits not in (1, 8, 16, 32, 64):
+        raise Refused(
+            f"{name} has a damaged header: {frames} frames of {rows} x {columns} pixels of {samples} x {bits} bits"
+        )
+    if rows * columns > MAX_IMAGE_PIXELS or frames > MAX_FRAMES:
+        raise Refused(
+            f"{name} claims {frames:,} frames of {rows:,} x {columns:,} pixels: at most {MAX_FRAMES:,} of "
+            f"{MAX_IMAGE_PIXELS:,} in total are read"
+        )
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    packed = syntax.is_private or syntax.is_encapsulated
+    share = 2 / 3 if photometric_of(dataset) in ("YBR_FULL_422", "YBR_PARTIAL_422") else 1
+    needed = 8 * frames if packed else math.ceil(rows * columns * samples * frames * bits * share / 8)
+    if needed > length:
+        raise Refused(
+            f"{name} is truncated: its header claims {frames:,} frames of {rows:,} x {columns:,} pixels, which do not "
+            f"fit into the {max(length, 0):,} bytes that follow it"
+        )
+
+
+def frame_offsets(dataset: Any) -> FrameOffsets | None:
+    """The offsets of compressed frames: without a table, pydicom walks through all fragments anew at each frame.
+
+    Args:
+        dataset: a whole file. Frames of several fragments are made one fragment each in it.
+
+    Returns:
+        As DICOM's extended offset table has them; `None` where there is nothing to gain: one frame, a basic offset
+        table, pixels that are not compressed, or too few of them.
+
+    Raises:
+        ValueError: the fragments are damaged.
+    """
+    from pydicom.encaps import encapsulate, generate_frames, parse_basic_offsets, parse_fragments
+
+    tables = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    if all(tables):
+        return tables[0], tables[1]
+    frames = number_of_frames(dataset)
+    if frames == 1 or not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return None
+    pixels = BytesIO(dataset.PixelData)
+    if parse_basic_offsets(pixels):
+        return None
+    fragments, places = parse_fragments(pixels)
+    if fragments < frames:
+        return None
+    if fragments > frames:
+        streams = list(islice(generate_frames(dataset.PixelData, number_of_frames=frames), frames))
+        dataset.PixelData = encapsulate(streams, has_bot=False)
+        return frame_offsets(dataset)
+    lengths = [int.from_bytes(dataset.PixelData[place + 4 : place + 8], "little") for place in places]
+    return [place - places[0] for place in places], lengths
+
+
+def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, name: str) -> None:
+    """Hold a compressed frame's own size against the header's: decoders allocate what the frame says."""
+    from pydicom.encaps import get_frame
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import RLELossless
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise Refused(f"{name} is compressed as {syntax.name}, which pydicom cannot decode") from None
+    if not decoder.is_available:
+        package = missing_decoder(syntax) or "pylibjpeg-libjpeg"
+        raise Refused(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
+    if syntax == RLELossless:
+        return
+    frames = number_of_frames(dataset)
+    stream = get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
+    size = codestream_size(stream)
+    if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
+        raise Refused(f"{name} is damaged: its header and its compressed pixels claim different sizes")
+
+
+def missing_decoder(syntax: Any) -> str | None:
+    """The package that decodes a transfer syntax, if it is not installed."""
+    module = "openjpeg" if "2000" in syntax.name else "libjpeg" if "JPEG" in syntax.name else None
+    if module is None or all(map(_installed, (module, "pylibjpeg"))):
+        return None
+    return f"pylibjpeg-{module}"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # hidden from this process
+        return False
+
+
+def codestream_size(stream: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG, JPEG-LS or JPEG 2000 stream by its own header; `None` where it has none."""
+    siz = stream.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if siz >= 0:
+        right, bottom, left, top = (int.from_bytes(stream[siz + at : siz + at + 4], "big") for at in (8, 12, 16, 20))
+        return bottom - top, right - left
+    at = 2
+    while stream[:2] == b"\xff\xd8" and at + 9 <= len(stream):
+        if stream[at] != 0xFF:
+            at += 1
+            continue
+        marker = stream[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
+            return int.from_bytes(stream[at + 5 : at + 7], "big"), int.from_bytes(stream[at + 7 : at + 9], "big")
+        bare = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8
+        at += (1 if marker == 0xFF else 2) if bare else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return None

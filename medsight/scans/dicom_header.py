@@ -1,0 +1,111 @@
+"""Single elements of a DICOM header, read with care: what is missing or holds something else is `None`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .windows import Window, file_window
+
+
+TOLERANCE = 0.01  # of direction cosines, of spacings that are to be the same, of the distance between slices
+_CENTIMETRES = 3  # of the physical units of an ultrasound region
+_IMAGE_REGION = 1  # a two-dimensional picture: no trace over time
+
+
+def number_of_frames(dataset: Any) -> int:
+    return int(dataset.get("NumberOfFrames") or 1)
+
+
+def photometric_of(dataset: Any) -> str:
+    return str(dataset.get("PhotometricInterpretation") or "")
+
+
+def code_of(value: Any) -> str | None:
+    """A code string, if it is one: anything else might quote a person."""
+    text = str(value or "").strip().upper()
+    return text if 0 < len(text) <= 16 and all(c.isalnum() or c in "_ " for c in text) else None
+
+
+def numbers_of(value: Any, count: int | None) -> tuple[float, ...] | None:
+    """Finite numbers of an element; `None` where it is missing or holds something else."""
+    try:
+        numbers = tuple(float(v) for v in (value if isinstance(value, Sequence) else [value]))
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers and len(numbers) == (count or len(numbers)) and np.isfinite(numbers).all() else None
+
+
+def group_of(dataset: Any, frame: int, name: str) -> Any:
+    """A functional group of a frame of an enhanced object: its own, or the shared one; {} where there is none."""
+    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    for groups in (own[frame] if frame < len(own) else {}, shared[0] if len(shared) else {}):
+        if group := groups.get(name):
+            return group[0]
+    return {}
+
+
+def measures_of(dataset: Any, frame: int) -> Any:
+    return group_of(dataset, frame, "PixelMeasuresSequence") or dataset
+
+
+def position_of(dataset: Any, frame: int) -> np.ndarray | None:
+    place = group_of(dataset, frame, "PlanePositionSequence") or dataset
+    numbers = numbers_of(place.get("ImagePositionPatient"), 3)
+    return None if numbers is None or (place is dataset and frame) else np.array(numbers)
+
+
+def directions_of(dataset: Any, frame: int) -> np.ndarray | None:
+    """(2, 3): unit vectors along a row and along a column, in DICOM's patient axes."""
+    turn = group_of(dataset, frame, "PlaneOrientationSequence") or dataset
+    numbers = numbers_of(turn.get("ImageOrientationPatient"), 6)
+    if numbers is None:
+        return None
+    vectors = np.array(numbers).reshape(2, 3)
+    unit = np.abs(vectors @ vectors.T - np.eye(2)).max() < 2 * TOLERANCE
+    return vectors if unit else None
+
+
+def spacing_of(dataset: Any) -> tuple[float, float] | None:
+    """mm between rows and between columns: of the pixels, or of the regions of an ultrasound picture."""
+    stated = numbers_of(measures_of(dataset, 0).get("PixelSpacing"), 2)
+    if stated is not None and min(stated) > 0:
+        return stated[0], stated[1]
+    regions = dataset.get("SequenceOfUltrasoundRegions") or []
+    found = [_region_spacing(region, int(dataset.Rows), int(dataset.Columns)) for region in regions]
+    known = [spacing for spacing in found if spacing is not None]
+    if not known or len(known) < len(found) or np.ptp(known, axis=0).max() > TOLERANCE * np.min(known):
+        return None
+    return known[0]
+
+
+def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float] | None:
+    """Of a two-dimensional region in cm that lies on the picture: one that does not is of a picture scaled since."""
+    kind, *units = (
+        numbers_of(region.get(key), 1)
+        for key in ("RegionSpatialFormat", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection")
+    )
+    corners = [numbers_of(region.get(f"RegionLocationM{corner}"), 1) for corner in ("inX0", "inY0", "axX1", "axY1")]
+    deltas = [numbers_of(region.get(key), 1) for key in ("PhysicalDeltaY", "PhysicalDeltaX")]
+    if kind != (_IMAGE_REGION,) or set(units) != {(_CENTIMETRES,)} or None in corners or None in deltas:
+        return None
+    (left,), (top,), (right,), (bottom,) = corners  # type: ignore[misc]
+    down, across = (10 * abs(delta[0]) for delta in deltas if delta is not None)
+    # Writers disagree on whether the last column belongs to the region.
+    inside = 0 <= left < right <= columns and 0 <= top < bottom <= rows
+    return (down, across) if inside and down > 0 and across > 0 else None
+
+
+def voi_of(dataset: Any, frame: int) -> Any:
+    """What holds the window, or VOI lookup table, of a frame."""
+    voi = group_of(dataset, frame, "FrameVOILUTSequence")
+    return voi if "WindowCenter" in voi else dataset
+
+
+def window_of(voi: Any) -> Window | None:
+    """The first window that is stated, if it is one."""
+    centre, width = (numbers_of(voi.get(key), None) for key in ("WindowCenter", "WindowWidth"))
+    if not centre or not width:
+        return None
+    return file_window(centre[0], width[0], code_of(voi.get("VOILUTFunction")) or "LINEAR")

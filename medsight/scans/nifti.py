@@ -1,0 +1,282 @@
+"""NIfTI volumes as slices in the radiological convention, whatever the orientation of their voxel array.
+
+The voxel axes are reordered and flipped to the nearest right-anterior-superior ones (nothing is resampled, so an
+oblique volume is shown along its own axes). An axial slice has anterior at the top and the patient's right at the
+left, a coronal one superior at the top and the right at the left, a sagittal one superior at the top and anterior at
+the left. Slices go from feet to head, from back to front, and from the patient's left to right.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from transformers.utils import logging
+
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS
+
+from .file_kinds import GZIP_MAGIC, check_gzip_ratio
+from .scan import MAX_VOXELS, Scan, warn_of_oblong_pixels
+from .windows import (
+    WINDOWS,
+    Window,
+    apply_window,
+    is_file_window,
+    looks_like_hounsfield,
+    no_file_window,
+    parse_window,
+    percentile_window,
+)
+
+
+logger = logging.get_logger(__name__)
+
+_MAX_HEADER = 2**24  # extensions stand between header and voxels
+_SAMPLE = 2**20  # voxels that percentiles are taken from
+_LABELS = 1002  # NIFTI_INTENT_LABEL
+_COLOUR = {128: 3, 2304: 4}  # datatype code -> 8-bit channels
+_AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # of right, anterior, superior
+_MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown is taken for what nearly all files mean
+
+
+class NiftiScan(Scan):
+    """A volume of a .nii or .nii.gz file, or of its bytes; see [`open_scan`]."""
+
+    kind = "nifti"
+
+    def __init__(self, source: Path | bytes, name: str, plane: str) -> None:
+        super().__init__(name, [source] if isinstance(source, Path) else [])
+        self._source = source
+        self.plane, self._axes = plane, _AXES[plane]
+        with self._open() as file:
+            self._header = _read_header(file, name)
+        shape = self._header.get_data_shape()
+        self._shape = _three_axes(shape, name)
+        self._dtype, self._scale = _voxel_type(self._header, name)
+        offset = float(self._header["vox_offset"])
+        if not self._header.sizeof_hdr <= offset <= _MAX_HEADER:
+            raise ValueError(f"{name} has a damaged header: it puts the voxels at byte {offset:g}")
+        self._offset = int(offset)
+        self._voxels: np.ndarray | None = None
+        self._levels: Window | None = None
+        self._pixel_mm2: float | None = None
+        self._check_length()
+        self._orient()
+
+    @property
+    def nifti_header(self) -> Any:
+        return self._header.copy()
+
+    @property
+    def pixel_mm2(self) -> float | None:
+        return super().pixel_mm2 if self._pixel_mm2 is None else self._pixel_mm2
+
+    @property
+    def is_wide(self) -> bool:
+        return not self._dtype.names
+
+    @property
+    def has_window(self) -> bool:
+        return self._own_window() is not None
+
+    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
+        index = self._index(index)
+        shown = self._displayed(self._raw(), index)
+        if self._dtype.names:
+            if window is not None:
+                raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
+            return Image.fromarray(np.stack([shown[channel] for channel in "RGB"], axis=2))
+        if is_file_window(window):
+            chosen = self._own_window()
+            if chosen is None:
+                raise ValueError(no_file_window(self.name))
+        else:
+            chosen = self._default_window() if window is None else parse_window(window)
+        return Image.fromarray(apply_window(self._scaled(shown), chosen))
+
+    def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        voxels = np.zeros(self._shape, dtype=bool)
+        for index, mask in self._checked(masks).items():
+            self._displayed(voxels, index)[...] = mask
+        return voxels
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        """The file, unpacked on the way if it is packed."""
+        file: BinaryIO = BytesIO(self._source) if isinstance(self._source, bytes) else self._source.open("rb")
+        with file:
+            self._packed = file.read(2) == GZIP_MAGIC
+            file.seek(0)
+            if not self._packed:
+                yield file
+                return
+            with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
+                yield unpacked
+
+    def _check_length(self) -> None:
+        needed = self._offset + math.prod(self._shape) * self._dtype.itemsize
+        if self._packed:
+            packed = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
+            check_gzip_ratio(packed, needed, self.name)
+            return
+        held = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
+        if held < needed:
+            raise ValueError(
+                f"{self.name} is truncated: its header claims {needed:,} bytes ({' x '.join(map(str, self._shape))} "
+                f"voxels of {self._dtype}), the file holds {held:,}"
+            )
+
+    def _orient(self) -> None:
+        import nibabel
+
+        affine = self._header.get_best_affine()
+        stated = any(int(self._header[code]) for code in ("qform_code", "sform_code"))  # else nibabel makes one up
+        usable = stated and np.isfinite(affine).all() and np.isfinite(np.linalg.cond(affine[:3, :3]))
+        if usable:
+            self._orientation = nibabel.io_orientation(affine)
+            usable = np.isfinite(self._orientation).all()
+        if not usable:
+            logger.warning(f"{self.name} has no usable affine: its axes are taken for right, anterior and superior")
+            self._orientation = nibabel.io_orientation(np.eye(4))
+        unit = _MM_PER_UNIT.get(int(self._header["xyzt_units"]) & 7, 1.0)
+        sizes = unit * (nibabel.affines.voxel_sizes(affine) if usable else self._header["pixdim"][1:4].astype(float))
+        source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in self._axes]
+        self.width, self.height, self.num_slices = (self._shape[axis] for axis in source_axis)
+        if self.width * self.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{self.name} has slices of {self.height:,} x {self.width:,} pixels: too many")
+        if usable:
+            self.affine = affine
+        across, down, through = (float(size) if 0 < size < np.inf else None for size in sizes[source_axis])
+        self.pixel_spacing = None if down is None or across is None else (down, across)
+        self.slice_spacing = through
+        if usable:
+            axes = unit * affine[:3, source_axis]
+            pixel = float(np.linalg.norm(np.cross(axes[:, 0], axes[:, 1])))
+            distance = float(abs(np.linalg.det(axes)) / pixel)
+            right_angles = sizes[source_axis[:2]].prod(), sizes[source_axis[2]]
+            if not np.allclose((pixel, distance), right_angles):  # as of a tilted gantry
+                self._pixel_mm2, self.slice_spacing = pixel, distance
+        warn_of_oblong_pixels(self)
+
+    def _displayed(self, voxels: np.ndarray, index: int) -> np.ndarray:
+        """A view of a slice as it is shown: what is written to it is in its place in `voxels`."""
+        import nibabel
+
+        canonical = nibabel.apply_orientation(voxels, self._orientation)
+        across, down, through = self._axes
+        # Rows begin at the front or the top of the patient, columns at the right or the front.
+        return canonical.transpose(through, down, across)[index, ::-1, ::-1]
+
+    def _raw(self) -> np.ndarray:
+        """The voxels as stored: of a packed file in memory, of another one mapped from it."""
+        if self._voxels is None:
+            count = math.prod(self._shape)
+            if not self._packed and isinstance(self._source, Path):
+                flat: np.ndarray = np.memmap(self._source, self._dtype, "r", self._offset, (count,))
+            else:
+                flat = self._read(count)
+            self._voxels = flat.reshape(self._shape, order="F")
+        return self._voxels
+
+    def _read(self, count: int) -> np.ndarray:
+        voxels = np.empty(count, self._dtype)
+        rest = memoryview(voxels.view(np.uint8).data)
+        with self._open() as file:
+            try:
+                file.read(self._offset)
+                while rest:
+                    read = file.readinto(rest)
+                    if not read:
+                        raise EOFError
+                    rest = rest[read:]
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"{self.name} is damaged or truncated: its voxels cannot be read") from error
+        return voxels
+
+    def _scaled(self, voxels: np.ndarray) -> np.ndarray:
+        slope, intercept = self._scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            return voxels.astype(np.float64) * slope + intercept
+
+    def _own_window(self) -> Window | None:
+        """From `cal_min` to `cal_max`, where they are set."""
+        low, high = float(self._header["cal_min"]), float(self._header["cal_max"])
+        stated = np.isfinite([low, high]).all() and high > low and not self._dtype.names
+        return Window((low + high) / 2, high - low) if stated else None
+
+    def _default_window(self) -> Window:
+        if self._levels is None:
+            voxels = self._raw().reshape(-1, order="F")
+            step = max(1, len(voxels) // _SAMPLE)
+            while math.gcd(step, len(voxels)) > 1:  # a common factor would pass over whole planes
+                step += 1
+            sample = self._scaled(voxels[::step])
+            sample = sample[np.isfinite(sample)]
+            self._levels = WINDOWS["soft tissue"] if looks_like_hounsfield(sample) else percentile_window(sample)
+        return self._levels
+
+
+def _read_header(file: Any, name: str) -> Any:
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ValueError(f'{name} is NIfTI, which needs nibabel: pip install "medsight[medical]"') from error
+    try:
+        start = file.read(nibabel.Nifti2Header.sizeof_hdr)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name} is damaged or truncated: its header cannot be unpacked") from error
+    second = nibabel.Nifti2Header.sizeof_hdr in (int.from_bytes(start[:4], order) for order in ("little", "big"))
+    kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
+    if len(start) < kind.sizeof_hdr:
+        raise ValueError(f"{name} is truncated: a NIfTI header has {kind.sizeof_hdr} bytes, the file {len(start)}")
+    magic = start[4:7] if second else start[344:347]
+    if magic in (b"ni1", b"ni2"):
+        raise ValueError(f"{name} is a NIfTI header whose voxels are in another file: save both as one .nii")
+    if magic not in (b"n+1", b"n+2"):
+        raise ValueError(f"{name} is no NIfTI (Analyze 7.5, or a damaged header): save it as .nii")
+    try:
+        return kind(start[: kind.sizeof_hdr], check=False)
+    except Exception as error:
+        raise ValueError(f"{name} has a damaged NIfTI header") from error
+
+
+def _three_axes(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+    """The first three axes of a header's shape."""
+    if not 1 <= len(shape) <= 7 or min(shape) < 1:
+        raise ValueError(f"{name} has a damaged header: it claims a shape of {tuple(map(int, shape))}")
+    first, second, third = (int(size) for size in (*shape, 1, 1)[:3])
+    volume = first, second, third
+    if math.prod(volume) > MAX_VOXELS:
+        raise ValueError(
+            f"{name} claims {' x '.join(f'{size:,}' for size in volume)} voxels: at most {MAX_VOXELS:,} are read"
+        )
+    if len(shape) > 4 and math.prod(shape[4:]) > 1:
+        raise ValueError(f"{name} holds several values a voxel (vectors or tensors): save one of them as a volume")
+    if (count := math.prod(int(size) for size in shape[3:])) > 1:
+        logger.warning(f"{name} holds {count} volumes: only the first is used")
+    return volume
+
+
+def _voxel_type(header: Any, name: str) -> tuple[np.dtype, tuple[float, float]]:
+    """The type of a stored voxel, and what scales it."""
+    if int(header["intent_code"]) == _LABELS:
+        raise ValueError(f"{name} says that it is a label map, not an image")
+    try:
+        dtype = header.get_data_dtype()
+    except Exception as error:
+        raise ValueError(f"{name}: unknown voxel type {int(header['datatype'])}") from error
+    code = int(header["datatype"])
+    if code not in _COLOUR and (dtype.kind not in "iuf" or dtype.itemsize > 8):
+        raise ValueError(f"{name} has voxels of {dtype}: expected integers, floats of up to 64 bits, or RGB")
+    slope, intercept = (float(header[field]) if field in header else 0.0 for field in ("scl_slope", "scl_inter"))
+    if slope == 0 or not np.isfinite(slope):
+        return dtype, (1.0, 0.0)
+    if not np.isfinite(intercept):
+        raise ValueError(f"{name} has a damaged header: its intercept is {intercept}")
+    return dtype, (slope, intercept)

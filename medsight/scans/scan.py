@@ -1,0 +1,330 @@
+"""A picture, a DICOM file or series, or a NIfTI volume as slices to look at, and masks back onto its own grid.
+
+What a source is follows from its content, never from its name. Nothing is allocated before the size that a header
+claims was held against what is there. Messages name files and never quote what a header says about a person.
+"""
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from processing_medsight.image_loading_medsight import (
+    as_numpy,
+    black_is_zero,
+    bytes_of_text,
+    decode,
+    display_name,
+    grey_to_pillow,
+    is_volume,
+    is_wide,
+    load_array,
+    load_image,
+    to_array,
+)
+
+from .file_kinds import recognise
+from .windows import apply_window, is_file_window, no_file_window, parse_window
+
+
+logger = logging.get_logger(__name__)
+
+Source: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | torch.Tensor
+
+# 1024 x 1024 x 1024, or 512 x 512 x 4096: above what scanners make, below what exhausts a workstation.
+MAX_VOXELS = 2**30
+PLANES = ("axial", "coronal", "sagittal")
+_SQUARE = 1.02  # the largest ratio of a pixel's sides that counts as square
+
+
+class Scan(ABC):
+    """Something of one or several slices; make one by [`open_scan`].
+
+    Attributes:
+        name: how to call it in messages (no patient data).
+        kind: "image", "array" (of slices), "dicom" or "nifti".
+        num_slices: 1 for a picture.
+        height, width: of a displayed slice, in pixels.
+        modality: "CT", "MR", "US", ... where the file says so.
+        pixel_spacing: mm between rows and between columns, as displayed; `None` where it is not known.
+        pixel_mm2: area of a displayed pixel; `None` where it is not known.
+        slice_spacing: mm between displayed slices, along their normal; `None` where it is not known or differs from
+            slice to slice.
+        files: what is behind it, in slice order for a series; empty for bytes and arrays.
+        plane: that a NIfTI volume is cut along: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
+        is_wide: whether it has grey levels for a window to choose: no colours, and no picture of 8 bits.
+        has_window: whether it states a window of its own, for `window="file"`.
+        affine: (4, 4), index into what `to_source` returns -> RAS, in mm, or in a NIfTI file's own unit; `None` where
+            the file does not say.
+    """
+
+    kind: Literal["image", "array", "dicom", "nifti"]
+
+    def __init__(self, name: str, files: Sequence[Path] = ()) -> None:
+        self.name = name
+        self.files = tuple(files)
+        self.num_slices = 1
+        self.height = 0
+        self.width = 0
+        self.modality: str | None = None
+        self.pixel_spacing: tuple[float, float] | None = None
+        self.slice_spacing: float | None = None
+        self.plane: str | None = None
+        self.affine: np.ndarray | None = None
+
+    @property
+    @abstractmethod
+    def is_wide(self) -> bool: ...
+
+    @property
+    def pixel_mm2(self) -> float | None:
+        return None if self.pixel_spacing is None else self.pixel_spacing[0] * self.pixel_spacing[1]
+
+    @property
+    def has_window(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} scan {self.name}: {self.num_slices} x {self.height} x {self.width}, {self.modality}>"
+
+    @abstractmethod
+    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
+        """A slice as it is shown, and as the model sees it.
+
+        Args:
+            index: from 0; negative ones count from the end.
+            window: "abdomen", "lung", "bone", "brain", "soft tissue" (of CT), "file" (the one that the file states:
+                of several the first), or (centre, width) in the scan's own grey levels; by default what suits the
+                modality (docs/files.md).
+
+        Returns:
+            8-bit, mode L or RGB, of `width` x `height`.
+
+        Raises:
+            ValueError: for a slice that is not there or damaged, or a window that the scan cannot have, or does not
+                state.
+        """
+
+    def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Masks of displayed slices on the source's own grid.
+
+        Args:
+            masks: displayed slice -> (height, width) bool.
+
+        Returns:
+            Boolean; `False` on slices without a mask. NIfTI: the voxel array's own three axes (i, j, k). DICOM:
+            (frames of the file or instances in the order of `files`, Rows, Columns). Array and TIFF of several pages:
+            (slices, height, width). Picture: (height, width).
+
+        Raises:
+            ValueError: for a slice that is not there, or a mask of another size or type.
+        """
+        volume = np.zeros((self.num_slices, self.height, self.width), dtype=bool)
+        for index, mask in self._checked(masks).items():
+            volume[index] = mask
+        return volume
+
+    def choose_slices(self, slices: int | str | Sequence[int]) -> list[int]:
+        """Indices of displayed slices.
+
+        Args:
+            slices: an index (negative: from the end) or several, also as text ("-1", "0,4"); "middle"; "all";
+                "largest-foreground" (the slice that shows most of the body); "a-b", both ends included.
+
+        Raises:
+            ValueError: for a slice that is not there, or anything else.
+        """
+        if isinstance(slices, str):
+            if slices == "middle":
+                return [self.num_slices // 2]
+            if slices == "all":
+                return list(range(self.num_slices))
+            if slices == "largest-foreground":
+                return [max(range(self.num_slices), key=self._foreground)] if self.num_slices > 1 else [0]
+            if re.fullmatch(r"-?\d+(,-?\d+)*", slices):
+                return [self._index(int(index)) for index in slices.split(",")]
+            if ends := re.fullmatch(r"(\d+)-(\d+)", slices):
+                first, last = (self._index(int(end)) for end in ends.groups())
+                if first <= last:
+                    return list(range(first, last + 1))
+            raise ValueError(
+                f'slices={slices!r}: expected an index (negative: from the end), several ("0,4"), "a-b" with a not '
+                'above b, "middle", "all" or "largest-foreground"'
+            )
+        if isinstance(slices, Sequence):
+            return [self._index(index) for index in slices]
+        return [self._index(slices)]
+
+    def dicom_datasets(self) -> list[Any]:
+        """Headers (`pydicom.Dataset`) without pixels, in the order of `files`; empty for what is not DICOM."""
+        return []
+
+    @property
+    def nifti_header(self) -> Any:
+        """A copy of the NIfTI header; `None` for what is not NIfTI."""
+        return None
+
+    def _foreground(self, index: int) -> int:
+        """Number of pixels of a slice that are brighter than a quarter of what is shown."""
+        return int((np.asarray(self.slice_image(index).convert("L")) > 63).sum())
+
+    def _index(self, index: Any) -> int:
+        if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):
+            raise ValueError(f"slice {index!r} of {self.name}: expected an integer")
+        if not -self.num_slices <= index < self.num_slices:
+            raise ValueError(f"{self.name} has no slice {index}: it has {self.num_slices}, from 0")
+        return int(index) % self.num_slices
+
+    def _checked(self, masks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        checked = {}
+        for index, mask in masks.items():
+            mask = np.asarray(mask)
+            if mask.dtype != np.bool_ or mask.shape != (self.height, self.width):
+                raise ValueError(
+                    f"mask of slice {index} of {self.name}: expected {self.height} x {self.width} bool, got "
+                    f"{' x '.join(map(str, mask.shape))} {mask.dtype}"
+                )
+            checked[self._index(index)] = mask
+        return checked
+
+
+class Picture(Scan):
+    """A single picture: a file of Pillow's, an array of 1 to 4 channels, or a .npy file of one."""
+
+    kind = "image"
+
+    def __init__(self, image: Image.Image | np.ndarray, name: str, files: Sequence[Path] = ()) -> None:
+        super().__init__(name, files)
+        wide = is_wide(image)
+        if isinstance(image, Image.Image):
+            decode(image, name)
+            image = black_is_zero(image)
+        elif image.ndim == 2:
+            image = grey_to_pillow(image, name)
+        self.original = image  # as it was read: of any mode or type
+        self._values = np.asarray(image) if wide else None
+        self._shown = to_picture(image, name)
+        self.width, self.height = self._shown.size
+
+    @property
+    def is_wide(self) -> bool:
+        return self._values is not None
+
+    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
+        self._index(index)
+        if window is None:
+            return self._shown.copy()
+        if self._values is None:
+            raise ValueError(f"{self.name} is of 8 bits or in colour: it has no grey levels for a window to choose")
+        if is_file_window(window):
+            raise ValueError(no_file_window(self.name))
+        return Image.fromarray(apply_window(self._values, parse_window(window)))
+
+    def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        return self._checked(masks).get(0, np.zeros((self.height, self.width), dtype=bool)).copy()
+
+
+def to_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
+    """An image of any kind as it is shown without a window: 8 bits, mode L or RGB."""
+    pixels = to_array(image, name, convert_rgb=True, rescale=True)
+    grey = (pixels == pixels[:, :, :1]).all()
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if grey else pixels)
+
+
+def warn_of_oblong_pixels(scan: Scan) -> None:
+    """Say so where displayed pixels are not square: they are shown as they are, one pixel an entry."""
+    if scan.pixel_spacing is not None:
+        rows, columns = scan.pixel_spacing
+        if max(rows, columns) > _SQUARE * min(rows, columns):
+            logger.warning(f"{scan.name}: pixels are not square ({rows:.3g} mm high, {columns:.3g} mm wide)")
+
+
+def open_scan(source: Source, name: str | None = None, plane: str | None = None, volume: bool = False) -> Scan:
+    """Open what a caller names: one file, a folder that holds one DICOM series, its bytes, or an array.
+
+    Args:
+        source: path (also an http(s) address or base64, as [`load_image`]), bytes, a Pillow image, or an array or
+            tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
+            other one of three axes is a volume, its slices along the first.
+        name: what to call it, and files in it, in messages; the path by default.
+        plane: that a NIfTI volume is cut along, "axial" (the default), "coronal" or "sagittal".
+        volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
+            channels. Where the last axis has 1 to 4 entries, these are channels all the same.
+
+    Returns:
+        The scan: its header was read and checked, its pixels are decoded when they are asked for.
+
+    Raises:
+        ValueError: for what is missing, damaged, too large or no image, or a plane of anything but NIfTI, saying which
+            and what to do.
+    """
+    if plane is not None and plane not in PLANES:
+        raise ValueError(f"plane={plane!r}: expected one of {', '.join(PLANES)}")
+    scan = _open(source, name, plane, volume)
+    if plane is not None and scan.plane is None:
+        raise ValueError(f"{scan.name}: plane={plane!r} is for NIfTI volumes; anything else is shown as it is stored")
+    return scan
+
+
+def _open(source: Source, name: str | None, plane: str | None, volume: bool) -> Scan:
+    if isinstance(source, Image.Image):
+        return Picture(source, name or getattr(source, "filename", None) or "image")
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _open_array(as_numpy(source, name or "array"), name or "array", [], volume)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(source), name or "bytes", plane, volume)
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        raise ValueError(f"{name or 'source'}: expected a path, bytes, an image, an array or a tensor, got {kind}")
+    name = name or display_name(source)
+    if os.path.isdir(source):
+        from .dicom import DicomScan, series_files
+
+        return DicomScan(series_files(Path(source), name), name)
+    if not os.path.isfile(source):
+        return _open_bytes(bytes_of_text(source, name), name, plane, volume)
+    path = Path(source)
+    try:
+        with path.open("rb") as file:
+            kind = recognise(file, name)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+    return _open_kind(kind, path, name, plane, volume)
+
+
+def _open_bytes(content: bytes, name: str, plane: str | None, volume: bool) -> Scan:
+    return _open_kind(recognise(BytesIO(content), name), content, name, plane, volume)
+
+
+def _open_kind(kind: str, source: Path | bytes, name: str, plane: str | None, volume: bool) -> Scan:
+    files = [source] if isinstance(source, Path) else []
+    if kind == "dicom":
+        from .dicom import DicomScan
+
+        return DicomScan([source], name)
+    if kind == "nifti":
+        from .nifti import NiftiScan
+
+        return NiftiScan(source, name, plane or PLANES[0])
+    if kind == "numpy":
+        return _open_array(load_array(source, name), name, files, volume)
+    from .stack import PageStack, tiff_pages
+
+    pages = tiff_pages(source, name)
+    return Picture(load_image(source, name), name, files) if pages is None else PageStack(pages, name, files)
+
+
+def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: bool) -> Scan:
+    if not is_volume(array, volume):
+        return Picture(array, name, files)
+    from .stack import ArrayStack
+
+    return ArrayStack(array, name, files)

@@ -1,0 +1,142 @@
+"""Slices of one size without a place in a patient: an array of three axes, or the pages of a TIFF."""
+
+import threading
+import weakref
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from processing_medsight.image_loading_medsight import (
+    MAX_IMAGE_PIXELS,
+    black_is_zero,
+    count_frames,
+    decode,
+    is_wide,
+    open_image,
+)
+
+from .scan import MAX_VOXELS, Scan, to_picture
+from .windows import (
+    Window,
+    apply_window,
+    is_file_window,
+    no_file_window,
+    parse_window,
+    percentile_window,
+    sampled_slices,
+)
+
+
+class Stack(Scan):
+    """Grey levels of 8 bits, and colours, are shown as they are; wider ones by percentiles of the whole stack."""
+
+    def __init__(self, shape: tuple[int, int, int], name: str, files: Sequence[Path]) -> None:
+        super().__init__(name, files)
+        self.num_slices, self.height, self.width = num_slices, height, width = shape
+        size = f"{num_slices:,} slices of {height:,} x {width:,} pixels"
+        if min(num_slices, height, width) < 1:
+            raise ValueError(f"{name} has no pixels: {size}")
+        if height * width > MAX_IMAGE_PIXELS or num_slices * height * width > MAX_VOXELS:
+            raise ValueError(
+                f"{name} has {size}: at most {MAX_IMAGE_PIXELS:,} a slice, {MAX_VOXELS:,} in all are read"
+            )
+        self._levels: Window | None = None
+
+    @abstractmethod
+    def _page(self, index: int) -> np.ndarray | Image.Image:
+        """A slice as it is stored: (height, width), or an image of any mode."""
+
+    @property
+    def is_wide(self) -> bool:
+        return is_wide(self._page(0))
+
+    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
+        page = self._page(self._index(index))
+        if window is None and not is_wide(page):
+            return to_picture(page, self.name)
+        if isinstance(page, Image.Image) and page.mode != "L" and not is_wide(page):
+            raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
+        if is_file_window(window):
+            raise ValueError(no_file_window(self.name))
+        chosen = self._default_window() if window is None else parse_window(window)
+        return Image.fromarray(apply_window(np.asarray(page), chosen))
+
+    def _default_window(self) -> Window:
+        if self._levels is None:
+            sample = np.stack([np.asarray(self._page(index)) for index in sampled_slices(self.num_slices)])
+            self._levels = percentile_window(sample[np.isfinite(sample)])
+        return self._levels
+
+
+class ArrayStack(Stack):
+    """An array of (slices, height, width) numbers; see [`open_scan`]."""
+
+    kind = "array"
+
+    def __init__(self, array: np.ndarray, name: str, files: Sequence[Path]) -> None:
+        num_slices, height, width = array.shape
+        super().__init__((num_slices, height, width), name, files)
+        self._array = array
+
+    def _page(self, index: int) -> np.ndarray:
+        page: np.ndarray = self._array[index]
+        return page
+
+
+class PageStack(Stack):
+    """The pages of a TIFF, decoded when they are asked for; see [`tiff_pages`]."""
+
+    kind = "image"
+
+    def __init__(self, opened: Image.Image, name: str, files: Sequence[Path]) -> None:
+        self._opened, self._lock = opened, threading.Lock()
+        weakref.finalize(self, opened.close)
+        self.name = name
+        width, height = self._decode(0).size
+        super().__init__((count_frames(opened, name), height, width), name, files)
+
+    def _page(self, index: int) -> Image.Image:
+        page = self._decode(index)
+        if page.size != (self.width, self.height):
+            raise ValueError(f"{self.name}, page {index} is of another size than the first")
+        return page
+
+    def _decode(self, index: int) -> Image.Image:
+        name = f"{self.name}, page {index}"
+        with self._lock:
+            try:
+                self._opened.seek(index)
+            except Exception as error:
+                raise ValueError(f"{name} is damaged or truncated ({error})") from error
+            decode(self._opened, name)
+            try:
+                ImageOps.exif_transpose(self._opened, in_place=True)
+            except Exception as error:
+                raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
+            return black_is_zero(self._opened).copy()
+
+
+def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:
+    """The opened file, if it is a TIFF of several pages of one size and mode: `None` for any other picture.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    opened = open_image(source, name)
+    count = count_frames(opened, name) if opened.format == "TIFF" else 1
+    pages = set()
+    for index in range(count):
+        try:
+            opened.seek(index)
+        except Exception as error:
+            raise ValueError(f"{name} is damaged or truncated: it has no page {index} ({error})") from error
+        pages.add((opened.size, opened.mode))
+        if len(pages) > 1:
+            break
+    if count > 1 and len(pages) == 1:
+        return opened
+    opened.close()
+    return None

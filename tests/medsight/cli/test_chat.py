@@ -1,0 +1,124 @@
+"""`medsight chat`: turns see the ones before them, stream, and are saved one by one."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight import Predictor, cli
+from medsight.cli.chat import Conversation
+from medsight.inference.predictor import AnswerSettings, read_slices
+
+
+PROMPTS = ["Segment the liver.", "And the spleen?", "Why?"]
+SETTINGS = AnswerSettings(max_new_tokens=6, force_region=True)
+
+
+@pytest.fixture
+def image_file(tmp_path: Path) -> Path:
+    path = tmp_path / "scan.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def chat(
+    tiny_checkpoint: Path, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(typed: str, *options: str) -> int:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        arguments = [str(image_file), "--model", str(tiny_checkpoint), "--device", "cpu", "--max-new-tokens", "6"]
+        return cli.main(["chat", *arguments, "--force-region", *options])
+
+    return run
+
+
+def test_each_turn_is_answered_after_the_ones_before_it(tiny_checkpoint: Path, image_file: Path) -> None:
+    predictor = Predictor(tiny_checkpoint, device="cpu")
+    image = next(read_slices(image_file))
+    streamed: list[str] = []
+    conversation = Conversation(predictor, image, "scan", SETTINGS)
+    answers = [conversation.ask(prompt, streamed.append).answer for prompt in PROMPTS]
+    assert "".join(streamed) == "".join(answer.raw_text for answer in answers)
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 3
+    for answer in answers:
+        assert all(region.image_index == 0 and region.mask.shape == (45, 70) for region in answer.regions)
+    first = predictor(image_file, PROMPTS[0], max_new_tokens=6, force_region=True).answer
+    assert answers[0].raw_text == first.raw_text
+    inputs = predictor.processor.apply_chat_template(
+        conversation.messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    text = predictor.processor.tokenizer.decode(inputs["input_ids"][0])
+    assert all(answer.raw_text.strip() in text for answer in answers)
+
+
+def test_a_turn_that_fails_is_not_part_of_the_conversation(tiny_checkpoint: Path, image_file: Path) -> None:
+    conversation = Conversation(Predictor(tiny_checkpoint, device="cpu"), next(read_slices(image_file)), "s", SETTINGS)
+    conversation.ask(PROMPTS[0])
+    before = list(conversation.messages)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        conversation.ask("  ")
+    assert conversation.messages == before
+
+
+def test_turns_are_printed_and_saved_one_by_one(
+    chat: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat("Segment the liver.\n\nAnd the spleen?\n") == 0
+    captured = capsys.readouterr()
+    folder = tmp_path / "scan-chat"
+    assert {path.name for path in folder.iterdir()} == {"turn-01", "turn-02"}
+    for name, prompt in (("turn-01", "Segment the liver."), ("turn-02", "And the spleen?")):
+        answer = json.loads((folder / name / "answer.json").read_text("utf-8"))
+        assert answer["prompt"] == prompt and answer["regions"]
+        assert all((folder / name / file).is_file() for file in answer["files"])
+        assert answer["regions"][0]["code"] in captured.out and f"Saved to scan-chat/{name}/" in captured.out
+    assert ">" not in captured.err
+    assert chat("Again?\n") == 1
+    assert "scan-chat is not empty" in capsys.readouterr().err
+
+
+def test_a_volume_is_cut_along_the_plane(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).integers(0, 900, (10, 12, 6), dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "v.nii")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where?\n"))
+    arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--max-new-tokens", "4"]
+    view = ["--plane", "sagittal", "--slice", "9", "--output", str(tmp_path / "out")]
+    assert cli.main(["chat", str(tmp_path / "v.nii"), *arguments, *view]) == 0
+    answer = json.loads((tmp_path / "out" / "turn-01" / "answer.json").read_text("utf-8"))
+    assert (answer["scan"]["plane"], answer["slice"]) == ("sagittal", 9)
+    assert answer["size"] == {"width": 12, "height": 6}
+
+
+def test_json_is_a_line_a_turn(chat: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat("Segment the liver.\nWhy?", "--json", "--output", "out") == 0
+    turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [turn["prompt"] for turn in turns] == ["Segment the liver.", "Why?"]
+    assert [turn["output"] for turn in turns] == ["out/turn-01", "out/turn-02"]
+
+
+def test_a_format_that_cannot_be_written_is_refused_before_anything_is_asked(
+    chat: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medsight.cli.chat.Predictor", None)
+    assert chat("Where?\n", "--formats", "png,nifti") == 1
+    assert "nifti needs an evenly spaced voxel grid" in capsys.readouterr().err
+
+
+def test_a_folder_of_several_images_is_refused(
+    chat: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "two" / name).write_bytes(image_file.read_bytes())
+    assert cli.main(["chat", str(tmp_path / "two")]) == 1
+    assert "holds 2 images" in capsys.readouterr().err

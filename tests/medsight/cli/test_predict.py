@@ -1,0 +1,491 @@
+"""`medsight predict` and `Predictor`: what is printed, what is written, and what is refused with nothing written."""
+
+import json
+import re
+import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from medsight import Predictor, cli
+from medsight.inference.answer_folder import save_answer
+from medsight.inference.prediction import describe, to_parts
+from tests.medsight.answers import SIZE, contents, same
+
+
+def png(width: int, height: int) -> bytes:
+    """A greyscale PNG whose header claims a size, with next to no pixels in it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
+    predict: Callable, image_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "deep" / "answer"
+    assert predict(image_file, "--force-region", "--output", str(output)) == 0
+    answer = json.loads((output / "answer.json").read_text("utf-8"))
+    assert answer["prompt"] == "Segment the liver."
+    assert answer["image"] == str(image_file)
+    assert answer["size"] == {"width": SIZE[0], "height": SIZE[1]}
+    assert answer["regions"]
+    names = {"overlay.png", "regions.json"} | {region["mask"] for region in answer["regions"]}
+    assert {path.name for path in output.iterdir()} == names | {"answer.json"} and set(answer["files"]) == names
+    for region in answer["regions"]:
+        assert region["code"] in answer["raw_text"]
+        with Image.open(output / region["mask"]) as image:
+            mask = np.asarray(image)
+            assert image.size == SIZE and image.mode == "L"
+        assert set(np.unique(mask)) <= {0, 255}
+        assert region["area"] == (mask > 0).sum()
+        if region["area"]:
+            rows, columns = np.nonzero(mask)
+            assert region["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        else:
+            assert region["box"] is None
+        assert 0 <= region["score"] <= 1
+    with Image.open(output / "overlay.png") as overlay:
+        assert max(overlay.size) >= 512
+
+
+def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(image_file, "--force-region", "--output", str(tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    answer = json.loads((tmp_path / "out" / "answer.json").read_text("utf-8"))
+    assert printed.startswith(answer["text"])
+    lines = printed.splitlines()
+    header = next(index for index, line in enumerate(lines) if "code" in line and "score" in line)
+    column = lines[header].index("code")
+    for region, line in zip(answer["regions"], lines[header + 1 :], strict=False):
+        assert line[column:].startswith(region["code"])
+    assert str(tmp_path / "out") in lines[-1]
+
+
+def test_a_cut_answer_says_so(predictor: Predictor) -> None:
+    cut = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=1)
+    ended = replace(cut, answer=replace(cut.answer, is_complete=True))
+    assert (cut.to_dict()["is_complete"], ended.to_dict()["is_complete"]) == (False, True)
+    assert "--max-new-tokens" in cut.to_table() and "--max-new-tokens" not in ended.to_table()
+    several = "\n".join(
+        map(str, to_parts(describe([cut, replace(ended, slice_index=4), replace(cut, slice_index=7)])))
+    )
+    assert "of slice 0, 7;" in several
+    earlier = cut.to_dict()
+    del earlier["is_complete"]  # of a version that did not know
+    assert to_parts(earlier) == to_parts({**earlier, "is_complete": None})
+
+
+def test_an_answer_cannot_drive_the_terminal(predictor: Predictor) -> None:
+    prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
+    prediction = replace(prediction, answer=replace(prediction.answer, text="a\x1b[2Jb\x07 ü 肝\nnext"))
+    assert prediction.to_table().startswith("a\ufffd[2Jb\ufffd ü 肝\nnext\n")
+
+
+def test_without_output_the_folder_is_named_after_the_image_and_lies_here(
+    predict: Callable, image_file: Path, tmp_path: Path
+) -> None:
+    assert predict(image_file) == 0
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["scan-medsight"]
+
+
+def test_the_working_folder_may_be_the_output(predict: Callable, image_file: Path, tmp_path: Path, capsys) -> None:
+    assert predict(image_file, "--output", ".") == 0
+    assert "answer.json" in {path.name for path in Path.cwd().iterdir()} and Path.cwd() == tmp_path / "here"
+    assert "Written to" in capsys.readouterr().out
+
+
+def test_python_gives_the_regions_that_the_command_writes(
+    predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path
+) -> None:
+    prediction = predictor(image_file, "Segment the liver.", max_new_tokens=6, force_region=True)
+    assert predict(image_file, "--force-region", "--output", str(tmp_path / "command")) == 0
+    prediction.save(tmp_path / "python")
+    python, command = contents(tmp_path / "python"), contents(tmp_path / "command")
+    one, other = (json.loads(files.pop("answer.json")) for files in (python, command))
+    assert python == command and one.pop("run") is None and other.pop("run")["threshold"] == 0.5
+    assert one == other
+
+
+def test_a_picture_in_memory_is_answered_like_its_file(predictor: Predictor, image_file: Path) -> None:
+    with Image.open(image_file) as image:
+        from_memory = predictor(image, "Where?", max_new_tokens=6, force_region=True)
+    from_file = predictor(str(image_file), "Where?", max_new_tokens=6, force_region=True)
+    assert from_memory.answer.raw_text == from_file.answer.raw_text
+    for one, other in zip(from_memory.answer.regions, from_file.answer.regions, strict=True):
+        assert one.mask.equal(other.mask)
+
+
+def test_only_allowed_groups_are_cited(predictor: Predictor, image_file: Path) -> None:
+    name = predictor.model.config.group_names[1]
+    for allowed in ([name], [1]):
+        prediction = predictor(image_file, "Where?", max_new_tokens=8, allowed_groups=allowed, force_region=True)
+        assert {region.group_name for region in prediction.answer.regions} == {name}
+
+
+def test_a_higher_threshold_gives_no_larger_mask(predictor: Predictor, image_file: Path) -> None:
+    areas = [
+        predictor(image_file, "Where?", max_new_tokens=6, force_region=True, threshold=threshold)
+        .answer.regions[0]
+        .area
+        for threshold in (0.05, 0.5, 0.95)
+    ]
+    assert areas == sorted(areas, reverse=True)
+
+
+def test_an_answer_without_regions_gives_an_overlay_and_no_mask(predictor: Predictor, tmp_path: Path) -> None:
+    prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
+    prediction = replace(prediction, answer=replace(prediction.answer, regions=[]))
+    prediction.save(tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {"answer.json", "overlay.png", "regions.json"}
+    assert "cites no region" in prediction.to_table()
+
+
+def test_an_answer_of_other_settings_is_replaced_only_on_request_and_then_completely(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert predict(image_file, "--output", str(output), "--force-region") == 0
+    before = contents(output)
+    assert predict(image_file, "--output", str(output), "--threshold", "0.9") == 1
+    error = capsys.readouterr().err
+    assert "another force_region, threshold" in error and "--overwrite" in error and str(output) in error
+    assert contents(output) == before
+    assert predict(image_file, "--output", str(output), "--overwrite", "--threshold", "0.9") == 0
+    after = json.loads((output / "answer.json").read_text("utf-8"))
+    assert after["run"]["threshold"] == 0.9
+    assert {path.name for path in output.iterdir()} == {"answer.json", *after["files"]}
+
+
+def test_a_finished_answer_is_shown_again_without_a_model(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    output = str(tmp_path / "out")
+    assert predict(image_file, "--output", output, "--force-region") == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("medsight.cli.predict.Predictor", None)
+    assert predict(image_file, "--output", output, "--force-region") == 0
+    assert capsys.readouterr().out == first.replace("Written to", "Answered before:")
+
+
+@pytest.mark.parametrize("foreign", ["thesis.docx", "answer.json.bak", "maskfile.png"])
+def test_a_folder_with_other_files_is_never_replaced(
+    foreign: str, predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "answer.json").write_text('{"prompt": "", "volumes_ml": {}, "run": null, "regions": [], "files": []}')
+    (output / foreign).write_text("precious")
+    before = contents(tmp_path)
+    assert predict(image_file, "--output", str(output), "--overwrite") == 1
+    assert foreign in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_failure_while_writing_leaves_the_earlier_answer_as_it_was(
+    predictor: Predictor, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prediction = predictor(image_file, "Where?", max_new_tokens=6, force_region=True)
+    prediction.save(tmp_path / "out")
+    before = contents(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("medsight.export.overlay", fail)
+    for output in (tmp_path / "out", tmp_path / "other"):
+        with pytest.raises(OSError, match="disk full"):
+            prediction.save(output, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = SIZE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_a_batch_gives_the_answers_of_single_calls(tiny_checkpoint: Path, tmp_path: Path, batch_size: int) -> None:
+    predictor = Predictor(tiny_checkpoint, device="cpu")
+    predictor.model.double()
+    images = [picture(tmp_path / f"{n}.png", n, (40 + 9 * n, 30 + n)) for n in range(5)]
+    prompts = ["?", "Segment the liver.", "Where is it, and what is beside it?", "Why?", "Segment " + "all " * 12]
+    settings = {"max_new_tokens": 6, "force_region": True}
+    single = [predictor(image, prompt, **settings) for image, prompt in zip(images, prompts, strict=True)]
+    batched = predictor(images, prompts, batch_size=batch_size, **settings)
+    assert len({prediction.answer.raw_text for prediction in single}) > 1
+    assert all(same(one, other) for one, other in zip(single, batched, strict=True))
+    together = predictor(images, prompts[1], batch_size=batch_size, **settings)
+    assert same(together[1], single[1]) and [one.prompt for one in together] == [prompts[1]] * 5
+
+
+def test_a_batch_of_wrong_size_is_refused(predictor: Predictor, image_file: Path) -> None:
+    with pytest.raises(ValueError, match="got 2 for 1 images"):
+        predictor([image_file], ["a", "b"])
+    with pytest.raises(ValueError, match="batch_size 0"):
+        predictor([image_file], "a", batch_size=0)
+    with pytest.raises(ValueError, match="several prompts for one image"):
+        predictor(image_file, ["a", "b"])  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A folder of pictures with names that must not be trusted, one broken file, and what is no image."""
+    folder = tmp_path / "study"
+    for number, name in enumerate(
+        ["b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png"]
+    ):
+        picture(folder / name, number)
+    (folder / "broken.png").write_bytes(png(400, 400))
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".DS_Store").write_bytes(b"x")
+    return folder
+
+
+def test_a_folder_is_answered_image_by_image_and_what_is_broken_is_reported_at_the_end(
+    predict: Callable, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers"
+    assert predict(study, "--output", str(output), "--json", "--batch-size", "4") == 1
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert {Path(line["image"]).name for line in lines} == {
+        *("b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png")
+    } - {"..hidden-ish..png"}
+    names = {path.name for path in output.iterdir()}
+    assert len(names) == len(lines) and {Path(line["output"]).name for line in lines} == names
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
+    assert {"b", "a_b_rm", "image-con"} < names and sum(name.lower().startswith("upper-") for name in names) == 2
+    assert "notes.txt" in captured.err and "broken.png is damaged" in captured.err
+    assert captured.err.endswith("medsight: error: 1 of 6 images could not be answered (named above)\n")
+
+
+def test_an_answer_that_cannot_be_written_does_not_stop_the_others(
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        picture(tmp_path / "study" / f"{number}.png", number)
+    (tmp_path / "all").symlink_to(tmp_path / "study")
+
+    def full(predictions: list, folder: Path, *arguments: object) -> Path:
+        if folder.name == "1":
+            raise OSError(28, "No space left on device", str(folder))
+        return save_answer(predictions, folder, *arguments)
+
+    monkeypatch.setattr("medsight.cli.predict.save_answer", full)
+    assert predict(tmp_path / "study", str(tmp_path / "all"), "--output", str(tmp_path / "out")) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "2"}
+    error = capsys.readouterr().err
+    assert f"left out, another name of an image: 3 ({tmp_path / 'all' / '0.png'}" in error
+    assert f"{tmp_path / 'study' / '1.png'}: [Errno 28]" in error and "1 of 3 images" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf_8_is_answered_all_the_same(
+    predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image_file.rename(tmp_path / "M\udcfcller.png")
+    assert predict(image, "--formats", "png,coco", "--force-region", "--output", str(tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "regions.json").read_text("utf-8"))["scan"]["name"] == "M\ufffdller.png"
+    predictor(image, "Where?", max_new_tokens=6).save(tmp_path / "python")
+    for folder in ("out", "python"):
+        answer = json.loads((tmp_path / folder / "answer.json").read_text("utf-8"))
+        assert answer["image"].endswith("M\ufffdller.png")
+
+
+def test_deidentifying_changes_nothing_of_the_caller_s(predictor: Predictor, image_file: Path, tmp_path: Path) -> None:
+    prediction = predictor(image_file, "Where?", max_new_tokens=6, force_region=True)
+    prediction.save(tmp_path / "before")
+    prediction.save(tmp_path / "nameless", deidentify=True)
+    prediction.save(tmp_path / "after")
+    assert contents(tmp_path / "after") == contents(tmp_path / "before") != contents(tmp_path / "nameless")
+
+
+def test_an_interrupted_run_goes_on_and_gives_what_an_unbroken_one_gives(
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        picture(tmp_path / "study" / f"{number}.png", number)
+    arguments = (tmp_path / "study", "--force-region", "--batch-size", "2")
+    assert predict(*arguments, "--output", str(tmp_path / "unbroken")) == 0
+    answer, batches = Predictor.answer, []
+
+    def counting(self: Predictor, conversations: list, **settings: object) -> list:
+        batches.append(len(conversations))
+        if sum(batches) > limit:
+            raise KeyboardInterrupt
+        return answer(self, conversations, **settings)
+
+    monkeypatch.setattr(Predictor, "answer", counting)
+    limit = 3
+    assert predict(*arguments, "--output", str(tmp_path / "broken")) == 130
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"0", "1"}
+    limit, batches = 5, []
+    capsys.readouterr()
+    assert predict(*arguments, "--output", str(tmp_path / "broken"), "--json") == 0
+    assert sum(batches) == 3 and len(capsys.readouterr().out.splitlines()) == 5
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (("--prompt", "Another?"), "prompt"),
+        (("--threshold", "0.4"), "threshold"),
+        (("--formats", "png,coco"), "formats"),
+        (("--max-new-tokens", "7"), "max_new_tokens"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    changed: tuple[str, str], named: str, predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "study" / "0.png", 0)
+    output = str(tmp_path / "out")
+    assert predict(tmp_path / "study", "--output", output) == 0
+    picture(tmp_path / "study" / "1.png", 1)
+    before = contents(tmp_path / "out")
+    assert predict(tmp_path / "study", "--output", output, *changed) == 1
+    error = capsys.readouterr().err
+    assert f"an answer of another {named};" in error and str(tmp_path / "out" / "0") in error
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_changed_image_or_model_is_noticed(
+    predict: Callable, tiny_checkpoint: Path, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out")
+    assert predict(image_file, "--output", output) == 0
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight + 0.01 for name, weight in weights.items()}, model / "model.safetensors")
+    assert predict(image_file, "--output", output, model=model) == 1
+    assert "another model_sha256;" in capsys.readouterr().err
+    picture(image_file, 9)
+    assert predict(image_file, "--output", output) == 1
+    assert "another image;" in capsys.readouterr().err
+
+
+def test_patterns_files_and_folders_add_up_without_earlier_answers(
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/0.png", "a/1.png", "b/2.png", "3.png"):
+        picture(tmp_path / name, 0)
+    assert predict(tmp_path / "3.png", "--output", str(tmp_path / "b" / "answer")) == 0
+    capsys.readouterr()
+    assert predict(tmp_path / "[ab]*", str(tmp_path / "3.png"), str(tmp_path / "a"), "--json") == 0
+    captured = capsys.readouterr()
+    images = [Path(json.loads(line)["image"]).name for line in captured.out.splitlines()]
+    assert images == ["0.png", "1.png", "2.png", "3.png"]
+    assert {path.name for path in (tmp_path / "here" / "medsight-answers").iterdir()} == {"0", "1", "2", "3"}
+    assert predict(tmp_path / "b" / "*", "--output", str(tmp_path / "other")) == 0
+    assert "left out, no image: 1" in capsys.readouterr().err
+    assert predict(tmp_path / "x*") == 1 and "nothing matches" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_refused_by_name_before_anything_is_answered(
+    predict: Callable,
+    image_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("medsight.cli.predict.Predictor", None)
+    for formats, culprit in (("gif", "gif"), ("nifti", str(image_file)), ("dicom-seg", str(image_file))):
+        output = tmp_path / "out"
+        assert predict(image_file, "--formats", formats, "--force-region", "--output", str(output)) == 1
+        assert culprit in capsys.readouterr().err and not output.exists()
+
+
+BAD_IMAGES = {
+    "missing": None,
+    "empty": b"",
+    "text": b"no image at all\n",
+    "without-pixels": png(0, 10),
+    "huge": png(30_000, 30_000),
+    "truncated": png(400, 400),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_a_bad_image_is_named_in_one_line_and_nothing_is_written(
+    kind: str, predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / f"{kind}.png"
+    data = BAD_IMAGES[kind]
+    if data is not None:
+        image.write_bytes(data)
+    before = contents(tmp_path)
+    assert predict(image, "--output", str(tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medsight: error: ") and error.count("\n") == 1
+    assert str(image) in error
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "culprit"),
+    [
+        ("--max-new-tokens", "0", "max_new_tokens 0"),
+        ("--threshold", "1.5", "threshold 1.5"),
+        ("--device", "quantum", "quantum"),
+        ("--allowed-groups", "spleen of a dragon", "spleen of a dragon"),
+    ],
+)
+def test_a_bad_option_is_named_and_nothing_is_written(
+    option: str,
+    value: str,
+    culprit: str,
+    predict: Callable,
+    image_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert predict(image_file, option, value, "--output", str(tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medsight: error: ") and culprit in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_leaves_no_place_for_its_answer_is_refused(
+    predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = predictor.model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"takes [0-9]+ tokens, and with 6 .* the model's {limit}"):
+        predictor(image_file, "Where? " * limit, max_new_tokens=6)
+    assert predict(image_file, "--max-new-tokens", str(limit), "--output", str(tmp_path / "out")) == 1
+    assert f"{limit} for the answer" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_is_refused(predictor: Predictor, image_file: Path) -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        predictor(image_file, "  \n")
+    with pytest.raises(ValueError, match="no UTF-8"):  # as a shell passes on bytes of another encoding
+        predictor(image_file, b"Wo ist die F\xfc".decode("utf-8", "surrogateescape"))
+
+
+def test_the_shipped_model_answers_by_default(
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medsight.checkpoint import SHIPPED_FOLDER
+
+    if not SHIPPED_FOLDER.is_dir():
+        pytest.skip(f"this tree has no {SHIPPED_FOLDER.name}")
+    output = tmp_path / "out"
+    assert cli.main(["predict", str(image_file), "--prompt", "Segment the nucleus.", "--output", str(output)]) == 0
+    assert json.loads((output / "answer.json").read_text("utf-8"))["model"] == "medsight-nano"

@@ -1,0 +1,304 @@
+"""`medsight init`: a fresh model from any of the supported parts, whose given weights stay as they were."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipModel,
+    set_seed,
+)
+
+from medsight.cli import main
+from medsight.conversion.init import init
+from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
+from tests.medsight.conversion.published_files import read_published
+
+
+NAMES = ["CT abdomen", "MRI brain", "breast ultrasound"]
+VIT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+IMAGE = {"image_size": 28, "patch_size": 7}
+TEXT = {**VIT, "num_key_value_heads": 2, "max_position_embeddings": 512}
+TEXT_SIDE = {**VIT, "vocab_size": 30}
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+SMALL = {"codes_per_group": 4, "code_dim": 6, "num_region_queries": 5, "perceiver_num_stages": 1}
+BASE = 256 + len(QWEN3_ADDED_TOKENS)
+
+
+def language_model(kind: str, vocab_size: int, **settings: Any) -> PreTrainedModel:
+    set_seed(1)
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, head_dim=8, **TEXT, **settings))
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **TEXT, **settings))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, **TEXT, **settings))
+
+
+def image_encoder(kind: str) -> PreTrainedModel:
+    set_seed(2)
+    if kind == "clip":
+        return CLIPModel(CLIPConfig(text_config=TEXT_SIDE, vision_config={**VIT, **IMAGE}, projection_dim=8))
+    if kind == "clip vision":
+        return CLIPVisionModel(CLIPVisionConfig(**VIT, **IMAGE))
+    if kind == "siglip":
+        return SiglipModel(SiglipConfig(text_config=TEXT_SIDE, vision_config={**VIT, **IMAGE}))
+    if kind == "dinov2":
+        return Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **IMAGE))
+    if kind == "resnet":
+        return ResNetModel(ResNetConfig(embedding_size=8, layer_type="basic", **STAGES))
+    return ConvNextModel(ConvNextConfig(image_size=64, **STAGES))
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token=None)
+    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t, special in QWEN3_ADDED_TOKENS])
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    return tokenizer
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Of another family: its own ends, none of Qwen3's tokens, and no padding."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *characters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> Path:
+    path = tmp_path / "groups.txt"
+    path.write_text("\n".join(NAMES) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def qwen3(tmp_path: Path) -> Path:
+    """A language model's folder with spare rows for 18 codes."""
+    language_model("qwen3", BASE + 18).save_pretrained(tmp_path / "qwen3")
+    qwen_tokenizer().save_pretrained(tmp_path / "qwen3")
+    return tmp_path / "qwen3"
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    image_encoder("clip vision").save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def answer(folder: Path) -> Any:
+    """What the model in `folder` generates about a grey picture, with at least one region."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    from PIL import Image
+
+    content = [{"type": "image", "image": Image.new("RGB", (40, 30), "grey")}, {"type": "text", "text": "Where?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, max_new_tokens=4, force_region=True)
+    return out, processor.post_process_masks(out.mask_logits, inputs["original_sizes"])
+
+
+def assert_given_weights_stay(folder: Path, given: PreTrainedModel, prefix: str) -> None:
+    """Weights of `given` are in the folder, bit for bit; embeddings may have grown."""
+    weights = load_file(folder / "model.safetensors")
+    found = 0
+    for name, tensor in given.state_dict().items():
+        ours = weights.get(prefix + name.removeprefix("vision_model."))
+        if ours is not None:
+            assert torch.equal(ours[: len(tensor)] if tensor.ndim else ours, tensor), name
+            found += 1
+    assert found == sum(name.startswith(prefix) for name in weights)
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip vision", "siglip", "dinov2", "resnet", "convnext"])
+def test_every_encoder_keeps_its_weights_and_answers(kind: str, qwen3: Path, groups: Path, tmp_path: Path) -> None:
+    encoder = image_encoder(kind)
+    encoder.save_pretrained(tmp_path / "encoder")
+    size = {"image_size": 64} if kind in ("resnet", "convnext") else {}
+    config = init(qwen3, tmp_path / "encoder", groups, tmp_path / "out", **SMALL, **size)
+    assert config.group_names == NAMES and config.num_groups == 3
+    assert_given_weights_stay(tmp_path / "out", encoder, "model.vision_tower.")
+    assert_given_weights_stay(
+        tmp_path / "out", AutoModelForCausalLM.from_pretrained(qwen3).model, "model.language_model."
+    )
+    out, (masks,) = answer(tmp_path / "out")
+    assert masks.shape == (len(out.region_codes[0]), 30, 40) and len(masks) >= 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_other_language_models_get_the_tokens_that_they_lack(
+    kind: str, tied: bool, clip: Path, groups: Path, tmp_path: Path
+) -> None:
+    model = language_model(kind, 260, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "llm")
+    tokenizer = qwen_tokenizer() if kind == "qwen2" else llama_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "llm")
+    config = init(tmp_path / "llm", clip, groups, tmp_path / "out", **SMALL)
+    assert config.text_config.model_type == kind and config.tie_word_embeddings == tied
+    assert config.text_config.vocab_size == 320
+    assert_given_weights_stay(tmp_path / "out", model.model, "model.language_model.")
+
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    before = tokenizer.get_vocab()
+    after = ours.get_vocab()
+    assert all(after[token] == index for token, index in before.items())
+    new = sorted(after[token] for token in after if token not in before)
+    assert new == list(range(len(before), len(before) + len(new)))
+    assert [ours.convert_tokens_to_ids(f"[C{k}_{m}]") for k in range(3) for m in range(4)] == new[-12:]
+    assert config.region_code_start_id == new[-12]
+    assert config.image_token_id == after["<|image_pad|>"]
+    assert ours.added_tokens_decoder[config.image_token_id].special
+    assert (ours.eos_token, ours.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    text = "Liver [C0_1], spleen [C2_3]."
+    assert ours.decode(ours(text, add_special_tokens=False).input_ids, skip_special_tokens=True) == text
+    assert answer(tmp_path / "out")[1][0].shape[1:] == (30, 40)
+
+
+def test_spare_rows_are_used_before_the_embedding_grows(qwen3: Path, clip: Path, groups: Path, tmp_path: Path) -> None:
+    config = init(qwen3, clip, groups, tmp_path / "fits", **SMALL)
+    assert (config.region_code_start_id, config.text_config.vocab_size) == (BASE, BASE + 18)
+    config = init(qwen3, clip, groups, tmp_path / "grows", **{**SMALL, "codes_per_group": 7})
+    assert (config.region_code_start_id, config.text_config.vocab_size) == (BASE, 320)
+    weights = load_file(tmp_path / "grows" / "model.safetensors")
+    assert weights["lm_head.weight"].shape[0] == 320
+    assert weights["lm_head.weight"].isfinite().all()
+
+
+def test_new_weights_follow_from_the_seed(qwen3: Path, clip: Path, groups: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        torch.manual_seed(99)
+        init(qwen3, clip, groups, folder, seed=seed, **{**SMALL, "codes_per_group": 7})
+        assert torch.initial_seed() == 99
+    a, b, c = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("model.codebook.codes", "model.region_perceiver.region_queries", "lm_head.weight"):
+        assert a[name].std() > 0 and not torch.equal(a[name], c[name]), name
+    assert all(tensor.isfinite().all() for tensor in a.values())
+
+
+def test_a_clip_file_gives_the_encoder_that_it_was_written_from(
+    published: Any, qwen3: Path, groups: Path, tmp_path: Path
+) -> None:
+    file = published.folder / "image_encoder.pt"
+    config = init(qwen3, file, groups, tmp_path / "out", **SMALL)
+    assert config.vision_config.hidden_act == "quick_gelu" and config.image_size == 12
+    assert init(qwen3, file, groups, tmp_path / "gelu", activation="gelu", **SMALL).vision_config.hidden_act == "gelu"
+    assert_given_weights_stay(tmp_path / "out", published.model.model.vision_tower, "model.vision_tower.")
+
+
+def test_a_damaged_clip_file_is_refused(published_copy: Any, qwen3: Path, groups: Path, tmp_path: Path) -> None:
+    path = published_copy.folder / "image_encoder.pt"
+    content = read_published(path)
+    del content["state_dict"]["module.visual.ln_post.bias"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"image_encoder\.pt: module\.visual\.ln_post\.bias is missing"):
+        init(qwen3, path, groups, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["clip vision", "siglip", "resnet"])
+def test_pixels_are_normalised_as_the_encoder_was_trained(
+    kind: str, qwen3: Path, groups: Path, tmp_path: Path
+) -> None:
+    image_encoder(kind).save_pretrained(tmp_path / "encoder")
+    size = {"image_size": 64} if kind == "resnet" else {}
+    first_of_mean = {"clip vision": 0.48145466, "siglip": 0.5, "resnet": 0.485}[kind]
+    init(qwen3, tmp_path / "encoder", groups, tmp_path / "out", **SMALL, **size)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert processor.image_processor.image_mean[0] == first_of_mean
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(own))
+    init(qwen3, tmp_path / "encoder", groups, tmp_path / "out", overwrite=True, **SMALL, **size)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert list(processor.image_processor.image_mean) == own["image_mean"]
+    assert list(processor.image_processor.image_std) == own["image_std"]
+
+
+def test_mask_classes_and_the_seg_token_can_be_had(qwen3: Path, clip: Path, tmp_path: Path) -> None:
+    groups, classes = tmp_path / "group.json", tmp_path / "classes.json"
+    groups.write_text(json.dumps(["anything"]))
+    classes.write_text(json.dumps(["liver", "tumor"]))
+    settings = {**SMALL, "codes_per_group": 1, "use_region_codebook": False}
+    config = init(qwen3, clip, groups, tmp_path / "out", mask_classes=classes, **settings)
+    assert config.mask_class_names == ["liver", "tumor"] and config.num_mask_classes == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer.convert_tokens_to_ids("[SEG]") == config.region_code_start_id
+    assert "[C0_0]" not in tokenizer.get_vocab()
+
+
+def test_wrong_parts_are_named_and_nothing_is_written(qwen3: Path, clip: Path, groups: Path, tmp_path: Path) -> None:
+    def refused(*expected: str, **change: Any) -> None:
+        arguments = {"llm": qwen3, "image_encoder": clip, "groups": groups, **change}
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises((ValueError, OSError)) as caught:
+            init(output=tmp_path / "out", **{**SMALL, **arguments})
+        for text in expected:
+            assert text in str(caught.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+    refused("qwen3", "clip_vision_model", image_encoder=qwen3)
+    refused("absent", llm=tmp_path / "absent")
+    refused("absent", image_encoder=tmp_path / "absent")
+    refused("absent.txt", groups=tmp_path / "absent.txt")
+    refused("image_size=56", "28", image_size=56)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    refused("empty.txt", groups=empty)
+    empty.write_text("CT\nMRI\nCT\n")
+    refused("'CT' more than once", groups=empty)
+    (qwen3 / "model.safetensors").rename(qwen3 / "pytorch_model.bin")
+    refused("pytorch_model.bin")
+
+
+def test_the_command_line_assembles(
+    qwen3: Path, clip: Path, groups: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["init", "--llm", str(qwen3), "--image-encoder", str(clip), "--groups", str(groups)]
+    arguments += ["--output", str(tmp_path / "out"), "--codes-per-group", "4", "--num-stages", "1"]
+    arguments += ["--vision-feature-layer", "-1", "--num-queries", "6", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    assert "6 region queries, 1 stages, 3 groups of 4 codes" in capsys.readouterr().out
+    assert main([*arguments, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["region_queries"] == 6
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
+    assert "<|vision_start|><|image_pad|><|vision_end|>Hi" in processor.apply_chat_template(messages)

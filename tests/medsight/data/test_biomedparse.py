@@ -1,0 +1,184 @@
+"""BiomedParse's layout: a row an image with all its masks, from file names or from a manifest."""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medsight.data.biomedparse import split_validation
+from medsight.data.pictures import read_mask, read_picture
+from medsight.data.sources import Source, iterate, load_source
+
+
+def read(path: Path, **settings) -> list[dict]:
+    return list(load_source(Source("biomedparse", str(path), **settings)))
+
+
+def errors(path: Path) -> list[str]:
+    return [str(item.error) for item in iterate(Source("biomedparse", str(path))) if item.error]
+
+
+def test_file_names_alone_tell_all(named_sets: Path) -> None:
+    rows = read(named_sets)
+    assert [Path(row["image"]["path"]).name for row in rows[:2]] == ["case_0_CT_abdomen.png", "case_1_CT_abdomen.png"]
+    assert len(rows) == 6 and rows[0]["targets"] == ["left kidney", "liver"]
+    assert [Path(mask["path"]).name for mask in rows[0]["masks"]][0] == "case_0_CT_abdomen_left+kidney.png"
+    origin = {name: rows[-1][name] for name in ("dataset", "modality", "site", "split", "patient", "targets")}
+    assert origin == {
+        "dataset": "hc",
+        "modality": "ultrasound",
+        "site": "fetal head",
+        "split": "train",
+        "patient": "hc:7",
+        "targets": ["fetal head"],
+    }
+    assert [row["patient"] for row in read(named_sets, split="test")] == ["amos:case_5"]
+    size = read_picture(rows[0]["image"]).size
+    assert read_mask(rows[0]["masks"][0], size).sum() == 30
+
+
+def test_patients_may_be_numbered_from_0(manifest_sets: Path) -> None:
+    manifest = next(manifest_sets.rglob("manifest.jsonl"))
+    records = [json.loads(line) | {"group": 0} for line in manifest.read_text("utf-8").splitlines()]
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert {row["patient"] for row in read(manifest_sets)} == {"0"}
+
+
+def test_a_set_alone_is_read_like_a_folder_of_sets(named_sets: Path) -> None:
+    assert read(named_sets / "amos") == [row for row in read(named_sets) if row["dataset"] == "amos"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("amos/train_mask/case_9_CT_abdomen_liver.png", "case_9_CT_abdomen_liver.png: a mask without an image"),
+        ("amos/train_mask/case_1_CT_abdomen.png", "case_1_CT_abdomen.png: a mask without an image"),
+        ("amos/train/scan.png", "scan.png: expected a name such as ID_MODALITY_SITE.png"),
+        ("amos/train/case_1_CT_abdomen.jpg", "case_1_CT_abdomen.*same name"),
+    ],
+)
+def test_a_file_that_fits_nowhere_is_named(
+    named_sets: Path, draw_picture: Callable[..., Path], name: str, message: str
+) -> None:
+    draw_picture(named_sets / name)
+    with pytest.raises(ValueError, match=message):
+        read(named_sets)
+    assert len(errors(named_sets)) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names themselves")
+def test_a_name_that_is_not_utf_8_is_refused(named_sets: Path) -> None:
+    for folder, name in (("test", b"caf\xe9_CT_abdomen.png"), ("test_mask", b"caf\xe9_CT_abdomen_liver.png")):
+        shutil.copy(named_sets / "amos/test/case_5_CT_abdomen.png", named_sets / "amos" / folder / os.fsdecode(name))
+    source = Source("biomedparse", str(named_sets / "amos"), split="test")
+    found = list(iterate(source))
+    told = [str(item.error) for item in found if item.error]
+    assert len(told) == 2 and all(message.endswith("its name is not UTF-8 text: rename it") for message in told)
+    assert len([item for item in found if item.row]) == 1
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_source(source)
+
+
+def test_a_manifest_gathers_the_rows_of_an_image(manifest_sets: Path) -> None:
+    rows = {Path(row["image"]["path"]).name: row for row in read(manifest_sets)}
+    assert len(rows) == 5 + 12
+    torso = rows["a3_CT_torso.png"]
+    assert Counter(torso["targets"]) == {"liver": 1, "spleen": 1} and torso["patient"] == "torso:a"
+    for target, mask in zip(torso["targets"], torso["masks"], strict=True):
+        assert mask["path"].endswith(f"a3_CT_torso_{target}.png") and mask["bytes"] is None
+    normal = rows["0_ultrasound_breast.png"]
+    assert (normal["masks"], normal["absent"], normal["finding"]) == ([], ["breast tumor"], "normal")
+    assert torso["label_origin"] == "model" and normal["dataset"] == "busi"
+
+
+def test_a_manifest_may_lie_elsewhere_than_its_images(manifest_sets: Path, named_sets: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    shutil.copy(manifest_sets / "manifest.jsonl", tmp_path / "lists/mine.jsonl")
+    rows = read(tmp_path / "lists/mine.jsonl", images=str(manifest_sets))
+    assert rows == read(manifest_sets) and all(Path(row["image"]["path"]).is_file() for row in rows)
+    with pytest.raises(ValueError, match="images=.* is for a manifest"):
+        read(named_sets / "amos", images=str(manifest_sets))
+
+
+def test_one_set_of_a_folder_with_a_manifest_keeps_its_patients(manifest_sets: Path) -> None:
+    rows = read(manifest_sets / "torso")
+    assert {row["patient"] for row in rows} == {"torso:a", "torso:b"} and len(rows) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": None}, "line 1.*'target'"),
+        ({"mask": None}, "line 1.*absent"),
+        ({"absent": True}, "line 1.*mask null"),
+        ({"split": "test"}, "disagree on 'split': test, train"),
+        ({"group": "torso:z"}, "disagree on 'group': torso:a, torso:z"),
+        ({"absent": True, "mask": None, "target": "spleen"}, "a0_CT_torso.png: 'spleen' has a mask and is said to be"),
+        ({"mask": "torso/train_mask/a0_CT_torso_spleen.png"}, "the mask .*a0_CT_torso_spleen.png is named 2 times"),
+    ],
+)
+def test_a_bad_manifest_row_is_named(manifest_sets: Path, change: dict, message: str) -> None:
+    path = manifest_sets / "manifest.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows.sort(key=lambda row: "a0_CT" not in row["image"])
+    rows[0].update(change)
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    found = [str(item.error) for item in iterate(Source("biomedparse", str(manifest_sets), split=None)) if item.error]
+    assert len(found) == 1
+    with pytest.raises(ValueError, match=message):
+        read(manifest_sets, split=None)
+
+
+def test_where_asks_for_values_of_the_manifest(manifest_sets: Path) -> None:
+    assert {row["finding"] for row in read(manifest_sets, where={"finding": "benign"})} == {"benign"}
+    assert len(read(manifest_sets, where={"target": "liver"})[0]["masks"]) == 1
+
+
+def test_a_folder_that_is_no_such_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no manifest\.jsonl"):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read(tmp_path / "nowhere")
+
+
+def test_validation_holds_out_patients_or_the_last_slices_of_few(manifest_sets: Path) -> None:
+    rows = load_source(Source("biomedparse", str(manifest_sets)))
+    training, held = split_validation(rows, 0.2, seed=0)
+    assert len(training) + len(held) == len(rows)
+    patients = {"busi": set(), "torso": set()}
+    for row in held:
+        patients[row["dataset"]].add(row["patient"])
+    assert len(patients["busi"]) == 1 and not patients["busi"] & set(training["patient"])
+    slices = sorted(Path(row["image"]["path"]).name for row in held if row["dataset"] == "torso")
+    assert slices == ["a5_CT_torso.png", "b5_CT_torso.png"]
+    again = split_validation(rows.shuffle(seed=3), 0.2, seed=0)[1]
+    assert sorted(again["patient"]) == sorted(held["patient"])
+    everything, nothing = split_validation(rows, 0, seed=0)
+    assert everything[:] == rows[:] and len(nothing) == 0
+    assert len({tuple(split_validation(rows, 0.2, seed=seed)[1]["patient"]) for seed in range(8)}) > 1
+
+
+def test_a_fraction_that_cannot_be_held_out_is_refused(named_sets: Path) -> None:
+    rows = load_source(Source("biomedparse", str(named_sets / "hc")))
+    with pytest.raises(ValueError, match="0.5 cannot be held out"):
+        split_validation(rows, 0.5, seed=0)
+    with pytest.raises(ValueError, match="fraction is 1.5"):
+        split_validation(rows, 1.5, seed=0)
+
+
+def test_shared_data_has_a_row_an_image_and_each_patient_on_one_side(shared_data: Path) -> None:
+    rows = load_source(Source("biomedparse", str(shared_data / "segmentation"), split=None))
+    assert len(rows) == 1434
+    counts = [(len(masks), len(absent)) for masks, absent in zip(rows["targets"], rows["absent"], strict=True)]
+    assert sum(map(sum, counts)) == 2252 and sum(absent for _, absent in counts) == 40
+    training, held = split_validation(
+        load_source(Source("biomedparse", str(shared_data / "segmentation"))), 0.1, seed=0
+    )
+    shared = set(training["patient"]) & set(held["patient"])
+    few = {"totalsegmentator", "tcia_sts", "tcia_breast_dce", "mni152_nilearn", "pyradiomics"}
+    assert len(held) > 50 and {patient.split(":")[0] for patient in shared} <= few

@@ -1,0 +1,243 @@
+"""`medsight data check`: everything is read once, every problem is reported with its file, and the status says it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight.cli import main
+from medsight.data.check import check, parse_condition, read_targets
+from medsight.data.sources import Source
+
+
+def of(path: Path, layout: str = "biomedparse", **settings) -> Source:
+    return Source(layout, str(path), **{"split": None, **settings})
+
+
+def problems(*sources: Source, **settings) -> list[tuple[str, str]]:
+    report = check(sources, workers=1, progress=False, **settings)
+    for finding in report.problems:
+        assert finding.file in finding.message or finding.kind == "leaking patient"
+    return sorted((finding.kind, Path(finding.file).name) for finding in report.problems)
+
+
+def rewrite(manifest: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    rows = [change(json.loads(line)) for line in manifest.read_text("utf-8").splitlines()]
+    manifest.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+
+
+def test_good_data_has_no_problem_and_is_counted(manifest_sets: Path) -> None:
+    report = check([of(manifest_sets)], workers=1, progress=False)
+    assert report.ok and report.problems == []
+    assert report.rows == report.images == {"train": 17, "test": 1}
+    assert report.masks == {"train": 4 + 24, "test": 1} and report.absent["train"] == 1
+    assert report.targets["liver"] == {"train": 12} and report.targets["breast tumor"] == {"train": 4, "test": 1}
+    assert report.origins["CT / torso"] == {"train": 12}
+    assert [(one.kind, one.message) for one in report.warnings] == [
+        ("few images", "'breast tumor' is in 4 training image(s)")
+    ]
+    lines = [line.split() for line in report.to_text().splitlines()]
+    assert ["rows", "17", "1"] in lines and ["breast", "tumor", "4", "1"] in lines
+
+
+def test_every_broken_picture_is_named(named_sets: Path) -> None:
+    masks = named_sets / "amos" / "train_mask"
+    whole = (named_sets / "amos" / "train" / "case_0_CT_abdomen.png").read_bytes()
+    (named_sets / "amos" / "train" / "case_0_CT_abdomen.png").write_bytes(whole[:50])
+    (named_sets / "amos" / "train" / "case_1_CT_abdomen.png").write_bytes(b"")
+    Image.fromarray(np.ones((3, 4), dtype=bool)).save(masks / "case_2_CT_abdomen_liver.png")
+    Image.fromarray(np.zeros((12, 16), dtype=bool)).save(masks / "case_3_CT_abdomen_liver.png")
+    (masks / "case_4_CT_abdomen_liver.png").write_bytes(b"no image")
+    (masks / "case_0_CT_abdomen_liver.png").write_bytes(b"of a broken image too")
+    assert problems(of(named_sets)) == [
+        ("broken image", "case_0_CT_abdomen.png"),
+        ("broken image", "case_1_CT_abdomen.png"),
+        ("broken mask", "case_0_CT_abdomen_liver.png"),
+        ("broken mask", "case_4_CT_abdomen_liver.png"),
+        ("empty mask", "case_3_CT_abdomen_liver.png"),
+        ("mask of another size", "case_2_CT_abdomen_liver.png"),
+    ]
+
+
+def test_missing_files_and_bad_rows_are_named(manifest_sets: Path) -> None:
+    (manifest_sets / "torso" / "train" / "a0_CT_torso.png").unlink()
+    (manifest_sets / "torso" / "train_mask" / "b1_CT_torso_liver.png").unlink()
+    with (manifest_sets / "manifest.jsonl").open("a", encoding="utf-8") as file:
+        file.write('\n{"image": "x.png"}\nnot JSON\n')
+    assert problems(of(manifest_sets)) == [
+        ("bad item", "manifest.jsonl, line 31"),
+        ("bad item", "manifest.jsonl, line 32"),
+        ("missing image", "a0_CT_torso.png"),
+        ("missing mask", "b1_CT_torso_liver.png"),
+    ]
+
+
+@pytest.mark.slow  # each process imports torch
+def test_several_processes_find_the_same(manifest_sets: Path) -> None:
+    for name in ("a0", "b5"):
+        (manifest_sets / "torso" / "train" / f"{name}_CT_torso.png").write_bytes(b"no image")
+    reports = [check([of(manifest_sets)], workers=workers, progress=False) for workers in (1, 2)]
+    assert len(reports[0].problems) == 2 and reports[0] == reports[1]
+
+
+def test_unknown_targets(manifest_sets: Path) -> None:
+    manifest = manifest_sets / "manifest.jsonl"
+    assert problems(of(manifest_sets), targets=["liver", "breast tumor", "spleens"]) == sorted(
+        ("unknown target", f"{volume}{number}_CT_torso_spleen.png") for volume in "ab" for number in range(6)
+    )
+    report = check([of(manifest_sets)], targets=["liver", "breast tumor", "spleens"], workers=1, progress=False)
+    assert "did you mean 'spleens'" in report.problems[0].message
+    rewrite(manifest, lambda row: row | ({"target": "cyst"} if row["split"] == "test" else {}))
+    assert problems(of(manifest_sets)) == [("unknown target", "5_ultrasound_breast_breast+tumor.png")]
+    assert problems(of(manifest_sets, split="test")) == []
+
+
+def test_codes_that_do_not_match_masks(grounded_file: Path) -> None:
+    assert problems(of(grounded_file, "grounded")) == []
+    items = json.loads(grounded_file.read_text("utf-8"))
+    items[0]["mask_orders"] = [0, 1]
+    grounded_file.write_text(json.dumps(items), "utf-8")
+    report = check([of(grounded_file, "grounded")], workers=1, progress=False)
+    assert [finding.kind for finding in report.problems] == ["codes and masks"]
+    assert "answers.json, item 1 (id '11'): the answers cite 3 region code(s)" in report.problems[0].message
+
+
+def test_a_mask_is_held_against_the_image_its_code_belongs_to(
+    tmp_path: Path, draw_picture: Callable[..., Path], write_json: Callable[..., Path]
+) -> None:
+    draw_picture(tmp_path / "small.png", (16, 12))
+    draw_picture(tmp_path / "large.png", (20, 14))
+    draw_picture(tmp_path / "mask.png", (16, 12), inside=True)
+    ask, show = ({"from": "human", "value": f"<image> {word}"} for word in ("What?", "And here?"))
+    cite, plain = ({"from": "gpt", "value": value} for value in ("Liver [C0_1].", "A liver."))
+    item = {"image": ["small.png", "large.png"], "mask_files": {"0": "mask.png"}, "mask_orders": [0]}
+    path = write_json(tmp_path / "items.json", [{**item, "id": 1, "conversations": [ask, cite, show, plain]}])
+    assert problems(of(path, "grounded")) == []
+    write_json(path, [{**item, "id": 1, "conversations": [ask, plain, show, cite]}])
+    assert problems(of(path, "grounded")) == [("mask of another size", "mask.png")]
+
+
+def test_patients_in_several_splits(manifest_sets: Path) -> None:
+    manifest = manifest_sets / "manifest.jsonl"
+    rewrite(manifest, lambda row: row | ({"split": "test"} if "a5_CT" in row["image"] else {}))
+    assert [kind for kind, _ in problems(of(manifest_sets))] == ["leaking patient"]
+    report = check([of(manifest_sets)], workers=1, progress=False)
+    assert "torso:a is in 2 splits of torso" in report.problems[0].message
+    assert "a5_CT_torso.png" in report.problems[0].message
+    rewrite(manifest, lambda row: row | ({"same_volume_in_train": True} if row["group"] == "torso:a" else {}))
+    report = check([of(manifest_sets)], workers=1, progress=False)
+    assert report.ok and [finding.kind for finding in report.warnings] == ["known leak", "few images"]
+
+
+def test_an_image_asked_about_in_two_splits_leaks(
+    tmp_path: Path, draw_picture: Callable[..., Path], write_json: Callable[..., Path]
+) -> None:
+    draw_picture(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Yes."}]
+    for split in ("train", "test"):
+        write_json(tmp_path / f"{split}.json", [{"id": 1, "image": "a.png", "conversations": turns, "dataset": "d"}])
+    assert problems(of(tmp_path, "llava")) == [("leaking patient", "a.png")]
+    two = [of(tmp_path / f"{split}.json", "llava", split=split) for split in ("train", "test")]
+    assert problems(*two) == [("leaking patient", "a.png")]
+    assert problems(two[0]) == []
+
+
+def test_embedded_pictures_are_read_too(manifest_sets: Path, tmp_path: Path) -> None:
+    import datasets
+
+    from medsight.data.schema import REGION_FEATURES
+    from medsight.data.sources import load_source
+
+    row = load_source(of(manifest_sets, where={"target": "liver"}))[0]
+    good = {"path": None, "bytes": Path(row["image"]["path"]).read_bytes()}
+    rows = [{**row, "image": good, "masks": [{"path": None, "bytes": b"broken"}]}, {**row, "image": {"bytes": b""}}]
+    datasets.Dataset.from_list(rows, features=REGION_FEATURES).to_parquet(tmp_path / "rows.parquet")
+    assert problems(of(tmp_path / "rows.parquet", "parquet")) == [
+        ("broken image", "rows.parquet, row 2, image"),
+        ("broken mask", "rows.parquet, row 1, masks 0"),
+    ]
+
+
+def test_the_command_prints_the_report_and_says_whether_training_may_start(
+    named_sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "check", str(named_sets), "--workers", "1"]) == 0
+    printed = capsys.readouterr()
+    assert f"{named_sets} (biomedparse)" in printed.out and "left kidney" in printed.out
+    assert "checking" in printed.err and "7/7" in printed.err
+    (named_sets / "hc" / "train" / "7_ultrasound_fetal+head.png").write_bytes(b"")
+    assert main(["data", "check", str(named_sets), "--workers", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "problems: 1\n  broken image: " in printed.out
+    assert printed.err.splitlines()[-1].endswith("training cannot start on it: 1 broken image")
+    assert main(["data", "check", str(named_sets), "--split", "test", "--workers", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True and report["rows"] == {"test": 1}
+
+
+def test_wrong_usage_is_refused(named_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "nowhere: no such file or folder"),
+        ([str(named_sets), "--layout", "biomedparce"], "did you mean 'biomedparse'"),
+        ([str(named_sets), "--workers", "0"], "workers 0"),
+        ([str(named_sets), "--split", "val"], "validation"),
+        ([str(named_sets), "--where", "split"], "FIELD=VALUE"),
+        ([str(named_sets), "--targets", str(tmp_path / "targets.txt")], "targets.txt: No such file"),
+    ):
+        assert main(["data", "check", *arguments]) == 1, arguments
+        assert message in "".join(capsys.readouterr())
+    assert main(["data"]) == 2
+
+
+def test_conditions_and_targets_are_read(tmp_path: Path) -> None:
+    assert parse_condition("image_in_test=false") == ("image_in_test", False)
+    assert parse_condition("tier=A=B") == ("tier", "A=B")
+    (tmp_path / "lines.txt").write_text("liver\n\n left kidney \n", encoding="utf-8")
+    (tmp_path / "list.json").write_text('["liver", "left kidney"]', encoding="utf-8")
+    assert read_targets(tmp_path / "lines.txt") == read_targets(tmp_path / "list.json") == ["liver", "left kidney"]
+    (tmp_path / "none.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"none\.txt"):
+        read_targets(tmp_path / "none.txt")
+
+
+def test_help_does_not_load_heavy_libraries() -> None:
+    code = (
+        "import sys; from medsight.cli import main\n"
+        "status = main(['data', 'check', '--help'])\n"
+        "sys.exit(' '.join({'torch', 'datasets', 'transformers', 'pyarrow', 'PIL'} & set(sys.modules)) or status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--targets FILE" in done.stdout and "Exit status" in done.stdout
+
+
+def test_real_segmentation_data_passes(shared_data: Path) -> None:
+    report = check([of(shared_data / "segmentation")], workers=1, progress=False)
+    assert report.problems == []
+    assert sum(report.images.values()) == 1434
+    assert (sum(report.masks.values()), sum(report.absent.values())) == (2212, 40)
+    assert [finding.file for finding in report.warnings if finding.kind == "known leak"] == ["totalsegmentator"]
+
+
+def test_real_questions_pass_and_are_clean_without_the_shared_images(
+    shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(shared_data / "vqa_rad")
+    assert main(["data", "check", path, "--workers", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(report["conversations"].values()) == 2248 and sum(report["images"].values()) == 314
+    assert Counter(finding["kind"] for finding in report["warnings"]) == {"known leak": 1}
+    arguments = ["--where", "image_in_test=false", "--workers", "1", "--json"]
+    assert main(["data", "check", path, *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["conversations"] == {"train": 734} and report["warnings"] == []

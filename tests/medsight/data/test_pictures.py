@@ -1,0 +1,132 @@
+"""Images and masks are decoded wholly, or refused with the name of their file."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight.data.pictures import EmptyMaskError, MaskSizeError, read_mask, read_picture
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    stream = BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+GREY = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+
+
+def test_a_path_and_bytes_give_the_same_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "grey.png"
+    path.write_bytes(encoded(GREY))
+    for entry in (path, str(path), {"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
+        assert np.array_equal(np.asarray(read_picture(entry)), np.asarray(GREY))
+
+
+def test_a_16_bit_scan_stays_16_bit_and_exif_turns_it_upright(tmp_path: Path) -> None:
+    scan = Image.fromarray(np.full((6, 8), 40_000, dtype=np.uint16))
+    assert np.asarray(read_picture({"bytes": encoded(scan)})).max() == 40_000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    GREY.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (6, 8)
+    assert read_picture({"bytes": (tmp_path / "turned.jpg").read_bytes()}).size == (6, 8)
+
+
+def test_a_turned_tiff_is_the_same_by_path_and_by_bytes(tmp_path: Path) -> None:
+    pixels = np.asarray(GREY)
+    upright = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
+    for orientation, expected in upright.items():
+        GREY.save(tmp_path / "turned.tiff", tiffinfo={274: orientation})
+        for entry in (tmp_path / "turned.tiff", {"bytes": (tmp_path / "turned.tiff").read_bytes()}):
+            assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
+
+
+def test_a_tiff_whose_0_is_white_is_inverted_by_path_and_by_bytes(tmp_path: Path) -> None:
+    white = np.full((6, 8), 2**16 - 1, dtype=np.uint16)
+    white[2:4, 3:5] = 0
+    Image.fromarray(white).save(tmp_path / "white.tiff", tiffinfo={262: 0})
+    for entry in (tmp_path / "white.tiff", {"bytes": (tmp_path / "white.tiff").read_bytes()}):
+        assert np.array_equal(read_mask(entry, (8, 6)), white == 0)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"format": "JPEG"}, {"format": "WEBP"}, {"format": "JPEG2000", "quality_layers": [20]}]
+)
+def test_a_lossy_mask_does_not_grow_by_its_noise(kind: dict) -> None:
+    rows, columns = np.mgrid[:80, :96]
+    inside = (rows - 40) ** 2 + (columns - 50) ** 2 < 25**2
+    for image in (Image.fromarray(inside), Image.fromarray(inside * np.uint8(255)).convert("RGB")):
+        content = encoded(image.convert("L") if image.mode == "1" else image, **kind)
+        assert np.count_nonzero(np.asarray(Image.open(BytesIO(content)))) > 1.1 * inside.sum()  # there is noise
+        read = read_mask({"bytes": content}, (96, 80))
+        assert np.count_nonzero(read != inside) < 0.01 * inside.sum()
+
+
+BAD = {
+    "empty": b"",
+    "truncated": encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)))[:900],
+    "no image": b"no image at all",
+    "header alone": encoded(GREY)[:20],
+    "NaN": encoded(Image.fromarray(np.array([[0.5, np.nan]], dtype=np.float32)), "TIFF"),
+    "infinite": encoded(Image.fromarray(np.array([[0.5, np.inf]], dtype=np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("embedded", [False, True], ids=["file", "bytes"])
+def test_a_bad_image_is_refused_by_name(tmp_path: Path, content: bytes, embedded: bool) -> None:
+    path = tmp_path / "scan-17.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"scan-17\.png"):
+        read_picture({"path": str(path), "bytes": content if embedded else None})
+    with pytest.raises(ValueError, match="shard 3, row 5"):
+        read_picture({"path": None, "bytes": content}, name="shard 3, row 5")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    GREY.save(tmp_path / "bomb.png")
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    for entry in ({"path": str(tmp_path / "bomb.png")}, {"path": "bomb.png", "bytes": encoded(GREY)}):
+        with pytest.raises(ValueError, match=r"bomb\.png has too many pixels"):
+            read_picture(entry)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    missing = tmp_path / ("x" * 80)  # as long as a base64 image might be
+    with pytest.raises(FileNotFoundError, match="x{80}"):
+        read_picture(missing)
+    with pytest.raises(FileNotFoundError, match="x{80}"):
+        read_mask({"path": str(missing), "bytes": None}, (8, 6))
+    with pytest.raises(ValueError, match="neither"):
+        read_picture({"path": None, "bytes": None})
+
+
+def test_everything_but_zero_is_inside_whatever_a_mask_is_stored_as() -> None:
+    inside = np.zeros((6, 8), dtype=bool)
+    inside[1:3, 2:7] = True
+    palette = Image.fromarray(1 - inside.astype(np.uint8))  # the first entry is the one inside
+    palette.putpalette([255, 255, 255, 0, 0, 0])
+    stored = {
+        "1-bit": Image.fromarray(inside),
+        "0 and 255": Image.fromarray(inside.astype(np.uint8) * 255),
+        "0 and 1": Image.fromarray(inside.astype(np.uint8)),
+        "16-bit": Image.fromarray(inside.astype(np.uint16)),
+        "RGB": Image.fromarray(np.stack([inside * np.uint8(9), inside * 0, inside * 0], -1).astype(np.uint8)),
+        "palette": palette,
+    }
+    for kind, image in stored.items():
+        mask = read_mask({"path": kind, "bytes": encoded(image)}, (8, 6))
+        assert mask.dtype == np.bool_ and np.array_equal(mask, inside), kind
+
+
+def test_a_mask_of_another_size_and_an_empty_one_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "liver.png"
+    Image.fromarray(np.zeros((6, 8), dtype=bool)).save(path)
+    with pytest.raises(EmptyMaskError, match=r"liver\.png.*empty"):
+        read_mask(path, (8, 6))
+    with pytest.raises(MaskSizeError, match=r"liver\.png.*8x6.*6x8"):
+        read_mask(path, (6, 8))

@@ -1,0 +1,178 @@
+"""VQA sets in the layouts in which they are distributed."""
+
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from medsight.data.pictures import read_picture
+from medsight.data.sources import Source, detect_layout, load_source
+
+
+def read(layout: str, path: Path, **settings) -> list[dict]:
+    assert detect_layout(path) == layout
+    return list(load_source(Source(layout, str(path), **settings)))
+
+
+def turns(row: dict) -> tuple[str, str]:
+    user, assistant = row["messages"]
+    assert (user["role"], assistant["role"]) == ("user", "assistant")
+    return user["content"], assistant["content"]
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, draw_picture: Callable[..., Path]) -> Path:
+    """Parquet files as the Hub's VQA copies are: the image's bytes, question and answer."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
+    folder = tmp_path / "hub"
+    (folder / "data").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 1)):
+        images = [
+            str(draw_picture(tmp_path / f"{split}{number // 2}.png", (9, 9 + number // 2))) for number in range(count)
+        ]
+        rows = {"image": images, "question": ["Is it big?"] * count, "answer": ["yes"] * count}
+        path = folder / "data" / f"{split}-00000-of-00001.parquet"
+        rows = datasets.Dataset.from_dict(rows, features=features)
+        embed = datasets.table.embed_table_storage
+        rows.with_format("arrow").map(embed, batched=True).with_format(None).to_parquet(path)
+    return folder
+
+
+def test_vqa_rad_as_shared(tmp_path: Path, write_json: Callable[..., Path]) -> None:
+    common = {"image": "images/a.jpg", "answer": "Yes", "site": "HEAD", "split": "train"}
+    rows = [
+        {**common, "id": "0", "question": "Is it?", "image_in_test": True},
+        {**common, "id": "1", "question": "Is it so?", "image_in_test": False},
+        {**common, "id": "2", "question": "Was it?", "image_in_test": True, "split": "test"},
+    ]
+    write_json(tmp_path / "questions.jsonl", rows)
+    first, second = read("vqa_rad", tmp_path)
+    assert turns(first) == ("<image>\nIs it?", "Yes")
+    assert first["images"][0]["path"] == str(tmp_path / "images/a.jpg") == first["patient"]
+    assert (first["id"], first["dataset"], first["site"], first["split"]) == ("0", "vqa_rad", "HEAD", "train")
+    assert [row["id"] for row in read("vqa_rad", tmp_path, where={"image_in_test": False})] == ["1"]
+    assert [row["id"] for row in read("vqa_rad", tmp_path, split="test")] == ["2"]
+
+
+def test_vqa_rad_as_published(tmp_path: Path, write_json: Callable[..., Path]) -> None:
+    common = {"image_name": "synpic1.jpg", "image_organ": "CHEST", "answer_type": "OPEN", "question": "How many?"}
+    rows = [
+        {**common, "qid": 1, "phrase_type": "freeform", "answer": 3},
+        {**common, "qid": 2, "phrase_type": "test_para", "answer": "two"},
+    ]
+    write_json(tmp_path / "VQA_RAD Dataset Public.json", rows)
+    (row,) = read("vqa_rad", tmp_path)
+    assert turns(row) == ("<image>\nHow many?", "3") and row["site"] == "CHEST" and row["id"] == "1"
+    assert row["images"][0]["path"] == str(tmp_path / "VQA_RAD Image Folder" / "synpic1.jpg")
+    assert [row["id"] for row in read("vqa_rad", tmp_path, split="test")] == ["2"]
+
+
+def test_the_hubs_parquet_files(hub_folder: Path) -> None:
+    rows = read("pathvqa", hub_folder)
+    assert [turns(row) for row in rows] == [("<image>\nIs it big?", "yes")] * 3
+    assert [read_picture(row["images"][0]).size for row in rows] == [(9, 9), (9, 9), (9, 10)]
+    assert rows[0]["patient"] == rows[1]["patient"] != rows[2]["patient"]
+    assert "train-00000-of-00001.parquet, row 3" in rows[2]["images"][0]["path"]
+    assert len(list(load_source(Source("vqa_rad", str(hub_folder), split="test")))) == 1
+    streamed = load_source(Source("pathvqa", str(hub_folder)), streaming=True)
+    assert isinstance(streamed, datasets.IterableDataset) and list(streamed) == rows
+
+
+def test_pathvqas_pickles_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "qas" / "train" / "train_qa.pkl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pickle.dumps([{"question": "?"}]))
+    with pytest.raises(ValueError, match=r"train_qa\.pkl.*parquet"):
+        read("pathvqa", tmp_path)
+    with pytest.raises(ValueError, match=r"train_qa\.pkl.*parquet"):
+        read("pathvqa", path)
+
+
+@pytest.mark.parametrize("validation", ["validation.json", "validate.json"])
+def test_slake_is_read_in_english_unless_asked(
+    tmp_path: Path, write_json: Callable[..., Path], draw_picture: Callable[..., Path], validation: str
+) -> None:
+    common = {"img_id": 1, "img_name": "xmlab1/source.jpg", "modality": "MRI", "location": "Brain", "base_type": "vqa"}
+    english = {
+        **common,
+        "qid": 5,
+        "question": "Which organ?",
+        "answer": "Brain",
+        "q_lang": "en",
+        "answer_type": "OPEN",
+    }
+    chinese = {**english, "qid": 6, "question": "这是什么?", "answer": "脑", "q_lang": "zh"}
+    for name in ("train.json", validation, "test.json"):
+        write_json(tmp_path / name, [english, chinese])
+    draw_picture(tmp_path / "imgs" / "xmlab1" / "source.jpg")
+    (row,) = read("slake", tmp_path)
+    assert turns(row) == ("<image>\nWhich organ?", "Brain")
+    assert (row["modality"], row["site"], row["split"], row["id"]) == ("MRI", "Brain", "train", "5")
+    assert read_picture(row["images"][0]).size == (16, 12)
+    (row,) = read("slake", tmp_path, where={"q_lang": "zh"}, split="val")
+    assert turns(row)[1] == "脑" and row["split"] == "validation"
+    assert Counter(row["split"] for row in read("slake", tmp_path, split=None)) == Counter(
+        ("train", "validation", "test")
+    )
+
+
+@pytest.fixture
+def omnimedvqa(tmp_path: Path, write_json: Callable[..., Path]) -> tuple[Path, dict]:
+    item = {
+        "dataset": "ACRIMA",
+        "question_id": "ACRIMA_0000",
+        "question_type": "Modality Recognition",
+        "question": "What imaging technique is this?",
+        "gt_answer": "Fundus imaging",
+        "image_path": "Images/ACRIMA/Im553.png",
+        "option_A": "PET scan",
+        "option_B": "CT scan",
+        "option_C": "Fundus imaging",
+        "modality_type": "Fundus Photography",
+    }
+    folder = tmp_path / "OmniMedVQA"
+    write_json(folder / "QA_information" / "Open-access" / "ACRIMA.json", [item])
+    odd = {**{key: value for key, value in item.items() if key != "modality_type"}, "modality": "CT"}
+    write_json(folder / "QA_information" / "Open-access" / "Chest CT Scan.json", [odd])
+    return folder, item
+
+
+def test_omnimedvqa_lists_the_options(omnimedvqa: tuple[Path, dict]) -> None:
+    folder, _ = omnimedvqa
+    row, odd = read("omnimedvqa", folder, split="test")
+    question = "<image>\nWhat imaging technique is this?\nA. PET scan\nB. CT scan\nC. Fundus imaging"
+    assert turns(row) == (question, "Fundus imaging")
+    assert row["images"][0]["path"] == str(folder / "Images/ACRIMA/Im553.png")
+    assert (row["dataset"], row["modality"], odd["modality"]) == ("ACRIMA", "Fundus Photography", "CT")
+    with pytest.raises(ValueError, match="no row of the split 'train'.*splits: test"):
+        read("omnimedvqa", folder)
+
+
+def test_an_answer_that_is_no_option_is_named(omnimedvqa: tuple[Path, dict], write_json: Callable[..., Path]) -> None:
+    folder, item = omnimedvqa
+    path = folder / "QA_information" / "Open-access" / "ACRIMA.json"
+    write_json(path, [{**item, "gt_answer": "MRI"}])
+    with pytest.raises(ValueError, match=r"ACRIMA\.json, item 1.*'MRI' is none of"):
+        read("omnimedvqa", folder, split="test")
+
+
+@pytest.mark.parametrize("missing", ["question", "answer", "image", "id"])
+def test_a_question_without_a_field_is_named(tmp_path: Path, write_json: Callable[..., Path], missing: str) -> None:
+    row = {"id": "0", "image": "a.png", "question": "Is it?", "answer": "Yes", "split": "train"}
+    write_json(tmp_path / "questions.jsonl", [row, {key: row[key] for key in row if key != missing}])
+    with pytest.raises(ValueError, match=rf"questions\.jsonl, line 2.*'{missing}'"):
+        read("vqa_rad", tmp_path)
+
+
+def test_the_real_vqa_rad(shared_data: Path) -> None:
+    folder = shared_data / "vqa_rad"
+    rows = load_source(Source("vqa_rad", str(folder), split=None))
+    assert Counter(rows["split"]) == {"train": 1797, "test": 451} and len(set(rows["patient"])) == 314
+    alone = load_source(Source("vqa_rad", str(folder), where={"image_in_test": False}))
+    test = load_source(Source("vqa_rad", str(folder), split="test"))
+    assert len(alone) == 734 and not set(alone["patient"]) & set(test["patient"])

@@ -1,0 +1,220 @@
+"""Files that are no scan, or claim to be more than they are: refused by name, before anything is allocated."""
+
+import gzip
+import logging
+import struct
+import sys
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsight.scans import dicom_file
+from medsight.scans.dicom_file import codestream_size
+from processing_medsight import open_scan
+from tests.medsight.scans.scan_files import (
+    STORED,
+    ct_volume,
+    dicom_bytes,
+    dicom_dataset,
+    nifti_bytes,
+    picture_bytes,
+    write_series,
+)
+
+
+nibabel = pytest.importorskip("nibabel")
+pydicom = pytest.importorskip("pydicom")
+
+
+def nifti_claiming(field: str, value: object, at: int | None = None) -> bytes:
+    content = nifti_bytes(ct_volume())
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    if at is None:
+        header[field] = value
+    else:
+        header[field][at] = value
+    return header.binaryblock + content[348:]
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    content = bytearray(picture_bytes("PNG"))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def npy_claiming(shape: tuple, kind: str = "<u2") -> bytes:
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(64)
+
+
+def deflated(size: int) -> bytes:
+    dataset = dicom_dataset(STORED)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    content = dicom_bytes(dataset)
+    start = 144 + int.from_bytes(content[140:144], "little")
+    pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    inner = zlib.decompress(content[start:], -zlib.MAX_WBITS)
+    return (
+        content[:start]
+        + pack.compress(inner)
+        + b"".join(pack.compress(bytes(2**20)) for _ in range(size))
+        + pack.flush()
+    )
+
+
+def zeros_in_gzip(shape: tuple[int, int, int]) -> bytes:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.uint8)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    file = BytesIO()
+    with gzip.GzipFile(fileobj=file, mode="wb") as packed:
+        packed.write(header.binaryblock + bytes(4))
+        for _ in range(0, int(np.prod(shape)), 2**20):
+            packed.write(bytes(2**20))
+    return file.getvalue()
+
+
+HOSTILE = {
+    "nifti of 10^12 voxels": (lambda: nifti_claiming("dim", [3, 10000, 10000, 10000, 1, 1, 1, 1]), "10,000 x 10,000"),
+    "nifti of 10^9 voxels": (lambda: nifti_claiming("dim", [3, 1000, 1000, 1000, 1, 1, 1, 1]), "truncated"),
+    "nifti.gz of 10^9 voxels": (
+        lambda: gzip.compress(nifti_claiming("dim", [3, 1000, 1000, 1000, 1, 1, 1, 1])),
+        "would unpack from",
+    ),
+    "gzip bomb": (lambda: zeros_in_gzip((512, 512, 300)), "would unpack from"),
+    "nifti with a negative axis": (lambda: nifti_claiming("dim", -5, 2), "damaged header"),
+    "nifti whose voxels begin nowhere": (lambda: nifti_claiming("vox_offset", np.nan), "damaged header"),
+    "nifti of vectors": (lambda: nifti_claiming("dim", [5, 5, 6, 1, 1, 7, 1, 1]), "several values a voxel"),
+    "nifti of labels": (lambda: nifti_claiming("intent_code", 1002), "label map"),
+    "nifti of complex numbers": (lambda: nifti_bytes(ct_volume().astype(np.complex64)), "complex"),
+    "half of a nifti.gz": (lambda: nifti_bytes(ct_volume(), packed=True)[:200], "truncated"),
+    "header of a pair": (lambda: nifti_claiming("magic", b"ni1"), "another file"),
+    "analyze": (lambda: nifti_claiming("magic", b""), "Analyze"),
+    "dicom of more rows than pixels": (lambda: dicom_bytes(dicom_dataset(STORED, Rows=60000)), "truncated"),
+    "dicom of more frames than pixels": (lambda: dicom_bytes(dicom_dataset(STORED, NumberOfFrames=99)), "99 frames"),
+    "dicom of giant frames": (lambda: dicom_bytes(dicom_dataset(STORED, Rows=65535, Columns=65535)), "at most"),
+    "dicom without rows": (lambda: dicom_bytes(dicom_dataset(STORED, Rows=None)), "no image"),
+    "dicom of 13 bits": (lambda: dicom_bytes(dicom_dataset(STORED, BitsAllocated=13)), "13 bits"),
+    "deflate bomb": (lambda: deflated(3), "inflates to more than"),
+    "segmentation": (lambda: dicom_bytes(dicom_dataset(STORED, Modality="SEG")), "segmentation"),
+    "zip": (lambda: b"PK\x03\x04" + bytes(60), "archive"),
+    "gzip of text": (lambda: gzip.compress(b"no image"), "not NIfTI"),
+    "giant png": (lambda: png_claiming(30000, 30000), "pixels"),
+    "giant npy": (lambda: npy_claiming((10**6, 10**6)), "claims 2,000,000,000,000 bytes"),
+    "npy of objects": (lambda: npy_claiming((1,), "|O"), "numbers"),
+    "nothing": (lambda: b"", "empty"),
+    "text": (lambda: b"this is no image", "not an image"),
+    "eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_a_hostile_file_is_refused_before_anything_is_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, message = HOSTILE[name]
+    content = make()
+    empty = np.empty
+    monkeypatch.setattr(dicom_file, "MAX_INFLATED_BYTES", 2**21)
+    monkeypatch.setattr(np, "empty", lambda shape, *a, **k: empty(shape, *a, **k) if np.prod(shape) < 2**20 else 1 / 0)
+    with pytest.raises(ValueError, match=message) as error:
+        open_scan(content, "upload").slice_image(0)
+    assert "upload" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [2**24, None])
+def test_a_compressed_frame_that_is_larger_than_its_header_says_is_refused(size: int | None) -> None:
+    from pydicom.encaps import encapsulate
+
+    photo = picture_bytes("JPEG", "L", size=(8, 5))
+    if size is not None:
+        at = photo.index(b"\xff\xc0")
+        photo = photo[: at + 5] + struct.pack(">HH", 60000, 60000) + photo[at + 9 :]
+    dataset = dicom_dataset(np.zeros((5, 8), np.uint8), Modality="US", RescaleIntercept=None, RescaleSlope=None)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.PixelData = encapsulate([photo])
+    scan = open_scan(dicom_bytes(dataset))
+    assert codestream_size(photo) == ((5, 8) if size is None else (60000, 60000))
+    if size is None:
+        assert np.abs(np.asarray(scan.slice_image(0)).astype(int) - np.asarray(Image.open(BytesIO(photo)))).max() <= 2
+        return
+    with pytest.raises(ValueError, match="claim different sizes"):
+        scan.slice_image(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SeriesInstanceUID": "9.9"}, "holds 2 series"),
+        ({"Rows": 4}, "differs from .* in Rows"),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}, "another direction"),
+        ({"SOPInstanceUID": "same"}, "are the same image"),
+        ({"Modality": "SEG"}, "b is no image but a segmentation"),
+        ({"cut": True}, "b is truncated"),
+    ],
+)
+def test_files_that_make_no_series_are_refused_by_name(change: dict, message: str, tmp_path: Path) -> None:
+    write_series(tmp_path, np.moveaxis(ct_volume(), 2, 0)[:3], list("abc"))
+    dataset = pydicom.dcmread(tmp_path / "b")
+    if "cut" in change:
+        (tmp_path / "b").write_bytes((tmp_path / "b").read_bytes()[:-3])
+    else:
+        for key, value in change.items():
+            setattr(dataset, key, pydicom.dcmread(tmp_path / "a").SOPInstanceUID if value == "same" else value)
+        (tmp_path / "b").write_bytes(dicom_bytes(dataset))
+    with pytest.raises(ValueError, match=message):
+        open_scan(tmp_path)
+
+
+def test_errors_call_files_by_the_name_that_was_given(tmp_path: Path) -> None:
+    write_series(tmp_path, np.moveaxis(ct_volume(), 2, 0)[:3], list("abc"))
+    whole = (tmp_path / "b").read_bytes()
+    for content in (whole[:-3], whole[:300]):
+        (tmp_path / "b").write_bytes(content)
+        for source, called in ((tmp_path / "b", "upload"), (tmp_path, "upload/b")):
+            with pytest.raises(ValueError, match=rf"^{called}\b") as error:
+                open_scan(source, "upload")
+            assert str(tmp_path) not in str(error.value)
+    (tmp_path / "b").write_bytes(whole)
+    scan = open_scan(tmp_path, "upload")
+    (tmp_path / "b").write_bytes(whole[:-3])  # after its header was read
+    with pytest.raises(ValueError, match=r"^upload/b\b") as error:
+        scan.slice_image(1)
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="without a DICOM file"):
+        open_scan(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        open_scan(tmp_path / "missing.dcm")
+
+
+def test_no_message_names_the_patient(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
+    good = dicom_bytes(dicom_dataset(STORED))
+    said = []
+    with caplog.at_level(logging.DEBUG):
+        for at in range(132, len(good), 3):
+            try:
+                scan = open_scan(good[:at] + b"\xff\xff" + good[at + 2 :], "upload")
+                said.append(repr(scan))
+                scan.slice_image(0)
+            except ValueError as error:
+                said.append(f"{error} {error.__cause__}")
+    said += [caplog.text, *(str(warning.message) for warning in recwarn)]
+    assert len(said) > 100 and not any("Doe" in text or "4711" in text for text in said)
+
+
+def test_missing_readers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"pydicom": dicom_bytes(dicom_dataset(STORED)), "nibabel": nifti_bytes(ct_volume())}
+    for library, content in contents.items():
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, library, None)
+            with pytest.raises(ValueError, match=rf'needs {library}: pip install "medsight\[medical\]"'):
+                open_scan(content)

@@ -1,0 +1,278 @@
+"""Arrays and TIFFs of several slices: what is a volume and what a picture, its grey levels, masks on its own grid."""
+
+import logging
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medsight.scans import stack
+from medsight.scans.windows import WINDOWS, Window, apply_window, percentile_window
+from processing_medsight import MedSightImageProcessor, MedSightProcessor, open_scan
+from processing_medsight.image_loading_medsight import to_array
+from tests.medsight.scans.scan_files import npy_bytes
+
+
+RNG = np.random.default_rng(0)
+VOLUME = RNG.integers(-1000, 2000, (7, 9, 6)).astype(np.int16)
+DTYPES = ("int16", "uint16", "int32", "uint32", "int64", "float16", "float32", "float64", ">i2", ">f4")
+PAGES = [Image.fromarray(RNG.integers(0, 256, (9, 6, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+def tiff_bytes(pages: list[Image.Image], **options: object) -> bytes:
+    file = BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], **options)
+    return file.getvalue()
+
+
+def pixels_of(source: object, **arguments: object) -> torch.Tensor:
+    return MedSightImageProcessor(size=28)(source, return_tensors="pt", **arguments)["pixel_values"]
+
+
+SIZES = (1, 2, 3, 4, 5, 9)
+
+
+@pytest.mark.parametrize("last", SIZES)
+@pytest.mark.parametrize("first", SIZES)
+def test_an_array_that_can_be_a_picture_stays_one(first: int, last: int) -> None:
+    """What was a picture is one, bit by bit; what could be none has slices along the first axis."""
+    array = RNG.integers(0, 256, (first, 8, last)).astype(np.uint16)
+    scan = open_scan(array)
+    if first in (1, 2, 3, 4) or last in (1, 2, 3, 4):
+        assert (scan.kind, scan.num_slices) == ("image", 1)
+        expected = to_array(array, "x", convert_rgb=True, rescale=True)
+        assert np.array_equal(np.asarray(scan.slice_image(0).convert("RGB")), expected)
+        assert torch.equal(pixels_of(array), pixels_of(scan.slice_image(0)))
+    else:
+        assert (scan.kind, scan.num_slices, scan.height, scan.width) == ("array", first, 8, last)
+        assert torch.equal(pixels_of(array), pixels_of(scan.slice_image(first // 2)))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "path", "bytes"])
+@pytest.mark.parametrize("last", SIZES)
+@pytest.mark.parametrize("first", SIZES)
+def test_slices_of_a_call_make_a_volume_unless_the_last_axis_holds_channels(
+    first: int, last: int, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    array = RNG.integers(0, 256, (first, 8, last)).astype(np.int32)
+    (tmp_path / "array.npy").write_bytes(npy_bytes(array))
+    source = {
+        "array": array,
+        "tensor": torch.from_numpy(array),
+        "path": tmp_path / "array.npy",
+        "bytes": npy_bytes(array),
+    }[kind]
+    with caplog.at_level(logging.WARNING):
+        pixels = pixels_of(source, slices="all")
+    assert len(pixels) == (1 if last in (1, 2, 3, 4) else first)
+    scan = open_scan(source, volume=True)
+    assert scan.num_slices == len(pixels)
+    assert torch.equal(pixels, pixels_of([scan.slice_image(index) for index in range(len(pixels))]))
+    # What would have been a picture is told to be none.
+    told = "because slices= is given" in caplog.text
+    assert told == (len(pixels) == first and first <= 4 and last > 4)
+
+
+def test_the_slices_of_a_processor_leave_colour_planes_alone(tmp_path: Path) -> None:
+    planes = RNG.integers(0, 256, (3, 8, 9), dtype=np.uint8)
+    MedSightImageProcessor(size=28, slices="all").save_pretrained(tmp_path)
+    for processor in (
+        MedSightImageProcessor(size=28, slices="all"),
+        MedSightImageProcessor.from_pretrained(tmp_path),
+    ):
+        assert torch.equal(processor(planes, return_tensors="pt")["pixel_values"], pixels_of(planes))
+
+
+def test_a_stack_of_pictures_stays_one_whatever_slices_says(processor: MedSightProcessor) -> None:
+    batch = RNG.integers(0, 256, (2, 3, 8, 9), dtype=np.uint8)
+    expected = pixels_of([batch[0], batch[1]])
+    assert torch.equal(pixels_of(batch), expected) and torch.equal(pixels_of(batch, slices="all"), expected)
+    text = "<|image_pad|><|image_pad|>"
+    for arguments in ({}, {"slices": "all"}, {"images_kwargs": {"slices": "all"}}):
+        out = processor(text=text, images=batch, return_tensors="pt", **arguments)
+        assert torch.equal(out["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grey_levels_of_any_type_are_shown_by_percentiles_of_the_volume_or_a_window(dtype: str) -> None:
+    array = (VOLUME.clip(0) if "u" in dtype else VOLUME).astype(dtype)
+    scan = open_scan(array)
+    whole = percentile_window(array.astype(np.float64))
+    for index in range(7):
+        assert np.array_equal(scan.slice_image(index), apply_window(array[index], whole))
+        assert np.array_equal(scan.slice_image(index, (100, 500)), apply_window(array[index], Window(100, 500)))
+        assert np.array_equal(scan.slice_image(index, "lung"), apply_window(array[index], WINDOWS["lung"]))
+    assert torch.equal(pixels_of(array, window="lung", slices=2), pixels_of(scan.slice_image(2, "lung")))
+
+
+def test_8_bits_are_shown_as_they_are_or_with_a_window() -> None:
+    array = RNG.integers(0, 256, (7, 9, 6), dtype=np.uint8)
+    scan = open_scan(array)
+    assert np.array_equal(scan.slice_image(3), array[3])
+    assert np.array_equal(scan.slice_image(3, (100, 50)), open_scan(array.astype(np.int16)).slice_image(3, (100, 50)))
+    assert np.array_equal(open_scan(array > 99).slice_image(3), (array[3] > 99) * np.uint8(255))
+
+
+def test_values_that_are_not_finite_are_black_and_do_not_count() -> None:
+    array = VOLUME.astype(np.float32)
+    array[2, 0] = np.nan
+    shown = np.asarray(open_scan(array).slice_image(2))
+    assert (shown[0] == 0).all() and shown.max() == 255
+    assert np.array_equal(open_scan(np.full((7, 9, 6), np.nan)).slice_image(0), np.zeros((9, 6)))
+
+
+@pytest.mark.parametrize("kind", ["array", "npy", "tiff"])
+@pytest.mark.parametrize("seed", range(3))
+def test_masks_go_back_onto_the_own_grid(kind: str, seed: int) -> None:
+    source = {"array": lambda: VOLUME, "npy": lambda: npy_bytes(VOLUME), "tiff": lambda: tiff_bytes(PAGES)}[kind]()
+    scan = open_scan(source)
+    grid = np.random.default_rng(seed).random((scan.num_slices, 9, 6)) > 0.5
+    assert np.array_equal(scan.to_source({i: grid[i] for i in range(scan.num_slices)}), grid)
+    one = scan.to_source({2: grid[2]})
+    assert np.array_equal(one[2], grid[2]) and one.sum() == grid[2].sum()
+    assert scan.affine is None and scan.pixel_spacing is None and scan.slice_spacing is None and scan.plane is None
+
+
+def test_an_array_stored_by_columns_and_a_tensor_show_the_same() -> None:
+    expected = [np.asarray(open_scan(VOLUME).slice_image(i)) for i in range(7)]
+    for source in (np.asfortranarray(VOLUME), npy_bytes(np.asfortranarray(VOLUME)), torch.from_numpy(VOLUME)):
+        assert all(np.array_equal(open_scan(source).slice_image(i), expected[i]) for i in range(7))
+    assert open_scan(VOLUME).choose_slices("largest-foreground") == open_scan(npy_bytes(VOLUME)).choose_slices(
+        "largest-foreground"
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("compression", [None, "tiff_deflate", "tiff_lzw"])
+def test_pages_of_a_tiff_are_slices(mode: str, compression: str | None, tmp_path: Path) -> None:
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        pages = [Image.fromarray(page.clip(0).astype(kind)) for page in VOLUME]
+        values = np.stack([np.asarray(page) for page in pages])
+        expected = [apply_window(page, percentile_window(values)) for page in values]
+    else:
+        pages = [page.convert(mode) for page in PAGES]
+        expected = [to_array(page, "page", convert_rgb=True, rescale=True) for page in pages]
+    content = tiff_bytes(pages, compression=compression)
+    (tmp_path / "pages.tif").write_bytes(content)
+    for source in (content, tmp_path / "pages.tif"):
+        scan = open_scan(source)
+        assert (scan.kind, scan.num_slices, scan.height, scan.width) == ("image", len(pages), 9, 6)
+        for index in (*reversed(range(len(pages))), 2, 0):  # in any order
+            shown = np.asarray(scan.slice_image(index).convert("RGB" if expected[0].ndim == 3 else "L"))
+            assert np.array_equal(shown, expected[index]), index
+    assert torch.equal(pixels_of(content), pixels_of(scan.slice_image(len(pages) // 2)))
+    assert len(pixels_of(tmp_path / "pages.tif", slices="all")) == len(pages)
+    if mode in ("L", "I;16", "I", "F"):
+        assert np.asarray(scan.slice_image(1, (100, 50))).max() == 255
+    else:
+        with pytest.raises(ValueError, match="in colour"):
+            scan.slice_image(1, (100, 50))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_deflate"])
+@pytest.mark.parametrize("pages", [1, 5])
+def test_16_bits_of_a_tiff_whose_0_is_white_are_inverted_once(
+    pages: int, compression: str | None, tmp_path: Path
+) -> None:
+    values = VOLUME[:pages].clip(0).astype(np.uint16)
+    tags = {274: 3}  # to be turned upside down
+    black = tiff_bytes([Image.fromarray(page) for page in values], tiffinfo=tags)
+    white = tiff_bytes(
+        [Image.fromarray(65535 - page) for page in values], tiffinfo={**tags, 262: 0}, compression=compression
+    )
+    (tmp_path / "white.tif").write_bytes(white)
+    mask = np.arange(54).reshape(9, 6) > 20
+    expected = open_scan(black)
+    for source in (white, tmp_path / "white.tif"):
+        for window in (None, (500, 900)):
+            scan = open_scan(source)
+            for index in (*range(pages), 0):
+                assert np.array_equal(scan.slice_image(index, window), expected.slice_image(index, window))
+            assert torch.equal(pixels_of(source, window=window), pixels_of(black, window=window))
+        assert np.array_equal(scan.to_source({0: mask}), expected.to_source({0: mask}))
+    with Image.open(BytesIO(white)) as held, Image.open(BytesIO(black)) as other:
+        for window in (None, (500, 900), None):
+            assert np.array_equal(open_scan(held).slice_image(0, window), open_scan(other).slice_image(0, window))
+            assert torch.equal(pixels_of(held, window=window), pixels_of(other, window=window))
+
+
+def test_turned_pages_are_shown_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scan = open_scan(tiff_bytes(PAGES, exif=exif))
+    for index in (4, 1, 1, 0):
+        shown = np.asarray(scan.slice_image(index))
+        assert shown.shape[:2] == (scan.height, scan.width) == (6, 9)
+        assert np.array_equal(shown, np.rot90(np.asarray(PAGES[index]), -1))
+
+
+@pytest.mark.parametrize("other", [Image.new("RGB", (3, 4)), Image.new("L", (6, 9))])
+def test_pages_that_differ_are_no_slices_and_the_first_is_used_with_a_warning(
+    other: Image.Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        scan = open_scan(tiff_bytes([PAGES[0], other]), "pyramid")
+    assert scan.num_slices == 1 and np.array_equal(scan.slice_image(0), np.asarray(PAGES[0]))
+    assert "pyramid holds 2 frames" in caplog.text
+
+
+def test_a_moving_picture_is_no_volume(caplog: pytest.LogCaptureFixture) -> None:
+    file = BytesIO()
+    PAGES[0].save(file, "GIF", save_all=True, append_images=PAGES[1:])
+    with caplog.at_level(logging.WARNING):
+        assert open_scan(file.getvalue()).num_slices == 1
+    assert "only the first is used" in caplog.text
+
+
+def test_a_damaged_page_is_named() -> None:
+    content = bytearray(tiff_bytes(PAGES, compression="tiff_deflate"))
+    with Image.open(BytesIO(bytes(content))) as opened:
+        opened.seek(3)
+        at = opened.tag_v2[273][0]
+    content[at : at + 20] = bytes(20)
+    scan = open_scan(bytes(content), "upload")
+    scan.slice_image(2)
+    with pytest.raises(ValueError, match="upload, page 3"):
+        scan.slice_image(3)
+    scan.slice_image(4)
+    with pytest.raises(ValueError, match="upload"):
+        open_scan(tiff_bytes(PAGES)[:-30], "upload").slice_image(4)
+
+
+@pytest.mark.parametrize("kind", ["array", "npy", "tiff"])
+def test_what_is_too_large_is_refused_before_it_is_shown(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "MAX_VOXELS", 100)
+    source = {"array": lambda: VOLUME, "npy": lambda: npy_bytes(VOLUME), "tiff": lambda: tiff_bytes(PAGES)}[kind]()
+    with pytest.raises(ValueError, match=r"slices of 9 x 6 pixels: at most .* 100 in all"):
+        open_scan(source)
+
+
+@pytest.mark.parametrize("shape", [(7, 0, 9), (0, 9, 9), (9, 9, 0)])
+@pytest.mark.parametrize("volume", [False, True])
+def test_an_array_without_pixels_is_refused(shape: tuple, volume: bool) -> None:
+    with pytest.raises(ValueError, match="no pixels"):
+        open_scan(np.zeros(shape), volume=volume)
+
+
+def test_numbers_alone_make_a_volume() -> None:
+    with pytest.raises(ValueError, match="expected numbers"):
+        open_scan(VOLUME.astype(complex))
+    with pytest.raises(ValueError, match="array of numbers"):
+        open_scan(npy_bytes(VOLUME.astype(complex)))
+    pickled = BytesIO()
+    np.save(pickled, np.array([{"a": 1}] * 300, dtype=object).reshape(5, 6, 10), allow_pickle=True)
+    with pytest.raises(ValueError, match="array of numbers"):
+        open_scan(pickled.getvalue())
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal"])
+def test_a_plane_is_of_nifti_alone(plane: str) -> None:
+    for source in (VOLUME, npy_bytes(VOLUME), tiff_bytes(PAGES), PAGES[0]):
+        with pytest.raises(ValueError, match="is for NIfTI volumes"):
+            open_scan(source, plane=plane)
+    with pytest.raises(ValueError, match="expected one of axial, coronal, sagittal"):
+        open_scan(VOLUME, plane="oblique")

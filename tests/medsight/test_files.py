@@ -1,0 +1,131 @@
+"""An output folder that appears whole or not at all, and nothing of another's is lost for it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from medsight.files import check_empty, staged_folder
+from tests.medsight.answers import contents
+
+
+def fill(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "weights").write_text("1")
+
+
+def filled(output: Path) -> set[str]:
+    return {path.relative_to(output).as_posix() for path in output.rglob("*")}
+
+
+WHOLE = {"config.json", "deep", "deep/weights"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("existed", [False, True])
+def test_what_appears_during_the_work_is_kept(kind: str, existed: bool, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    if existed:
+        output.mkdir()
+    with pytest.raises(OSError, match="out is"), staged_folder(output, False, check_empty) as stage:
+        fill(stage)
+        if existed or kind == "folder":
+            output.mkdir(exist_ok=True)
+            (output / "precious").write_text("x")
+        else:
+            output.write_text("x")
+        before = contents(output) if output.is_dir() else output.read_text()
+    assert (contents(output) if output.is_dir() else output.read_text()) == before
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_of_a_link_the_folder_behind_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    output = tmp_path / "out"
+    output.symlink_to(tmp_path / "disk")
+    for overwrite in (False, True):
+        with staged_folder(output, overwrite) as stage:
+            fill(stage)
+        assert output.is_symlink() and filled(tmp_path / "disk") == WHOLE
+    assert set(tmp_path.iterdir()) == {output, tmp_path / "disk"}
+
+
+def test_the_folder_that_the_process_runs_in_is_filled_and_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "here"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    with staged_folder(Path("."), False, check_empty) as stage:
+        fill(stage)
+    assert Path.cwd() == output and filled(Path(".")) == WHOLE and [*tmp_path.iterdir()] == [output]
+    with pytest.raises(FileExistsError, match="is the one that this runs in"), staged_folder(Path("."), True):
+        pass
+    assert filled(output) == WHOLE
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_is_overwritten_comes_back_where_the_new_cannot_be_put(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / "config.json").write_text("old")
+
+    def broken(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(error), staged_folder(output, True) as stage:
+        fill(stage)
+    assert (output / "config.json").read_text() == "old" and list(tmp_path.iterdir()) == [output]
+
+
+@pytest.fixture
+def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that, as a mount point, can neither be moved, nor replaced, nor removed."""
+    output, rename = tmp_path / "out", os.rename
+    output.mkdir()
+
+    def busy(path: Path, *target: Path) -> Path:
+        if output in (path, *target):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        rename(path, *target)
+        return target[0]
+
+    monkeypatch.setattr(Path, "rename", busy)
+    monkeypatch.setattr(Path, "rmdir", busy)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+    return output
+
+
+def test_a_mount_point_is_filled_and_not_replaced(mount: Path, tmp_path: Path) -> None:
+    with staged_folder(mount, False) as stage:
+        fill(stage)
+    assert filled(mount) == WHOLE and list(tmp_path.iterdir()) == [mount]
+    with pytest.raises(FileExistsError, match="is a mount point"), staged_folder(mount, True):
+        pytest.fail("the work begins")
+    assert filled(mount) == WHOLE
+
+
+def test_a_mount_point_that_cannot_be_filled_stays_empty(
+    mount: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    move = shutil.move
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name == "deep":
+            target.mkdir()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return move(path, target)
+
+    monkeypatch.setattr(shutil, "move", full)
+    with pytest.raises(OSError, match="No space left"), staged_folder(mount, False) as stage:
+        fill(stage)
+    assert list(tmp_path.iterdir()) == [mount] and not any(mount.iterdir())
