@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append(
             {
                 "batch_size": size,
-                "codes": sum(map(len, together.region_codes)),
+                "codes": sum(map(len, together.region_code_ids)),
                 **{f"{name}_s": measuring.spread(values) for name, values in times.items()},
                 "ratio": measuring.ratio(times["one_by_one"], times["together"]),
             }

@@ -17,6 +17,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_medsight.MedSightForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_medsight.MedSightForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_medsight.MedSightForConditionalGeneration",
+    "AutoModelForMaskGeneration": "region_model_medsight.MedSightRegionModel",
     "AutoModelForMultimodalLM": "modeling_medsight.MedSightForConditionalGeneration",
     "AutoProcessor": "processing_medsight.MedSightProcessor",
     "AutoImageProcessor": "image_processing_medsight.MedSightImageProcessor",

@@ -1,4 +1,5 @@
-"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3)."""
+"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3), and
+what labels they refuse."""
 
 from typing import Any
 
@@ -149,3 +150,40 @@ def code_mask_loss(
     logits = torch.cat(mask_logits)
     losses = mask_bce(logits, targets) + mask_dice(logits, targets)
     return losses.sum() / (len(losses) if num_masks is None else num_masks)
+
+
+def masks_of_classes(masks: torch.Tensor, classes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """The masks (a, H, W) of asked classes (a,), from an image's masks (n, H, W) and their classes (n,): all of a
+    class together, empty where it is not there."""
+    if not len(masks):
+        return torch.zeros(len(asked), *masks.shape[1:], device=masks.device)
+    of_class = (asked[:, None] == classes)[:, :, None, None]
+    return (masks.float() * of_class).amax(dim=1)  # no look at what is on a GPU, which would wait for it
+
+
+def require(**inputs: Any) -> None:
+    """Refuse inputs that are `None`, naming them."""
+    missing = [name for name, value in inputs.items() if value is None]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}: this loss needs it")
+
+
+def refuse_useless(where: str, **inputs: Any) -> None:
+    """Refuse inputs that are there and would be passed over."""
+    given = [name for name, value in inputs.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: of no use {where}")
+
+
+def refuse_uneven_labels(
+    pixel_values: torch.Tensor, mask_labels: list[torch.Tensor], class_labels: list[torch.Tensor]
+) -> None:
+    """Refuse labels that are not one entry an image, with a class a mask."""
+    if len(mask_labels) != len(pixel_values) or len(class_labels) != len(pixel_values):
+        raise ValueError(
+            f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {len(pixel_values)} images: "
+            "give one entry an image"
+        )
+    for i, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
+        if len(masks) != len(classes):
+            raise ValueError(f"image {i} has {len(masks)} mask_labels but {len(classes)} class_labels")

@@ -1,23 +1,21 @@
-"""MedSIGHT: image encoder, region perceiver, region codebook and language model as one model (paper arXiv
-2606.06760)."""
+"""MedSIGHT: what sees (`region_model_medsight`) and a language model as one model (paper arXiv 2606.06760)."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from configuration_medsight.card_medsight import HubCardMixin
 from configuration_medsight.configuration_medsight import MedSightConfig
 
-from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
+from .codebook_medsight import RegionQuantizerOutput
 from .generation_medsight import UNREAD, MedSightGenerationMixin, positions_of
-from .loss_medsight import RegionPerceiverLoss
+from .loss_medsight import code_mask_loss, refuse_useless, require
 from .outputs_medsight import (
     CACHE_NAME,
     MedSightCausalLMOutputWithPast,
@@ -25,12 +23,12 @@ from .outputs_medsight import (
     MedSightModelOutputWithPast,
     MedSightRegionOutput,
 )
-from .quantization_medsight import of_language_model
-from .region_codes_in_text_medsight import CodeLocations, locate_codes
-from .region_perceiver_medsight import RegionPerceiver
-from .training_loss_medsight import TrainingLossMixin, refuse_uneven_labels, refuse_useless, require
-from .unet_encoder_medsight import MedSightUNetEncoder
-from .vision_medsight import encode_image
+from .pretrained_medsight import MedSightPreTrainedModel
+from .region_codes_in_text_medsight import CodeLocations, is_region_code, locate_codes
+from .region_model_medsight import MedSightRegionModel, SeesRegions
+
+
+REGION_LABELS = ("class_labels", "group_labels", "asked_classes", "matched_images")  # that language has no use for
 
 
 class Projector(nn.Module):
@@ -46,86 +44,29 @@ class Projector(nn.Module):
         return self.linear_2(self.activation(self.linear_1(hidden_states)))
 
 
-class MedSightPreTrainedModel(HubCardMixin, PreTrainedModel):
-    """Weight initialisation and what transformers needs to know about the family."""
-
-    config: MedSightConfig
-    config_class = MedSightConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["RegionPerceiverStage"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, so that transformers also initialises modules without parameters of their own (projectors, CLIP's
-        blocks); it may, since `_init_weights` leaves loaded weights alone.
-        """
-        return False
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """As [`PreTrainedModel.from_pretrained`]; a `quantization_config` is applied to the language model alone."""
-        if quantization_config is not None:
-            kwargs["quantization_config"] = of_language_model(quantization_config)
-        return super().from_pretrained(*args, **kwargs)
-
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """As [`PreTrainedModel.set_attn_implementation`]; convolutions have no attention that a name could be for."""
-        if isinstance(attn_implementation, str) and not has_attention(self.config.vision_config):
-            names = {"": attn_implementation, "text_config": attn_implementation, "vision_config": "eager"}
-            attn_implementation = names
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, RegionPerceiver):
-            init.normal_(module.region_queries)
-            if module.class_queries is not None:
-                init.normal_(module.class_queries)
-        if isinstance(module, RegionCodebook):
-            init.normal_(module.codes)
-        if isinstance(module, (RegionPerceiver, RegionCodebook, Projector)):
-            for layer in module.modules():
-                if isinstance(layer, nn.Linear):
-                    init.xavier_uniform_(layer.weight)
-                elif isinstance(layer, nn.Conv2d):
-                    init.kaiming_normal_(layer.weight)
-        if isinstance(module, RegionPerceiver) and self.config.mask_projection_init_std is not None:
-            init.normal_(module.segmentation_head.mask_projection.weight, std=self.config.mask_projection_init_std)
-
-
-def has_attention(vision_config: Any) -> bool:
-    """Whether an encoder has attention to choose an implementation of."""
-    return hasattr(vision_config, "num_attention_heads")
-
-
-class MedSightModel(MedSightPreTrainedModel):
-    """Everything but the language modelling head."""
+class MedSightModel(SeesRegions, MedSightPreTrainedModel):
+    """Everything but the language modelling head: the modules of [`MedSightRegionModel`], a language model, and a
+    projector each way."""
 
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
-        config.refuse_contradictions()  # `from_pretrained(folder, image_size=...)` sets them after the construction
+        self.add_region_modules(config)
         vision_dim, text_dim = config.vision_hidden_size, config.text_config.hidden_size
-        if not has_attention(config.vision_config):
-            config.vision_config._attn_implementation = "eager"
-        # By name: a checkpoint folder's own code may know the configuration's class twice, and AutoModel one of them.
-        own = config.vision_config.model_type == MedSightUNetEncoder.config_class.model_type
-        self.vision_tower = (MedSightUNetEncoder._from_config if own else AutoModel.from_config)(config.vision_config)
-        self.region_perceiver = RegionPerceiver(config)
-        self.codebook = RegionCodebook(config)
-        self.group_classifier = nn.Linear(vision_dim, config.num_groups)
         self.vision_to_text_projector = Projector(vision_dim, text_dim, text_dim, nn.GELU())
         self.text_to_vision_projector = Projector(text_dim, text_dim, vision_dim, nn.ReLU())
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Projector):
+            self._init_layers(module)
+
+    @property
+    def region_model(self) -> MedSightRegionModel:
+        """What sees, as a model of its own over the same modules: to train it trains this model."""
+        return MedSightRegionModel.sharing_modules_of(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -134,19 +75,9 @@ class MedSightModel(MedSightPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_region_features(
-        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
-    ) -> MedSightRegionOutput:
-        """Look at images: patches, regions, masks and classes of regions, the group of each image.
-
-        Args:
-            pixel_values: (images, 3, image_size, image_size).
-            with_masks: false leaves out the masks and classes of regions and the map that they are read from.
-        """
-        return self._see(pixel_values, with_masks, **kwargs)[1]
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
         kwargs.pop("original_sizes", None)  # the processor's, which serving engines pass on with the pixels
         encoder_output, regions = self._see(pixel_values, with_masks=False, **kwargs)
@@ -168,10 +99,6 @@ class MedSightModel(MedSightPreTrainedModel):
             rows = torch.cat((rows, regions.region_embeddings), dim=1)
         return self.vision_to_text_projector(rows)
 
-    def quantize_regions(self, region_embeddings: torch.Tensor, groups: torch.Tensor) -> RegionQuantizerOutput:
-        """Nearest code of each region in its image's group: see [`RegionCodebook`]."""
-        return self.codebook(region_embeddings, groups)
-
     @can_return_tuple
     def forward(
         self,
@@ -183,21 +110,21 @@ class MedSightModel(MedSightPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         cache: Cache | None = None,
-        with_masks: bool = True,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MedSightModelOutputWithPast:
         """
         Args:
             input_ids: (batch, length), image blocks as runs of `config.image_token_id`.
             pixel_values: (images, 3, H, W), all images of the batch in the order of their blocks.
             image_embeds: (images, image_seq_length, hidden), in place of `pixel_values`: what `project_regions` gives.
-            with_masks: see [`MedSightModel.get_region_features`].
             cache: what transformers calls `past_key_values` since 5.24; either name is taken.
 
         Raises:
             ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is
                 given.
         """
+        if input_ids is None and inputs_embeds is None and pixel_values is not None:
+            raise ValueError("pixel_values without input_ids: images alone are for region_model")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         for name in UNREAD:
@@ -211,7 +138,7 @@ class MedSightModel(MedSightPreTrainedModel):
 
         regions = None
         if image_embeds is None and pixel_values is not None:
-            regions = self._see(pixel_values, with_masks)[1]
+            regions = self._see(pixel_values, with_masks=self.config.mask_decoder == "head")[1]
             image_embeds = self.project_regions(regions)
         if image_embeds is not None:
             expected = image_embeds.shape[0] * image_embeds.shape[1]
@@ -247,7 +174,7 @@ class MedSightModel(MedSightPreTrainedModel):
             region_features=regions,
         )
 
-    def decode_codes(
+    def decode_states(
         self,
         last_hidden_state: torch.Tensor,
         codes: CodeLocations,
@@ -256,56 +183,41 @@ class MedSightModel(MedSightPreTrainedModel):
     ) -> torch.Tensor:
         """Mask logits (codes, H, W) of region codes, from the language model's states (paper: text-to-vision).
 
-        P_{t→v} of a code's state takes the place of the perceiver's learnable queries. All codes of one row and one
-        image are decoded together: the map attends to each of them.
+        P_{t→v} of a code's state takes the place of the perceiver's learnable queries.
 
         Args:
             last_hidden_state: (rows, length, hidden), after the final norm.
             codes: where the codes stand.
-            regions: features of the images that `codes.images` counts.
+            regions: features of the images that `codes.layout` counts.
             first_position: column of the sequence that `last_hidden_state` begins with.
         """
         states = last_hidden_state[codes.rows, codes.positions + self.config.region_state_offset - first_position]
-        states = self.text_to_vision_projector(states)
-        if self.config.mask_decoder == "head":
-            projected = self.region_perceiver.segmentation_head.mask_projection(states)
-            return torch.einsum("nd,nhwd->nhw", projected, regions.image_features[codes.images])
-
-        num_entries = codes.num_entries if codes.num_entries is not None else len(regions.patch_features)
-        shape = (num_entries, max(codes.counts))
-        queries = states.new_zeros(*shape, states.shape[-1]).index_put((codes.entries, codes.slots), states)
-        known = None
-        if len(states) < num_entries * max(codes.counts):
-            known = torch.zeros(shape, dtype=torch.bool, device=states.device)
-            known = known.index_put((codes.entries, codes.slots), torch.ones_like(codes.slots, dtype=torch.bool))
-        image_of_entry = torch.zeros(num_entries, dtype=torch.long, device=states.device)
-        image_of_entry = image_of_entry.index_put((codes.entries,), codes.images)
-        output = self.region_perceiver(
-            regions.patch_features[image_of_entry].unflatten(1, self.config.patch_grid),
-            queries=queries,
-            query_mask=known,
-            upsampled_features=regions.upsampled_features[image_of_entry],
-        )
-        return output.masks_queries_logits[codes.entries, codes.slots]
-
-    def _see(
-        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
-    ) -> tuple[Any, MedSightRegionOutput]:
-        encoder_output, grid, summary = encode_image(self.vision_tower, pixel_values, self.config, **kwargs)
-        return encoder_output, self.perceive(grid, summary, with_masks)
-
-    def perceive(self, grid: torch.Tensor, summary: torch.Tensor, with_masks: bool = True) -> MedSightRegionOutput:
-        """What the region queries and the group classifier find in encoded images: see `encode_image`."""
-        return MedSightRegionOutput(
-            patch_features=grid.flatten(1, 2),
-            group_logits=self.group_classifier(summary),
-            **self.region_perceiver(grid, with_masks=with_masks),
-        )
+        return self.decode_queries(self.text_to_vision_projector(states), codes.layout, regions)
 
 
-class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedModel, MedSightGenerationMixin):
+class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerationMixin):
     """MedSIGHT with a language modelling head: reads images, answers in words, and gives a mask for every region
-    code."""
+    code.
+
+    ```python
+    >>> from PIL import Image
+    >>> from modeling_medsight import MedSightForConditionalGeneration
+    >>> from processing_medsight import MedSightProcessor
+
+    >>> model = MedSightForConditionalGeneration.from_pretrained("medsight/medsight-nano")
+    >>> processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
+    >>> content = [{"type": "image", "image": Image.open("scan.png")}, {"type": "text", "text": "Segment the liver."}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     tokenize=True,
+    ...     return_dict=True,
+    ...     add_generation_prompt=True,
+    ...     return_tensors="pt",
+    ... )
+    >>> output = model.generate(**inputs, max_new_tokens=64)
+    >>> answer = processor.post_process_grounded_answer(output, inputs)[0]
+    ```
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -315,11 +227,15 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         super().__init__(config)
         self.model = MedSightModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.perceiver_loss = RegionPerceiverLoss(config)
         words = self.get_input_embeddings()
         table = next(name for name, module in self.named_modules() if module is words)  # GPT-2 calls it wte
         self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"}
         self.post_init()
+
+    @property
+    def region_model(self) -> MedSightRegionModel:
+        """See [`MedSightModel.region_model`]."""
+        return self.model.region_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -336,10 +252,12 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
     def get_region_features(
         self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
     ) -> MedSightRegionOutput:
-        """See [`MedSightModel.get_region_features`]."""
+        """See [`MedSightRegionModel.get_region_features`]."""
         return self.model.get_region_features(pixel_values, with_masks, **kwargs)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """See [`MedSightModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -358,55 +276,34 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        mask_labels: list[torch.Tensor] | None = None,
-        class_labels: list[torch.LongTensor] | None = None,
-        group_labels: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor | None] | None = None,
         code_class_labels: list[torch.LongTensor] | None = None,
-        asked_classes: list[torch.LongTensor] | None = None,
-        matched_images: torch.LongTensor | None = None,
         loss_counts: dict[str, float] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_last_hidden_state: bool = False,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MedSightCausalLMOutputWithPast:
         """
-        With text, the language model's loss (`labels`) and that of the masks of cited codes (`mask_labels`). With
-        pixel values alone, the training of what sees: the perceiver (`mask_labels`, `class_labels`) and the codebook
-        (`group_labels` too).
+        The language model's loss (`labels`), and that of the masks of cited codes (`mask_labels`). The losses of what
+        sees are those of [`MedSightRegionModel`].
 
         Args:
-            labels: (batch, length), next-token targets, -100 where there is none. With them, or with `mask_labels`,
-                `region_features` comes without masks and classes of regions, unless `class_labels` or the mask decoder
-                need these.
-            mask_labels: a tensor (n_i, H, W) a sample, boolean or in [0, 1], of any size. With text, mask j is the
-                target of the j-th region code in row i; `None` leaves the masks of row i undecoded. Without, the
-                regions of image i.
-            class_labels: a tensor (n_i,) an image, the class of each region.
-            group_labels: (images,), the code group of each image.
-            code_class_labels: with text and class queries: a tensor (codes,) a row, the class of each cited code's
-                region, -1 where it is not known.
-            asked_classes: with class queries: the classes that are asked of each image, those of its regions by
-                default; one that it has no region of has an empty mask.
-            matched_images: indices of the images whose regions are found by region queries; all by default.
-            loss_counts: `masks`, `images`, `asked` classes and `codes` that the losses are averages over; by default
-                those of this call. `num_items_in_batch` is the same for `labels`.
-            return_last_hidden_state: give the states that the logits were made of, too.
+            labels: (batch, length), next-token targets, -100 where there is none.
+            mask_labels: a tensor (n_i, H, W) a row, boolean or in [0, 1], of any size: mask j is the target of the
+                j-th region code in row i; `None` leaves the codes of row i undecoded.
+            code_class_labels: with class queries: a tensor (codes,) a row, the class of each cited code's region, -1
+                where it is not known.
+            loss_counts: `masks` and `codes` that the losses are averages over (see [`MedSightRegionModel.forward`]);
+                by default those of this call. `num_items_in_batch` is the same for `labels`.
 
         transformers' own `Trainer` evaluates with these losses where `TrainingArguments` has `label_names=["labels"]`:
         by default it waits for every argument whose name has "label" in it.
 
         Raises:
-            ValueError: if the mask labels of a sample do not match its codes, a needed input is missing, or one has
-                no use beside the others.
+            ValueError: if the mask labels of a row do not match its codes, or a needed input is missing.
         """
-        if input_ids is None and inputs_embeds is None:
-            refuse_useless("without text", labels=labels, code_class_labels=code_class_labels)
-            return self._perceive(
-                pixel_values, mask_labels, class_labels, group_labels, asked_classes, matched_images, loss_counts or {}
-            )
-
-        refuse_useless("with text", group_labels=group_labels, asked_classes=asked_classes)
+        of_regions = {name: kwargs.pop(name, None) for name in REGION_LABELS}
+        refuse_useless("with text: they are for region_model", **of_regions)
         if not self.config.use_class_queries:
             refuse_useless("without class queries", code_class_labels=code_class_labels)
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
@@ -418,40 +315,32 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
-            with_masks=class_labels is not None
-            or self.config.mask_decoder == "head"
-            or (labels is None and mask_labels is None),
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = hidden[:, keep, :]
-        logits = self.lm_head(kept)
+        last_states = hidden[:, keep, :]
+        logits = self.lm_head(last_states)
 
-        lm_loss = perceiver_loss = None
+        lm_loss = mask_logits = mask_loss = alignment_loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **of_loss
             )
-        mask_logits, mask_loss, alignment_loss = self._grounding_losses(
-            input_ids, hidden, outputs.region_features, mask_labels, code_class_labels, loss_counts or {}
-        )
-        if class_labels is not None:
-            require(mask_labels=mask_labels, pixel_values=pixel_values)
-            refuse_uneven_labels(pixel_values, mask_labels, class_labels)
-            perceiver_loss = self._perceiver_loss(
-                outputs.region_features, mask_labels, class_labels, loss_counts or {}
-            )[0]
-        losses = [loss for loss in (lm_loss, mask_loss, alignment_loss, perceiver_loss) if loss is not None]
+        counts = loss_counts or {}
+        if mask_labels is not None:
+            mask_logits, mask_loss = self._mask_loss(input_ids, hidden, outputs.region_features, mask_labels, counts)
+        if code_class_labels is not None:
+            alignment_loss = self._alignment_loss(input_ids, hidden, code_class_labels, counts)
+        losses = [loss for loss in (lm_loss, mask_loss, alignment_loss) if loss is not None]
         return MedSightCausalLMOutputWithPast(
             loss=sum(losses) if losses else None,
             logits=logits,
             lm_loss=lm_loss,
             mask_loss=mask_loss,
             alignment_loss=alignment_loss,
-            perceiver_loss=perceiver_loss,
             mask_logits=mask_logits,
-            last_hidden_state=kept if return_last_hidden_state else None,
+            last_hidden_state=last_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -459,25 +348,91 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
+    def _mask_loss(
+        self,
+        input_ids: torch.Tensor | None,
+        hidden: torch.Tensor,
+        regions: MedSightRegionOutput | None,
+        mask_labels: list[torch.Tensor | None],
+        loss_counts: dict[str, float],
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Masks of the cited codes, a tensor a row, and their loss."""
+        require(input_ids=input_ids)
+        if len(mask_labels) != len(input_ids):
+            raise ValueError(
+                f"{len(mask_labels)} mask_labels for {len(input_ids)} samples: "
+                "give one entry a sample, empty if it cites no code"
+            )
+        left_out = [masks is None for masks in mask_labels]
+        given = [hidden.new_zeros(0, 1, 1) if masks is None else masks for masks in mask_labels]
+        if any(left_out):
+            rows = torch.tensor(left_out, device=input_ids.device)[:, None]
+            input_ids = input_ids.masked_fill(rows & is_region_code(input_ids, self.config), -1)
+        counts = [len(masks) for masks in given]
+        cited = is_region_code(input_ids, self.config).sum(dim=1)
+        torch_compilable_check(
+            (cited == torch.tensor(counts, device=cited.device)).all(),
+            lambda: next(
+                f"sample {row} cites {codes} region codes but has {masks} mask_labels"
+                for row, (codes, masks) in enumerate(zip(cited.tolist(), counts, strict=True))
+                if codes != masks
+            ),
+        )
+        codes = locate_codes(input_ids, self.config, counts=counts)
+        if not sum(counts):
+            # Every trained parameter stays in the graph, so that data-parallel training need not search for unused
+            # ones.
+            empty = hidden.new_zeros(0, *self.config.mask_size)
+            return [empty for _ in counts], 0 * self.model.text_to_vision_projector(hidden[:, -1]).float().sum()
+        require(pixel_values=regions)
+        decoded = list(self.model.decode_states(hidden, codes, regions).split(counts))
+        return decoded, code_mask_loss(decoded, given, loss_counts.get("masks"))
+
+    def _alignment_loss(
+        self,
+        input_ids: torch.Tensor | None,
+        hidden: torch.Tensor,
+        code_class_labels: list[torch.Tensor],
+        loss_counts: dict[str, float],
+    ) -> torch.Tensor:
+        """Squared distance of a code's projected state to the query of its class, in units of these queries'
+        variance."""
+        require(input_ids=input_ids)
+        codes = locate_codes(input_ids, self.config)
+        wanted = torch.cat(code_class_labels).to(hidden.device)
+        if len(wanted) != len(codes.rows):
+            raise ValueError(f"{len(wanted)} code_class_labels for {len(codes.rows)} cited region codes")
+        known = wanted >= 0
+        states = hidden[codes.rows, codes.positions + self.config.region_state_offset]
+        states = self.model.text_to_vision_projector(torch.cat((states[known], hidden[:1, -1]))).float()
+        aims = self.model.region_perceiver.class_queries.detach().float()
+        distance = (states[:-1] - aims[wanted[known]]).square().mean(-1).sum() / aims.var() + 0 * states.sum()
+        return self.config.alignment_loss_weight * distance / max(1, loss_counts.get("codes", int(known.sum())))
+
     @torch.no_grad()
     def decode_regions(
         self,
         input_ids: torch.LongTensor,
         pixel_values: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
+        start: int = 0,
         **kwargs: Any,
     ) -> MedSightDecodedRegions:
         """Masks of all region codes that stand in a given text: generated elsewhere, or edited.
+
+        Codes of one image are decoded together, as those of an answer are by `generate`: to get the masks of an
+        answer at the end of a conversation, give the length of its prompt as `start`.
 
         Args:
             input_ids: (batch, length), with the image blocks and the codes.
             pixel_values: (images, 3, H, W), in the order of the blocks.
             attention_mask: (batch, length); by default, all but the pad tokens that a row begins with.
+            start: first column whose codes are decoded.
 
         Raises:
             ValueError: if a code has no image before it.
         """
-        codes = locate_codes(input_ids, self.config)
+        codes = locate_codes(input_ids, self.config, start=start)
         if attention_mask is None:
             pad_id = self.generation_config.pad_token_id
             began = torch.ones_like(input_ids) if pad_id is None else (input_ids != pad_id).cumsum(dim=1)
@@ -488,7 +443,6 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             use_cache=False,
-            with_masks=self.config.mask_decoder == "head",
             **kwargs,
         )
         return self._decoded_regions(input_ids, codes, outputs.last_hidden_state, outputs.region_features)
@@ -504,7 +458,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         """Masks, ids and scores of located codes, split by row; `hidden` begins at column `first_position`."""
         if not sum(codes.counts):
             return self._no_regions(len(sequences))
-        masks = self.model.decode_codes(hidden, codes, regions, first_position)
+        masks = self.model.decode_states(hidden, codes, regions, first_position)
         ids = sequences[codes.rows, codes.positions]
         logits = self.lm_head(hidden[codes.rows, codes.positions - 1 - first_position])
         likelihood = logits.float().softmax(-1).gather(1, ids[:, None])[:, 0]
@@ -513,7 +467,7 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         certainty = (probabilities * inside).sum(1) / inside.sum(1).clamp(min=1)
         return MedSightDecodedRegions(
             mask_logits=list(masks.split(codes.counts)),
-            region_codes=list(ids.split(codes.counts)),
+            region_code_ids=list(ids.split(codes.counts)),
             region_scores=list((likelihood * certainty).split(codes.counts)),
         )
 
@@ -521,6 +475,6 @@ class MedSightForConditionalGeneration(TrainingLossMixin, MedSightPreTrainedMode
         empty = torch.empty(0, device=self.device)
         return MedSightDecodedRegions(
             mask_logits=[empty.to(self.dtype).reshape(0, *self.config.mask_size) for _ in range(rows)],
-            region_codes=[empty.long() for _ in range(rows)],
+            region_code_ids=[empty.long() for _ in range(rows)],
             region_scores=[empty.float() for _ in range(rows)],
         )

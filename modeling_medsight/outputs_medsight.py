@@ -13,29 +13,59 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 @dataclass
-class MedSightRegionOutput(ModelOutput):
-    """What is seen in images, before any language. B images, h*w patches of width d, N region queries, H = 2^L h.
+class RegionPerceiverOutput(ModelOutput):
+    """One pass of the region perceiver: B maps, n queries, a grid of h x w patches of width d, H = 2^L h.
 
     Args:
-        patch_features (`torch.FloatTensor` of shape `(B, h*w, d)`): I, the encoder's chosen hidden state without CLS.
-        region_embeddings (`torch.FloatTensor` of shape `(B, N, d)`): Q_r.
-        image_features (`torch.FloatTensor` of shape `(B, H, W, d)`): I_r, the perceiver's final map.
-        masks_queries_logits (`torch.FloatTensor` of shape `(B, N, H, W)`): a mask a query, before the sigmoid.
-        class_queries_logits (`torch.FloatTensor` of shape `(B, N, classes + 1)`): a class a query, 'no object' last.
-        group_logits (`torch.FloatTensor` of shape `(B, K)`): code group of the image.
-        auxiliary_logits (`list[dict]`): mask and class logits of the earlier stages, with `config.auxiliary_loss`.
-        upsampled_features (`torch.FloatTensor` of shape `(B, 2h, 2w, d)`): the perceiver's map before any query
-            touched it, for a second pass.
+        region_embeddings (`torch.FloatTensor` of shape `(B, n, d)`): Q_r, the queries after the last stage.
+        image_features (`torch.FloatTensor` of shape `(B, H, W, d)`): I_r, the map after the last stage.
+        masks_queries_logits (`torch.FloatTensor` of shape `(B, n, H, W)`): a mask for each query, before the sigmoid.
+        class_queries_logits (`torch.FloatTensor` of shape `(B, n, classes + 1)`): class logits of each query, 'no
+            object' last.
+        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`): with `config.auxiliary_loss`, the two logits of the
+            initial step and of every stage but the last.
+        upsampled_features (`torch.FloatTensor` of shape `(B, 2h, 2w, d)`): the first stage's map before any query
+            touched it, which a second pass over the same patches can take.
     """
 
-    patch_features: torch.FloatTensor | None = None
     region_embeddings: torch.FloatTensor | None = None
     image_features: torch.FloatTensor | None = None
     masks_queries_logits: torch.FloatTensor | None = None
     class_queries_logits: torch.FloatTensor | None = None
-    group_logits: torch.FloatTensor | None = None
     auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
     upsampled_features: torch.FloatTensor | None = None
+
+
+@dataclass
+class MedSightRegionOutput(RegionPerceiverOutput):
+    """What [`MedSightRegionModel`] sees in B images: the fields of [`RegionPerceiverOutput`] for its N region queries,
+    and these.
+
+    Args:
+        patch_features (`torch.FloatTensor` of shape `(B, h*w, d)`): I, the encoder's chosen hidden state without CLS.
+        group_logits (`torch.FloatTensor` of shape `(B, K)`): code group of the image.
+        loss (`torch.FloatTensor`, scalar): sum of the losses below, each there only with the labels that it needs.
+        perceiver_loss (`torch.FloatTensor`): matched mask and class loss of the region queries.
+        class_query_loss (`torch.FloatTensor`): BCE + Dice of the masks of the classes' own queries, where the model
+            has these and learns no codebook.
+        codebook_loss (`torch.FloatTensor`): VQ, reconstruction and perceiver loss through the codes, with
+            `group_labels`, in training only.
+        vq_loss, reconstruction_loss (`torch.FloatTensor`): its first two parts.
+        group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
+        quantized_codes (`torch.LongTensor` of shape `(regions, 2)`): group and index of the code that each region
+            took.
+    """
+
+    patch_features: torch.FloatTensor | None = None
+    group_logits: torch.FloatTensor | None = None
+    loss: torch.FloatTensor | None = None
+    perceiver_loss: torch.FloatTensor | None = None
+    class_query_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    vq_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    group_loss: torch.FloatTensor | None = None
+    quantized_codes: torch.LongTensor | None = None
 
 
 @dataclass
@@ -44,7 +74,7 @@ class MedSightModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.FloatTensor` of shape `(images, image_seq_length, hidden)`): image blocks as the
             language model read them.
-        region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
+        region_features ([`MedSightRegionOutput`]): what was seen, where pixel values were given.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -55,38 +85,23 @@ class MedSightModelOutputWithPast(BaseModelOutputWithPast):
 class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
-        loss (`torch.FloatTensor`, scalar): sum of the losses below that were asked for.
+        loss (`torch.FloatTensor`, scalar): sum of the losses below, each there only with the labels that it needs.
         logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`).
         lm_loss (`torch.FloatTensor`): next-token cross-entropy, with `labels`.
         mask_loss (`torch.FloatTensor`): BCE + Dice of the masks decoded from region codes, with `mask_labels`.
-        perceiver_loss (`torch.FloatTensor`): matched mask and class loss of the region queries, with `class_labels`.
-        class_query_loss (`torch.FloatTensor`): BCE + Dice of the masks of the classes' own queries, where the model
-            has these.
         alignment_loss (`torch.FloatTensor`): distance of codes' states to the queries of their classes, with
             `code_class_labels`.
-        codebook_loss (`torch.FloatTensor`): VQ, reconstruction and perceiver loss through the codes, with
-            `group_labels`, in training only.
-        vq_loss, reconstruction_loss (`torch.FloatTensor`): its first two parts.
-        quantized_codes (`torch.LongTensor` of shape `(regions, 2)`): group and index of the code that each region
-            took.
-        group_loss (`torch.FloatTensor`): cross-entropy of the group classifier, with `group_labels`.
         mask_logits (`list[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`): what the logits were made of, with
-            `return_last_hidden_state`.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`): the states that the logits were
+            made of.
         past_key_values (`cache` since transformers 5.24), hidden_states, attentions, image_hidden_states: as there.
-        region_features ([`MedSightRegionOutput`]): what the perceiver saw, where pixel values were given.
+        region_features ([`MedSightRegionOutput`]): what was seen, where pixel values were given; without masks and
+            classes of regions unless the mask decoder needs them (`get_region_features` gives them).
     """
 
     lm_loss: torch.FloatTensor | None = None
     mask_loss: torch.FloatTensor | None = None
     alignment_loss: torch.FloatTensor | None = None
-    perceiver_loss: torch.FloatTensor | None = None
-    class_query_loss: torch.FloatTensor | None = None
-    vq_loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    codebook_loss: torch.FloatTensor | None = None
-    quantized_codes: torch.LongTensor | None = None
-    group_loss: torch.FloatTensor | None = None
     mask_logits: list[torch.FloatTensor] | None = None
     last_hidden_state: torch.FloatTensor | None = None
     image_hidden_states: torch.FloatTensor | None = None
@@ -99,13 +114,13 @@ class MedSightDecodedRegions(ModelOutput):
 
     Args:
         mask_logits (`list[torch.FloatTensor]`): `(codes, H, W)` a row, before the sigmoid, at the model's mask size.
-        region_codes (`list[torch.LongTensor]`): `(codes,)` token ids a row.
+        region_code_ids (`list[torch.LongTensor]`): `(codes,)` token ids a row.
         region_scores (`list[torch.FloatTensor]`): `(codes,)` a row, in [0, 1]: the probability that the language model
             gave the code, times the mean probability of the mask inside itself (0 for an empty mask).
     """
 
     mask_logits: list[torch.FloatTensor] | None = None
-    region_codes: list[torch.LongTensor] | None = None
+    region_code_ids: list[torch.LongTensor] | None = None
     region_scores: list[torch.FloatTensor] | None = None
 
 
@@ -120,7 +135,7 @@ class MedSightGenerateOutput(GenerateDecoderOnlyOutput):
     """
 
     mask_logits: list[torch.FloatTensor] | None = None
-    region_codes: list[torch.LongTensor] | None = None
+    region_code_ids: list[torch.LongTensor] | None = None
     region_scores: list[torch.FloatTensor] | None = None
     is_complete: torch.BoolTensor | None = None
 
@@ -130,6 +145,6 @@ class MedSightGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     """transformers' output of beam search, and the rest as in [`MedSightGenerateOutput`]."""
 
     mask_logits: list[torch.FloatTensor] | None = None
-    region_codes: list[torch.LongTensor] | None = None
+    region_code_ids: list[torch.LongTensor] | None = None
     region_scores: list[torch.FloatTensor] | None = None
     is_complete: torch.BoolTensor | None = None

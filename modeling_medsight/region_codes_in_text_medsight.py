@@ -1,10 +1,37 @@
-"""Where region codes stand in token sequences, and which image each belongs to."""
+"""Region codes in token sequences: where they stand, which image each belongs to, and where they may come."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 from transformers.utils import torch_compilable_check
+
+
+@dataclass
+class QueryLayout:
+    """Which image each of n queries is about, and which of them the perceiver decodes in one pass.
+
+    Args:
+        images (`torch.LongTensor` of shape `(n,)`): index of each query's image among all images of the batch.
+        entries (`torch.LongTensor` of shape `(n,)`): queries of one entry, which are about one image, share a pass.
+        slots (`torch.LongTensor` of shape `(n,)`): place of the query within its entry.
+        num_entries (`int`): how many entries there are; `None` under `torch.compile`: one for each image.
+        max_slots (`int`): places that an entry has room for.
+    """
+
+    images: torch.Tensor
+    entries: torch.Tensor
+    slots: torch.Tensor
+    num_entries: int | None
+    max_slots: int
+
+    @classmethod
+    def of_counts(cls, counts: list[int], device: torch.device) -> "QueryLayout":
+        """That many queries about each image in turn."""
+        images = torch.tensor([image for image, n in enumerate(counts) for _ in range(n)], device=device)
+        slots = torch.tensor([slot for n in counts for slot in range(n)], device=device)
+        return cls(images, images, slots, len(counts), max(counts))
 
 
 @dataclass
@@ -13,21 +40,42 @@ class CodeLocations:
 
     Args:
         rows, positions (`torch.LongTensor` of shape `(n,)`): row and column of each code.
-        images (`torch.LongTensor` of shape `(n,)`): index of each code's image among all images of the batch.
-        entries (`torch.LongTensor` of shape `(n,)`): codes of one row and one image share an entry; they are decoded
-            together.
-        slots (`torch.LongTensor` of shape `(n,)`): place of the code within its entry.
-        counts (`list[int]`): codes a row.
-        num_entries (`int`): how many entries there are.
+        counts (`list[int]`): codes in each row.
+        layout ([`QueryLayout`]): their images; codes of one row and one image are decoded together.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
-    images: torch.Tensor
-    entries: torch.Tensor
-    slots: torch.Tensor
     counts: list[int]
-    num_entries: int
+    layout: QueryLayout
+
+
+def codes_to_indices(codes: Any, config: Any, as_pairs: bool = False) -> list[torch.Tensor]:
+    """Group and index of region codes: (n_i, 2) long for each image.
+
+    Args:
+        codes: for each image its n_i codes, as token ids (n_i,) or, with `as_pairs`, as groups and indices (n_i, 2).
+
+    Raises:
+        ValueError: naming a code that does not exist.
+    """
+    found = []
+    for image, entry in enumerate(codes):
+        entry = torch.as_tensor(entry, dtype=torch.long)
+        if as_pairs:
+            groups, indices = entry.reshape(-1, 2).unbind(dim=1)
+        else:
+            offsets = entry.reshape(-1) - config.region_code_start_id
+            groups = offsets.div(config.codes_per_group, rounding_mode="floor")
+            indices = offsets - groups * config.codes_per_group
+        exists = (0 <= groups) & (groups < config.num_groups) & (0 <= indices) & (indices < config.codes_per_group)
+        if not bool(exists.all()):
+            raise ValueError(
+                f"image {image}: {entry[~exists][0].tolist()} is no region code: there are {config.num_groups} groups "
+                f"of {config.codes_per_group} codes, with token ids from {config.region_code_start_id}"
+            )
+        found.append(torch.stack((groups, indices), dim=1))
+    return found
 
 
 def is_region_code(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
@@ -46,7 +94,7 @@ def locate_codes(
     config: Any,
     counts: list[int] | None = None,
     first_image: torch.Tensor | None = None,
-    left_out: torch.Tensor | None = None,
+    start: int = 0,
 ) -> CodeLocations:
     """Find all region codes in `input_ids` (batch, length); a code belongs to the last image block before it.
 
@@ -54,15 +102,14 @@ def locate_codes(
         counts: how many codes each row has, if known: needed under `torch.compile`, where nothing may depend on
             values.
         first_image: (batch,) index of each row's first image; by default rows own their images in order.
-        left_out: (batch, length) boolean, places whose codes do not count.
+        start: first column whose codes count.
 
     Raises:
         ValueError: if a code has no image before it.
     """
     device = input_ids.device
     codes = is_region_code(input_ids, config)
-    if left_out is not None:
-        codes = codes & ~left_out
+    codes[:, :start] = False
     counts = codes.sum(dim=1).tolist() if counts is None else counts
     blocks = (input_ids == config.image_token_id).cumsum(dim=1) // config.image_seq_length
     if first_image is None:
@@ -87,4 +134,67 @@ def locate_codes(
         keys, entries = (rows * input_ids.shape[1] + block).unique(return_inverse=True)
         num_entries = len(keys)
     slots = (entries[:, None] == entries[None]).tril(-1).sum(dim=1)
-    return CodeLocations(rows, positions, images, entries, slots, counts, num_entries)
+    layout = QueryLayout(images, entries, slots, num_entries, max(counts, default=0))
+    return CodeLocations(rows, positions, counts, layout)
+
+
+class RegionCodeConstraint(LogitsProcessor):
+    """Keeps region codes to allowed groups and image placeholders out of answers, and on request lets no answer end
+    without a code.
+
+    Args:
+        config: a `MedSightConfig`.
+        allowed: (batch, K) boolean, the groups whose codes each row may use.
+        end_ids: end-of-sequence token ids.
+        prompt_length: columns of the prompt.
+        force_region: put a code where the answer would end, or reach `max_length`, without one.
+        max_length: columns that a sequence may have in all.
+
+    Raises:
+        ValueError: when it is called, a code has to come but other processors have ruled them all out.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        allowed: torch.Tensor,
+        end_ids: list[int],
+        prompt_length: int,
+        force_region: bool,
+        max_length: int,
+    ) -> None:
+        self.config = config
+        self.allowed_codes = allowed.repeat_interleave(config.codes_per_group, dim=1)
+        self.refused: torch.Tensor | None = None
+        self.end_ids = end_ids
+        self.prompt_length = prompt_length
+        self.force_region = force_region
+        self.max_length = max_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        first, last = self.config.region_code_start_id, self.config.region_code_start_id + self.config.num_region_codes
+        if self.refused is None or self.refused.shape != scores.shape:
+            copies = len(scores) // len(self.allowed_codes)
+            self.refused = torch.zeros_like(scores, dtype=torch.bool)
+            self.refused[:, first:last] = ~self.allowed_codes.to(scores.device).repeat_interleave(copies, dim=0)
+            self.refused[:, self.config.image_token_id] = True  # it would be part of an image that nobody gave
+        scores = scores.masked_fill(self.refused, -torch.inf)
+        if not self.force_region:
+            return scores
+
+        without = ~is_region_code(input_ids[:, self.prompt_length :], self.config).any(dim=1)
+        at_end = torch.isin(scores.argmax(dim=1), torch.tensor(self.end_ids, device=scores.device))
+        if input_ids.shape[1] >= self.max_length - 1:
+            at_end = torch.ones_like(at_end)
+        codes_only = torch.full_like(scores, -torch.inf)
+        codes_only[:, first:last] = scores[:, first:last]
+        due = without & at_end
+        if bool((due & codes_only.isneginf().all(dim=1)).any()):
+            raise ValueError(
+                "force_region=True: another logits processor or setting (suppress_tokens, forced_eos_token_id, "
+                "bad_words_ids, ...) rules out every region code where one is due"
+            )
+        scores = torch.where(due[:, None], codes_only, scores)
+        for end_id in self.end_ids:
+            scores[:, end_id] = scores[:, end_id].masked_fill(without, -torch.inf)
+        return scores

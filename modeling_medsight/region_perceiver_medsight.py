@@ -1,10 +1,7 @@
 """The region perceiver: learnable region queries and an upsampled feature map that attend to each other (paper,
 section 3)."""
 
-import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,35 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 
-
-# In inference on a CPU:
-WIDE = 256  # features from which on a convolution is faster tap by tap
-NUMBERS_AT_ONCE = 2**20  # of a map that are worked on together
-
-
-@dataclass
-class RegionPerceiverOutput(ModelOutput):
-    """
-    Args:
-        region_embeddings (`torch.FloatTensor` of shape `(batch, queries, d)`): Q_r, the queries after the last stage.
-        image_features (`torch.FloatTensor` of shape `(batch, H, W, d)`): I_r, the map after the last stage, H = 2^L h.
-        masks_queries_logits (`torch.FloatTensor` of shape `(batch, queries, H, W)`): mask logits.
-        class_queries_logits (`torch.FloatTensor` of shape `(batch, queries, classes + 1)`): class logits, 'no object'
-            last.
-        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`): the two logits of the initial step and of every stage
-            but the last.
-        upsampled_features (`torch.FloatTensor` of shape `(batch, 2h, 2w, d)`): the first stage's map before any query
-            touched it, which a second pass over the same patches can take.
-    """
-
-    region_embeddings: torch.FloatTensor | None = None
-    image_features: torch.FloatTensor | None = None
-    masks_queries_logits: torch.FloatTensor | None = None
-    class_queries_logits: torch.FloatTensor | None = None
-    auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
-    upsampled_features: torch.FloatTensor | None = None
+from .outputs_medsight import RegionPerceiverOutput
 
 
 def eager_attention_forward(
@@ -82,46 +52,6 @@ def sine_position_encoding(features: torch.Tensor) -> torch.Tensor:
     return torch.cat((rows, columns), dim=-1)
 
 
-def _is_lean(states: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether operations and memory are spared by another order of the same sums.
-
-    In inference on a CPU, with weights that are all there is to the layers (no adapters, nothing offloaded), in full
-    precision: bfloat16 would round more often.
-    """
-    plain = all(type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.device == states.device for layer in layers)
-    exact = states.device.type == "cpu" and states.dtype in (torch.float32, torch.float64)
-    return plain and exact and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
-    """`function` of pixels (batch, m, d), which do not see each other, some at a time where this spares memory."""
-    batch, length, dim = pixels.shape
-    part = max(1, NUMBERS_AT_ONCE // (batch * dim))
-    if part >= length or not _is_lean(pixels):
-        return function(pixels)
-    return torch.cat([function(some) for some in pixels.split(part, dim=1)], dim=1)
-
-
-def _upsample(features: torch.Tensor) -> torch.Tensor:
-    """A map (batch, h, w, d) at twice the size."""
-    return F.interpolate(features.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear").permute(0, 2, 3, 1)
-
-
-def _upsample_and_convolve(features: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
-    """A map (batch, h, w, d) at twice the size, after a 3x3 convolution."""
-    batch, height, width, dim = features.shape
-    if dim < WIDE or not _is_lean(features, convolution):
-        return convolution(_upsample(features).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    # Each tap of the kernel mixes features before upsampling, where there are a quarter of the pixels.
-    height, width = 2 * height, 2 * width
-    total = convolution.bias.repeat(batch, height, width, 1)
-    for y, x in itertools.product((-1, 0, 1), repeat=2):
-        tap = _upsample(F.linear(features, convolution.weight[:, :, y + 1, x + 1]))
-        inside = total[:, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)]
-        inside += tap[:, max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)]
-    return total
-
-
 class CrossAttention(nn.Module):
     """Cross-attention with a LayerNorm on each side and linear maps without biases."""
 
@@ -146,9 +76,6 @@ class CrossAttention(nn.Module):
 
         A row that sees nothing attends uniformly.
         """
-        few = min(hidden_states.shape[1], context.shape[1]) <= self.head_dim
-        if few and _is_lean(hidden_states, self.to_q, self.to_kv, self.to_out):
-            return self._attend_few(hidden_states, context, visible)
         query = self._split_heads(self.to_q(self.norm_queries(hidden_states)))
         key, value = (self._split_heads(part) for part in self.to_kv(self.norm_context(context)).chunk(2, dim=-1))
 
@@ -165,31 +92,6 @@ class CrossAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
         return self.to_out(output.flatten(2))
-
-    def _attend_few(
-        self, hidden_states: torch.Tensor, context: torch.Tensor, visible: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`forward` between few and many, with all projections on the side of the few: (A W_q) (B W_k)ᵀ is
-        (A W_q W_kᵀ) Bᵀ, or A (B W_k W_qᵀ)ᵀ."""
-        states, context = self.norm_queries(hidden_states), self.norm_context(context)
-        to_q = self.to_q.weight.unflatten(0, (-1, self.head_dim)) * self.scaling
-        to_k, to_v = self.to_kv.weight.unflatten(0, (2, -1, self.head_dim))
-        to_out = self.to_out.weight.unflatten(1, (-1, self.head_dim))
-        few_queries = states.shape[1] <= context.shape[1]
-        if few_queries:
-            queries = torch.einsum("bnd,hed,hec->bhnc", states, to_q, to_k)
-            scores = torch.einsum("bhnc,bmc->bhnm", queries, context)
-        else:
-            keys = torch.einsum("bmc,hec,hed->bhmd", context, to_k, to_q)
-            scores = torch.einsum("bnd,bhmd->bhnm", states, keys)
-        if visible is not None:
-            scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1)
-        if few_queries:
-            seen = torch.einsum("bhnm,bmc->bhnc", weights, context)
-            return torch.einsum("bhnc,hec,dhe->bnd", seen, to_v, to_out)
-        values = torch.einsum("bmc,hec,dhe->bhmd", context, to_v, to_out)
-        return torch.einsum("bhnm,bhmd->bnd", weights, values)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -263,8 +165,9 @@ class RegionPerceiverStage(GradientCheckpointingLayer):
         """Queries and map of this stage (none without `update_map`), and its map before any query touched it, which is
         made of `image_features` unless it is given."""
         if upsampled_features is None:
-            upsampled_features = _upsample_and_convolve(image_features, self.adapter)
-            upsampled_features = upsampled_features + sine_position_encoding(upsampled_features)
+            upsampled = F.interpolate(image_features.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear")
+            upsampled = self.adapter(upsampled).permute(0, 2, 3, 1)
+            upsampled_features = upsampled + sine_position_encoding(upsampled)
 
         visible = F.interpolate(previous_masks.detach().float(), scale_factor=2, mode="bilinear").sigmoid() >= 0.5
         pixels = upsampled_features.flatten(1, 2)
@@ -272,7 +175,7 @@ class RegionPerceiverStage(GradientCheckpointingLayer):
         if not update_map:
             return queries, None, upsampled_features
         known = None if query_mask is None else query_mask[:, None]
-        pixels = _in_parts(lambda part: self.image_feed_forward(self.image_to_region(part, queries, known)), pixels)
+        pixels = self.image_feed_forward(self.image_to_region(pixels, queries, known))
         return queries, pixels.unflatten(1, upsampled_features.shape[1:3]), upsampled_features
 
 

@@ -199,7 +199,7 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         """Answers with their regions: clean text, and for every code its words, mask, box, area and score.
 
         Args:
-            outputs: what `generate` returned, `sequences` with `mask_logits`, `region_codes`, `region_scores` and
+            outputs: what `generate` returned, `sequences` with `mask_logits`, `region_code_ids`, `region_scores` and
                 `is_complete` (an entry a sequence); or what `decode_regions` returned, which has no `sequences`: then
                 the text is that of `inputs`, and every code in it counts.
             inputs: what the processor returned for the prompts: `input_ids`, `attention_mask`, and `original_sizes` if
@@ -346,9 +346,9 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         self, outputs: Any, row: int, token_ids: list[int], has_images: bool
     ) -> tuple[Any, list[float | None]]:
         """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
-        named, logits, scores = (outputs.get(name) for name in ("region_codes", "mask_logits", "region_scores"))
+        named, logits, scores = (outputs.get(name) for name in ("region_code_ids", "mask_logits", "region_scores"))
         if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
-            raise ValueError(f"sequence {row} holds the region codes {token_ids}, but region_codes says {named[row]}")
+            raise ValueError(f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}")
         if logits is not None:
             logits = torch.as_tensor(logits[row])
             if len(logits) != len(token_ids) and (len(logits) or has_images):

@@ -36,9 +36,9 @@ def answer(folder, auto_class):
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False, force_region=True)
     (masks,) = processor.post_process_masks(out.mask_logits, inputs["original_sizes"])
     (grounded,) = processor.post_process_grounded_answer(out, inputs)
-    assert masks.shape == (len(out.region_codes[0]), 40, 64), masks.shape
+    assert masks.shape == (len(out.region_code_ids[0]), 40, 64), masks.shape
     assert len(grounded.regions) == len(masks) >= 1, grounded
-    return model, processor, [out.sequences.tolist(), out.region_codes[0].tolist(), int(masks.sum()), grounded.text]
+    return model, processor, [out.sequences.tolist(), out.region_code_ids[0].tolist(), int(masks.sum()), grounded.text]
 
 
 if __name__ == "__main__":

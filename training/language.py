@@ -71,7 +71,7 @@ class LanguageStage(Stage):
         batch = batch_to(self.collator()([sample]), model.device)
         output = answer(model, batch, self.processor.tokenizer)
         text = self.processor.tokenizer.decode(output.sequences[0], skip_special_tokens=True).strip()
-        codes = self.processor.tokenizer.convert_ids_to_tokens(output.region_codes[0].tolist())
+        codes = self.processor.tokenizer.convert_ids_to_tokens(output.region_code_ids[0].tolist())
         masks = [logits > 0 for logits in output.mask_logits[0]]
         return masks, [f"{code}: {text}" for code in codes] or [f"no region: {text}"]
 

@@ -1,5 +1,7 @@
 """What tests of generate() share: ways to decode, what makes answers cite and end, and what their masks must be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ CLOSE = {"rtol": 1e-3, "atol": 5e-4}
 END = 258
 # Two images and a cited code, one image, three images in a row with text before: padded on the left.
 ROWS = ["ItCtttItt", "Itt", "ttIIItt"]
-# Every way to decode; those marked take one row only.
+# Every way to decode; those in ONE_ROW take one row only.
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True},
@@ -32,6 +34,14 @@ MODES: dict[str, dict[str, Any]] = {
     "assisted by itself": {"assistant_model": "itself"},
 }
 ONE_ROW = ("lookup", "assisted", "assisted by itself")
+# Where the states of generated codes come from: the steps of the search; one pass over what was generated, on the
+# prompt's part of the cache; or one pass over the whole text. Each mode has its way, unless a code comes last.
+WAYS = {
+    **dict.fromkeys(MODES, "steps"),
+    **dict.fromkeys([mode for mode in MODES if "beams" in mode], "cache"),
+    **dict.fromkeys(ONE_ROW, "cache"),
+    "no cache, beams": "whole text",
+}
 
 
 class Scripted(LogitsProcessor):
@@ -50,14 +60,17 @@ class Scripted(LogitsProcessor):
 
 
 class CitesOften(LogitsProcessor):
-    """Makes region codes likely after every other token or so."""
+    """Makes region codes likely after every other token or so; none comes in the last column, if that is known."""
 
-    def __init__(self, config: MedSightConfig) -> None:
+    def __init__(self, config: MedSightConfig, last_column: int | None = None) -> None:
         self.codes = slice(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
+        self.last_column = last_column
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, self.codes] += 12.0 * (input_ids[:, -1:] % 2)
+        if input_ids.shape[1] == self.last_column:
+            scores[:, self.codes] = -torch.inf
         return scores
 
 
@@ -84,6 +97,32 @@ def say(model: Any, batch: dict[str, torch.Tensor], scripts: list[list[int | Non
     return generate(model, batch, logits_processor=script, max_new_tokens=len(scripts[0]), **settings)
 
 
+@contextmanager
+def ways_taken(model: Any) -> Iterator[list[str]]:
+    """Collects, for each call of `generate` in the block that draws masks, where the states of its codes come from."""
+    taken: list[str] = []
+    decode, forward = model._decode_generated, model.model.forward
+
+    def note_pass(*args: Any, **kwargs: Any) -> Any:
+        if taken and taken[-1] == "steps":
+            taken[-1] = "whole text" if kwargs.get("image_embeds") is not None else "cache"
+        return forward(*args, **kwargs)
+
+    def note_decoding(*args: Any, **kwargs: Any) -> Any:
+        taken.append("steps")
+        model.model.forward = note_pass
+        try:
+            return decode(*args, **kwargs)
+        finally:
+            del model.model.forward
+
+    model._decode_generated = note_decoding
+    try:
+        yield taken
+    finally:
+        del model._decode_generated
+
+
 def answers(batch: dict[str, torch.Tensor], sequences: torch.Tensor) -> list[list[int]]:
     """The new tokens of each sequence, up to its end."""
     new = sequences[:, batch["input_ids"].shape[1] :].tolist()
@@ -99,18 +138,20 @@ def assert_masks_are_those_of_decode_regions(model: Any, batch: dict[str, torch.
     config, seen = model.config, 0
     copies, rest = divmod(len(out.sequences), len(batch["input_ids"]))
     assert rest == 0
-    assert len(out.mask_logits) == len(out.region_codes) == len(out.region_scores) == len(out.sequences)
+    assert len(out.mask_logits) == len(out.region_code_ids) == len(out.region_scores) == len(out.sequences)
     for i, answer in enumerate(answers(batch, out.sequences)):
         codes = [token for token in answer if is_code(config, token)]
-        assert out.region_codes[i].tolist() == codes
+        assert out.region_code_ids[i].tolist() == codes
         assert out.mask_logits[i].shape == (len(codes), *config.mask_size)
         assert out.region_scores[i].shape == (len(codes),)
         if not codes:
             continue
         single = row_of_batch(config, batch, i // copies)
         whole = torch.cat((single["input_ids"], torch.tensor([answer])), dim=1)
-        decoded = model.decode_regions(input_ids=whole, pixel_values=single["pixel_values"])
-        torch.testing.assert_close(out.mask_logits[i], decoded.mask_logits[0][-len(codes) :], **CLOSE)
-        torch.testing.assert_close(out.region_scores[i], decoded.region_scores[0][-len(codes) :], **CLOSE)
+        decoded = model.decode_regions(
+            input_ids=whole, pixel_values=single["pixel_values"], start=single["input_ids"].shape[1]
+        )
+        torch.testing.assert_close(out.mask_logits[i], decoded.mask_logits[0], **CLOSE)
+        torch.testing.assert_close(out.region_scores[i], decoded.region_scores[0], **CLOSE)
         seen += len(codes)
     return seen

@@ -19,12 +19,14 @@ from .generating import (
     MODES,
     ONE_ROW,
     ROWS,
+    WAYS,
     CitesOften,
     EndsSoon,
     answers,
     assert_masks_are_those_of_decode_regions,
     generate,
     say,
+    ways_taken,
 )
 
 
@@ -39,11 +41,14 @@ def test_every_decoding_gives_the_masks_of_its_text(name: str, mode: str) -> Non
     elif settings.get("assistant_model") == "itself":
         settings["assistant_model"] = model
     kind = GenerateBeamDecoderOnlyOutput if "num_beams" in settings else GenerateDecoderOnlyOutput
-    settings["logits_processor"] = LogitsProcessorList([CitesOften(config)])
     seen = 0
     for rows in [[row] for row in ROWS] if mode in ONE_ROW else [ROWS]:
         batch = make_batch(config, rows)
-        out = generate(model, batch, **settings)
+        often = LogitsProcessorList([CitesOften(config, last_column=batch["input_ids"].shape[1] + 7)])
+        with ways_taken(model) as taken:
+            out = generate(model, batch, **settings, logits_processor=often)
+        cites = any(len(codes) for codes in out.region_code_ids)
+        assert taken[-1:] == ([WAYS[mode]] if cites else ["steps"])
         assert len(out.sequences) == len(rows) * settings.get("num_return_sequences", 1)
         assert isinstance(out, kind)
         seen += assert_masks_are_those_of_decode_regions(model, batch, out)
@@ -85,12 +90,26 @@ def test_an_answer_is_complete_where_it_came_to_an_end_alone_and_in_a_batch(
         assert alone.is_complete.tolist() == [expected]
 
 
+def test_where_the_pad_token_also_ends_text(model: Any, config: MedSightConfig) -> None:
+    """As Qwen3's does: a prompt is not taken for padded, and a row that ended before others is complete."""
+    batch = make_batch(config, ["tItt", "Ittt"])
+    batch["input_ids"][0, 0] = END
+    settings = {"pad_token_id": END, "eos_token_id": END, "output_logits": True}
+    scripts = [[5, END, END, END], [5, 6, 7, 8]]
+    out = say(model, batch, scripts, **settings)
+    assert out.is_complete.tolist() == [True, False]
+    del batch["attention_mask"]
+    unmasked = say(model, batch, scripts, **settings)
+    for given, expected in zip(unmasked.logits, out.logits, strict=True):
+        torch.testing.assert_close(given, expected)
+
+
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
 def test_ragged_numbers_of_codes_and_none_at_all(model: Any, config: MedSightConfig, cache: dict[str, Any]) -> None:
     first, batch = config.region_code_start_id, make_batch(config, ["tIt", "Ittt", "It"])
     scripts = [[5, first, first, 6, first + 7], [1, 2, 3, 4, 5], [first + 3, END, 256, 256, 256]]
     out = say(model, batch, scripts, **cache)
-    assert [codes.tolist() for codes in out.region_codes] == [[first, first, first + 7], [], [first + 3]]
+    assert [codes.tolist() for codes in out.region_code_ids] == [[first, first, first + 7], [], [first + 3]]
     assert [masks.shape[0] for masks in out.mask_logits] == [3, 0, 1]
     assert_masks_are_those_of_decode_regions(model, batch, out)
     # The same code twice: two regions, two masks.
@@ -103,14 +122,14 @@ def test_a_code_as_the_very_last_token_has_its_mask(model: Any, config: Any, mod
     code, batch = config.region_code_start_id + 5, make_batch(config, ["tIttt", "It"])
     beams = MODES[mode].get("num_beams", 1)
     out = say(model, batch, [[7] * (length - 1) + [code]] * 2 * beams, **MODES[mode])
-    assert [codes.tolist() for codes in out.region_codes] == [[code], [code]]
+    assert [codes.tolist() for codes in out.region_code_ids] == [[code], [code]]
     assert_masks_are_those_of_decode_regions(model, batch, out)
 
 
 def test_an_answer_without_codes_has_no_masks(model: Any, config: MedSightConfig) -> None:
     batch = make_batch(config, ["tIt", "It"])
     out = say(model, batch, [[5, 6, 7]] * 2)
-    for masks, codes, scores in zip(out.mask_logits, out.region_codes, out.region_scores, strict=True):
+    for masks, codes, scores in zip(out.mask_logits, out.region_code_ids, out.region_scores, strict=True):
         assert masks.shape == (0, *config.mask_size)
         assert codes.shape == scores.shape == (0,) and codes.dtype == torch.long
 
@@ -141,7 +160,7 @@ def test_all_that_transformers_own_output_has_is_there(model: Any, config: MedSi
         ({"num_beams": 2}, ("sequences", "sequences_scores", "beam_indices", "scores", CACHE_NAME)),
     ):
         out = generate(model, make_batch(config, ["tIt"]), **wanted, **settings)
-        for field in (*fields, "mask_logits", "region_codes", "region_scores"):
+        for field in (*fields, "mask_logits", "region_code_ids", "region_scores"):
             assert getattr(out, field) is not None and out[field] is getattr(out, field)
 
 
@@ -243,7 +262,7 @@ def test_the_image_is_encoded_once(model: Any, config: MedSightConfig) -> None:
     for settings in ({}, {"num_beams": 3}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}):
         seen.clear()
         out = generate(model, make_batch(config, ROWS), **settings)
-        assert sum(len(codes) for codes in out.region_codes) > 0
+        assert sum(len(codes) for codes in out.region_code_ids) > 0
         assert seen == [6]
     hook.remove()
 
@@ -253,7 +272,7 @@ def test_an_assistant_looks_once_and_draws_no_masks(model: Any, config: MedSight
     assistant.model.region_perceiver.register_forward_hook(lambda *_: looks.append(1))
     code = config.region_code_start_id
     out = say(model, make_batch(config, ["ttIt"]), [[1, code, 2, code, 3, code, 4, 5]], assistant_model=assistant)
-    assert out.region_codes[0].tolist() == [code] * 3
+    assert out.region_code_ids[0].tolist() == [code] * 3
     assert looks == [1]
 
 
@@ -287,7 +306,35 @@ def test_masks_cost_at_most_one_forward_over_what_was_generated(
     hook.remove()
     torch.testing.assert_close(out.sequences, plain)
     assert read[: len(without)] == without
-    assert len(read) == len(without) + passes and all(length <= 5 + 1 for length in read[len(without) :])
+    assert read[len(without) :] == ([5 + 1] if "num_beams" in settings else [1])[:passes]
+    assert_masks_are_those_of_decode_regions(model, batch, out)
+
+
+@pytest.mark.parametrize("new_image", [True, False])
+def test_a_chat_looks_at_no_image_twice_and_decodes_no_code_again(
+    model: Any, config: MedSightConfig, new_image: bool
+) -> None:
+    """Of six images and codes in the turns before, the sixth turn takes the last image, and no column but its own."""
+    batch, code = make_batch(config, ["ItCt" * 5 + ("It" if new_image else "tt")]), config.region_code_start_id
+    images = len(batch["pixel_values"])
+    known = batch["input_ids"].shape[1] - (config.image_seq_length + 1 if new_image else 2)
+    beginning = {"input_ids": batch["input_ids"][:, :known], "pixel_values": batch["pixel_values"][:5]}
+    with torch.no_grad():
+        cache = model(**beginning, use_cache=True)[CACHE_NAME]
+    looked, perceived, read = [], [], []
+    hooks = [
+        model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: looked.append(len(inputs[0]))),
+        model.model.region_perceiver.register_forward_pre_hook(lambda _, inputs: perceived.append(len(inputs[0]))),
+        model.model.language_model.register_forward_pre_hook(
+            lambda _, __, named: read.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
+    ]
+    out = say(model, batch, [[1, code, 2]], past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    assert images == 5 + new_image and out.region_code_ids[0].tolist() == [code]
+    assert looked == [1] and perceived == [1, 1]  # the regions of one image, and the mask of one code
+    assert read == [batch["input_ids"].shape[1] - known, 1, 1]
     assert_masks_are_those_of_decode_regions(model, batch, out)
 
 
@@ -305,7 +352,7 @@ def test_the_given_cache_is_left_as_it_was_generated(model: Any, config: MedSigh
 def test_generation_in_half_precision(config: MedSightConfig, dtype: torch.dtype) -> None:
     model, batch = make_model(config).to(dtype), make_batch(config, ROWS)
     out = generate(model, {**batch, "pixel_values": batch["pixel_values"].to(dtype)}, num_beams=2)
-    assert sum(len(codes) for codes in out.region_codes) > 0
+    assert sum(len(codes) for codes in out.region_code_ids) > 0
     for masks, scores in zip(out.mask_logits, out.region_scores, strict=True):
         assert masks.dtype == dtype and masks.isfinite().all()
         assert scores.dtype == torch.float32 and (scores >= 0).all() and (scores <= 1).all()
@@ -325,7 +372,7 @@ def test_what_decode_regions_reads_is_the_text_not_its_origin(model: Any, config
     out = say(model, batch, [[1, code, 2]])
     edited = torch.cat((out.sequences, torch.tensor([[code + 1, 4]])), dim=1)
     decoded = model.decode_regions(input_ids=edited, pixel_values=batch["pixel_values"])
-    assert decoded.region_codes[0].tolist() == [code, code + 1]
+    assert decoded.region_code_ids[0].tolist() == [code, code + 1]
     assert decoded.mask_logits[0].shape == (2, *config.mask_size)
     empty = model.decode_regions(**make_batch(config, ["tI", "t"]))
     assert [masks.shape for masks in empty.mask_logits] == [(0, *config.mask_size)] * 2

@@ -35,9 +35,9 @@ def test_codes_of_turns_without_an_image_are_no_regions() -> None:
         alone = [
             model.generate(**row_of_batch(config, batch, row), max_new_tokens=4, do_sample=False) for row in range(3)
         ]
-    assert [bool(len(codes)) for codes in together["region_codes"]] == [False, True, True]
+    assert [bool(len(codes)) for codes in together["region_code_ids"]] == [False, True, True]
     for row, one in enumerate(alone):
-        assert torch.equal(together["region_codes"][row], one["region_codes"][0])
+        assert torch.equal(together["region_code_ids"][row], one["region_code_ids"][0])
         torch.testing.assert_close(together["mask_logits"][row], one["mask_logits"][0], rtol=1e-4, atol=1e-4)
 
 
@@ -130,23 +130,11 @@ def test_a_prompt_that_is_padded_on_the_right_is_refused() -> None:
         model.generate(**batch, max_new_tokens=4)
 
 
-def test_masks_of_regions_are_not_made_where_only_losses_are_asked_for() -> None:
-    config = make_config("clip-qwen3")
-    model, batch = make_model(config).train(), make_batch(config, ["tIttC"])
-    masks = [torch.zeros(1, 20, 20)]
-    both = model(**batch, labels=batch["input_ids"], mask_labels=masks)
-    alone = model(**batch, mask_labels=masks)
-    torch.testing.assert_close(alone.mask_loss, both.mask_loss)
-    for outputs in (both, alone):
-        assert outputs.region_features.masks_queries_logits is None
-    assert model(**batch).region_features.masks_queries_logits is not None
-
-
 def test_images_without_regions_cost_nothing_where_no_object_has_no_weight() -> None:
     config = make_config("clip-qwen3", no_object_weight=0.0)
     pixels = torch.zeros(2, 3, config.image_size, config.image_size)
     none = {"mask_labels": [torch.zeros(0, 20, 20)] * 2, "class_labels": [torch.zeros(0, dtype=torch.long)] * 2}
-    assert make_model(config).train()(pixel_values=pixels, **none).loss.item() == 0
+    assert make_model(config).train().region_model(pixels, **none).loss.item() == 0
 
 
 @pytest.mark.parametrize(
@@ -166,10 +154,9 @@ def test_groups_are_numbers_of_any_kind(one: Any) -> None:
 def test_labels_that_would_be_passed_over_are_refused() -> None:
     config = make_config("clip-qwen3")
     model, batch = make_model(config), make_batch(config, ["tIttC"])
-    with pytest.raises(ValueError, match="group_labels: of no use with text"):
-        model(**batch, labels=batch["input_ids"], group_labels=torch.tensor([0]))
-    with pytest.raises(ValueError, match="labels: of no use without text"):
-        model(pixel_values=batch["pixel_values"], labels=batch["input_ids"])
+    for name in ("class_labels", "group_labels"):
+        with pytest.raises(ValueError, match=f"{name}: of no use with text: they are for region_model"):
+            model(**batch, labels=batch["input_ids"], **{name: torch.tensor([0])})
     shifted = torch.nn.functional.pad(batch["input_ids"], (0, 1), value=-100)[:, 1:]
     by_labels = model(**batch, labels=batch["input_ids"]).lm_loss
     torch.testing.assert_close(model(**batch, shift_labels=shifted).lm_loss, by_labels)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from configuration_medsight import MedSightConfig
 from modeling_medsight.loss_medsight import (
@@ -127,6 +128,26 @@ def test_the_matcher_finds_the_cheapest_pairs_of_all(
     best = min(map(cost_of, every))
     given = cost_of(list(zip(query_index.tolist(), region_index.tolist(), strict=True)))
     assert given == pytest.approx(best, rel=1e-5, abs=1e-6)
+
+
+def test_the_matcher_counts_in_full_precision_under_autocast() -> None:
+    """Costs are differences of large sums: in bfloat16 another pair would come out."""
+    matcher = HungarianMatcher(tiny(class_loss_weight=0.0))
+    different = 0
+    for seed in range(20):
+        masks, targets = 2 * some(1, 6, 16, 16, seed=seed), [(some(4, 16, 16, seed=seed + 50) > 0).float()]
+        arguments = masks, some(1, 6, 8, seed=1), targets, [torch.arange(4)]
+        ((expected, _),) = matcher(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            ((given, _),) = matcher(*arguments)
+        assert torch.equal(given, expected)
+        logits, wanted = masks[0].flatten(1).bfloat16(), targets[0].flatten(1).bfloat16()
+        overlap = logits.sigmoid() @ wanted.T
+        bce = (torch.nn.functional.softplus(logits).sum(1)[:, None] - logits @ wanted.T) / 256
+        dice = 1 - (2 * overlap + 1) / (logits.sigmoid().sum(1)[:, None] + wanted.sum(1)[None] + 1)
+        rounded = linear_sum_assignment((bce + dice).float().numpy())[0]
+        different += rounded.tolist() != expected.tolist()
+    assert different > 0, "rounding would not have shown"
 
 
 def test_samples_are_matched_each_for_itself_whatever_their_number_of_regions() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from configuration_medsight import MedSightConfig
 from configuration_medsight.remote_code_medsight import AUTO_MAP
-from modeling_medsight import MedSightForConditionalGeneration, MedSightModel
+from modeling_medsight import MedSightForConditionalGeneration, MedSightModel, MedSightRegionModel
 from modeling_medsight.loss_medsight import code_mask_loss
 from modeling_medsight.region_codes_in_text_medsight import locate_codes
 
@@ -152,8 +152,8 @@ def test_a_batch_is_its_rows_and_padding_on_the_left_is_not_seen(model: Any, con
         own = model.decode_regions(**single)
         torch.testing.assert_close(decoded.mask_logits[row], own.mask_logits[0], **CLOSE)
         torch.testing.assert_close(decoded.region_scores[row], own.region_scores[0], **CLOSE)
-        assert torch.equal(decoded.region_codes[row], own.region_codes[0])
-        assert len(own.region_codes[0]) == ROWS[row].count("C")
+        assert torch.equal(decoded.region_code_ids[row], own.region_code_ids[0])
+        assert len(own.region_code_ids[0]) == ROWS[row].count("C")
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def test_a_code_belongs_to_the_last_image_before_it(model: Any, config: MedSight
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], image_embeds=blocks
         ).last_hidden_state
         codes = locate_codes(batch["input_ids"], config)
-        masks = model.model.decode_codes(hidden, codes, regions).split(codes.counts)
+        masks = model.model.decode_states(hidden, codes, regions).split(codes.counts)
         pairs = zip(masks, before.mask_logits, strict=True)
         return [[not torch.allclose(a, b, **CLOSE) for a, b in zip(new, old, strict=True)] for new, old in pairs]
 
@@ -304,7 +304,7 @@ def test_bfloat16_is_close_to_float32(model: Any, config: MedSightConfig, batch:
 
 def test_losses_of_a_half_precision_model_are_float32(config: MedSightConfig) -> None:
     half = make_model(config).bfloat16().train()
-    text, images = half(**labelled(config, ROWS)), half(**perceiving(config))
+    text, images = half(**labelled(config, ROWS)), half.region_model(**perceiving(config))
     for output, names in (
         (text, ("mask_loss",)),
         (images, ("perceiver_loss", "codebook_loss", "group_loss", "loss")),
@@ -357,16 +357,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(config: MedSightConfig,
     runs: list[int] = []
     for stage in model.model.region_perceiver.stages:
         stage.adapter.register_forward_hook(lambda *_: runs.append(1))
-    for inputs in (labelled(config, ROWS), perceiving(config)):
+    for trained, inputs in ((model, labelled(config, ROWS)), (model.region_model, perceiving(config))):
         inputs["pixel_values"] = inputs["pixel_values"].double()
         runs.clear()
-        expected, plain = gradients(model, inputs), len(runs)
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        model.enable_input_require_grads()
+        expected, plain = gradients(trained, inputs), len(runs)
+        trained.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        trained.enable_input_require_grads()
         runs.clear()
-        given = gradients(model, inputs)
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
+        given = gradients(trained, inputs)
+        trained.gradient_checkpointing_disable()
+        trained.disable_input_require_grads()
         assert len(runs) > plain > 0, "no stage of the perceiver was run again"
         for key, gradient in expected.items():
             torch.testing.assert_close(given.get(key, torch.zeros_like(gradient)), gradient, rtol=1e-6, atol=1e-9)
@@ -375,7 +375,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config: MedSightConfig,
 def test_every_weight_that_a_loss_needs_gets_a_gradient(config: MedSightConfig) -> None:
     model = make_model(config).train()
     text = {key for key, gradient in gradients(model, labelled(config, ROWS)).items() if gradient.any()}
-    images = {key for key, gradient in gradients(model, perceiving(config)).items() if gradient.any()}
+    images = {key for key, gradient in gradients(model.region_model, perceiving(config)).items() if gradient.any()}
     for part in ("language_model", "vision_to_text_projector", "text_to_vision_projector", "region_perceiver"):
         assert any(part in key for key in text), part
     for part in ("region_perceiver", "codebook.codes", "codebook.to_code", "codebook.from_code"):
@@ -406,7 +406,6 @@ def test_text_losses_are_what_they_say(model: Any, config: MedSightConfig) -> No
         torch.testing.assert_close(masks, others, **CLOSE)
     torch.testing.assert_close(output.mask_loss, code_mask_loss(decoded.mask_logits, inputs["mask_labels"]))
     torch.testing.assert_close(output.loss, output.lm_loss + output.mask_loss)
-    assert output.perceiver_loss is None and output.codebook_loss is None and output.group_loss is None
     averaged = model(**inputs, num_items_in_batch=torch.tensor(100))
     torch.testing.assert_close(averaged.lm_loss, expected * (shifted != -100).sum() / 100)
 
@@ -420,10 +419,9 @@ def test_labels_already_shifted_take_the_place_of_labels(model: Any, config: Med
 
 
 def test_perceiver_losses_are_what_they_say(config: MedSightConfig) -> None:
-    model, inputs = make_model(config).train(), perceiving(config)
+    model, inputs = make_model(config).train().region_model, perceiving(config)
     torch.manual_seed(0)
-    output = model(**inputs)
-    regions = output.region_features
+    regions = output = model(**inputs)
     targets = inputs["mask_labels"], inputs["class_labels"]
     stages = [*(regions.auxiliary_logits or []), regions]
     pairs = model.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, *targets)[1]
@@ -435,12 +433,11 @@ def test_perceiver_losses_are_what_they_say(config: MedSightConfig) -> None:
     expected = F.cross_entropy(regions.group_logits, inputs["group_labels"])
     torch.testing.assert_close(output.group_loss, expected)
     codes = model.quantize_regions(regions.region_embeddings, inputs["group_labels"])
-    head = model.model.region_perceiver.segmentation_head
+    head = model.region_perceiver.segmentation_head
     masks, classes = head(codes.reconstructed_regions, regions.image_features)
     through, _ = model.perceiver_loss(masks, classes, *targets, losses[-1][1])
     torch.testing.assert_close(output.codebook_loss, codes.vq_loss + codes.reconstruction_loss + through)
     torch.testing.assert_close(output.loss, output.perceiver_loss + output.codebook_loss + output.group_loss)
-    assert output.lm_loss is None and output.mask_loss is None
 
 
 def test_what_is_missing_or_does_not_match_is_named(model: Any, config: MedSightConfig) -> None:
@@ -463,17 +460,28 @@ def test_what_is_missing_or_does_not_match_is_named(model: Any, config: MedSight
     code = int(early["input_ids"][1][early["input_ids"][1] >= config.region_code_start_id])
     with pytest.raises(ValueError, match=rf"row 1 has region code {code} .* no image before it"):
         model.decode_regions(**early)
-    seen = perceiving(config)
+    seen, region_model = perceiving(config), model.region_model
     with pytest.raises(ValueError, match="image 2 has 1 mask_labels but 3 class_labels"):
-        model(**{**seen, "class_labels": [*seen["class_labels"][:2], torch.zeros(3, dtype=torch.long)]})
+        region_model(**{**seen, "class_labels": [*seen["class_labels"][:2], torch.zeros(3, dtype=torch.long)]})
     with pytest.raises(ValueError, match="2 mask_labels and 2 class_labels for 3 images"):
-        model(**{**seen, "class_labels": seen["class_labels"][:2], "mask_labels": seen["mask_labels"][:2]})
+        region_model(**{**seen, "class_labels": seen["class_labels"][:2], "mask_labels": seen["mask_labels"][:2]})
     with pytest.raises(ValueError, match="missing class_labels"):
-        model(**{**seen, "class_labels": None})
-    with pytest.raises(ValueError, match="missing pixel_values"):
+        region_model(**{**seen, "class_labels": None})
+    with pytest.raises(ValueError, match="group_labels: of no use without mask_labels and class_labels"):
+        region_model(seen["pixel_values"], group_labels=seen["group_labels"])
+    with pytest.raises(ValueError, match="pixel_values without input_ids: images alone are for region_model"):
+        model(pixel_values=seen["pixel_values"])
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
 
 
+COMPILED_ALWAYS = ("clip-qwen3", "unet-qwen3-pooled")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in COMPILED_ALWAYS else pytest.mark.slow) for name in CONFIGURATIONS],
+)
 @torch.no_grad()
 def test_forward_compiles_into_one_graph(name: str) -> None:
     torch.compiler.reset()
@@ -495,7 +503,9 @@ def test_forward_and_backward_compile(training: str) -> None:
     config = make_config("clip-qwen3")
     model = make_model(config).train()
     # The matcher solves an assignment on the CPU: a graph of its own.
-    inputs = labelled(config, ROWS[:2]) if training == "text" else perceiving(config)
+    inputs = labelled(config, ROWS[:2])
+    if training == "perceiver":
+        model, inputs = model.region_model, perceiving(config)
     expected = gradients(model, inputs)
     torch.compiler.reset()
     given = gradients(torch.compile(model, backend="aot_eager", fullgraph=training == "text"), inputs)
@@ -556,4 +566,5 @@ def test_outputs_come_as_tuples_on_request(model: Any, batch: Inputs) -> None:
 def test_the_installed_model_is_known_to_every_auto_class_of_a_checkpoint(auto_class: str) -> None:
     """Else transformers asks whether to run the checkpoint's own code."""
     config = MedSightConfig.from_preset("tiny", auto_map=AUTO_MAP)
-    assert type(getattr(transformers, auto_class).from_config(config)) is MedSightForConditionalGeneration
+    kind = MedSightRegionModel if auto_class == "AutoModelForMaskGeneration" else MedSightForConditionalGeneration
+    assert type(getattr(transformers, auto_class).from_config(config)) is kind

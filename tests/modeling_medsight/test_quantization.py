@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, EetqConfig, GPTQConfig
 
 from modeling_medsight import MedSightForConditionalGeneration
-from modeling_medsight.quantization_medsight import KEPT, of_language_model
+from modeling_medsight.pretrained_medsight import NOT_QUANTIZED, of_language_model
 
 from .configurations import QWEN3, make_batch, make_config, make_model
 
@@ -22,7 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
 def test_what_is_kept_is_all_of_the_model_but_the_language_models_layers() -> None:
     model = make_model(make_config("clip-qwen3"))
     children = {name for name, _ in model.model.named_children()} | {name for name, _ in model.named_children()}
-    assert set(KEPT) == children - {"model", "language_model", "perceiver_loss"}
+    assert set(NOT_QUANTIZED) == children - {"model", "language_model", "perceiver_loss"}
 
 
 @pytest.mark.parametrize("field", ["llm_int8_skip_modules", "modules_to_not_convert"])
@@ -31,7 +31,7 @@ def test_what_the_caller_keeps_is_kept_too(field: str) -> None:
     given = kind(**{field: ["x"]})
     for config in (of_language_model(given), of_language_model(of_language_model(given))):
         kept = getattr(config, field)
-        assert kept[0] == "x" and set(KEPT) <= set(kept) and len(kept) == len(set(kept))
+        assert kept[0] == "x" and set(NOT_QUANTIZED) <= set(kept) and len(kept) == len(set(kept))
     assert getattr(given, field) == ["x"]
 
 

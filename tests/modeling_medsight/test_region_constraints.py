@@ -14,15 +14,15 @@ from .generating import CLOSE, END, MODES, assert_masks_are_those_of_decode_regi
 
 def test_text_alone_can_neither_cite_nor_decode_codes(model: Any, config: MedSightConfig) -> None:
     out = generate(model, make_batch(config, ["ttt", "t"]))
-    assert [len(codes) for codes in out.region_codes] == [0, 0]
+    assert [len(codes) for codes in out.region_code_ids] == [0, 0]
     assert not (
         (out.sequences >= config.region_code_start_id) & (out.sequences < config.region_code_start_id + 12)
     ).any()
     batch = make_batch(config, ["tItt", "ttt"])
     for seed in range(4):
         mixed = generate(model, batch, seed, do_sample=True, max_new_tokens=12)
-        assert len(mixed.region_codes[1]) == 0
-    assert len(mixed.region_codes[0]) > 0
+        assert len(mixed.region_code_ids[1]) == 0
+    assert len(mixed.region_code_ids[0]) > 0
     assert_masks_are_those_of_decode_regions(model, batch, mixed)
 
 
@@ -50,7 +50,7 @@ def test_codes_keep_to_the_allowed_groups(model: Any, config: MedSightConfig, mo
         wanted = [{int(group)} for group in groups]
     else:
         wanted = [{0, 2} if allowed == [0, "group 2"] else {1}] * 3
-    for i, codes in enumerate(out.region_codes):
+    for i, codes in enumerate(out.region_code_ids):
         used = {(code - config.region_code_start_id) // config.codes_per_group for code in codes.tolist()}
         assert used <= wanted[i // copies]
     assert assert_masks_are_those_of_decode_regions(model, batch, out) > 0
@@ -65,7 +65,7 @@ def test_the_predicted_group_is_that_of_each_rows_last_image(config: MedSightCon
     logits = torch.stack([torch.eye(3)[next(groups)] for _ in range(3)])
     model.model.group_classifier.register_forward_hook(lambda *_: logits)
     out = generate(model, batch, allowed_groups="predicted", max_new_tokens=16)
-    used = [{(c - config.region_code_start_id) // 4 for c in codes.tolist()} for codes in out.region_codes]
+    used = [{(c - config.region_code_start_id) // 4 for c in codes.tolist()} for codes in out.region_code_ids]
     assert used == [{2}, {1}]
 
 
@@ -96,13 +96,13 @@ def test_an_answer_forced_to_cite_a_region_does(
         reluctant = LogitsProcessorList([NeverCites(config, ends)])
         return model.generate(**batch, logits_processor=reluctant, **length, **MODES[mode], **settings)
 
-    assert sum(len(codes) for codes in out_of().region_codes) == 0
+    assert sum(len(codes) for codes in out_of().region_code_ids) == 0
     out = out_of(force_region=True)
-    assert all(len(codes) >= 1 for codes in out.region_codes)
+    assert all(len(codes) >= 1 for codes in out.region_code_ids)
     assert_masks_are_those_of_decode_regions(model, batch, out)
     both = out_of(force_region=True, allowed_groups=["group 2"])
     first = config.region_code_start_id + 2 * config.codes_per_group
-    assert all(len(codes) >= 1 and codes.min() >= first for codes in both.region_codes)
+    assert all(len(codes) >= 1 and codes.min() >= first for codes in both.region_code_ids)
 
 
 def test_a_given_configuration_leaves_open_what_the_models_own_says(
@@ -118,10 +118,32 @@ def test_a_given_configuration_leaves_open_what_the_models_own_says(
     given = model.generate(
         **batch, logits_processor=reluctant, force_region=True, generation_config=GenerationConfig(do_sample=False)
     )
-    assert all(len(codes) >= 1 for codes in expected.region_codes)
+    assert all(len(codes) >= 1 for codes in expected.region_code_ids)
     assert torch.equal(given.sequences, expected.sequences)
     for one, other in zip(given.mask_logits, expected.mask_logits, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("where", ["given", "the model's own"])
+def test_rules_for_codes_may_stand_in_a_generation_config(
+    model: Any, config: MedSightConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = make_batch(config, ["tItt", "It"])
+    reluctant = LogitsProcessorList([NeverCites(config, ends=True)])
+    rules = {"allowed_groups": ["group 2"], "force_region": True}
+    ends = {"eos_token_id": END, "pad_token_id": 256, "max_new_tokens": 6, "return_dict_in_generate": True}
+    expected = model.generate(**batch, logits_processor=reluctant, **rules, **ends)
+    setting = GenerationConfig(**ends, **rules)
+    if where == "given":
+        out = model.generate(**batch, logits_processor=reluctant, generation_config=setting)
+    else:
+        monkeypatch.setattr(model, "generation_config", setting)
+        out = model.generate(**batch, logits_processor=reluctant)
+        none = model.generate(**batch, logits_processor=reluctant, force_region=False)
+        assert [len(codes) for codes in none.region_code_ids] == [0, 0]
+    assert torch.equal(out.sequences, expected.sequences)
+    first = config.region_code_start_id + 2 * config.codes_per_group
+    assert all(len(codes) >= 1 and codes.min() >= first for codes in out.region_code_ids)
 
 
 def test_a_code_after_rejected_candidates_is_scored_by_its_own_state(model: Any, config: MedSightConfig) -> None:
@@ -129,7 +151,7 @@ def test_a_code_after_rejected_candidates_is_scored_by_its_own_state(model: Any,
     batch["input_ids"][0, -2:] = batch["input_ids"][0, :2]  # something to look up, which the script rejects
     scripts = [[config.region_code_start_id + 1, 5, 7, END]]
     plain, lookup = say(model, batch, scripts), say(model, batch, scripts, prompt_lookup_num_tokens=3)
-    assert torch.equal(plain.sequences, lookup.sequences) and len(plain.region_codes[0]) == 1
+    assert torch.equal(plain.sequences, lookup.sequences) and len(plain.region_code_ids[0]) == 1
     torch.testing.assert_close(lookup.region_scores[0], plain.region_scores[0], **CLOSE)
     torch.testing.assert_close(lookup.mask_logits[0], plain.mask_logits[0], **CLOSE)
 

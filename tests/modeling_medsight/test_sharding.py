@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from medsight.training.sharding import gather_in_methods
 from medsight.training.stage import train_only
-from modeling_medsight import MedSightForConditionalGeneration
+from modeling_medsight import MedSightForConditionalGeneration, MedSightRegionModel
 from tests.modeling_medsight.configurations import make_batch, make_config, make_model, random_masks
 
 
@@ -33,7 +33,7 @@ LANGUAGE = (
     *("model.language_model.", "lm_head."),
     *("model.vision_to_text_projector.", "model.text_to_vision_projector."),
 )
-REGIONS = ("model.vision_tower.", "model.region_perceiver.", "model.codebook.", "model.group_classifier.")
+REGIONS = ("vision_tower.", "region_perceiver.", "codebook.", "group_classifier.")
 
 
 def model_of(case: str) -> MedSightForConditionalGeneration:
@@ -42,12 +42,15 @@ def model_of(case: str) -> MedSightForConditionalGeneration:
     return make_model(config, seed=1)
 
 
-def shard(model: MedSightForConditionalGeneration, classes: str) -> None:
+def shard(model: MedSightForConditionalGeneration | MedSightRegionModel, classes: str) -> None:
     """As accelerate does: the layers, the embedding and what follows the layers are units, the rest is the root's."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in list(model.modules())[::-1]:
         if type(module).__name__ in classes.split(","):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if isinstance(model, MedSightRegionModel):
+        fully_shard(model, mesh=mesh)
+        return
     embedding, tail = model.get_input_embeddings(), [model.model.language_model.norm, model.lm_head]
     if model.lm_head.weight is embedding.weight:
         tail.insert(1, embedding)
@@ -87,21 +90,22 @@ def outcomes(case: str, rank: int, sharded: bool) -> dict[str, torch.Tensor]:
     classes, texts = CASES[case]
     found: dict[str, torch.Tensor] = {}
     for trained in (LANGUAGE, REGIONS):
-        model = model_of(case).train()
+        whole = model_of(case).train()
+        model = whole if trained is LANGUAGE else whole.region_model
         train_only(model, trained)
         if sharded:
             shard(model, classes)
-        speaks = trained is LANGUAGE
-        output = model(
-            **language_batch(model.config, texts[rank], rank) if speaks else region_batch(model.config, rank)
-        )
+        batch = language_batch(model.config, texts[rank], rank)
+        output = model(**(batch if trained is LANGUAGE else region_batch(model.config, rank)))
         output.loss.backward()
         found |= {name: value.detach().clone() for name, value in output.items() if name.endswith("_loss")}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.grad is not None:
                 found[f"gradient of {name}"] = parameter.grad.full_tensor() if sharded else parameter.grad
 
-    model.eval()
+    model = model_of(case).eval()
+    if sharded:
+        shard(model, classes)
     with torch.no_grad():
         regions = model.get_region_features(region_batch(model.config, rank)["pixel_values"])
         perceiver = model.model.region_perceiver

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configuration_medsight import MedSightConfig
-from modeling_medsight.training_loss_medsight import masks_of_classes
+from modeling_medsight.loss_medsight import masks_of_classes
 from tests.modeling_medsight.configurations import make_batch, make_config, make_model, random_masks
 
 
@@ -62,7 +62,7 @@ def test_perception_losses_of_parts_add_up_to_that_of_the_whole(
     parts: list[list[int]], groups: bool, unmatched: bool
 ) -> None:
     config = make_config("clip-qwen3", quantize_unmatched_regions=unmatched, **CLASS_QUERIES)
-    model = make_model(config).train()
+    model = make_model(config).train().region_model
     batch = perceiving(config)
     if groups:
         batch["group_labels"] = torch.tensor([0, 1, 2, 0])
@@ -91,7 +91,7 @@ def test_grounding_losses_of_parts_add_up_to_that_of_the_whole(parts: list[list[
 def test_gradients_of_the_matched_loss_are_those_of_a_slow_reference() -> None:
     """Against differences of the loss itself, in float64, with the pairs held."""
     config = make_config("clip-qwen3")
-    loss = make_model(config).perceiver_loss
+    loss = make_model(config).region_model.perceiver_loss
     generator = torch.Generator().manual_seed(0)
     masks = torch.randn(2, 5, 4, 4, generator=generator).requires_grad_()
     classes = torch.randn(2, 5, config.num_mask_classes + 1, generator=generator).requires_grad_()
@@ -113,15 +113,15 @@ def test_gradients_of_the_matched_loss_are_those_of_a_slow_reference() -> None:
 
 def test_class_queries_are_learnt_without_matching() -> None:
     config = make_config("clip-qwen3", **CLASS_QUERIES)
-    model = make_model(config).train()
+    model = make_model(config).train().region_model
     batch = perceiving(config, [2, 1])
     output = model(**batch)
     assert output.loss == output.perceiver_loss + output.class_query_loss
     output.class_query_loss.backward()
     asked = {int(label) for labels in batch["class_labels"] for label in labels}
-    rows = model.model.region_perceiver.class_queries.grad.abs().sum(1)
+    rows = model.region_perceiver.class_queries.grad.abs().sum(1)
     assert {i for i, value in enumerate(rows.tolist()) if value > 0} == asked
-    assert not model.model.region_perceiver.region_queries.grad is not None
+    assert not model.region_perceiver.region_queries.grad is not None
     second = batch["class_labels"][0][1:]
     fewer = model(**batch, asked_classes=[second, torch.tensor([], dtype=torch.long)])
     alone = model(
@@ -137,7 +137,7 @@ def test_class_queries_are_learnt_without_matching() -> None:
 def test_a_model_without_class_queries_has_neither_weights_nor_losses_of_them() -> None:
     model = make_model(make_config("clip-qwen3"))
     assert not [name for name, _ in model.named_parameters() if "class_queries" in name]
-    output = model(**perceiving(model.config))
+    output = model.region_model(**perceiving(model.config))
     assert output.class_query_loss is None
     batch = grounded(model.config)
     assert model(**batch).alignment_loss is None
@@ -147,12 +147,12 @@ def test_a_model_without_class_queries_has_neither_weights_nor_losses_of_them() 
 
 def test_region_queries_can_be_trained_on_some_images_alone() -> None:
     config = make_config("clip-qwen3", **CLASS_QUERIES)
-    model = make_model(config)
+    model = make_model(config).region_model
     batch = perceiving(config)
     given = model(**batch, matched_images=torch.tensor([0, 2]))
     torch.testing.assert_close(given.perceiver_loss, model(**rows_of(batch, [0, 2])).perceiver_loss)
     torch.testing.assert_close(given.class_query_loss, model(**batch).class_query_loss)
-    assert len(given.region_features.region_embeddings) == 2
+    assert len(given.region_embeddings) == 2
 
 
 def test_states_of_codes_are_drawn_to_the_queries_of_their_classes() -> None:
@@ -184,11 +184,11 @@ def test_masks_of_a_sample_can_be_left_undecoded() -> None:
 
 def test_unmatched_regions_can_be_kept_out_of_the_codebook() -> None:
     config = make_config("clip-qwen3", quantize_unmatched_regions=False)
-    model = make_model(config).train()
+    model = make_model(config).train().region_model
     batch = {**perceiving(config), "group_labels": torch.tensor([0, 1, 2, 0])}
     codes = model(**batch).quantized_codes
     assert codes[:, 0].tolist() == [0, 0, 2, 2, 2, 0]
-    everything = make_model(make_config("clip-qwen3")).train()
+    everything = make_model(make_config("clip-qwen3")).train().region_model
     assert len(everything(**batch).quantized_codes) == 4 * config.num_region_queries
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(**batch).codebook_loss)
@@ -198,7 +198,7 @@ def test_unmatched_regions_can_be_kept_out_of_the_codebook() -> None:
 
 def test_the_matcher_lets_the_loss_say_that_logits_are_not_finite() -> None:
     config = make_config("clip-qwen3")
-    model = make_model(config)
+    model = make_model(config).region_model
     batch = perceiving(config)
     batch["pixel_values"][0, 0, 0, 0] = float("nan")
     assert not torch.isfinite(model(**batch).loss)

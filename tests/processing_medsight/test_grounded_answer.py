@@ -107,7 +107,7 @@ def generated(processor: MedSightProcessor, prompts: Any, answers: list[str], bo
     return ModelOutput(
         sequences=torch.cat([prompt_ids, new["input_ids"]], dim=1),
         mask_logits=[logits_of(*row) for row in boxes],
-        region_codes=codes,
+        region_code_ids=codes,
         region_scores=[torch.linspace(0.5, 0.9, len(row)) for row in boxes],
         is_complete=torch.ones(len(answers), dtype=torch.bool),
     )
@@ -196,7 +196,7 @@ def test_codes_of_a_given_conversation_belong_to_the_image_before_them(processor
     )
     decoded = ModelOutput(
         mask_logits=[logits_of(*[(0, 0, 1, 1)] * 3), logits_of()],
-        region_codes=[torch.tensor(processor.tokenizer.convert_tokens_to_ids(["[C0_0]", "[C0_1]", "[C2_2]"])), []],
+        region_code_ids=[torch.tensor(processor.tokenizer.convert_tokens_to_ids(["[C0_0]", "[C0_1]", "[C2_2]"])), []],
         region_scores=[torch.ones(3), torch.ones(0)],
     )
     first, second = processor.post_process_grounded_answer(decoded, inputs)
@@ -230,7 +230,7 @@ def test_an_answer_says_whether_it_came_to_its_end(processor: MedSightProcessor)
     out = generated(processor, inputs, ["A longer liver [C0_1].", "No."], [[(0, 0, 1, 1)], []])
     out["is_complete"] = torch.tensor([False, True])
     assert [a.is_complete for a in processor.post_process_grounded_answer(out, inputs)] == [False, True]
-    decoded = ModelOutput(mask_logits=[logits_of()] * 2, region_codes=[[]] * 2, region_scores=[torch.ones(0)] * 2)
+    decoded = ModelOutput(mask_logits=[logits_of()] * 2, region_code_ids=[[]] * 2, region_scores=[torch.ones(0)] * 2)
     assert [a.is_complete for a in processor.post_process_grounded_answer(decoded, inputs)] == [None, None]
 
 
@@ -244,7 +244,7 @@ def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, 
         "rows": "3 sequences, no multiple",
     }
     if fault == "codes":
-        out["region_codes"] = out["region_codes"][::-1][:1] + out["region_codes"][:1]
+        out["region_code_ids"] = out["region_code_ids"][::-1][:1] + out["region_code_ids"][:1]
         message["codes"] = "sequence 0.*region codes"
     elif fault == "masks":
         out["mask_logits"] = [out["mask_logits"][0]] * 2

@@ -158,7 +158,7 @@ def test_every_encoder_keeps_its_weights_and_answers(kind: str, qwen3: Path, gro
         tmp_path / "out", AutoModelForCausalLM.from_pretrained(qwen3).model, "model.language_model."
     )
     out, (masks,) = answer(tmp_path / "out")
-    assert masks.shape == (len(out.region_codes[0]), 30, 40) and len(masks) >= 1
+    assert masks.shape == (len(out.region_code_ids[0]), 30, 40) and len(masks) >= 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
