@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+
+from modeling_medsight import MedSightForConditionalGeneration
+from processing_medsight import MedSightProcessor
 
 
 MODEL_TYPE = "medsight"
@@ -124,6 +128,15 @@ def sha256_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(folder: Path) -> str:
+    """One hash of the weights of a checkpoint, which tells whether figures are about them.
+
+    Raises:
+        OSError, ValueError: see `weight_files`.
+    """
+    return sha256_of(sorted(weight_files(folder)))
+
+
 def settings_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's configuration, tokenizer and processor, in the order of their names."""
     return [folder / name for name in sorted((*NEEDED, *OPTIONAL, INDEX_FILE)) if (folder / name).is_file()]
@@ -138,14 +151,12 @@ def checkpoint_sha256(folder: Path) -> str:
     return sha256_of(sorted({*weight_files(folder), *settings_files(folder)}))
 
 
-def choose_device(device: str) -> Any:
+def choose_device(device: str) -> torch.device:
     """The torch device of that name; "auto" is a GPU where there is one.
 
     Raises:
         ValueError: there is no such device here.
     """
-    import torch
-
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -162,15 +173,12 @@ def choose_device(device: str) -> Any:
     return chosen
 
 
-def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
+def load_checkpoint(folder: Path, dtype: str) -> tuple[MedSightForConditionalGeneration, MedSightProcessor]:
     """The model and processor of a checked checkpoint folder, by this package's own classes, offline.
 
     Raises:
         ValueError: files of the processor are missing or damaged, or weights and configuration do not belong together.
     """
-    from modeling_medsight import MedSightForConditionalGeneration
-    from processing_medsight import MedSightProcessor
-
     try:
         processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

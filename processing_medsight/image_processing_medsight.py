@@ -13,8 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from configuration_medsight.card_medsight import HubCardMixin
-from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
+from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 from medsight.scans.scan import Picture, open_scan
 
 from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
@@ -42,7 +41,7 @@ class MedSightImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     plane: Literal["axial", "coronal", "sagittal"] | None
 
 
-class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
+class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
     r"""Turns images into the model's input, and masks over that input into masks of the images.
 
     Every setting can be given at construction or, for one call, to the call.
@@ -202,16 +201,6 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
         return {**super().to_dict(), "auto_map": {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}}
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save preprocessor_config.json and, beside it, the code that loads it where this package is not installed."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        write_remote_code(save_directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
-        return files
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)

@@ -9,8 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
-from configuration_medsight.card_medsight import HubCardMixin
-from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
+from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
@@ -28,7 +27,7 @@ from .region_codes_medsight import (
 logger = logging.get_logger(__name__)
 
 
-class MedSightProcessor(HubCardMixin, ProcessorMixin):
+class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     r"""Image processor and tokenizer in one, with a chat template.
 
     Call it with `images=` and `text=` whose `<|image_pad|>` placeholders are as many as the images (each becomes
@@ -258,17 +257,10 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         names = ("AutoProcessor", "AutoImageProcessor")
         return {**super().to_dict(), "auto_map": {name: AUTO_MAP[name] for name in names}}
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save tokenizer, settings and chat template and, beside them, the code that loads the folder anywhere."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        write_remote_code(save_directory)
+    def _save_beside(self, save_directory: str | os.PathLike) -> None:
+        super()._save_beside(save_directory)
         if self.region_codes is not None:
-            files.append(str(write_region_codes(self.region_codes, save_directory)))
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
-        return files
+            write_region_codes(self.region_codes, save_directory)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
