@@ -1,6 +1,6 @@
-"""Run by test_one_folder.py in a process of its own: loads a folder as somebody who does not have this package.
+"""Loads a folder in a process of its own, as somebody who does not have this package.
 
-Usage: stranger.py SOURCE SAVED. Answers with SOURCE, saves model and processor to SAVED, and answers with that.
+Usage: stranger.py SOURCE SAVED. Answers with SOURCE, saves processor and model to SAVED, and answers with that.
 """
 
 import json
@@ -55,8 +55,8 @@ if __name__ == "__main__":
 
     source, saved = sys.argv[1:]
     model, processor, first = answer(source, AutoModelForImageTextToText)
-    model.save_pretrained(saved)
     processor.save_pretrained(saved)
+    model.save_pretrained(saved)
     for auto_class in (AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
         again = answer(saved, auto_class)[2]
         assert again == first, (auto_class, again, first)
