@@ -56,6 +56,7 @@ class RemoteCodeMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the code that loads the files is written beside them."""
+        save_directory = os.path.normpath(save_directory)  # whose last part names a repository that is pushed to
         files = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             self._save_beside(save_directory)

@@ -43,12 +43,15 @@ def push(source, output):
     model = AutoModelForImageTextToText.from_pretrained(source)
     processor = AutoProcessor.from_pretrained(source)
 
+    processor.region_codes = {"codes": {"[C0_1]": {"group": "CT", "n": 3, "structures": {"liver": 1.0}}}}
     model.push_to_hub("me/model", private=True)
     processor.push_to_hub("me/model")
 
     for part in (model, processor):
-        part.save_pretrained(str(output / "saving"), push_to_hub=True, repo_id="me/saving")
         part.save_pretrained(output / "saved")
+    for part in (processor, model):
+        part.save_pretrained(output / "saving")  # and again: what is in the folder already is uploaded too
+        part.save_pretrained(output / "saving", push_to_hub=True, repo_id="me/saving")
     push_folder(output / "saved", "me/folder")
 
     arguments = TrainingArguments(str(output / "plain"), hub_model_id="me/trainer", use_cpu=True, report_to="none")
