@@ -19,7 +19,12 @@ COUNTS = (
 
 
 class MedSightUNetConfig(PreTrainedConfig):
-    """Configuration of [`MedSightUNetEncoder`].
+    """Configuration of [`MedSightUNetEncoder`], a residual U-Net for where no pretrained encoder is at hand.
+
+    Example:
+
+        >>> MedSightUNetConfig(patch_size=4, hidden_sizes=[16, 32, 64], depths=[1, 1]).deepest_stride
+        8
 
     Args:
         num_channels (`int`): of the image.
@@ -83,12 +88,21 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
 
     Defaults are the published 8B model. Contradictory settings are refused here, at construction.
 
+    Example:
+
+        >>> from configuration_medsight import MedSightConfig
+        >>> config = MedSightConfig.from_preset("tiny", perceiver_num_stages=1)
+        >>> config.patch_grid, config.mask_size, config.image_seq_length
+        ((4, 4), (8, 8), 21)
+        >>> config.region_code_token(group=2, index=3)
+        '[C2_3]'
+
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*): language model; Qwen3 by default, any causal decoder
             that `AutoModel` knows (Qwen2, Llama, ...).
         vision_config (`dict` or `PreTrainedConfig`, *optional*): image encoder; CLIP by default, or SigLIP, DINOv2,
             ResNet, ConvNeXt, anything that yields a grid of features; or [`MedSightUNetConfig`], to train from
-            nothing.
+            scratch.
         image_size (`int`, *optional*): side in pixels of the square input. Taken from `vision_config.image_size` if it
             has one.
         image_token_id (`int`): id of the image placeholder in the vocabulary.
@@ -275,13 +289,10 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         width, stride, layers = _feature_map(self)
-        own_size = getattr(self.vision_config, "image_size", None)
-        if (
-            self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
-            and own_size != self.image_size
-        ):
+        fixed = getattr(self.vision_config, "image_size", None)
+        if self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model") and fixed != self.image_size:
             raise ValueError(
-                f"image_size={self.image_size} contradicts vision_config.image_size={own_size}: "
+                f"image_size={self.image_size} contradicts vision_config.image_size={fixed}: "
                 "this encoder's position table fixes its input size"
             )
         if not -layers <= self.vision_feature_layer < layers:

@@ -1,5 +1,6 @@
 """Puts a checkpoint folder on the Hub: `medsight push`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +75,7 @@ def command(
             revision=revision,
             message=message,
             dry_run=dry_run,
-            facts=None if facts == CardFacts() else facts,
+            facts=facts,
             contact_sheets=contact_sheets,
         )
         uploaded: Table = [("file", "bytes"), *((name, f"{size:,}") for name, size in done.files.items())]
@@ -82,4 +83,4 @@ def command(
         deleted = "".join(f"\ndeleted: {name}" for name in done.deleted)
         total = f"{len(done.files)} files, {sum(done.files.values()):,} bytes"
         where = f"would go to {done.repo_id} ({done.revision})" if dry_run else f"are at {done.url}"
-        out.show(done.to_dict(), uploaded, f"{left}{deleted}\n{total} {where}")
+        out.show(asdict(done), uploaded, f"{left}{deleted}\n{total} {where}")

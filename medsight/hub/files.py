@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_medsight
 import processing_medsight
@@ -40,7 +41,6 @@ REASONS = {
     "*.safetensors": "weights that the checkpoint does not use",
     "*.index.json": "an index of weights that are not there",
     **dict.fromkeys(("*.bin", "*.p[tk]*", "*.ckpt"), "a pickle, which may run code when it is read"),
-    **dict.fromkeys(("*.np[yz]", "*.h5"), "an array, not a file of a checkpoint"),
     **dict.fromkeys(("trainer_state.json", "steps.jsonl", "*_results.json"), "a record of training"),
     **dict.fromkeys(("*.log", "events.out.*", "runs", "logs", "wandb", "emissions.csv"), "a log"),
     SHEETS: "pictures of the data; contact_sheets names the folder where they may be published",
@@ -52,7 +52,6 @@ REASONS = {
     "*.py": "not the model's own code",
 }
 _PLACEHOLDER = "[More Information Needed]"  # of the cards that peft and transformers make
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", flags=re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -211,15 +210,13 @@ def _code_names(folder: Path) -> set[str]:
         raise ValueError(f"{folder}: auto_map has {foreign[0]}, expected MODULE.CLASS: save model and processor again")
     if not any(folder.glob(CODE)):
         return set()
-    found: set[str] = set()
-    wanted = {entry.partition(".")[0] for entry in entries}
-    while wanted:
-        path = folder / f"{wanted.pop()}.py"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} lacks {path.name}, which its code needs: save the model again")
-        found.add(path.stem)
-        wanted |= set(_RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8"))) - found
-    return {f"{name}.py" for name in found}
+    named = {folder / f"{entry.partition('.')[0]}.py" for entry in entries}
+    try:
+        imported = {Path(file) for module in named for file in get_relative_import_files(module)}
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise FileNotFoundError(f"{folder} lacks {missing}, which its code needs: save the model again") from error
+    return {path.name for path in named | imported}
 
 
 def _sheets(folder: Path) -> dict[str, Path]:

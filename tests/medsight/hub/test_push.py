@@ -1,6 +1,7 @@
 """An upload is one commit with the folder's bytes, and what the Hub answers is said plainly."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -24,7 +25,7 @@ def test_a_push_is_one_commit_with_the_folders_bytes_and_a_card(hub: FakeHub, fo
     assert (done.commit, done.url) == (commit.oid, f"{hub.url}/me/tiny/commit/{commit.oid}")
     assert done.files == {path: len(content) for path, content in hub.files("me/tiny").items()}
     assert list(done.left_out) == ["training_args.bin"]
-    json.dumps(done.to_dict())
+    json.dumps(asdict(done))
 
 
 def test_a_dry_run_says_the_same_and_asks_nobody(hub: FakeHub, folder: Path) -> None:
