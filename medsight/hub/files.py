@@ -120,9 +120,9 @@ def files_to_push(folder: Path, contact_sheets: Path | None = None) -> Upload:
     if contact_sheets is not None:
         files |= _sheets(contact_sheets)
     upload = Upload(kind, dict(sorted(files.items())), left_out)
-    for path, size in upload.sizes.items():
+    for name, size in upload.sizes.items():
         if size == 0:
-            raise ValueError(f"{folder / path} is empty: save the checkpoint again")
+            raise ValueError(f"{folder / name} is empty: save the checkpoint again")
     return upload
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -27,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     ResNetConfig,
@@ -41,6 +41,7 @@ from medsight.cli import main
 from medsight.conversion.init import init
 from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
 from tests.medsight.conversion.published_files import read_published
+from tests.tiny_checkpoint import byte_tokenizer
 
 
 NAMES = ["CT abdomen", "MRI brain", "breast ultrasound"]
@@ -77,14 +78,6 @@ def image_encoder(kind: str) -> PreTrainedModel:
     return ConvNextModel(ConvNextConfig(image_size=64, **STAGES))
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token=None)
-    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t, special in QWEN3_ADDED_TOKENS])
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    return tokenizer
-
-
 def llama_tokenizer() -> PreTrainedTokenizerFast:
     """Of another family: its own ends, none of Qwen3's tokens, and no padding."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -106,7 +99,7 @@ def groups(tmp_path: Path) -> Path:
 def qwen3(tmp_path: Path) -> Path:
     """A language model's folder with spare rows for 18 codes."""
     language_model("qwen3", BASE + 18).save_pretrained(tmp_path / "qwen3")
-    qwen_tokenizer().save_pretrained(tmp_path / "qwen3")
+    byte_tokenizer().save_pretrained(tmp_path / "qwen3")
     return tmp_path / "qwen3"
 
 
@@ -120,8 +113,6 @@ def answer(folder: Path) -> Any:
     """What the model in `folder` generates about a grey picture, with at least one region."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    from PIL import Image
-
     content = [{"type": "image", "image": Image.new("RGB", (40, 30), "grey")}, {"type": "text", "text": "Where?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -168,7 +159,7 @@ def test_other_language_models_get_the_tokens_that_they_lack(
 ) -> None:
     model = language_model(kind, 260, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "llm")
-    tokenizer = qwen_tokenizer() if kind == "qwen2" else llama_tokenizer()
+    tokenizer = byte_tokenizer() if kind == "qwen2" else llama_tokenizer()
     tokenizer.save_pretrained(tmp_path / "llm")
     config = init(tmp_path / "llm", clip, groups, tmp_path / "out", **SMALL)
     assert config.text_config.model_type == kind and config.tie_word_embeddings == tied
@@ -279,11 +270,9 @@ def test_wrong_parts_are_named_and_nothing_is_written(qwen3: Path, clip: Path, g
     refused("absent", image_encoder=tmp_path / "absent")
     refused("absent.txt", groups=tmp_path / "absent.txt")
     refused("image_size=56", "28", image_size=56)
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n")
-    refused("empty.txt", groups=empty)
-    empty.write_text("CT\nMRI\nCT\n")
-    refused("'CT' more than once", groups=empty)
+    repeated = tmp_path / "repeated.txt"
+    repeated.write_text("CT\nMRI\nCT\n")
+    refused("repeated.txt gives the name 'CT' more than once", groups=repeated)
     (qwen3 / "model.safetensors").rename(qwen3 / "pytorch_model.bin")
     refused("pytorch_model.bin")
 
