@@ -231,11 +231,6 @@ class HubHandler(BaseHTTPRequestHandler):
         branches[name] = list(branches["main"])
         self.reply({})
 
-    def refs(self, repo_id: str) -> None:
-        found = self.repo(repo_id).branches.items()
-        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": some[-1].oid} for name, some in found]
-        self.reply({"branches": branches, "tags": [], "converts": []})
-
     def validate_yaml(self) -> None:
         front = re.match(r"---\n(.*?)\n---\n", json.loads(self.content)["content"], re.DOTALL)
         try:
@@ -265,8 +260,7 @@ class HubHandler(BaseHTTPRequestHandler):
         for asked in json.loads(self.content)["objects"]:
             entry = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.hub.large:
-                upload = {"href": f"{self.hub.url}/storage/{asked['oid']}", "header": {}}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify", "header": {}}}
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{asked['oid']}", "header": {}}}
             objects.append(entry)
         self.reply({"transfer": "basic", "objects": objects})
 
@@ -275,12 +269,6 @@ class HubHandler(BaseHTTPRequestHandler):
             raise RefusedError(400, "the content has another sha256")
         self.hub.large[oid] = self.content
         self.send(200)
-
-    def verify(self) -> None:
-        asked = json.loads(self.content)
-        if len(self.hub.large.get(asked["oid"], b"")) != asked["size"]:
-            raise RefusedError(422, "not uploaded")
-        self.reply({})
 
     def commit(self, repo_id: str, revision: str) -> None:
         self.require_write()
@@ -317,15 +305,10 @@ class HubHandler(BaseHTTPRequestHandler):
         if path not in head.files:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         content = head.files[path]
-        headers = {"X-Repo-Commit": head.oid, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": head.oid}
         if path.endswith(LARGE):
             headers |= {"X-Linked-Etag": f'"{digest(content)}"', "X-Linked-Size": str(len(content))}
         headers["ETag"] = f'"{digest(content) if path.endswith(LARGE) else git_oid(content)}"'
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if span:
-            start, end = int(span[1]), int(span[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            return self.send(206, content[start : end + 1], headers)
         self.send(200, content, headers)
 
 
@@ -336,11 +319,9 @@ ROUTES = (
     (("POST",), f"/api/models/{REPO}/preupload/(?P<revision>.+)", "preupload"),
     (("POST",), f"/api/models/{REPO}/commit/(?P<revision>.+)", "commit"),
     (("POST",), f"/api/models/{REPO}/branch/(?P<name>.+)", "branch"),
-    (("GET",), f"/api/models/{REPO}/refs", "refs"),
     (("GET",), rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
     (("GET",), rf"/api/models/{REPO}(?:/revision/(?P<revision>.+))?", "info"),
     (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     (("PUT",), r"/storage/(?P<oid>\w+)", "store"),
-    (("POST",), "/verify", "verify"),
     (("GET", "HEAD"), f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )
