@@ -109,8 +109,8 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         vision_feature_layer (`int`): index into the encoder's `hidden_states`. For a convolutional encoder, the stage.
         use_region_embeddings (`bool`): whether the language model sees the region rows after the patch rows
             (ablation).
-        patch_pooling (`int`): side of the squares of patches that are averaged to one row for the language model: a
-            fine grid makes sharp masks, but a long prompt. 1, as published, gives it every patch.
+        patch_pooling (`int`): side of the squares of patches whose mean is one row for the language model. A fine grid
+            makes masks sharp, but the prompt long. With 1, as published, every patch is a row.
         num_region_queries (`int`): N, learnable region queries.
         perceiver_num_stages (`int`): L, stages of the region perceiver; each doubles the side of the feature map.
         perceiver_num_heads, perceiver_head_dim (`int`): attention heads of the perceiver and the width of one.
@@ -120,8 +120,8 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
             not counted.
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
-        group_patterns (`dict[str, list[str]]`, *optional*): group name -> shell patterns of "MODALITY/SITE", as data
-            calls them; a group without any holds the images that its name says.
+        group_patterns (`dict[str, list[str]]`, *optional*): group name -> shell patterns of "MODALITY/SITE", as the
+            data spell them; a group without patterns takes the images whose modality and site its name says.
         codes_per_group (`int`): M, codes a group.
         code_dim (`int`): d_c, width of a code.
         region_code_start_id (`int`): vocabulary id of `[C0_0]`; the other K*M - 1 follow in row-major order.
@@ -133,11 +133,11 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
             cost.
         no_object_weight (`float`): weight of the 'no object' class in the class loss.
         commitment_loss_weight (`float`): weight of the commitment term of the codebook's loss.
-        auxiliary_loss (`bool`): supervise every perceiver stage, not the last alone.
-        use_class_queries (`bool`): learn a query a mask class beside the region queries. Asked for a class, a query
-            has its target from the first step, with nothing to match, which is what decoding a code will be: small
-            models learn to segment many times faster. The states of codes are then drawn to these queries.
-        alignment_loss_weight (`float`): weight of that last loss.
+        auxiliary_loss (`bool`): supervise every perceiver stage, not only the last.
+        use_class_queries (`bool`): learn a query for each mask class, beside the region queries. The target of such a
+            query is known from the first step, without matching, as a code's will be: small models learn to segment
+            many times faster. A loss then draws the states of codes to these queries.
+        alignment_loss_weight (`float`): weight of that loss.
         quantize_unmatched_regions (`bool`): whether region queries that found nothing take part in learning codes.
         initializer_range (`float`): standard deviation of newly made language-side weights.
 

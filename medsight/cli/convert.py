@@ -10,7 +10,7 @@ from medsight.cli.console import Json, results
 IN_LLM = "[default: the copy in the language model's folder]"
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of all weights; auto is the language model's own."),
+    typer.Option(help="Precision of all weights; auto takes the language model's."),
 ]
 OverwriteCheckpoint = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output folder if it holds a checkpoint.")

@@ -38,10 +38,11 @@ def command(
         int | None, typer.Option(metavar="PX", help="Side of the input  [default: the encoder's own].")
     ] = None,
     activation: Annotated[
-        Literal["quick_gelu", "gelu"], typer.Option(help="Of an encoder read from a .pt file, which does not tell.")
+        Literal["quick_gelu", "gelu"],
+        typer.Option(help="Activation of an encoder read from a .pt file, which does not tell."),
     ] = "quick_gelu",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random weights.")] = 0,
     overwrite: OverwriteCheckpoint = False,
     as_json: Json = False,
 ) -> None:

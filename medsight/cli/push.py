@@ -15,7 +15,7 @@ def command(
     repo_id: Annotated[str, typer.Option(metavar="NAMESPACE/NAME", help="Repository; made where it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch  [default: main].")] = None,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be uploaded, without the network, and upload nothing.")
     ] = False,
@@ -37,7 +37,7 @@ def command(
     limits: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Further known limits, as Markdown, for the card.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Request of the card's example.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Request in the card's example.")] = None,
     contact_sheets: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Publish these sheets of medsight codes, which show the data, too."),

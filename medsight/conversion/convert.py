@@ -125,7 +125,7 @@ def write_checkpoint(
 ) -> None:
     """Writes model, tokenizer, processor, generation settings and code into one folder, whole or not at all.
 
-    `generate()` is greedy, gives masks, and ends with a turn or a document, unless told otherwise.
+    By default, `generate()` with the result is greedy, gives masks, and ends with a turn or a document.
 
     Args:
         statistics: mean and standard deviation of the pixels; CLIP's by default.
@@ -181,7 +181,7 @@ def describe(config: MedSightConfig) -> str:
 class Shapes:
     """Reads sizes off tensors under our names.
 
-    Where the tensor that tells one is missing, it gives a stand-in and is no longer `complete`.
+    Where the tensor that has a size is missing, a stand-in is given, and the shapes are no longer `complete`.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -311,8 +311,8 @@ def refuse_problems(problems: Collection[str]) -> None:
 
 def assemble(tensors: dict[str, torch.Tensor], dtype: str, num_groups: int) -> dict[str, torch.Tensor]:
     """A state dict of one dtype, codes stacked; tensors that have it already are not copied."""
-    own = tensors["model.language_model.embed_tokens.weight"].dtype
-    wanted = own if dtype == "auto" else getattr(torch, dtype)
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    wanted = embedding.dtype if dtype == "auto" else getattr(torch, dtype)
     codes = torch.stack([tensors[f"model.codebook.codes[{k}]"] for k in range(num_groups)])
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.codebook.codes[")}
     return {name: tensor.to(wanted) for name, tensor in {**rest, "model.codebook.codes": codes}.items()}

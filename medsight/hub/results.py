@@ -125,7 +125,7 @@ def _section(metrics: Mapping[str, Any]) -> str:
     for title, figure in rates(metrics):
         lines.append(f"| {title} | {_figure('rate', figure)} | | {figure['n']:,} |")
     main = main_score(metrics)
-    sets = {name: some[main] for name, some in metrics["by"].get("dataset", {}).items() if main in some}
+    sets = {name: scores[main] for name, scores in metrics["by"].get("dataset", {}).items() if main in scores}
     if len(sets) > 1:
         lines += ["", f"| data set | {label(metrics, main)} | rows |", "|---|---|---|"]
         lines += [f"| {name} | {_figure(main, figure)} | {figure['n']:,} |" for name, figure in sets.items()]
