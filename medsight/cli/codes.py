@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from medsight.checkpoint import CODES_FILE, check_checkpoint
 from medsight.cli.console import Device, Json, results
 from medsight.files import check_empty, staged_folder
 from medsight.text import quiet_transformers
@@ -41,7 +42,6 @@ def command(
     folder (region_codes.json), and one contact sheet per code (PNG) into the output folder.
     """
     from medsight import __version__
-    from medsight.checkpoint import CODES_FILE, check_checkpoint
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.evaluation.codes import describe_codes, meanings_to_json
     from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation

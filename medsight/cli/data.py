@@ -90,10 +90,11 @@ def annotate(
     are drawn from templates. The output folder (parquet files, README.md, annotation.json) appears complete or not at
     all.
     """
-    from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint
+    from medsight.checkpoint import check_checkpoint
     from medsight.data.groups import Groups
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.data.wording import Wordings
+    from medsight.loading import choose_device, load_checkpoint
     from medsight.training.annotate import load_groups, match_groups, summary
     from medsight.training.annotation import annotate as write_conversations
 

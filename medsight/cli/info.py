@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from medsight.checkpoint import CODES_FILE, check_checkpoint, read_json, shipped_checkpoint, weight_files
 from medsight.cli.console import Json, results
 from medsight.inference.image_files import image_content
 from medsight.text import Table
@@ -31,8 +32,6 @@ def command(
     Of a checkpoint: parameters, groups, codes with what they usually stand for, stages it was trained in, versions,
     sizes. Of an image: kind, slices, spacing, modality; nothing about a patient.
     """
-    from medsight.checkpoint import shipped_checkpoint
-
     what = shipped_checkpoint() if path is None else Path(path)
     if not what.exists():
         raise FileNotFoundError(f"{what}: there is no such file or folder")
@@ -55,7 +54,6 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         OSError, ValueError: it is no complete checkpoint.
     """
     from configuration_medsight import MedSightConfig
-    from medsight.checkpoint import CODES_FILE, check_checkpoint, read_json, weight_files
     from medsight.conversion.convert import sizes
     from processing_medsight.region_codes_medsight import read_region_codes
 
@@ -80,8 +78,6 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 
 def describe_adapter(folder: Path) -> dict[str, Any]:
     """What a folder that peft saved an adapter to is."""
-    from medsight.checkpoint import read_json
-
     config = read_json(folder / ADAPTER_FILE)
     weights = folder / "adapter_model.safetensors"
     headers = list(tensor_headers([weights]))
@@ -173,7 +169,7 @@ def as_lines(content: dict[str, Any]) -> str:
 def code_parts(codes: dict[str, Any]) -> list[str | Table]:
     """What codes usually stand for, as a table for a terminal."""
     if not codes:
-        return ["\nWhat its codes stand for is not written down: there is no region_codes.json (see medsight codes)"]
+        return [f"\nWhat its codes stand for is not written down: there is no {CODES_FILE} (see medsight codes)"]
     rows = [
         (code, one["group"], ", ".join(f"{name} {100 * share:.0f}%" for name, share in one["structures"].items()))
         for code, one in codes.items()

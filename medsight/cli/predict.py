@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from medsight import __version__
+from medsight.checkpoint import check_checkpoint, checkpoint_sha256, sha256_of, shipped_checkpoint
 from medsight.cli.console import Device, Json, Overwrite, Results, results
 from medsight.inference.answer_folder import ANSWER_FILE, check_answer_folder, read_answer, safe_name, save_answer
 from medsight.inference.image_files import find_images, image_content
@@ -80,8 +81,6 @@ class Job:
     @cached_property
     def sha256(self) -> str:
         """Of all that the image is read from."""
-        from medsight.checkpoint import sha256_of
-
         return sha256_of(image_content(self.image))
 
 
@@ -126,8 +125,6 @@ def command(
     go on after an interruption. A broken file among several is reported at the end (exit status 1). Not a medical
     device.
     """
-    from medsight.checkpoint import check_checkpoint, checkpoint_sha256, shipped_checkpoint
-
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
     user_turn(prompt)
     view, kinds = parse_window(window), parse_formats(formats)

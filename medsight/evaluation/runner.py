@@ -267,11 +267,12 @@ def load_for_evaluation(
         own_device: where several processes share a machine, this process's device.
 
     Raises:
-        OSError, ValueError: see `medsight.checkpoint.load_checkpoint` and `choose_device`.
+        OSError, ValueError: see `load_checkpoint` and `choose_device` of `medsight.loading`.
     """
     import torch
 
-    from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint
+    from medsight.checkpoint import check_checkpoint
+    from medsight.loading import choose_device, load_checkpoint
 
     check_checkpoint(folder)
     place = own_device if own_device is not None and device == "auto" else choose_device(device)

@@ -106,7 +106,8 @@ class Predictor:
     """
 
     def __init__(self, model: str | Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
-        from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint, shipped_checkpoint
+        from medsight.checkpoint import check_checkpoint, shipped_checkpoint
+        from medsight.loading import choose_device, load_checkpoint
 
         self.folder = shipped_checkpoint() if model is None else Path(model)
         check_checkpoint(self.folder)

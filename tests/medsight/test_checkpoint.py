@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from medsight import Predictor
-from medsight.checkpoint import check_checkpoint, checkpoint_sha256, choose_device
+from medsight.checkpoint import check_checkpoint, checkpoint_sha256
+from medsight.loading import choose_device
 
 
 def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:

@@ -141,7 +141,7 @@ def test_names_are_a_json_list_or_one_a_line(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\n \n", "expected a JSON list of names, or one name per line"),
+        (b"\n \n", "expected a JSON list of names or one name per line, none of them empty"),
         (b"[]", "expected a JSON list"),
         (b'["CT", ""]', "expected a JSON list"),
         (b'["CT", 1]', "expected a JSON list"),

@@ -83,7 +83,7 @@ def test_data_of_a_group_that_the_model_has_not_is_refused(
 def test_a_code_decodes_to_the_mask_of_a_region_that_took_it(checkpoint: Path) -> None:
     import torch
 
-    from medsight.checkpoint import load_checkpoint
+    from medsight.loading import load_checkpoint
 
     model, _ = load_checkpoint(checkpoint, "float32")
     model.eval()
