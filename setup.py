@@ -14,7 +14,7 @@ MODEL = ("configuration_medsight", "modeling_medsight", "processing_medsight")
 
 
 class BuildWithCode(build_py):
-    """Writes the model's code into medsight-nano, so that the folder loads by itself; in place for an editable install."""
+    """Writes the model's code into medsight-nano, which then loads by itself; an editable install gets it in place."""
 
     def run(self) -> None:
         super().run()
