@@ -49,6 +49,7 @@ if __name__ == "__main__":
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForMaskGeneration,
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
@@ -60,5 +61,7 @@ if __name__ == "__main__":
     for auto_class in (AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
         again = answer(saved, auto_class)[2]
         assert again == first, (auto_class, again, first)
+    regions = AutoModelForMaskGeneration.from_pretrained(saved, trust_remote_code=True)
+    assert type(regions).__name__ == "MedSightRegionModel"
     assert not any(name in sys.modules for name in OWN)
     print(json.dumps(first))
