@@ -320,9 +320,7 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         if any(side % self.patch_pooling for side in self.patch_grid):
             raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")
         if width % 4:
-            raise ValueError(
-                f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs"
-            )
+            raise ValueError(f"vision width {width}: the 2-D sine position encoding needs a multiple of 4")
         self._refuse_unfit_codes()
         if self.mask_decoder not in MASK_DECODERS:
             raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
@@ -373,23 +371,20 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if vision.model_type == MedSightUNetConfig.model_type:
         return vision.hidden_size, int(vision.patch_size), 1
-    # Patches that are dropped at random, rows after the patches, and patches of any size and number are no grid.
-    gridless = any(hasattr(vision, name) for name in ("mask_ratio", "num_detection_tokens"))
+    # No grid are patches that are dropped at random, windows that merge, rows after the patches, and patches of any
+    # size and number.
+    gridless = any(hasattr(vision, name) for name in ("mask_ratio", "depths", "num_detection_tokens"))
     gridless = gridless or vision.model_type in ("siglip2_vision_model", "pixtral")
-    if (
-        not (gridless or hasattr(vision, "depths"))  # windows that merge
-        and hasattr(vision, "hidden_size")
-        and isinstance(getattr(vision, "patch_size", None), int)
-    ):
-        return vision.hidden_size, vision.patch_size, vision.num_hidden_layers + 1
+    patch_size = getattr(vision, "patch_size", None)
+    if not gridless and hasattr(vision, "hidden_size") and isinstance(patch_size, int):
+        return vision.hidden_size, patch_size, vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
         widths = [vision.embedding_size, *vision.hidden_sizes]
-        strides = [4] + [
-            4 * 2 ** (stage + bool(vision.downsample_in_first_stage)) for stage in range(len(vision.hidden_sizes))
-        ]
-    elif hasattr(vision, "hidden_sizes") and isinstance(getattr(vision, "patch_size", None), int):
+        first = 4 * 2 ** bool(vision.downsample_in_first_stage)
+        strides = [4] + [first * 2**stage for stage in range(len(vision.hidden_sizes))]
+    elif hasattr(vision, "hidden_sizes") and isinstance(patch_size, int):
         widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
-        strides = [vision.patch_size] + [vision.patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
+        strides = [patch_size] + [patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
     else:
         raise ValueError(
             f"vision_config.model_type={vision.model_type!r} is not an encoder that yields a feature grid: "

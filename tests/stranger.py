@@ -4,20 +4,14 @@ Usage: stranger.py SOURCE SAVED. Answers with SOURCE, saves processor and model 
 """
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 
 
-OWN = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
-
-
-class NotInstalled:
-    """Hides the packages of this repository, also where they are installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in OWN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+HIDING = runpy.run_path(str(Path(__file__).with_name("hide_packages.py")))
 
 
 def answer(folder, auto_class):
@@ -42,7 +36,7 @@ def answer(folder, auto_class):
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, NotInstalled())
+    HIDING["hide_packages"]()
     import torch
     from PIL import Image
     from transformers import (
@@ -63,5 +57,5 @@ if __name__ == "__main__":
         assert again == first, (auto_class, again, first)
     regions = AutoModelForMaskGeneration.from_pretrained(saved, trust_remote_code=True)
     assert type(regions).__name__ == "MedSightRegionModel"
-    assert not any(name in sys.modules for name in OWN)
+    HIDING["assert_hidden"]()
     print(json.dumps(first))

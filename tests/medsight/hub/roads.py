@@ -5,6 +5,7 @@ Usage: roads.py push SOURCE OUTPUT: publishes one checkpoint on every road that 
 """
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 
-OWN = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
-
-
-class NotInstalled:
-    """Hides the packages of this repository, also where they are installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in OWN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+HIDING = runpy.run_path(str(Path(__file__).parents[2] / "hide_packages.py"))
 
 
 def logits_of(model, processor):
@@ -64,10 +57,10 @@ def push(source, output):
 
 
 def load(repo, again):
-    sys.meta_path.insert(0, NotInstalled())
+    HIDING["hide_packages"]()
     model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    assert not any(name in sys.modules for name in OWN)
+    HIDING["assert_hidden"]()
     model.push_to_hub(again)
     processor.push_to_hub(again)
     return logits_of(model, processor)
