@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent
 METRICS = [f"medsight.metrics.{name}" for name in ("medical_vqa", "mask_dice", "region_codes")]
 PACKAGES = [
     *("configuration_medsight", "modeling_medsight", "processing_medsight"),
-    *("medsight", "medsight.app", "medsight.cli", "medsight.conversion", "medsight.data", "medsight.evaluation"),
-    *("medsight.export", "medsight.hub", "medsight.inference", "medsight.metrics", "medsight.scans"),
+    *("medsight", "medsight.app", "medsight.cli", "medsight.conversion", "medsight.data", "medsight.data.layouts"),
+    *("medsight.evaluation", "medsight.export", "medsight.hub", "medsight.inference", "medsight.metrics"),
+    "medsight.scans",
     *METRICS,
 ]
 # `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.

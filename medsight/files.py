@@ -131,3 +131,28 @@ def write_text(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Names from a file: a JSON list, or a text file with one name per line.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it has no names, an empty one, or the same name twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not written in UTF-8 ({error}); save it so") from error
+    try:
+        names = json.loads(text) if text.lstrip().startswith("[") else list(filter(str.strip, text.splitlines()))
+    except ValueError as error:
+        raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"{path}: expected a JSON list of names or one name per line, none of them empty")
+    names = [name.strip() for name in names]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path} gives the name {repeated[0]!r} more than once")
+    return names

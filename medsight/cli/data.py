@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from medsight.cli.console import Device, Json, results
-from medsight.files import check_empty
+from medsight.files import check_empty, read_names
 from medsight.text import quiet_transformers
 
 
@@ -38,7 +38,7 @@ def check(
     Exit status: 0 if training may start, 1 if there is a problem. Warnings are no problems.
     """
     from medsight.data.check import check as read_and_check
-    from medsight.data.check import parse_condition, read_targets
+    from medsight.data.check import parse_condition
     from medsight.data.sources import Source, detect_layout
 
     layout = layout or detect_layout(path)
@@ -46,7 +46,7 @@ def check(
     conditions = dict(map(parse_condition, where or [])) or None
     sources = [Source(layout, path, split=name, images=images, where=conditions) for name in splits]
     with results(as_json) as out:
-        report = read_and_check(sources, targets=read_targets(targets) if targets else None, workers=workers)
+        report = read_and_check(sources, targets=read_names(targets) if targets else None, workers=workers)
         out.show(report.to_dict(), f"{path} ({layout})\n\n{report.to_text()}")
     if not report.ok:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(one.kind for one in report.problems).items())

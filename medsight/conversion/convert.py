@@ -5,7 +5,6 @@
 Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
 """
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from medsight.cli.console import Json, results
 from medsight.conversion.foreign_files import Source, merge, same
 from medsight.conversion.published_tokenizer import load_published_tokenizer
 from medsight.conversion.state_dict_adapter import to_theirs
-from medsight.files import check_output, staged_folder
+from medsight.files import check_output, read_names, staged_folder
 
 
 if TYPE_CHECKING:
@@ -239,31 +238,6 @@ def describe(config: "MedSightConfig") -> str:
         f"{size['region_queries']} region queries, {size['perceiver_stages']} stages, "
         f"{size['groups']} groups of {size['codes_per_group']} codes"
     )
-
-
-def read_names(path: StrPath) -> list[str]:
-    """Names from a file: a JSON list, or a text file with one name per line.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it has no names, an empty one, or the same name twice.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not written in UTF-8 ({error}); save it so") from error
-    try:
-        names = json.loads(text) if text.lstrip().startswith("[") else text.strip().splitlines()
-    except ValueError as error:
-        raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{path}: expected a JSON list of names or one name per line, none of them empty")
-    names = [name.strip() for name in names]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{path} gives the name {repeated[0]!r} more than once")
-    return names
 
 
 class Shapes:

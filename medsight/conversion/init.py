@@ -22,13 +22,12 @@ from medsight.conversion.convert import (
     clip_vision_config,
     describe,
     find_problems,
-    read_names,
     refuse_problems,
     sizes,
     write_checkpoint,
 )
 from medsight.conversion.foreign_files import Source, merge
-from medsight.files import check_output
+from medsight.files import check_output, read_names
 
 
 if TYPE_CHECKING:

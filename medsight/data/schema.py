@@ -1,7 +1,7 @@
-"""What every reader yields, whatever the layout on disk: rows of one of two kinds, for the library `datasets`.
+"""What every layout yields, whatever lies on disk: rows of one of two kinds, for the library `datasets`.
 
 Pictures stay undecoded, `{"path": ..., "bytes": ...}`, until a sample is drawn: nothing is loaded whole, and an error
-can name the file.
+can name the file. The rows of `iterate` say more than is trained on: `REGION_EXTRAS` and `CONVERSATION_EXTRAS`.
 """
 
 from datasets import Features, Image, List, Value
@@ -37,3 +37,8 @@ CONVERSATION_FEATURES = Features(
 )
 
 IMAGE_MARKER = "<image>"
+
+# What evaluation reads besides. Of regions: (row, column) size in mm of the pixels of each mask, None where unknown.
+REGION_EXTRAS = ("spacing_mm",)
+# Of conversations: "CLOSED" or "OPEN", None where the data do not say; and what can be chosen from.
+CONVERSATION_EXTRAS = ("answer_type", "options")
