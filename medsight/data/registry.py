@@ -43,6 +43,12 @@ class Entry(NamedTuple):
     error: ValueError | None = None
     known_leak: bool = False
 
+    def checked(self) -> dict[str, Any]:
+        """The row; raises the error where there is one."""
+        if self.row is None:
+            raise self.error or ValueError(f"{self.place}: expected a row")
+        return self.row
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

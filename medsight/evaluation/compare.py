@@ -7,9 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medsight.evaluation.figures import METRICS
-from medsight.evaluation.scored_run import ROWS
-from medsight.evaluation.summary import BY, DIGITS, SCORES, interval_unit, unit_of
+from medsight.metrics.intervals import paired_difference
+from medsight.text import align
+
+from .figures import LABELS as SCORE_LABELS
+from .figures import METRICS, ROWS
+from .summary import BY, DIGITS, SCORES, interval_unit, unit_of
 
 
 RATES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -95,8 +98,6 @@ def difference(
     macro_by: str | None = None,
 ) -> dict[str, Any] | None:
     """The paired difference of one score; None where no row has it in both."""
-    from medsight.metrics.intervals import paired_difference
-
     scored = [(value(a), value(b), str(a[macro_by]) if macro_by else "", unit_of(a)) for a, b in pairs]
     both = [entry for entry in scored if None not in entry[:2]]
     if not both:
@@ -129,9 +130,6 @@ def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
-    from medsight.evaluation.figures import LABELS as SCORE_LABELS
-    from medsight.text import align
-
     labels = {**SCORE_LABELS, **LABELS}
     lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]
     for kind, scores in (("micro", result["scores"]), ("macro", result["macro"])):

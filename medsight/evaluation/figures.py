@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from medsight.text import align
 
-METRICS = "metrics.json"  # in the output folder of an evaluation
+
+METRICS, ROWS, REPORT = "metrics.json", "scores.jsonl", "report.html"  # in the output folder of an evaluation
 FEW_ROWS = 10  # a mean over fewer is hardly a figure
 LABELS = {
     "answer": "All questions",
@@ -42,8 +44,6 @@ def protocol_text(metrics: Mapping[str, Any]) -> str:
 
 def figures_text(metrics: Mapping[str, Any]) -> str:
     """The main figures for a terminal."""
-    from medsight.text import align
-
     lines = [("", "micro", "95%", "macro", "95%", "rows")]
     for name, both in metrics["scores"].items():
         micro, macro = both["micro"], both["macro"]

@@ -1,6 +1,6 @@
 """predictions.jsonl: one answer a line, with its codes and its masks as COCO run-length encodings.
 
-Any system can write such a file. A line is a JSON object with `id` (the item's) and `answer`; and, where regions are
+Any system can write such a file. A line is a JSON object with `id` (the case's) and `answer`; and, where regions are
 cited, `masks` (COCO RLE at the reference's size: {"size": [height, width], "counts": text}), with `codes`, `groups`,
 `phrases` and `scores` of the same length where the system has them. A system with a codebook may add what that calls
 the reference masks, `reference_codes`, and the code group that it takes the image for, `group`; any system
@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from processing_medsight.region_codes_medsight import parse_region_code
+
 
 # Characters 48 ('0') to 111 ('o') carry five bits and a sign of continuation each; a run takes at most seven.
 _COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
@@ -27,14 +29,18 @@ class Prediction:
     """One answer.
 
     Attributes:
-        id: of the item.
+        id: of the case.
         answer: clean text, without region codes.
         raw_text: as generated, codes included; the answer where the system has none.
         masks: COCO RLE, one a cited region.
         codes, groups, phrases, scores: of each mask, where the system knows them.
         group: the name of the code group that the system takes the image for, by its own classifier.
-        reference_codes: the codes that the system's codebook gives to the item's reference masks; None where unknown.
+        reference_codes: the codes that the system's codebook gives to the case's reference masks; None where unknown.
         is_complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
+
+    Example:
+        >>> Prediction.from_mapping({"id": "a.png#liver", "answer": "Here it is."}, "line 1").masks
+        ()
     """
 
     id: str
@@ -98,8 +104,6 @@ def checked_codes(codes: Any, place: str, name: str) -> list[str]:
     Raises:
         ValueError: it is no list, or one of it is no region code; the message begins with `place`.
     """
-    from processing_medsight.region_codes_medsight import parse_region_code
-
     if not isinstance(codes, list) or not all(isinstance(code, str) for code in codes):
         raise ValueError(f"{place}: expected a list of region codes in {name!r}, got {codes!r}")
     for code in codes:
@@ -179,6 +183,14 @@ class PredictionWriter:
     """Appends predictions to a file, each on the disk before the next is made, so that a kill loses none.
 
     A last line that a kill cut short is dropped when the file is opened again.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "predictions.jsonl"
+        >>> with PredictionWriter(path) as writer:
+        ...     writer.write([Prediction("a.png#liver", "Here it is.")])
+        >>> [prediction.answer for _, prediction in read_predictions(path)]
+        ['Here it is.']
     """
 
     def __init__(self, path: Path) -> None:
@@ -239,8 +251,12 @@ class Problems:
     """What is wrong with predictions, by kind, each a list of ids (with a reason, where one helps).
 
     Attributes:
-        missing: items without a prediction. extra: predictions of no item. duplicate: ids predicted more than once.
+        missing: cases without a prediction. extra: predictions of no case. duplicate: ids predicted more than once.
         masks: masks that are malformed or not of the reference's size. empty: answers without a word.
+
+    Example:
+        >>> Problems(missing=["a.png"]).to_text()
+        '1 missing (a.png)'
     """
 
     missing: list[str] = field(default_factory=list)
@@ -265,10 +281,10 @@ class Problems:
 def match_predictions(
     ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]], left_out: Collection[str] = ()
 ) -> tuple[dict[str, Prediction], Problems]:
-    """The first prediction of each item, and what does not match.
+    """The first prediction of each case, and what does not match.
 
     Args:
-        left_out: ids of items that are not scored, whose predictions are passed over.
+        left_out: ids of cases that are not scored, whose predictions are passed over.
     """
     problems, known = Problems(), set(ids)
     found: dict[str, Prediction] = {}

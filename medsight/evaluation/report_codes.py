@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from medsight.evaluation.summary import NO_CODE
+from .summary import NO_CODE
 
 
 TOP_CODES = 20

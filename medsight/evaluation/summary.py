@@ -3,11 +3,13 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from medsight.metrics import load
+from medsight.metrics.intervals import bootstrap_interval
 
-if TYPE_CHECKING:
-    from medsight.evaluation.benchmarks import Benchmark
+from .benchmarks import Benchmark
+
 
 DIGITS = 6
 NO_CODE = "no code"
@@ -56,8 +58,6 @@ def interval(
     values: Sequence[float], units: Sequence[str], seed: int, groups: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
     """A mean, over groups where they are given, with its interval over units, rounded; None over nothing."""
-    from medsight.metrics.intervals import bootstrap_interval
-
     if not values:
         return None
     found = bootstrap_interval(values, groups, "mean" if groups is None else "macro", units, seed=seed)
@@ -66,7 +66,7 @@ def interval(
 
 
 def unit_of(row: Row) -> str:
-    """What is drawn together with a row for intervals: all rows of its `Item.patient`; the row alone without one."""
+    """What is drawn together with a row for intervals: all rows of its `Case.patient`; the row alone without one."""
     return json.dumps([row["dataset"], row["patient"]] if row["patient"] else [row["id"]])
 
 
@@ -78,7 +78,7 @@ def interval_unit(rows: Iterable[Row]) -> str:
 
 
 def summarise(
-    rows: Sequence[Row], benchmark: "Benchmark", seed: int = 0, codes_per_group: Mapping[str, int] | None = None
+    rows: Sequence[Row], benchmark: Benchmark, seed: int = 0, codes_per_group: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """All figures of metrics.json that follow from the rows' scores.
 
@@ -206,10 +206,8 @@ def _reference_codes(present: Sequence[Row]) -> dict[str, Any]:
 
 def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
     """What region_codes says of the codes that the answers cite."""
-    from medsight.metrics import load
-
     # Whether a mask is given where there is none to find is told of the masks themselves, not of the codes.
-    told_of_masks = ("false_mask_rate", "no_region_rate")
+    of_masks = ("false_mask_rate", "no_region_rate")
     named = all(len(row["groups"]) == len(row["codes"]) and None not in row["groups"] for row in rows)
     found = load("region_codes").compute(
         predictions=[row["codes"] for row in rows],
@@ -220,5 +218,5 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
         groups=[row["groups"] if named else None for row in rows],
         codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
     )
-    answers = {name: value for name, value in found["answers"].items() if name not in told_of_masks}
+    answers = {name: value for name, value in found["answers"].items() if name not in of_masks}
     return {**found, "answers": answers}

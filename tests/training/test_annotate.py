@@ -12,12 +12,11 @@ from PIL import Image
 
 from configuration_medsight import MedSightConfig
 from medsight.cli import main
-from medsight.data.groups import Groups
+from medsight.data.groups import Groups, load_groups, match_groups
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
+from medsight.inference.code_assignment import assign_codes
 from medsight.training import annotation_output
-from medsight.training.annotate import load_groups, match_groups
 from medsight.training.annotation import annotate, weights_sha256
-from medsight.training.region_codes import assign_codes
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import MedSightProcessor
 from processing_medsight.region_codes_medsight import parse_region_code

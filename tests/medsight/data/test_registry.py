@@ -35,6 +35,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An installed package that brings two entry points, one of them broken; and a file in its layout."""
     (tmp_path / "their_layouts.py").write_text(LINES, encoding="utf-8")
     (tmp_path / "asked.lines").write_text("Is it big?\nIs it small?\n", encoding="utf-8")
+    layout_names()  # registers the shipped ones, before the registry is copied
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "LAYOUTS", registry.LAYOUTS.copy())
     points = [EntryPoint(name, f"their_layouts:{name}", registry.ENTRY_POINTS) for name in ("lines", "other")]
