@@ -133,7 +133,7 @@ def write_text(path: Path, content: str) -> None:
     partial.replace(path)
 
 
-def read_names(path: str | Path) -> list[str]:
+def read_names(path: str | os.PathLike[str]) -> list[str]:
     """Names from a file: a JSON list, or a text file with one name per line.
 
     Raises:

@@ -101,7 +101,7 @@ def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
         isinstance(some, list) and all(isinstance(pattern, str) for pattern in some) for some in content.values()
     ):
         raise ValueError(f"{path}: expected group names, each with a list of patterns of 'modality/site'")
-    for name in content if names is not None else ():
-        if name not in names:
+    for name in content:
+        if names is not None and name not in names:
             raise ValueError(f"{path}: the model has no code group {name!r}: {nearest(name, names)}")
     return Groups({str(name): some for name, some in content.items()})

@@ -118,7 +118,7 @@ class Source:
 
     def takes(self, record: Mapping[str, Any], split: str | None) -> bool:
         """Whether a record of this split (None where the layout does not tell) is wanted."""
-        if None not in (self.split, split) and canonical_split(split) != self.split:
+        if self.split is not None and split is not None and canonical_split(split) != self.split:
             return False
         return all(record.get(key) == value for key, value in (self.where or {}).items())
 
@@ -158,7 +158,9 @@ class Source:
             )
         chosen = [file for file, split in splits.items() if self.split in (None, split)]
         if not chosen:
-            raise ValueError(f"{path}: no file of the split {self.split!r}, only of {sorted(set(splits.values()))}")
+            raise ValueError(
+                f"{path}: no file of the split {self.split!r}, only of {sorted(set(map(str, splits.values())))}"
+            )
         return chosen
 
     def split_of(self, file: str) -> str | None:

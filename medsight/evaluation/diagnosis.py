@@ -1,11 +1,11 @@
 """What an image's row says of its diagnosis, and which of its masks show it."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from medsight.data.templates import matches
+from medsight.data.wording import names_finding, signs_of
 
 from .cases import wordings
 
@@ -40,16 +40,13 @@ def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosi
     """
     finding = finding or row.get("finding")
     targets = list(dict.fromkeys(row["targets"]))
-    abnormal = [target for target in targets if matches(target, wordings().findings["abnormal"])]
-    if finding and matches(finding, wordings().findings["normal"]):
+    findings = wordings().findings
+    if finding and matches(finding, findings["normal"]):
         return Diagnosis(finding, (), ())
-    if finding:
-        named = [target for target in targets if re.search(rf"(?<!\w){re.escape(finding)}(?!\w)", target, re.I)]
-        signs = named or abnormal or (targets if len(targets) == 1 else [])
-        answer = signs[0] if named and len(signs) == 1 else finding
-    else:
-        signs = abnormal
-        answer = " and ".join(abnormal)
+    signs = signs_of(finding, targets, findings["abnormal"], only=len(targets) == 1)
+    answer = finding or " and ".join(signs)
+    if finding and len(signs) == 1 and names_finding(signs[0], finding):
+        answer = signs[0]
     if not answer:
         return None
     masks = tuple(index for index, target in enumerate(row["targets"]) if target in signs)

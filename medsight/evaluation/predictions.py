@@ -20,6 +20,14 @@ import numpy as np
 from processing_medsight.region_codes_medsight import parse_region_code
 
 
+# What a prediction may list, an entry a mask, and what the entries are; masks and codes have checks of their own.
+_OF_MASKS = (
+    ("masks", object, "a mask"),
+    ("codes", object, "a code"),
+    ("groups", str, "text"),
+    ("phrases", str, "text"),
+    ("scores", (int, float), "numbers"),
+)
 # Characters 48 ('0') to 111 ('o') carry five bits and a sign of continuation each; a run takes at most seven.
 _COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
 
@@ -64,38 +72,36 @@ class Prediction:
         """
         if not isinstance(record, dict):
             raise ValueError(f"{place}: expected a JSON object, got {type(record).__name__}")
+
+        def check(name: str, value: Any, kinds: type | tuple[type, ...], called: str, required: bool = False) -> None:
+            if not isinstance(value, kinds) and (required or value is not None):
+                raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
+
         for name in ("id", "answer"):
-            if not isinstance(record.get(name), str):
-                raise ValueError(f"{place}: expected text in {name!r}, got {record.get(name)!r}")
-        given: dict[str, Any] = {"id": record["id"], "answer": record["answer"]}
+            check(name, record.get(name), str, "text", required=True)
+        values: dict[str, tuple[Any, ...]] = {}
+        for name, kinds, called in _OF_MASKS:
+            listed = [] if record.get(name) is None else record[name]
+            if not isinstance(listed, list):
+                raise ValueError(f"{place}: expected a list in {name!r}, got {type(listed).__name__}")
+            if listed and len(listed) != len(values.get("masks", listed)):
+                raise ValueError(f"{place}: {len(listed)} {name} for {len(values['masks'])} masks")
+            for value in listed:
+                check(name, value, kinds, called)
+            values[name] = tuple(listed)
+        check("group", record.get("group"), str, "text")
+        check("is_complete", record.get("is_complete"), bool, "true or false")
+        codes = record.get("reference_codes")
+        if values["codes"]:
+            checked_codes(list(values["codes"]), place, "codes")
+        given: dict[str, Any] = {
+            **values,
+            **{name: record.get(name) for name in ("id", "answer", "group", "is_complete")},
+        }
         given["raw_text"] = record.get("raw_text") or record["answer"]
-        for name in ("masks", "codes", "groups", "phrases", "scores"):
-            value = [] if record.get(name) is None else record[name]
-            if not isinstance(value, list):
-                raise ValueError(f"{place}: expected a list in {name!r}, got {type(value).__name__}")
-            given[name] = tuple(value)
-        for name in ("codes", "groups", "phrases", "scores"):
-            if given[name] and len(given[name]) != len(given["masks"]):
-                raise ValueError(f"{place}: {len(given[name])} {name} for {len(given['masks'])} masks")
-        if given["codes"]:
-            checked_codes(list(given["codes"]), place, "codes")
-        for name, kind, called in (
-            ("groups", str, "text"),
-            ("phrases", str, "text"),
-            ("scores", (int, float), "numbers"),
-        ):
-            for value in given[name]:
-                if value is not None and not isinstance(value, kind):
-                    raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
-        group, references = record.get("group"), record.get("reference_codes")
-        if group is not None and not isinstance(group, str):
-            raise ValueError(f"{place}: expected text in 'group', got {group!r}")
-        if references is not None:
-            references = tuple(checked_codes(references, place, "reference_codes"))
-        ended = record.get("is_complete")
-        if ended is not None and not isinstance(ended, bool):
-            raise ValueError(f"{place}: expected true or false in 'is_complete', got {ended!r}")
-        return cls(**given, group=group, reference_codes=references, is_complete=ended)
+        if codes is not None:
+            given["reference_codes"] = tuple(checked_codes(codes, place, "reference_codes"))
+        return cls(**given)
 
 
 def checked_codes(codes: Any, place: str, name: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from medsight.metrics import load
 from medsight.metrics.intervals import bootstrap_interval
@@ -14,6 +14,7 @@ from .benchmarks import Benchmark
 DIGITS = 6
 NO_CODE = "no code"
 Row = Mapping[str, Any]
+Entry = TypeVar("Entry")
 # What is scored, by its name in metrics.json: the value of a row, None where the row has none.
 SCORES: dict[str, Callable[[Row], float | None]] = {
     "answer": lambda row: row.get("answer_score"),
@@ -93,8 +94,8 @@ def summarise(
     }
     by = {
         field: {
-            value: {"n": len(some)} | {name: found for name in names if (found := estimate(some, name, seed))}
-            for value, some in _grouped(rows, field)
+            value: {"n": len(inside)} | {name: found for name in names if (found := estimate(inside, name, seed))}
+            for value, inside in grouped(rows, (row[field] for row in rows))
         }
         for field in BY[benchmark.task]
     }
@@ -146,11 +147,12 @@ def group_confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def _grouped(rows: Sequence[Row], field: str) -> Iterator[tuple[str, list[Row]]]:
-    inside: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        inside[str(row[field])].append(row)
-    yield from sorted(inside.items())
+def grouped(rows: Iterable[Entry], keys: Iterable[Any]) -> list[tuple[str, list[Entry]]]:
+    """Rows by their keys as text, in the order of these."""
+    inside: dict[str, list[Entry]] = defaultdict(list)
+    for row, key in zip(rows, keys, strict=True):
+        inside[str(key)].append(row)
+    return sorted(inside.items())
 
 
 def _refusals(rows: Sequence[Row]) -> dict[str, dict[str, int]]:

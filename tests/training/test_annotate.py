@@ -427,7 +427,7 @@ def test_a_groups_file_keeps_the_models_order_and_is_checked(tmp_path: Path) -> 
     groups = match_groups(config, pairs, told)
     assert groups.names == list(config.group_names) and [groups.index(*pair) for pair in pairs] == [1, 0, 1]
     path.write_text("CT tors: ['CT*/*']\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="groups.yaml.*'CT tors'; did you mean 'CT torso'"):
+    with pytest.raises(ValueError, match="groups.yaml.*'CT tors': did you mean 'CT torso'"):
         load_groups(path, ["MRI brain", "CT torso"])
     for wrong in ("- CT torso", "CT torso: CT/torso", "a: [1]", "a: ["):
         path.write_text(wrong, encoding="utf-8")

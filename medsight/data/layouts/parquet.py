@@ -46,7 +46,7 @@ def parquet_rows(shard: str, source: Source) -> Iterator[Entry]:
     def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
         regions = kind == "regions"
         columns = (*REGION_FEATURES, *REGION_EXTRAS) if regions else (*CONVERSATION_FEATURES, *CONVERSATION_EXTRAS)
-        row = {name: record.get(name) for name in columns}
+        row: dict[str, Any] = {name: record.get(name) for name in columns}
         row["split"] = canonical_split(row["split"] or split or source.split or "train")
         for name in ("masks",) if regions else ("images", "masks"):
             row[name] = [_picture(entry, base, f"{place}, {name} {i}") for i, entry in enumerate(row[name] or [])]
