@@ -94,7 +94,7 @@ def hold_out(members: Iterable[Member], fraction: float, seed: int, required: bo
     for dataset, rows in sorted(by_dataset.items()):
         patients = sorted({member.patient for _, member in rows})
         if len(patients) >= 5:
-            random.Random(f"{seed}:{dataset}").shuffle(patients)  # noqa: S311 - a seeded draw, no secret
+            random.Random(f"{seed}:{dataset}").shuffle(patients)
             chosen = set(patients[: max(1, round(fraction * len(patients)))])
             held.update(position for position, member in rows if member.patient in chosen)
             continue

@@ -25,15 +25,9 @@ SYNONYM_SHARE = 0.35  # of the prompts that name a structure which has synonyms
 LISTED_SHARE = 0.6  # of the absent structures asked for, where the image's own row lists some
 # Of a picture's fifths two are upper, one is between, two are lower; two left, one between, two right.
 POSITIONS = [
-    "upper left",
-    "upper middle",
-    "upper right",
-    "left",
-    "centre",
-    "right",
-    "lower left",
-    "lower middle",
-    "lower right",
+    *("upper left", "upper middle", "upper right"),
+    *("left", "centre", "right"),
+    *("lower left", "lower middle", "lower right"),
 ]
 
 

@@ -86,7 +86,7 @@ class Words(NamedTuple):
         """The prompt of a row with so many images, which come first unless the fields place them."""
         template = self.template
         if self.held_out:
-            template = random.Random(f"{self.seed}:{identity}").choice(self.held_out)  # noqa: S311 - a seeded draw, no secret
+            template = random.Random(f"{self.seed}:{identity}").choice(self.held_out)
         text = template.format(**fields)
         placed = text.count(IMAGE_MARKER)
         return "".join([f"{IMAGE_MARKER}\n"] * (images - placed)) + text

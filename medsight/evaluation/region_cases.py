@@ -76,7 +76,7 @@ def region_cases(benchmark: Benchmark, path: Path, words: Words) -> tuple[list[C
     present = Present(rows)
     for row in rows:
         image = relative(row["image"]["path"], path)
-        for asked in ask(row, present, random.Random(image)):  # noqa: S311 - a seeded draw, no secret
+        for asked in ask(row, present, random.Random(image)):
             identity = image + asked.key
             sizes = {tuple(row["spacing_mm"][mask] or ()) for mask in asked.masks}
             cases.append(
