@@ -5,7 +5,7 @@ from typing import Any
 
 from .records import as_text, patient_of, required
 from .registry import Source
-from .schema import IMAGE_MARKER
+from .schema import IMAGE_MARKER, conversation_row
 from .splits import canonical_split
 
 
@@ -58,20 +58,18 @@ def conversation(
             first["content"] = f"{IMAGE_MARKER}\n" * len(images) + first["content"]
     domain = record.get("domain")
     pictured = " ".join(sorted(key for key, value in domain.items() if value)) if isinstance(domain, dict) else None
-    row = {
-        "id": str(record.get("id", place)),
-        "images": images,
-        "messages": messages,
-        "masks": masks,
-        "targets": record.get("targets") or [""] * len(masks),
-        "dataset": str(record.get("dataset") or source.name),
-        "modality": record.get("modality") or pictured or None,
-        "site": record.get("site") or record.get("body_part"),
-        "split": canonical_split(record.get("split") or split or source.split or "train"),
-        "patient": patient_of(record.get("patient")) or (images[0]["path"] if images else None),
-        "answer_type": None,
-        "options": [],
-    }
+    row = conversation_row(
+        str(record.get("id", place)),
+        images,
+        messages,
+        canonical_split(record.get("split") or split or source.split or "train"),
+        masks=masks,
+        targets=record.get("targets") or [""] * len(masks),
+        dataset=str(record.get("dataset") or source.name),
+        modality=record.get("modality") or pictured or None,
+        site=record.get("site") or record.get("body_part"),
+        patient=patient_of(record.get("patient")) or (images[0]["path"] if images else None),
+    )
     check_conversation(row, place)
     return row
 

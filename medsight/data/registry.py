@@ -171,10 +171,6 @@ class Source:
         return split_in_name(Path(file).relative_to(Path(*fixed)))
 
 
-def _looks_like_nothing(path: Path, record: Mapping[str, Any] | None) -> bool:
-    return False
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How the files of one layout are found and read.
@@ -189,9 +185,12 @@ class Layout:
             layout; for those who name none.
 
     Example:
+        >>> from medsight.data.schema import conversation_row
         >>> def rows(shard, source):
-        ...     yield Entry(shard, error=ValueError(f"{shard}: expected a row"))
-        >>> Layout("mine", "regions", lambda source: source.files((".mine",)), rows).name
+        ...     for number, line in enumerate(open(shard), 1):
+        ...         messages = [{"role": "user", "content": line}, {"role": "assistant", "content": "Yes."}]
+        ...         yield Entry(f"{shard}, line {number}", conversation_row(str(number), [], messages, "train"))
+        >>> Layout("mine", "conversations", lambda source: source.files((".mine",)), rows).name
         'mine'
     """
 
@@ -199,7 +198,7 @@ class Layout:
     kind: str | Callable[[str], str]
     shards: Callable[[Source], list[str]]
     rows: Callable[[str, Source], Iterator[Entry]]
-    looks_like: Callable[[Path, Mapping[str, Any] | None], bool] = _looks_like_nothing
+    looks_like: Callable[[Path, Mapping[str, Any] | None], bool] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {}  # those registered so far; `find_layout` looks further

@@ -150,7 +150,7 @@ def detect_layout(path: str | Path) -> str:
     names = layout_names()
     place, record = _first_record(path)
     for layout in map(find_layout, names):
-        if layout.looks_like(path, record):
+        if layout.looks_like is not None and layout.looks_like(path, record):
             return layout.name
     if path.is_dir():
         for pattern in ("*.json", "*.jsonl", "**/*.parquet", "**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.pkl"):

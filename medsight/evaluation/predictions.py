@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -185,44 +185,21 @@ def _runs(counts: str) -> list[int]:
     return runs
 
 
-class PredictionWriter:
-    """Appends predictions to a file, each on the disk before the next is made, so that a kill loses none.
+def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Add predictions to a file, and wait until they are on the disk, so that a kill loses none of them."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(to_line, predictions))
+        file.flush()
+        os.fsync(file.fileno())
 
-    A last line that a kill cut short is dropped when the file is opened again.
 
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "predictions.jsonl"
-        >>> with PredictionWriter(path) as writer:
-        ...     writer.write([Prediction("a.png#liver", "Here it is.")])
-        >>> [prediction.answer for _, prediction in read_predictions(path)]
-        ['Here it is.']
-    """
-
-    def __init__(self, path: Path) -> None:
-        drop_partial_line(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def write(self, predictions: Iterable[Prediction]) -> None:
-        """Append these, and wait until they are on the disk."""
-        for prediction in predictions:
-            self._file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; all that was written is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> "PredictionWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+def to_line(prediction: Prediction) -> str:
+    """A line of predictions.jsonl."""
+    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
 
 
 def drop_partial_line(path: Path) -> None:
-    """Cut what follows the last line end of a file, if there is such a file."""
+    """Cut what follows the last line end of a file, which a kill left; there may be no file."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -26,12 +26,12 @@ from medsight.checkpoint import (
 )
 from medsight.data.pictures import read_picture
 from medsight.data.schema import IMAGE_MARKER
-from medsight.files import write_json
+from medsight.files import write_json, write_text
 from medsight.inference.predictor import decode_greedily, tokenize_chats
 
 from .cases import Case
 from .code_masks import masks_from_codes
-from .predictions import Prediction, PredictionWriter, drop_partial_line, encode_mask, read_predictions
+from .predictions import Prediction, append_predictions, drop_partial_line, encode_mask, read_predictions, to_line
 from .reference_codes import ReferenceCodes
 
 
@@ -193,10 +193,10 @@ def answer_cases(
         disable=not progress or processes.rank > 0,
         file=sys.stderr,
     )
-    with PredictionWriter(path) as writer, bar:
+    with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            writer.write(answer_batch(batch, model, processor, settings, references))
+            append_predictions(path, answer_batch(batch, model, processor, settings, references))
             bar.update(min(len(batch) * processes.count, bar.total - bar.n))
     processes.wait()
     if processes.rank == 0:
@@ -214,11 +214,7 @@ def _written(output: Path) -> Iterator[tuple[str, Prediction]]:
 def _merge(cases: Sequence[Case], output: Path) -> None:
     """All parts as one file, in the order of the cases."""
     found = {prediction.id: prediction for _, prediction in _written(output)}
-    scratch = output / f".{PREDICTIONS}.new"
-    scratch.unlink(missing_ok=True)
-    with PredictionWriter(scratch) as writer:
-        writer.write(found[case.id] for case in cases)
-    scratch.replace(output / PREDICTIONS)
+    write_text(output / PREDICTIONS, "".join(to_line(found[case.id]) for case in cases))
     for part in output.glob(PARTS):
         part.unlink()
 

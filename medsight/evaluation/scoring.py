@@ -15,7 +15,6 @@ from .cases import Case
 from .predictions import Prediction, Problems, decode_mask
 
 
-MASK_FLAGS = ("threshold", "missing", "multi", "formula")
 MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
 
 
@@ -246,6 +245,5 @@ def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problem
         return row
     if case.mask_targets:
         shown, references = by_name(placed, prediction.phrases, references, case.mask_targets)
-    flags: dict[str, Any] = {name: protocol.flags.get(name) for name in MASK_FLAGS}
-    scores = score_item(shown, references, preset=protocol.masks, **flags, spacing_mm=case.spacing_mm)
+    scores = score_item(shown, references, preset=protocol.masks, **protocol.flags, spacing_mm=case.spacing_mm)
     return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}

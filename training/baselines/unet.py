@@ -284,7 +284,7 @@ def run(
         ValueError: the recipe, the data or the benchmark is bad, or the loss is not finite.
     """
     from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.predictions import PredictionWriter
+    from medsight.evaluation.predictions import append_predictions
     from medsight.evaluation.readers import read_cases
     from medsight.files import staged_folder, write_json
     from medsight.training.corpus import read_corpus
@@ -310,8 +310,7 @@ def run(
         setting |= {"device": device_name(), "threads": torch.get_num_threads(), "workers": workers}
         write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
         if asked:
-            with PredictionWriter(folder / PREDICTIONS) as writer:
-                writer.write(predict(network, places, asked))
+            append_predictions(folder / PREDICTIONS, predict(network, places, asked))
         files = sorted(file.name for file in folder.iterdir())
     print(f"{parameters:,} parameters; written to {output}/: {', '.join(files)}")
 

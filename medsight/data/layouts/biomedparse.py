@@ -13,6 +13,7 @@ from typing import Any
 
 from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, required
 from ..registry import Entry, Layout, Source, register
+from ..schema import region_row
 from ..splits import canonical_split
 
 
@@ -95,18 +96,18 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
     first, present = records[0], [record for record in records if not record.get("absent")]
     parts = Path(image).parts
     dataset = parts[0] if len(parts) > 2 else root.absolute().name
-    row = {
-        "image": {"path": str(root / image), "bytes": None},
-        "masks": [{"path": str(root / record["mask"]), "bytes": None} for record in present],
-        "targets": [record["target"] for record in present],
-        "spacing_mm": [_pixel_size(record.get("voxel_mm")) for record in present],
-        "absent": [record["target"] for record in records if record.get("absent")],
-        "finding": next((record["finding"] for record in records if record.get("finding")), None),
-        "label_origin": first.get("label_origin"),
-        "dataset": dataset,
+    row = region_row(
+        {"path": str(root / image), "bytes": None},
+        [{"path": str(root / record["mask"]), "bytes": None} for record in present],
+        [record["target"] for record in present],
         **{name: first[name] for name in ("modality", "site", "split")},
-        "patient": patient_of(first.get("group")) or f"{dataset}:{Path(image).stem}",
-    }
+        spacing_mm=[_pixel_size(record.get("voxel_mm")) for record in present],
+        absent=[record["target"] for record in records if record.get("absent")],
+        finding=next((record["finding"] for record in records if record.get("finding")), None),
+        label_origin=first.get("label_origin"),
+        dataset=dataset,
+        patient=patient_of(first.get("group")) or f"{dataset}:{Path(image).stem}",
+    )
     check_regions(row, place)
     return row
 
@@ -147,19 +148,13 @@ def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
                 yield _bad(file, f"expected a name such as ID_MODALITY_SITE{file.suffix}, got {file.name}")
                 continue
             identity, modality, site = (part.replace("+", " ") for part in fields)
-            row = {
-                "image": {"path": str(file), "bytes": None},
-                "masks": [{"path": str(path), "bytes": None} for _, path in found[stem]],
-                "targets": [target for target, _ in found[stem]],
-                "spacing_mm": [None] * len(found[stem]),
-                "absent": [],
-                **dict.fromkeys(("finding", "label_origin")),
-                "dataset": dataset,
-                "modality": modality,
-                "site": site,
-                "split": split,
-                "patient": f"{dataset}:{identity}",
-            }
+            row = region_row(
+                {"path": str(file), "bytes": None},
+                [{"path": str(path), "bytes": None} for _, path in found[stem]],
+                [target for target, _ in found[stem]],
+                split,
+                **{"dataset": dataset, "modality": modality, "site": site, "patient": f"{dataset}:{identity}"},
+            )
             if source.takes(row, split):
                 yield Entry(str(file), row)
 

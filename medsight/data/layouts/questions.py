@@ -11,7 +11,7 @@ from typing import Any
 
 from ..records import as_text, convert, json_records, parquet_records, required
 from ..registry import Entry, Layout, Source, register
-from ..schema import IMAGE_MARKER
+from ..schema import IMAGE_MARKER, conversation_row
 from ..splits import canonical_split
 
 
@@ -45,22 +45,16 @@ def question_row(
         raise ValueError(f"{place}: the answer {said!r} is none of the options {[option for _, option in given]}")
     stated = str(record.get("answer_type") or "").strip().upper()
     lines = [asked, *(f"{letter}. {option}" for letter, option in given)]
-    return {
-        "id": str(number),
-        "images": [image],
-        "messages": [
-            {"role": "user", "content": f"{IMAGE_MARKER}\n" + "\n".join(lines)},
-            {"role": "assistant", "content": said},
-        ],
-        "masks": [],
-        "targets": [],
+    messages = [
+        {"role": "user", "content": f"{IMAGE_MARKER}\n" + "\n".join(lines)},
+        {"role": "assistant", "content": said},
+    ]
+    known = {
         "answer_type": "CLOSED" if given else stated if stated in ("CLOSED", "OPEN") else None,
         "options": [option for _, option in given],
-        "modality": None,
-        "site": None,
         "patient": image["path"],
-        **origin,
     }
+    return conversation_row(str(number), [image], messages, **{**known, **origin})
 
 
 def vqa_rad_shards(source: Source) -> list[str]:

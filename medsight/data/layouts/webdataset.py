@@ -18,7 +18,7 @@ from typing import Any
 from ..conversations import conversation
 from ..records import IMAGE_SUFFIXES, Record, as_text, check_regions, convert, patient_of
 from ..registry import Entry, Layout, Source, register
-from ..schema import REGION_FEATURES
+from ..schema import region_row
 from ..splits import canonical_split
 
 
@@ -53,17 +53,16 @@ def webdataset_rows(shard: str, source: Source) -> Iterator[Entry]:
             return conversation({"id": place, **meta}, place, images, masks, source, split)
         if len(images) != 1:
             raise ValueError(f"{place}: expected one image, got {len(images)}")
-        row = {
-            **{name: meta.get(name) for name in REGION_FEATURES},
-            "spacing_mm": meta.get("spacing_mm") or [None] * len(masks),
-            "image": images[0],
-            "masks": masks,
-            "targets": meta.get("targets") or [],
-            "absent": meta.get("absent") or [],
-            "dataset": meta.get("dataset") or source.name,
-            "split": canonical_split(meta.get("split") or split or source.split or "train"),
-            "patient": patient_of(meta.get("patient")) or place,
-        }
+        row = region_row(
+            images[0],
+            masks,
+            meta.get("targets") or [],
+            canonical_split(meta.get("split") or split or source.split or "train"),
+            **{name: meta.get(name) for name in ("modality", "site", "finding", "label_origin")},
+            **{name: meta[name] for name in ("absent", "spacing_mm") if meta.get(name)},
+            dataset=meta.get("dataset") or source.name,
+            patient=patient_of(meta.get("patient")) or place,
+        )
         for name in ("modality", "site"):
             as_text(row[name], place, name)
         check_regions(row, place)

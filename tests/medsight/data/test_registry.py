@@ -14,14 +14,13 @@ from medsight.data.sources import detect_layout, kind_of, load_source
 
 LINES = """
 from medsight.data.registry import Entry, Layout
+from medsight.data.schema import conversation_row
 
 def rows(shard, source):
     for number, line in enumerate(open(shard), 1):
         place = f"{shard}, line {number}"
         messages = [{"role": "user", "content": line.strip()}, {"role": "assistant", "content": "Yes."}]
-        row = dict.fromkeys(("dataset", "modality", "site", "patient", "answer_type"))
-        row |= {"id": place, "images": [], "messages": messages, "masks": [], "targets": [], "options": []}
-        yield Entry(place, {**row, "split": "train"})
+        yield Entry(place, conversation_row(place, [], messages, "train"))
 
 lines = Layout(
     "lines", "conversations", lambda source: source.files((".lines",)), rows, lambda path, _: path.suffix == ".lines"
