@@ -95,11 +95,11 @@ def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) 
     from medsight.evaluation.codes import contact_sheet
 
     with staged_folder(output, False, check_empty) as folder:
-        for code, some in examples.items():
+        for code, shown in examples.items():
             meaning = codes[code]
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in meaning["structures"].items())
             title = f"{code}  {meaning['group']}"
-            sheet = contact_sheet(title, f"{meaning['n']:,} masks: {shares}", some)
+            sheet = contact_sheet(title, f"{meaning['n']:,} masks: {shares}", shown)
             sheet.save(folder / f"{code.strip('[]')}.png")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medsight.text import nearest
+from medsight.text import first_few, nearest
 
 from .conversations import CodeMaskError, code_images
 from .inspection import Job, inspect_in_parallel
@@ -140,10 +140,9 @@ class _Gathering:
             message = f"{patient} is in {len(files)} splits of {dataset} ({where})"
             report.problems.append(Finding("leaking patient", next(iter(files.values())), message))
         for dataset, patients in sorted(leaks.items()):
-            shown = ", ".join([*sorted(patients)[:3], *(["..."] if len(patients) > 3 else [])])
             message = (
                 f"{dataset}: {len(patients):,} patient(s) or image(s) are in several splits, as the data set itself "
-                f"says ({shown}): a score on them is flattered"
+                f"says ({first_few(sorted(patients))}): a score on them is flattered"
             )
             report.warnings.append(Finding("known leak", dataset, message))
         if self.allowed is None and any(split == "train" for _, split in self.first):

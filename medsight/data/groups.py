@@ -69,8 +69,7 @@ def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], chose
             continue
         if Groups(patterns).find(modality, site) is not None:
             continue
-        spellings = (f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower())
-        found = next((by_name[spelling] for spelling in spellings if spelling in by_name), None)
+        found = next((by_name[name] for name in group_names_of(modality, site) if name in by_name), None)
         if found is None:
             raise ValueError(
                 f"no code group of the model is called '{modality} {site}': its groups are {', '.join(names)}. Say "
@@ -79,6 +78,11 @@ def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], chose
             )
         patterns[found].append(f"{modality}/{site}")
     return Groups(patterns)
+
+
+def group_names_of(modality: str, site: str) -> tuple[str, str]:
+    """What the group of a modality and site may be called, in small letters; see `match_groups`."""
+    return f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower()
 
 
 def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
@@ -98,10 +102,10 @@ def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not all(
-        isinstance(some, list) and all(isinstance(pattern, str) for pattern in some) for some in content.values()
+        isinstance(listed, list) and all(isinstance(pattern, str) for pattern in listed) for listed in content.values()
     ):
         raise ValueError(f"{path}: expected group names, each with a list of patterns of 'modality/site'")
     for name in content:
         if names is not None and name not in names:
             raise ValueError(f"{path}: the model has no code group {name!r}: {nearest(name, names)}")
-    return Groups({str(name): some for name, some in content.items()})
+    return Groups({str(name): patterns for name, patterns in content.items()})

@@ -79,7 +79,7 @@ def _array(path: Path, text: str, read: Callable[[int], str]) -> Iterator[Record
         yield _checked(f"{path}, item {number}", record)
 
 
-def parquet_records(path: str | Path, columns: list[str] | None = None) -> Iterator[Record]:
+def parquet_records(path: str | Path) -> Iterator[Record]:
     """The rows of a parquet file, a few at a time; a damaged file ends with an error."""
     import pyarrow
     import pyarrow.parquet
@@ -87,7 +87,7 @@ def parquet_records(path: str | Path, columns: list[str] | None = None) -> Itera
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=16, columns=columns):
+            for batch in file.iter_batches(batch_size=16):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record

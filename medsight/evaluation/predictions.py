@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from medsight.text import first_few
 from processing_medsight.region_codes_medsight import parse_region_code
 
 
@@ -254,11 +255,8 @@ class Problems:
 
     def to_text(self, shown: int = 5) -> str:
         """Counts, and the first few of each kind."""
-        parts = []
-        for kind, ids in self.refused().items():
-            some = "; ".join(ids[:shown]) + ("; …" if len(ids) > shown else "")
-            parts.append(f"{len(ids):,} {kind} ({some})")
-        return ", ".join(parts)
+        found = self.refused().items()
+        return ", ".join(f"{len(ids):,} {kind} ({first_few(ids, shown, '; ')})" for kind, ids in found)
 
 
 def match_predictions(

@@ -181,8 +181,8 @@ def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if codes:
         sources = {"codebook": "the model's codebook", "data set": "the data set"}
-        told = [f"{sources[name]} for {count:,} rows" for name, count in metrics["reference_codes"]["from"].items()]
-        lines.append(("Right codes", f"from {' and '.join(told)}" if told else "not known"))
+        origins = [f"{sources[name]} for {count:,} rows" for name, count in metrics["reference_codes"]["from"].items()]
+        lines.append(("Right codes", f"from {' and '.join(origins)}" if origins else "not known"))
     drawn = "95% bootstrap, drawn by {}, {samples:,} samples, seed {seed}"
     lines.append(("Intervals", drawn.format(metrics["interval_unit"], **metrics["bootstrap"])))
     for name, key in (("Weights", "weights_sha256"), ("Settings", "settings_sha256")):

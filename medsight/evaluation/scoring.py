@@ -191,8 +191,8 @@ def by_name(
     left, ordered = dict(masks), []
     for name, parts in wanted.items():
         places = [place for place in left if (phrases[place] or "").casefold() == name.casefold()]
-        own = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
-        ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *own]))
+        named = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
+        ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *named]))
     return [*ordered, *left.values()], united
 
 

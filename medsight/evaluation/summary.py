@@ -139,11 +139,11 @@ def group_confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
             counts[origin][row["group"]] += 1
         elif "n_masks" in row and not row["absent"]:
             counts[origin][next((group for group in row["groups"] if group), NO_CODE)] += 1
-    if not any(set(some) - {NO_CODE} for some in counts.values()):
+    if not any(set(groups) - {NO_CODE} for groups in counts.values()):
         return None
     return {
         "by": "classifier" if classified else "cited codes",
-        "counts": {origin: dict(sorted(some.items())) for origin, some in sorted(counts.items())},
+        "counts": {origin: dict(sorted(groups.items())) for origin, groups in sorted(counts.items())},
     }
 
 

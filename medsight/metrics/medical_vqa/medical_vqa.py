@@ -225,7 +225,7 @@ class MedicalVqa(evaluate.Metric):
             if len(column) != size:
                 raise ValueError(f"{name}: expected {size} items, as many as predictions, got {len(column)}")
         for name, column in {"predictions": predictions, **columns}.items():
-            wrong = [i for i, one in enumerate(column) if name != "options" and not isinstance(one, str)]
+            wrong = [i for i, value in enumerate(column) if name != "options" and not isinstance(value, str)]
             if wrong:
                 raise ValueError(f"{name}: expected str, got {column[wrong[0]]!r} in item {wrong[0]}")
         evaluate.Metric.add_batch(self, predictions=predictions, **columns, **kwargs)
@@ -267,9 +267,9 @@ class MedicalVqa(evaluate.Metric):
         scored = [(kind, score) for kind, score in zip(kinds, scores, strict=True) if score is not None]
         by_group: dict[str, dict[str, Any]] = {}
         for name in sorted(set(groups) - {""}):
-            own = [score for group, score in zip(groups, scores, strict=True) if group == name]
-            kept = [score for score in own if score is not None]
-            by_group[name] = {"n": len(own), "score": _mean(kept), "refused": len(own) - len(kept)}
+            inside = [score for group, score in zip(groups, scores, strict=True) if group == name]
+            known = [score for score in inside if score is not None]
+            by_group[name] = {"n": len(inside), "score": _mean(known), "refused": len(inside) - len(known)}
         return {
             "protocol": protocol,
             **_by_type(scored),
