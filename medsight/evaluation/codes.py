@@ -14,7 +14,6 @@ from medsight.data.groups import Groups
 from medsight.data.pictures import read_mask, read_picture
 from medsight.inference.overlay import heat_map, shorten
 
-from .code_masks import code_mask_logits
 from .reference_codes import codes_in_image
 
 
@@ -77,23 +76,27 @@ def describe_codes(
         raise ValueError("the model has no region codebook: its one code [SEG] stands for anything")
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
-    found, names = CodeMeanings(), groups.names
+    found = CodeMeanings()
     surest: dict[str, list[Example]] = {}
+    region_model = model.region_model
     with_masks = (row for row in rows if row["masks"])
     while batch := list(islice(with_masks, batch_size)):
         pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
+        owners = [groups.index(row["modality"], row["site"]) for row in batch]
         with torch.inference_mode():
             regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
+            codes = [
+                codes_in_image(model, regions, i, masks[i], row["targets"], owners[i]) for i, row in enumerate(batch)
+            ]
+            pairs = [
+                torch.stack([torch.full_like(index, k), index], 1) for index, k in zip(codes, owners, strict=True)
+            ]
+            logits = region_model.decode_codes(code_indices=pairs, features=regions)
         for i, row in enumerate(batch):
-            group = groups.index(row["modality"], row["site"])
-            codes = codes_in_image(model, regions, i, masks[i], row["targets"], group)
-            with torch.inference_mode():
-                pairs = torch.stack([torch.full_like(codes, group), codes], 1)
-                heat = code_mask_logits(model, regions.image_features[i], pairs).float().sigmoid().cpu().numpy()
-            picture = _picture(pixels[i], processor)
-            for code, target, probabilities in zip(codes.tolist(), row["targets"], heat, strict=True):
-                name = model.config.region_code_token(group, code)
-                found.citations.append((name, names[group], target))
+            picture, heat = _picture(pixels[i], processor), logits[i].float().sigmoid().cpu().numpy()
+            for code, target, probabilities in zip(codes[i].tolist(), row["targets"], heat, strict=True):
+                name = model.config.region_code_token(owners[i], code)
+                found.citations.append((name, groups.names[owners[i]], target))
                 inside = probabilities > 0.5
                 score = float(probabilities[inside].mean()) if inside.any() else 0.0
                 best = surest.setdefault(name, [])

@@ -30,7 +30,6 @@ from medsight.files import write_json, write_text
 from medsight.inference.predictor import decode_greedily, tokenize_chats
 
 from .cases import Case
-from .code_masks import masks_from_codes
 from .predictions import Prediction, append_predictions, drop_partial_line, encode_mask, read_predictions, to_line
 from .reference_codes import ReferenceCodes
 
@@ -234,6 +233,35 @@ def answer_batch(
         prediction_of(case, answer, group, codes)
         for case, answer, (group, codes) in zip(cases, answers, known, strict=True)
     ]
+
+
+def masks_from_codes(model: Any, output: Any, pixel_values: Any, images: Sequence[int]) -> Any:
+    """What `generate` returned, with masks from the codebook alone. The scores, which weigh the other masks, go.
+
+    Args:
+        output: with `mask_logits` and `region_code_ids`, an entry a row.
+        pixel_values: all images of the rows, in order; None without any.
+        images: how many each row has; codes belong to its last one.
+
+    Raises:
+        ValueError: the model has no codebook.
+    """
+    if not model.config.use_region_codebook:
+        raise ValueError("the model has no region codebook: its masks are decoded from states alone")
+    if pixel_values is None:
+        return output
+    codes = [torch.zeros(0, dtype=torch.long)] * len(pixel_values)
+    last = (np.cumsum(images) - 1).tolist()
+    for count, image, ids in zip(images, last, output.region_code_ids, strict=True):
+        if count:
+            codes[image] = ids
+    with torch.inference_mode():
+        masks = model.region_model.decode_codes(codes, pixel_values)
+    decoded = [
+        masks[image] if count else logits
+        for count, image, logits in zip(images, last, output.mask_logits, strict=True)
+    ]
+    return type(output)(**{**output, "mask_logits": decoded, "region_scores": None})
 
 
 def content_of(case: Case) -> list[dict[str, Any]]:

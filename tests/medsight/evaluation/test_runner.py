@@ -19,7 +19,6 @@ from medsight.data.pictures import read_mask, read_picture
 from medsight.evaluation import runner
 from medsight.evaluation.benchmarks import load_benchmark
 from medsight.evaluation.cases import Case
-from medsight.evaluation.code_masks import code_mask_logits
 from medsight.evaluation.predictions import decode_mask, read_predictions
 from medsight.evaluation.readers import read_cases
 from medsight.evaluation.reference_codes import ReferenceCodes
@@ -175,8 +174,9 @@ def test_masks_of_codes_alone_are_a_run_of_their_own(
     pixels = processor.image_processor(images=[runner.content_of(case)[0]["image"]], return_tensors="pt")
     codes = torch.tensor([parse_region_code(code) for code in prediction.codes])
     with torch.no_grad():
-        features = model.get_region_features(pixels["pixel_values"].to(model.dtype)).image_features[0]
-        logits = code_mask_logits(model, features, codes)
+        (logits,) = model.region_model.decode_codes(
+            code_indices=[codes], pixel_values=pixels["pixel_values"].to(model.dtype)
+        )
     expected = processor.image_processor.post_process_masks([logits], [(16, 20)], 0.5)[0].numpy()
     assert np.array_equal(np.stack([decode_mask(mask, "it") for mask in prediction.masks]), expected)
 
