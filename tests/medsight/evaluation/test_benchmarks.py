@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from medsight.data.sources import Source, iterate
 from medsight.evaluation.benchmarks import Benchmark, check_counts, load_benchmark, load_declarations
 from medsight.evaluation.cases import Case, fingerprint
 from medsight.evaluation.readers import held_out_wordings, read_cases
@@ -83,6 +85,16 @@ def test_segmentation_has_a_row_an_image_and_structure_and_absent_ones(regions: 
     assert (first.id, first.prompt) == ("set/test/0.png#liver", "<image>\nSegment the liver.")
     assert (len(first.masks), first.modality, first.patient, first.spacing_mm) == (1, "CT", "p0", (2.0, 2.0))
     assert cases[4].spacing_mm is None
+
+
+def test_rows_of_another_layout_are_asked_the_same(
+    declare: Callable[..., Path], regions: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(regions, tmp_path / "data")
+    rows = [entry.checked() for entry in iterate(Source("biomedparse", str(data), split="test"))]
+    write_parquet(data / "packed" / "rows.parquet", rows)
+    packed = read(str(declare("segmentation", layout="parquet", files=["packed/*.parquet"])), data)
+    assert packed == read("segmentation", data) and packed[0].spacing_mm == (2.0, 2.0)
 
 
 def test_one_set_of_a_folder_has_the_pixel_sizes_of_the_folder_s_manifest(regions: Path) -> None:
@@ -208,7 +220,6 @@ def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path
 
 
 def test_the_fingerprint_is_of_the_content_not_of_the_place(regions: Path, tmp_path: Path) -> None:
-    import shutil
 
     copied = shutil.copytree(regions, tmp_path / "elsewhere" / "sets")
     assert fingerprint(read("segmentation", copied)) == fingerprint(read("segmentation", regions))
