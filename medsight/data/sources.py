@@ -3,9 +3,9 @@
 import dataclasses
 import glob
 import hashlib
+import inspect
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -113,8 +113,9 @@ def _rows(
 
 def _stamp(shards: list[str], source: Source) -> str:
     digest = hashlib.sha256()
-    for module in (*_READERS, sys.modules[find_layout(source.layout).rows.__module__]):
-        digest.update(Path(str(module.__file__)).read_bytes())
+    for module in (*_READERS, inspect.getmodule(find_layout(source.layout).rows)):
+        if file := getattr(module, "__file__", None):
+            digest.update(Path(file).read_bytes())
     for shard in map(Path, shards):
         for file in (
             (shard, *sorted(child for child in shard.iterdir() if child.is_dir())) if shard.is_dir() else (shard,)
@@ -167,13 +168,11 @@ def _first_record(path: Path) -> tuple[str, dict[str, Any] | None]:
     Raises:
         ValueError: it is a JSON file that is damaged or empty.
     """
-    found: Iterator[records.Record] = iter(())
     if path.is_file() and path.suffix in JSON_SUFFIXES:
-        found = json_records(path)
-        place, record = next(found, (str(path), ValueError(f"{path}: an empty file")))
-        if isinstance(record, ValueError):
-            raise record
-        return place, record
+        place, first = next(json_records(path), (str(path), ValueError(f"{path}: an empty file")))
+        if isinstance(first, ValueError):
+            raise first
+        return place, first
     if path.is_file() and path.suffix == ".parquet":
         place, record = next(parquet_records(path), (str(path), {}))
         return place, {} if isinstance(record, ValueError) else record  # what is wrong is said when it is read

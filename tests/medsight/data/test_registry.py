@@ -37,7 +37,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     layout_names()  # registers the shipped ones, before the registry is copied
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "LAYOUTS", registry.LAYOUTS.copy())
-    points = [EntryPoint(name, f"their_layouts:{name}", registry.ENTRY_POINTS) for name in ("lines", "other")]
+    points = [EntryPoint(name, f"their_layouts:{name}", registry.ENTRY_POINTS) for name in ("lines", "other", "gone")]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "medsight.layouts" else [])
     yield tmp_path
     sys.modules.pop("their_layouts", None)
@@ -56,6 +56,8 @@ def test_another_package_brings_a_layout_by_an_entry_point(plugins: Path) -> Non
 def test_an_entry_point_to_something_else_is_named(plugins: Path) -> None:
     with pytest.raises(ValueError, match="other = their_layouts:other: expected a Layout.*'no layout'"):
         find_layout("other")
+    with pytest.raises(ValueError, match="gone = their_layouts:gone: it cannot be loaded"):
+        find_layout("gone")
 
 
 def test_the_files_of_a_layout_from_elsewhere_are_recognised(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
