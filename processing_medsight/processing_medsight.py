@@ -340,7 +340,9 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
         named, logits, scores = (outputs.get(name) for name in ("region_code_ids", "mask_logits", "region_scores"))
         if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
-            raise ValueError(f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}")
+            raise ValueError(
+                f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}"
+            )
         if logits is not None:
             logits = torch.as_tensor(logits[row])
             if len(logits) != len(token_ids) and (len(logits) or has_images):

@@ -36,7 +36,7 @@ from .recipe import CONFIGS, Recipe, build, load_recipe, merge
 
 
 if TYPE_CHECKING:
-    from medsight.evaluation.items import Item
+    from medsight.evaluation.cases import Case
 
 FULL = "full"
 FOLDER = CONFIGS / "ablations"
@@ -124,7 +124,7 @@ def take_over(full: Recipe, other: Recipe) -> None:
 
 
 def evaluate(
-    recipe: Recipe, model: Path, benchmark: str, items: list["Item"], output: Path, note: str
+    recipe: Recipe, model: Path, benchmark: str, items: list["Case"], output: Path, note: str
 ) -> dict[str, Any]:
     """What metrics.json says of a run's result on the items of a benchmark, greedy and in single precision.
 
@@ -169,7 +169,7 @@ def run(
     Raises:
         OSError, ValueError: see `medsight.training.run.train`.
     """
-    from medsight.evaluation.items import NoRowsError
+    from medsight.evaluation.readers import NoRowsError
     from medsight.files import write_json, write_text
 
     from .corpus import read_corpus
@@ -178,7 +178,7 @@ def run(
 
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
     corpora = {seed: read_corpus(dataclasses.replace(recipe, seed=seed)) for seed in seeds}
-    items: dict[str, dict[int, list[Item]]] = {}
+    items: dict[str, dict[int, list[Case]]] = {}
     for benchmark in BENCHMARKS:
         try:
             items[benchmark] = {seed: held_out_items(corpora[seed], benchmark, split) for seed in seeds}

@@ -205,7 +205,7 @@ class _Annotator:
         """Draw the words, and let the model see the images whose masks these cite."""
         import torch
 
-        from .region_codes import assign_codes
+        from medsight.inference.code_assignment import assign_codes
 
         for reading in readings:
             reading.turns = [self._turn(reading, number) for number in range(self.per_image)]

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from medsight.data.groups import Groups
+from medsight.data.groups import Groups, match_groups
 
 from .recipe import AnnotationSettings, Recipe
 
@@ -44,8 +44,7 @@ class Corpus:
         """
         from datasets import concatenate_datasets
 
-        from medsight.data.conversation_splits import hold_out_conversations
-        from medsight.data.splits import divide
+        from medsight.data.splits import divide, hold_out_conversations
 
         recipe = self.recipe
         named = {name for values in recipe.stages.values() if values for name in values.get("data", [])}
@@ -76,14 +75,15 @@ def read_corpus(recipe: Recipe) -> Corpus:
     """
     from datasets import Dataset, concatenate_datasets
 
-    from medsight.data.biomedparse import split_validation
     from medsight.data.schema import REGION_FEATURES
+    from medsight.data.splits import divide, hold_out_regions
 
     parts = [read_source(recipe, entry) for entry in recipe.data.regions]
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    training, validation = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe))
+    held = hold_out_regions(rows, recipe.data.validation_fraction, split_seed(recipe))
+    training, validation = divide(rows, held)
     if recipe.data.groups:
         groups = Groups(recipe.data.groups)
     else:
@@ -119,8 +119,6 @@ def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
         return Groups.of_pairs(pairs)
     from configuration_medsight.configuration_medsight import MedSightConfig
 
-    from .annotate import match_groups
-
     config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
     return match_groups(config, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
 
@@ -133,9 +131,8 @@ def corpus_conversations(corpus: Corpus) -> Any:
     """
     from datasets import Dataset, concatenate_datasets
 
-    from medsight.data.conversation_splits import hold_out_conversations
     from medsight.data.schema import CONVERSATION_FEATURES
-    from medsight.data.splits import divide
+    from medsight.data.splits import divide, hold_out_conversations
     from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
 
     recipe = corpus.recipe

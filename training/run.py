@@ -25,7 +25,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
-from medsight.data.sources import LAYOUTS, Source
+from medsight.data.sources import Source, find_layout
 
 from .augmentation import Augmentation, Augmenter, sided_groups
 from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus, split_seed
@@ -230,7 +230,7 @@ def check_conversations(recipe: Recipe, settings: StageSettings) -> None:
     """Raise OSError or ValueError where the files of a source of conversations that a stage names are not there."""
     for name in recipe.data.conversations.keys() & {*settings.data}:
         source = Source.from_mapping(recipe.data.conversations[name])
-        LAYOUTS[source.layout].shards(source)
+        find_layout(source.layout).shards(source)
 
 
 def refuse_codes_before_their_codebook(

@@ -119,7 +119,7 @@ def _read_sets(recipe: Any, sha256: str) -> dict[str, DataSet] | None:
 
 def _state_licences(sets: dict[str, DataSet], sources: Iterable[Any]) -> None:
     """Licences and addresses that the manifests of the region sources state."""
-    from medsight.data.biomedparse import biomedparse_shards
+    from medsight.data.layouts.biomedparse import biomedparse_shards
     from medsight.data.records import json_records
     from medsight.data.splits import canonical_split
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 
 if TYPE_CHECKING:
-    from medsight.evaluation.items import Item
+    from medsight.evaluation.cases import Case
     from medsight.evaluation.predictions import Prediction
     from medsight.training.corpus import Corpus
     from medsight.training.items import Items, Places
@@ -180,7 +180,7 @@ def classes_asked(target: str | None, names: Sequence[str], item: str) -> list[i
 
 
 @torch.inference_mode()
-def predict(network: UNet, places: "Places", items: Sequence["Item"]) -> list["Prediction"]:
+def predict(network: UNet, places: "Places", items: Sequence["Case"]) -> list["Prediction"]:
     """A mask, at the picture's own size, for the target of each item; none where no pixel reaches `THRESHOLD`."""
     from medsight.evaluation.predictions import Prediction, encode_mask
 
@@ -284,8 +284,8 @@ def run(
         ValueError: the recipe, the data or the benchmark is bad, or the loss is not finite.
     """
     from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.items import read_items
-    from medsight.evaluation.predictions import PredictionWriter
+    from medsight.evaluation.predictions import append_predictions
+    from medsight.evaluation.readers import read_cases
     from medsight.files import staged_folder, write_json
     from medsight.training.corpus import read_corpus
     from medsight.training.recipe import load_recipe
@@ -298,7 +298,7 @@ def run(
         torch.set_num_threads(threads)
     recipe = load_recipe(recipe_name)
     corpus = read_corpus(recipe)
-    asked, _ = read_items(load_benchmark(benchmark), data) if benchmark and data else ([], 0)
+    asked, _ = read_cases(load_benchmark(benchmark), data) if benchmark and data else ([], 0)
     for item in asked:
         classes_asked(item.target, corpus.classes, item.id)
     with staged_folder(output, overwrite=False) as folder:
@@ -310,8 +310,7 @@ def run(
         setting |= {"device": device_name(), "threads": torch.get_num_threads(), "workers": workers}
         write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
         if asked:
-            with PredictionWriter(folder / PREDICTIONS) as writer:
-                writer.write(predict(network, places, asked))
+            append_predictions(folder / PREDICTIONS, predict(network, places, asked))
         files = sorted(file.name for file in folder.iterdir())
     print(f"{parameters:,} parameters; written to {output}/: {', '.join(files)}")
 

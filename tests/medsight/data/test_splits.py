@@ -1,23 +1,62 @@
 """Which conversations are held out: with their images and patients, and with the masks of these."""
 
+import hashlib
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from PIL import Image
 
-from medsight.data.conversation_splits import hold_out_conversations
-from medsight.data.schema import CONVERSATION_FEATURES
+from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.data.sources import Source, load_source
-from medsight.data.splits import divide
+from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
 from tests.medsight.data.conftest import ANSWERED, ASKED
 
 
 def split(rows: Dataset, fraction: float, seed: int, *beside: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
     return divide(rows, hold_out_conversations(rows, fraction, seed, beside))
+
+
+def split_regions(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    return divide(rows, hold_out_regions(rows, fraction, seed))
+
+
+def test_validation_holds_out_patients_or_the_last_slices_of_few(manifest_sets: Path) -> None:
+    rows = load_source(Source("biomedparse", str(manifest_sets)))
+    training, held = split_regions(rows, 0.2, seed=0)
+    assert len(training) + len(held) == len(rows)
+    patients = {"busi": set(), "torso": set()}
+    for row in held:
+        patients[row["dataset"]].add(row["patient"])
+    assert len(patients["busi"]) == 1 and not patients["busi"] & set(training["patient"])
+    slices = sorted(Path(row["image"]["path"]).name for row in held if row["dataset"] == "torso")
+    assert slices == ["a5_CT_torso.png", "b5_CT_torso.png"]
+    again = split_regions(rows.shuffle(seed=3), 0.2, seed=0)[1]
+    assert sorted(again["patient"]) == sorted(held["patient"])
+    everything, nothing = split_regions(rows, 0, seed=0)
+    assert everything[:] == rows[:] and len(nothing) == 0
+    assert len({tuple(split_regions(rows, 0.2, seed=seed)[1]["patient"]) for seed in range(8)}) > 1
+
+
+def test_a_fraction_that_cannot_be_held_out_is_refused(named_sets: Path) -> None:
+    rows = load_source(Source("biomedparse", str(named_sets / "hc")))
+    with pytest.raises(ValueError, match="0.5 cannot be held out"):
+        split_regions(rows, 0.5, seed=0)
+    with pytest.raises(ValueError, match="fraction is 1.5"):
+        split_regions(rows, 1.5, seed=0)
+
+
+def test_shared_data_has_each_patient_on_one_side(shared_data: Path) -> None:
+    rows = load_source(Source("biomedparse", str(shared_data / "segmentation")))
+    training, held = split_regions(rows, 0.1, seed=0)
+    shared = set(training["patient"]) & set(held["patient"])
+    few = {"totalsegmentator", "tcia_sts", "tcia_breast_dce", "mni152_nilearn", "pyradiomics"}
+    assert len(held) > 50 and {patient.split(":")[0] for patient in shared} <= few
 
 
 def test_all_conversations_of_an_image_come_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
@@ -61,8 +100,6 @@ def test_images_and_patients_are_on_the_side_of_their_masks(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
 ) -> None:
     """Conversations about images that have masks, others of the same patients, and about ones of neither."""
-    from medsight.data import biomedparse
-
     regions = load_source(Source("biomedparse", str(manifest_sets)))
     told = [
         {"image": row["image"]["path"], "dataset": "questions", "patient": f"q{number}"}
@@ -78,7 +115,7 @@ def test_images_and_patients_are_on_the_side_of_their_masks(
         read_items([{"id": str(n), "conversations": [ASKED, ANSWERED], **one} for n, one in enumerate(some)])
         rows = load_source(Source("llava", str(tmp_path / "items.json")))
         for seed in range(4):
-            both = biomedparse.split_validation(regions, 0.3, seed + 10)
+            both = split_regions(regions, 0.3, seed + 10)
             training, held = split(rows, 0.2, seed, both)
             assert len(training) + len(held) == len(rows) and len(held)
             for side, other in ((training, both[1]), (held, both[0])):
@@ -99,10 +136,8 @@ def sides_of(tmp_path: Path, read_items: Callable[..., list[dict]], items: list[
 def test_patients_of_masks_are_known_whatever_source_comes_first(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, turned: bool
 ) -> None:
-    from medsight.data import biomedparse
-
     regions = load_source(Source("biomedparse", str(manifest_sets)))
-    both = biomedparse.split_validation(regions, 0.3, 0)
+    both = split_regions(regions, 0.3, 0)
     patients = sorted(set(both[1].filter(lambda row: row["dataset"] == "busi")["patient"]))
     assert patients
     asked = [{"image": f"other {p}.png", "dataset": "busi", "patient": p} for p in sorted({*regions["patient"]})]
@@ -135,13 +170,11 @@ def test_a_patient_of_two_sources_is_on_one_side(read_items: Callable[..., list[
 def test_embedded_images_are_told_apart_by_their_content(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
 ) -> None:
-    from medsight.data import biomedparse
-
     root = tmp_path / "listed"
     for number, path in enumerate(sorted(root.glob("*/train/*.png"))):  # no two alike
         Image.fromarray(np.full((12, 16), number, dtype=np.uint8)).save(path)
     regions = load_source(Source("biomedparse", str(manifest_sets)))
-    both = biomedparse.split_validation(regions, 0.3, 0)
+    both = split_regions(regions, 0.3, 0)
     rows = [
         {
             "id": f"{turn}",
@@ -166,9 +199,7 @@ def test_embedded_images_are_told_apart_by_their_content(
 def test_what_cannot_be_validated_on_is_said(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from medsight.data import biomedparse
-
-    both = biomedparse.split_validation(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
+    both = split_regions(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
     items = [{"id": str(n), "image": row["image"]["path"], "patient": str(n)} for n, row in enumerate(both[0])]
     read_items([{**item, "conversations": [ASKED, ANSWERED]} for item in items])
     rows = load_source(Source("llava", str(tmp_path / "items.json")))
@@ -184,8 +215,6 @@ def test_patients_may_be_numbered_from_0(read_items: Callable[..., list[dict]]) 
 def test_the_same_patients_are_held_out_as_from_the_images(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
 ) -> None:
-    from medsight.data import biomedparse
-
     regions = load_source(Source("biomedparse", str(manifest_sets)))
     items = [
         {
@@ -200,5 +229,47 @@ def test_the_same_patients_are_held_out_as_from_the_images(
     read_items(items)
     conversations = load_source(Source("llava", str(tmp_path / "items.json")))
     for seed in range(3):
-        held = {row["image"]["path"] for row in biomedparse.split_validation(regions, 0.3, seed)[1]}
+        held = {row["image"]["path"] for row in split_regions(regions, 0.3, seed)[1]}
         assert {row["images"][0]["path"] for row in split(conversations, 0.3, seed)[1]} == held
+
+
+def drawn_rows() -> tuple[Dataset, Dataset]:
+    """Images of three sets with masks (many patients, one volume, too few to hold any out), and conversations."""
+    draw = random.Random(5)
+    regions = [("many", f"p{i % 23}", draw.choice(["CT", "MRI"]), f"/data/many/{i}.png") for i in range(90)]
+    regions += [("volume", "v", "CT", f"/data/volume/{i:02}.png") for i in range(30)]
+    regions += [("few", None, "OCT", f"/data/few/{i}.png") for i in range(3)]
+    images = [
+        {"image": {"path": path, "bytes": None}, "dataset": name, "patient": patient, "modality": modality}
+        for name, patient, modality, path in regions
+    ]
+    asked = [
+        (draw.choice(["many", "asked"]), f"p{i % 31}", f"/data/many/{draw.randrange(130)}.png") for i in range(120)
+    ]
+    conversations = [
+        {
+            "images": [{"path": path, "bytes": None}, {"path": f"/data/other/{i % 40}.png", "bytes": None}][
+                : 1 + i % 2
+            ],
+            **{"dataset": name, "patient": patient, "modality": None},
+        }
+        for i, (name, patient, path) in enumerate(asked)
+    ]
+    conversations += [{"images": [], "dataset": "words", "patient": None, "modality": None}] * 7
+    return (
+        Dataset.from_list(images, features=Features({name: REGION_FEATURES[name] for name in images[0]})),
+        Dataset.from_list(
+            conversations, features=Features({name: CONVERSATION_FEATURES[name] for name in conversations[0]})
+        ),
+    )
+
+
+@pytest.mark.parametrize(("fraction", "seed", "digest"), [(0.1, 0, "85e7b1f188590d41"), (0.2, 3, "d8a9556fabee09eb")])
+def test_the_rows_that_a_seed_holds_out_stay_the_same(fraction: float, seed: int, digest: str) -> None:
+    """What a published checkpoint was validated on must not be trained on by a later version."""
+    regions, conversations = drawn_rows()
+    held = hold_out_regions(regions, fraction, seed)
+    alone = hold_out_conversations(conversations, fraction, seed)
+    beside = hold_out_conversations(conversations, fraction, seed, [divide(regions, held)])
+    found = json.dumps([sorted(held), sorted(alone), sorted(beside)])
+    assert hashlib.sha256(found.encode()).hexdigest()[:16] == digest

@@ -1,8 +1,8 @@
-"""Rows packed with their pictures: parquet files in this package's own schema, and tar shards of samples (WebDataset).
+"""Tar shards of samples, rows packed with their pictures (WebDataset).
 
 A sample of a tar shard is the run of members that share their name up to its first dot: `KEY.json`; its images,
 `KEY.png` (or jpg, ...) for one, `KEY.0.png`, `KEY.1.png`, ... for several; its masks, `KEY.mask.0.png`,
-`KEY.mask.1.png`, .... The JSON is an item of the LLaVA type for a conversation, or `{"targets": [...], "modality",
+`KEY.mask.1.png`, .... The JSON is a record of the LLaVA type for a conversation, or `{"targets": [...], "modality",
 "site", ...}`, named as in `schema.REGION_FEATURES`, for an image with masks. The builder "webdataset" of `datasets`
 asks that all samples have the same members, which they have not where they have different numbers of masks, so the
 shards are read here.
@@ -11,105 +11,21 @@ shards are read here.
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .conversations import check_conversation, conversation
-from .records import (
-    IMAGE_SUFFIXES,
-    Item,
-    Record,
-    as_text,
-    check_regions,
-    convert,
-    parquet_records,
-    patient_of,
-    source_files,
-    split_of,
-)
-from .schema import CONVERSATION_FEATURES, REGION_FEATURES
-from .splits import canonical_split
+from ..conversations import conversation
+from ..records import IMAGE_SUFFIXES, Record, as_text, check_regions, convert, patient_of
+from ..registry import Entry, Layout, Source, register
+from ..schema import region_row
+from ..splits import canonical_split
 
 
-if TYPE_CHECKING:
-    from .sources import Source
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SUFFIX = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _IMAGE = re.compile(rf"(?:(\d+)\.)?(?:{_SUFFIX})", re.IGNORECASE)
 _MASK = re.compile(rf"mask\.(\d+)\.(?:{_SUFFIX})", re.IGNORECASE)
-_PICTURES = {"regions": ("masks",), "conversations": ("images", "masks")}
-_OWN = {"regions": ("image", "masks", "targets"), "conversations": ("images", "messages")}
-
-
-def parquet_shards(source: "Source") -> list[str]:
-    """The parquet files of a source; raises as `records.source_files`."""
-    return source_files(source, (".parquet",), recursive=True)
-
-
-def parquet_kind(shard: str) -> str:
-    """Which kind of rows a parquet file has, "regions" or "conversations".
-
-    Raises:
-        ValueError: neither, or it is no parquet file.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        names = pyarrow.parquet.read_schema(shard).names
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{shard}: not a parquet file, or a damaged one ({error})") from error
-    for kind, columns in _OWN.items():
-        if set(columns) <= set(names):
-            return kind
-    raise ValueError(f"{shard}: expected columns {' and '.join(map(str, _OWN.values()))}, got {names}")
-
-
-def parquet_items(shard: str, source: "Source") -> Iterator[Item]:
-    """The rows of a parquet file; paths of pictures without bytes are relative to its folder (or to `images`)."""
-    try:
-        kind = parquet_kind(shard)
-    except ValueError as error:
-        yield Item(shard, error=error)
-        return
-    features = REGION_FEATURES if kind == "regions" else CONVERSATION_FEATURES
-    base = Path(source.images) if source.images else Path(shard).parent
-    split = split_of(shard, source)
-
-    def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
-        row = {name: record.get(name) for name in features}
-        row["split"] = canonical_split(row["split"] or split or source.split or "train")
-        for name in _PICTURES[kind]:
-            row[name] = [_picture(entry, base, f"{place}, {name} {i}") for i, entry in enumerate(row[name] or [])]
-        if kind == "regions":
-            row["image"] = _picture(row["image"], base, f"{place}, image")
-            row["absent"], row["targets"] = row["absent"] or [], row["targets"] or []
-            check_regions(row, place)
-        else:
-            row["targets"] = row["targets"] or [""] * len(row["masks"])
-            check_conversation(row, place)
-        return row
-
-    yield from convert(
-        parquet_records(shard), row_of, lambda record: source.takes(record, record.get("split") or split)
-    )
-
-
-def _picture(entry: Any, base: Path, place: str) -> dict[str, Any]:
-    if isinstance(entry, str):
-        entry = {"path": entry}
-    if not isinstance(entry, dict) or not (entry.get("path") or entry.get("bytes") is not None):
-        raise ValueError(f"{place}: expected the path or the bytes of a picture, got {entry!r}")
-    if entry.get("bytes") is not None:
-        return {"path": entry.get("path") or place, "bytes": entry["bytes"]}
-    return {"path": str(base / entry["path"]), "bytes": None}
-
-
-def webdataset_shards(source: "Source") -> list[str]:
-    """The tar files of a source; raises as `records.source_files`."""
-    return source_files(source, TAR_SUFFIXES, recursive=True)
 
 
 def webdataset_kind(shard: str) -> str:
@@ -121,9 +37,9 @@ def webdataset_kind(shard: str) -> str:
     raise ValueError(f"{shard}: an empty tar file")
 
 
-def webdataset_items(shard: str, source: "Source") -> Iterator[Item]:
+def webdataset_rows(shard: str, source: Source) -> Iterator[Entry]:
     """The samples of a tar shard, read in one pass."""
-    split = split_of(shard, source)
+    split = source.split_of(shard)
 
     def row_of(sample: dict[str, Any], place: str) -> dict[str, Any]:
         meta = sample["json"]
@@ -137,16 +53,16 @@ def webdataset_items(shard: str, source: "Source") -> Iterator[Item]:
             return conversation({"id": place, **meta}, place, images, masks, source, split)
         if len(images) != 1:
             raise ValueError(f"{place}: expected one image, got {len(images)}")
-        row = {
-            **{name: meta.get(name) for name in REGION_FEATURES},
-            "image": images[0],
-            "masks": masks,
-            "targets": meta.get("targets") or [],
-            "absent": meta.get("absent") or [],
-            "dataset": meta.get("dataset") or source.name,
-            "split": canonical_split(meta.get("split") or split or source.split or "train"),
-            "patient": patient_of(meta.get("patient")) or place,
-        }
+        row = region_row(
+            images[0],
+            masks,
+            meta.get("targets") or [],
+            canonical_split(meta.get("split") or split or source.split or "train"),
+            **{name: meta.get(name) for name in ("modality", "site", "finding", "label_origin")},
+            **{name: meta[name] for name in ("absent", "spacing_mm") if meta.get(name)},
+            dataset=meta.get("dataset") or source.name,
+            patient=patient_of(meta.get("patient")) or place,
+        )
         for name in ("modality", "site"):
             as_text(row[name], place, name)
         check_regions(row, place)
@@ -211,3 +127,18 @@ def _numbered(sample: dict[str, Any], pattern: re.Pattern[str], place: str) -> l
     if numbers != list(range(len(found))):
         raise ValueError(f"{place}: expected pictures numbered from 0 without a gap, got {sorted(sample)}")
     return [picture for _, picture in sorted(found, key=lambda pair: int(pair[0] or 0))]
+
+
+def _looks_like(path: Path, record: Mapping[str, Any] | None) -> bool:
+    return path.name.endswith(_TAR_SUFFIXES)
+
+
+register(
+    Layout(
+        "webdataset",
+        webdataset_kind,
+        lambda source: source.files(_TAR_SUFFIXES, recursive=True),
+        webdataset_rows,
+        _looks_like,
+    )
+)

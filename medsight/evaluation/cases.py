@@ -1,27 +1,24 @@
-"""Rows of data sets as items of a benchmark: prompt, pictures, reference answer, reference masks."""
+"""Rows of data sets as cases of a benchmark: prompt, pictures, reference answer, reference masks."""
 
 import functools
 import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from medsight.data.schema import IMAGE_MARKER
-
-
-if TYPE_CHECKING:
-    from medsight.evaluation.benchmarks import Benchmark
+from medsight.data.templates import Wordings
 
 
 CLOSED, OPEN = "CLOSED", "OPEN"
 
 
 @dataclass(frozen=True)
-class Item:
+class Case:
     """One row of a benchmark.
 
     Attributes:
@@ -41,6 +38,12 @@ class Item:
         dataset, modality, site: where the image comes from, where known.
         patient: whom it comes from; the image itself where the data name no patient, None where they name neither.
         label_origin: "expert", "model", ..., where known.
+
+    Example:
+        >>> picture = {"path": "a.png", "bytes": None}
+        >>> case = Case("a.png#liver", "<image>\\nSegment the liver.", (picture,), target="liver")
+        >>> case.absent, case.masks
+        (False, ())
     """
 
     id: str
@@ -69,6 +72,10 @@ class Words(NamedTuple):
         template: with {target}, {modality}, {site} or {question} in braces.
         held_out: other templates, of which each row gets one; none uses the declaration's.
         seed: of that choice.
+
+    Example:
+        >>> Words("Segment the {target}.").prompt("a.png#liver", {"target": "liver"})
+        '<image>\\nSegment the liver.'
     """
 
     template: str
@@ -85,64 +92,13 @@ class Words(NamedTuple):
         return "".join([f"{IMAGE_MARKER}\n"] * (images - placed)) + text
 
 
-class NoRowsError(ValueError):
-    """The data hold no row that a benchmark asks about."""
-
-
-def read_items(
-    benchmark: "Benchmark", path: str | Path, held_out_prompts: bool = False, seed: int = 0
-) -> tuple[list[Item], int]:
-    """All items of a benchmark, in the order of its files; pictures are opened where an answer lies in them alone.
-
-    Args:
-        path: the folder, or file, with the benchmark's data.
-        held_out_prompts: ask in wordings that training never saw, where the benchmark has an intent.
-        seed: of the choice among them.
-
-    Returns:
-        The items, and how many files they came from.
-
-    Raises:
-        FileNotFoundError: the data is not there; see `Benchmark.check_present`.
-        NoRowsError: there is no row for it.
-        ValueError: a row is bad, two rows have one id, or there are no held-out wordings for this benchmark.
-    """
-    from medsight.evaluation.readers import READERS
-
-    path = Path(path)
-    benchmark.check_present(path)
-    held_out: tuple[str, ...] = ()
-    if held_out_prompts:
-        held_out = held_out_wordings(benchmark)
-    items, shards = READERS[benchmark.layout](benchmark, path, Words(benchmark.prompt, held_out, seed))
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise ValueError(f"{path}: two rows have the id {item.id!r}")
-        seen.add(item.id)
-    if not items:
-        raise NoRowsError(f"{path}: no row of the split {benchmark.split!r} for the benchmark {benchmark.name}")
-    return items, shards
-
-
-def held_out_wordings(benchmark: "Benchmark") -> tuple[str, ...]:
-    """The wordings of a benchmark's intent that training never uses.
-
-    Raises:
-        ValueError: the benchmark asks the data's own questions.
-    """
-    if benchmark.intent is None:
-        raise ValueError(f"benchmark {benchmark.name} asks the data's own questions: it has no held-out prompts")
-    return tuple(wordings().held_out_prompts[benchmark.intent])
-
-
-def fingerprint(items: list[Item]) -> str:
-    """A sha256 of all that items say and of the files they name, wherever these lie."""
+def fingerprint(cases: Sequence[Case]) -> str:
+    """A sha256 of all that cases say and of the files they name, wherever these lie."""
     digest = hashlib.sha256()
-    for item in items:
+    for case in cases:
         described = {
             name: [_picture(entry) for entry in value] if name in ("images", "masks") else value
-            for name, value in vars(item).items()
+            for name, value in vars(case).items()
         }
         digest.update(json.dumps(described, sort_keys=True).encode())
     return digest.hexdigest()
@@ -165,14 +121,12 @@ def relative(path: str | Path, root: Path) -> str:
 
 
 def origin_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an item that say where its row comes from; "-" for data set, modality or site that is unknown."""
+    """The fields of a case that say where its row comes from; "-" for data set, modality or site that is unknown."""
     known = {name: row.get(name) or "-" for name in ("dataset", "modality", "site")}
     return {**known, "patient": row.get("patient"), "label_origin": row.get("label_origin")}
 
 
 @functools.cache
-def wordings() -> Any:
+def wordings() -> Wordings:
     """The shipped wordings, read once."""
-    from medsight.data.templates import Wordings
-
     return Wordings.load()

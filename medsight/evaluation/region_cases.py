@@ -1,18 +1,20 @@
-"""Images with masks as items: what is asked of each follows from the benchmark's intent."""
+"""Images with masks as cases: what is asked of each follows from the benchmark's intent."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medsight.data.records import json_records
-from medsight.evaluation.diagseg import diagnosis_of
-from medsight.evaluation.items import CLOSED, OPEN, Item, Words, origin_of, relative, wordings
+from medsight.data.groups import Groups
+from medsight.data.pictures import read_mask, read_picture
+from medsight.data.sources import Source, iterate
+from medsight.data.wording import Vocabulary, enumerate_words, picture_words, position_in_words, with_article
 
+from .benchmarks import Benchmark
+from .cases import CLOSED, OPEN, Case, Words, origin_of, relative, wordings
+from .diagnosis import diagnosis_of
 
-if TYPE_CHECKING:
-    from medsight.evaluation.benchmarks import Benchmark
 
 Row = Mapping[str, Any]
 MOST_NAMED = 4  # structures in one question
@@ -26,7 +28,7 @@ class Asked:
         target: what it is about: one structure, or several in words.
         masks: of the reference, as indices into the row's.
         named: whether the masks are of several structures, told apart by name.
-        key: what the item's id says after the image's.
+        key: what the case's id says after the image's.
         answer, answer_type: the reference answer, where answers are scored.
     """
 
@@ -46,9 +48,6 @@ class Present:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        from medsight.data.groups import Groups
-        from medsight.data.wording import Vocabulary
-
         self._groups = Groups.of_pairs([(row["modality"], row["site"]) for row in rows])
         vocabulary = Vocabulary.from_rows(rows, self._groups)
         self._elsewhere = [vocabulary.unrelated_targets(group, wordings()) for group in range(len(self._groups.names))]
@@ -66,17 +65,22 @@ class Present:
         return list(dict.fromkeys([*row["absent"], *drawn[:count]]))
 
 
-def region_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list[Item], int]:
-    """What the benchmark's intent asks of each image of its split, in the order of the files."""
-    rows, sizes = list(region_rows(benchmark, path)), spacings(path)
-    ask, items = ASKS[benchmark.task][chosen_intent(benchmark.task, benchmark.intent)], []
+def region_cases(benchmark: Benchmark, path: Path, words: Words) -> tuple[list[Case], int]:
+    """What the benchmark's intent asks of each image of its split, in the order of the files; the number of data sets.
+
+    Raises:
+        OSError, ValueError: the files are not there, or a row is bad.
+    """
+    rows = [entry.checked() for entry in iterate(Source(benchmark.layout, str(path), split=benchmark.split))]
+    ask, cases = ASKS[benchmark.chosen_intent()], []
     present = Present(rows)
     for row in rows:
         image = relative(row["image"]["path"], path)
         for asked in ask(row, present, random.Random(image)):
             identity = image + asked.key
-            items.append(
-                Item(
+            sizes = {tuple(row["spacing_mm"][mask] or ()) for mask in asked.masks}
+            cases.append(
+                Case(
                     id=identity,
                     prompt=words.prompt(identity, _fields(row, asked.target or "")),
                     images=(row["image"],),
@@ -86,50 +90,11 @@ def region_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[list
                     absent=benchmark.has_masks and not asked.masks,
                     masks=tuple(row["masks"][mask] for mask in asked.masks),
                     mask_targets=tuple(row["targets"][mask] for mask in asked.masks) if asked.named else (),
-                    spacing_mm=_spacing(sizes, row, asked),
+                    spacing_mm=(sizes.pop() or None) if len(sizes) == 1 else None,
                     **origin_of(row),
                 )
             )
-    return items, len({row["dataset"] for row in rows})
-
-
-def region_rows(benchmark: "Benchmark", path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `REGION_FEATURES` of the benchmark's split; the first bad one raises."""
-    from medsight.data.sources import Source, iterate
-
-    for item in iterate(Source("biomedparse", str(path), split=benchmark.split)):
-        if item.error is not None:
-            raise item.error
-        assert item.row is not None
-        yield item.row
-
-
-def spacings(path: Path) -> dict[tuple[str, str], tuple[float, float]]:
-    """Pixel sizes in mm by (image, target), where a manifest tells them of a picture or of an isotropic volume."""
-    from medsight.data.biomedparse import biomedparse_shards
-    from medsight.data.sources import Source
-
-    found: dict[tuple[str, str], tuple[float, float]] = {}
-    for manifest in map(Path, biomedparse_shards(Source("biomedparse", str(path)))):
-        for _, record in json_records(manifest) if manifest.is_file() else ():
-            if isinstance(record, ValueError) or not isinstance(record.get("voxel_mm"), list):
-                continue
-            image, target = record.get("image"), record.get("target")
-            if not isinstance(image, str) or not isinstance(target, str):
-                continue  # the rows' own reader says so
-            size = [float(value) for value in record["voxel_mm"]]
-            # A slice of a volume with unequal voxels may lie along any axis, so its pixels' size is not known.
-            if len(size) == 2 or (len(size) == 3 and len(set(size)) == 1):
-                found[str(manifest.parent / image), target] = (size[0], size[1])
-    return found
-
-
-def _spacing(
-    sizes: Mapping[tuple[str, str], tuple[float, float]], row: Row, asked: Asked
-) -> tuple[float, float] | None:
-    """The one size of the masks' pixels; None where one is not known, or they differ."""
-    found = {sizes.get((row["image"]["path"], row["targets"][mask])) for mask in asked.masks}
-    return found.pop() if len(found) == 1 else None
+    return cases, len({row["dataset"] for row in rows})
 
 
 def _one(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
@@ -140,8 +105,6 @@ def _one(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
 
 def _several(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
     """Two to `MOST_NAMED` of the image's structures, drawn by its name, in the order drawn."""
-    from medsight.data.wording import enumerate_words
-
     targets = sorted(set(row["targets"]))
     if len(targets) > 1:
         chosen = chance.sample(targets, chance.randint(2, min(MOST_NAMED, len(targets))))
@@ -150,8 +113,6 @@ def _several(row: Row, present: Present, chance: random.Random) -> Iterator[Aske
 
 def _all(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
     """All structures that the row has masks of."""
-    from medsight.data.wording import enumerate_words
-
     if targets := sorted(set(row["targets"])):
         yield Asked(enumerate_words(targets), _masks_of(row, targets), named=True)
 
@@ -174,9 +135,6 @@ def _presence(row: Row, present: Present, chance: random.Random) -> Iterator[Ask
 
 def _place(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
     """Where each structure of one mask lies, by its centre of gravity."""
-    from medsight.data.pictures import read_mask, read_picture
-    from medsight.data.wording import position_in_words
-
     size = read_picture(row["image"]).size
     for target in dict.fromkeys(row["targets"]):
         masks = _masks_of(row, [target])
@@ -194,24 +152,16 @@ def _site(row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
         yield Asked(answer=row["site"], answer_type=OPEN)
 
 
-# What each task can ask, by intent; the first is meant where a benchmark of segmentation or diagnosis names none.
-ASKS: dict[str, dict[str, Callable[[Row, Present, random.Random], Iterator[Asked]]]] = {
-    "segment": {"segment_one": _one, "segment_several": _several, "segment_all": _all},
-    "diagnose": {"diagnose": _diagnosis},
-    "vqa": {"is_there": _presence, "where_is": _place, "modality": _modality, "site": _site},
+ASKS: dict[str, Callable[[Row, Present, random.Random], Iterator[Asked]]] = {
+    "segment_one": _one,
+    "segment_several": _several,
+    "segment_all": _all,
+    "diagnose": _diagnosis,
+    "is_there": _presence,
+    "where_is": _place,
+    "modality": _modality,
+    "site": _site,
 }
-
-
-def chosen_intent(task: str, intent: str | None) -> str:
-    """What a benchmark of images with masks asks.
-
-    Raises:
-        ValueError: the task cannot ask that; a vqa task has to say what it asks.
-    """
-    chosen = next(iter(ASKS[task])) if intent is None and task != "vqa" else intent
-    if chosen not in ASKS[task]:
-        raise ValueError(f"intent {intent!r} of a {task} task: expected one of {', '.join(ASKS[task])}")
-    return chosen
 
 
 def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:
@@ -221,7 +171,5 @@ def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:
 
 def _fields(row: Row, target: str) -> dict[str, str]:
     """What a prompt may name in braces."""
-    from medsight.data.wording import picture_words, with_article
-
     asked = {"target": target, "targets": target, "a_target": with_article(target)}
     return {**asked, **picture_words(row, wordings())}
