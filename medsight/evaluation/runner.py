@@ -16,10 +16,7 @@ import torch
 from tqdm import tqdm
 
 from medsight.checkpoint import (
-from medsight.loading import choose_device, load_checkpoint
     check_checkpoint,
-    choose_device,
-    load_checkpoint,
     read_json,
     settings_files,
     sha256_of,
@@ -29,6 +26,7 @@ from medsight.data.pictures import read_picture
 from medsight.data.schema import IMAGE_MARKER
 from medsight.files import write_json, write_text
 from medsight.inference.predictor import decode_greedily, tokenize_chats
+from medsight.loading import choose_device, load_checkpoint
 
 from .cases import Case
 from .predictions import Prediction, append_predictions, drop_partial_line, encode_mask, read_predictions, to_line
