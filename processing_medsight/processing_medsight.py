@@ -13,7 +13,7 @@ from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixi
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
-from .image_processing_medsight import flatten_images
+from .image_processing_medsight import flatten_images, refuse_scan_arguments
 from .region_codes_medsight import (
     IMAGE_TOKEN,
     code_meaning,
@@ -94,10 +94,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
         if images is not None:
-            chosen = {**kwargs, **kwargs.get("images_kwargs", {})}
-            images = self.image_processor.fetch_images(
-                images, slices=chosen.get("slices"), window=chosen.get("window"), plane=chosen.get("plane")
-            )
+            refuse_scan_arguments({**kwargs, **kwargs.get("images_kwargs", {})})
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
             nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
@@ -109,12 +106,6 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
             if not any(len(entry) if nested else True for entry in images):
                 images = None
         return images, *others
-
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple:
-        # They are read: what is left of a stack of colour planes is no volume, whatever `slices` says.
-        read = {key: value for key, value in kwargs.items() if key not in ("slices", "window", "plane")}
-        processed: tuple = super()._process_images(images, **read)
-        return processed
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Hold the number of images against the number of placeholders.

@@ -117,7 +117,7 @@ class Session:
         Raises:
             ValueError: they cannot be read, or do not belong together; then no scan is open.
         """
-        from medsight.scans.scan import open_scan
+        from medsight.scans import open_scan
 
         if not files:
             raise ValueError("no file was uploaded")
@@ -135,7 +135,7 @@ class Session:
 
     def open_example(self, content: bytes) -> None:
         """Opens the content of a file that is not a visitor's."""
-        from medsight.scans.scan import open_scan
+        from medsight.scans import open_scan
 
         self.close()
         self._source = content
@@ -147,7 +147,7 @@ class Session:
         Raises:
             ValueError: the scan has no planes to choose from; nothing changes.
         """
-        from medsight.scans.scan import open_scan
+        from medsight.scans import open_scan
 
         assert self.scan is not None and self._source is not None
         scan = open_scan(self._source, name=self.scan.name, plane=plane)

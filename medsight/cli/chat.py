@@ -118,7 +118,7 @@ def command(
     overlay are saved in a folder of their own (turn-01, turn-02, ...) in the output folder. Not a medical device.
     """
     from medsight.export import check_formats
-    from medsight.scans.scan import open_scan
+    from medsight.scans import open_scan
 
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
     view, kinds = parse_window(window), parse_formats(formats)

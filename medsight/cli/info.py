@@ -99,7 +99,7 @@ def describe_image(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none, or cannot be read.
     """
-    from medsight.scans.scan import open_scan
+    from medsight.scans import open_scan
 
     scan = open_scan(path)
     return {

@@ -235,7 +235,7 @@ def read_jobs(
     """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read, or its masks not
     be written in one of the formats."""
     from medsight.export import check_formats
-    from medsight.scans.scan import open_scan
+    from medsight.scans import open_scan
 
     for job in jobs:
         try:

@@ -89,7 +89,7 @@ def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
     from medsight.data.pictures import read_picture
     from medsight.evaluation.scoring import predicted_masks, reference_masks
     from medsight.inference.overlay import draw_regions, readable_side
-    from medsight.scans.scan import open_scan
+    from medsight.scans import open_scan
 
     image = open_scan(read_picture(item.images[0])).slice_image(0).convert("RGB")
     size = (image.height, image.width)

@@ -1,7 +1,7 @@
 """Found regions as files that other tools open, as measures and as pictures.
 
 from medsight.export import FoundRegion, measure, mosaic, write_masks
-from processing_medsight.scan_medsight import open_scan
+from medsight import open_scan
 
 scan = open_scan("series-folder")
 regions = [FoundRegion(slice_index=12, mask=mask, label="liver", code="[C0_16]", score=0.9)]

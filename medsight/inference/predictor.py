@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from medsight.inference.prediction import Prediction
-    from medsight.scans.scan import Scan, Source
+    from medsight.scans.opening import Source
+    from medsight.scans.scan import Scan
     from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
     Window = str | tuple[float, float] | None
@@ -85,7 +86,7 @@ def read_slices(
     Raises:
         ValueError: it cannot be read, has no such slice, or cannot be shown with that window; the message names it.
     """
-    from medsight.scans.scan import Scan, open_scan
+    from medsight.scans import Scan, open_scan
 
     scan = source if isinstance(source, Scan) else open_scan(source)
     for index in scan.choose_slices(slices):

@@ -280,13 +280,11 @@ def series_files(folder: Path, name: str) -> list[Path]:
         raise ValueError(f"{name} holds {len(files):,} files: a series of at most {MAX_SERIES_FILES:,} is read")
     found = []
     for path in files:
-        with path.open("rb") as file:
-            try:
-                dicom = recognise(file, str(path)) == "dicom"
-            except ValueError:
-                dicom = False
-        if dicom and path.name != "DICOMDIR":
-            found.append(path)
+        try:
+            if path.name != "DICOMDIR" and recognise(path, str(path)) == "dicom":
+                found.append(path)
+        except ValueError:
+            pass  # an archive, or an empty file: no part of the series
     if not found:
         raise ValueError(f"{name} is a folder without a DICOM file: name a file, or the folder of one DICOM series")
     if len(found) < len(files):

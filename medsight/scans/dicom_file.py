@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, open_source
 
 from .dicom_header import code_of, number_of_frames, photometric_of
 
@@ -92,8 +92,7 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
     """The file as pydicom may read it; one that was deflated as a whole comes inflated, up to a limit."""
     from pydicom.filereader import read_dataset
 
-    file: BinaryIO = BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-    with file:
+    with open_source(source) as file:
         prefix = 132 if file.read(132)[128:] == b"DICM" else 0
         file.seek(prefix)
         if file.read(2) != b"\x02\x00":

@@ -109,3 +109,13 @@ def shipped_dicoms() -> Iterator[tuple[str, Path]]:
     for path in sorted((root / "test_files").rglob("*")):
         if path.is_file() and path.suffix in (".dcm", ".gz", "") and path.name != "README":
             yield path.relative_to(root / "test_files").as_posix(), path
+
+
+def soft_tissue(values: np.ndarray) -> np.ndarray:
+    """Grey levels of values in Hounsfield units, by the window of training."""
+    return ((values.astype(float) + 160) / 400 * 255).clip(0, 255)
+
+
+def shows(image: Image.Image, levels: np.ndarray) -> bool:
+    """Whether a picture has these grey levels, rounded."""
+    return bool(np.abs(np.asarray(image, dtype=float) - levels).max() <= 0.51)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from medsight.scans import open_scan
 from medsight.scans.windows import Window, apply_window
-from processing_medsight import MedSightImageProcessor, open_scan
 from tests.medsight.scans.scan_files import (
     STORED,
     ct_volume,
@@ -163,19 +162,6 @@ def test_colour_has_no_window_either() -> None:
 def test_an_unknown_window_of_a_dicom_is_told_as_such() -> None:
     with pytest.raises(ValueError, match="abdomen, lung, bone, brain, soft tissue, file, or"):
         open_scan(dicom_bytes(dicom_dataset(STORED))).slice_image(0, "liver")
-
-
-def test_the_processor_takes_it() -> None:
-    content = dicom_bytes(dicom_dataset(STORED, Modality="MR", WindowCenter=2000, WindowWidth=1000))
-    expected = MedSightImageProcessor(size=28)(open_scan(content).slice_image(0, "file"), return_tensors="pt")
-    for processor, arguments in [
-        (MedSightImageProcessor(size=28), {"window": "file"}),
-        (MedSightImageProcessor(size=28, window="file"), {}),
-    ]:
-        out = processor(content, return_tensors="pt", **arguments)
-        assert torch.equal(out["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ValueError, match="image 1 states no window"):
-        MedSightImageProcessor(size=28)([content, STORED], window="file")
 
 
 def test_windows_of_real_files(shared_data: Path) -> None:

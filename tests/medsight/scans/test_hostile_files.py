@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.scans import dicom_file
+from medsight.scans import dicom_file, open_scan
 from medsight.scans.dicom_file import codestream_size
-from processing_medsight import open_scan
 from tests.medsight.scans.scan_files import (
     STORED,
     ct_volume,
