@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from medsight.inference.overlay import heat_map, shorten
+from medsight.export.drawing import heat_map, shorten
 
 
 if TYPE_CHECKING:

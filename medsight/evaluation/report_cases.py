@@ -88,7 +88,7 @@ def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
     """An item's image with its reference in orange and the answer's masks, as one, in blue."""
     from medsight.data.pictures import read_picture
     from medsight.evaluation.scoring import predicted_masks, reference_masks
-    from medsight.inference.overlay import draw_regions, readable_side
+    from medsight.export.drawing import draw_regions, readable_side
     from medsight.scans import open_scan
 
     image = open_scan(read_picture(item.images[0])).slice_image(0).convert("RGB")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsight import __version__
-from medsight.inference.overlay import PALETTE
 
 from .dicom_source import discreet, source_headers
+from .drawing import PALETTE
 from .extras import load
 from .regions import FoundRegion, Label, group_by_label
 from .terminology import segment_codes

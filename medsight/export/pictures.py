@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from medsight.inference.overlay import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
-
+from .drawing import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
 from .measures import measure
 from .regions import FoundRegion, check_regions, group_by_label
 

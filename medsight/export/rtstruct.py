@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsight import __version__
-from medsight.inference.overlay import PALETTE
 
 from .dicom_seg import MANUFACTURER, labels_with_pixels, long_string
 from .dicom_source import PATIENT_AND_STUDY, discreet, source_headers
+from .drawing import PALETTE
 from .extras import load
 from .outlines import outlines
 from .regions import FoundRegion, Label

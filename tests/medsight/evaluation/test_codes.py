@@ -11,7 +11,7 @@ from PIL import Image
 
 from medsight import cli
 from medsight.evaluation.codes import code_masks
-from medsight.inference.overlay import HEAT, heat_map
+from medsight.export.drawing import HEAT, heat_map
 
 
 @pytest.fixture
