@@ -13,13 +13,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 
 if TYPE_CHECKING:
     from .inference.prediction import Prediction
     from .inference.predictor import Predictor
     from .scans import open_scan
 
-__version__ = "0.1.0"
 __all__ = ["Prediction", "Predictor", "__version__", "open_scan"]
 
 

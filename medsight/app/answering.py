@@ -12,7 +12,7 @@ from medsight.inference.predictor import check_length, decode_greedily, tokenize
 
 
 if TYPE_CHECKING:
-    from medsight.inference.predictor import AnswerSettings
+    from medsight.inference.settings import AnswerSettings
     from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsight import __version__
+from medsight.version import __version__
 
 from .dicom_source import discreet, source_headers
 from .drawing import PALETTE

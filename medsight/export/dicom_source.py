@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from medsight import __version__
+from medsight.version import __version__
 
 from .extras import load
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsight import __version__
+from medsight.version import __version__
 
 from .dicom_seg import MANUFACTURER, labels_with_pixels, long_string
 from .dicom_source import PATIENT_AND_STUDY, discreet, source_headers

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from medsight import __version__
 from medsight.text import printable
+from medsight.version import __version__
 
 from .coco import write_coco
 from .dicom_seg import write_dicom_seg
@@ -128,17 +128,7 @@ def describe_regions(scan: "Scan", regions: Sequence[FoundRegion], deidentify: b
     measures = measure(scan, regions)
     return {
         "medsight_version": __version__,
-        "scan": {
-            "name": scan_name(scan, deidentify),
-            "kind": scan.kind,
-            "modality": scan.modality,
-            "slices": scan.num_slices,
-            "plane": scan.plane,
-            "width": scan.width,
-            "height": scan.height,
-            "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
-            "slice_spacing_mm": scan.slice_spacing,
-        },
+        "scan": {"name": scan_name(scan, deidentify), **scan.facts()},
         "labels": [
             {
                 "number": label.number,

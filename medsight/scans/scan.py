@@ -88,6 +88,19 @@ class Scan(ABC):
     def has_window(self) -> bool:
         return self._stated_window() is not None
 
+    def facts(self) -> dict[str, Any]:
+        """What files and tables say of the scan, ready for JSON; nothing about a patient."""
+        return {
+            "kind": self.kind,
+            "slices": self.num_slices,
+            "plane": self.plane,
+            "width": self.width,
+            "height": self.height,
+            "modality": self.modality,
+            "pixel_spacing_mm": None if self.pixel_spacing is None else list(self.pixel_spacing),
+            "slice_spacing_mm": self.slice_spacing,
+        }
+
     def __repr__(self) -> str:
         return f"<{self.kind} scan {self.name}: {self.num_slices} x {self.height} x {self.width}, {self.modality}>"
 

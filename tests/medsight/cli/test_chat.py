@@ -11,7 +11,8 @@ from PIL import Image
 
 from medsight import Predictor, cli
 from medsight.cli.chat import Conversation
-from medsight.inference.predictor import AnswerSettings, read_slices
+from medsight.inference.predictor import read_slices
+from medsight.inference.settings import AnswerSettings
 
 
 PROMPTS = ["Segment the liver.", "And the spleen?", "Why?"]
@@ -109,7 +110,7 @@ def test_json_is_a_line_a_turn(chat: Callable, capsys: pytest.CaptureFixture[str
 def test_a_format_that_cannot_be_written_is_refused_before_anything_is_asked(
     chat: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medsight.cli.chat.Predictor", None)
+    monkeypatch.setattr("medsight.inference.predictor.Predictor", None)
     assert chat("Where?\n", "--formats", "png,nifti") == 1
     assert "nifti needs an evenly spaced voxel grid" in capsys.readouterr().err
 

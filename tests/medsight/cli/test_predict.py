@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from medsight import Predictor, cli
-from medsight.inference.answer_folder import save_answer
-from medsight.inference.prediction import describe, to_parts
+from medsight.inference.prediction import describe, save_answer, to_parts
 from tests.medsight.answers import SIZE, contents, same
 
 
@@ -176,7 +175,7 @@ def test_a_finished_answer_is_shown_again_without_a_model(
     output = str(tmp_path / "out")
     assert predict(image_file, "--output", output, "--force-region") == 0
     first = capsys.readouterr().out
-    monkeypatch.setattr("medsight.cli.predict.Predictor", None)
+    monkeypatch.setattr("medsight.inference.predictor.Predictor", None)
     assert predict(image_file, "--output", output, "--force-region") == 0
     assert capsys.readouterr().out == first.replace("Written to", "Answered before:")
 
@@ -205,7 +204,7 @@ def test_a_failure_while_writing_leaves_the_earlier_answer_as_it_was(
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("medsight.export.overlay", fail)
+    monkeypatch.setattr("medsight.inference.prediction.overlay", fail)
     for output in (tmp_path / "out", tmp_path / "other"):
         with pytest.raises(OSError, match="disk full"):
             prediction.save(output, overwrite=True)
@@ -287,7 +286,7 @@ def test_an_answer_that_cannot_be_written_does_not_stop_the_others(
             raise OSError(28, "No space left on device", str(folder))
         return save_answer(predictions, folder, *arguments)
 
-    monkeypatch.setattr("medsight.cli.predict.save_answer", full)
+    monkeypatch.setattr("medsight.inference.prediction.save_answer", full)
     assert predict(tmp_path / "study", str(tmp_path / "all"), "--output", str(tmp_path / "out")) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "2"}
     error = capsys.readouterr().err
@@ -404,7 +403,7 @@ def test_what_cannot_be_written_is_refused_by_name_before_anything_is_answered(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("medsight.cli.predict.Predictor", None)
+    monkeypatch.setattr("medsight.inference.predictor.Predictor", None)
     for formats, culprit in (("gif", "gif"), ("nifti", str(image_file)), ("dicom-seg", str(image_file))):
         output = tmp_path / "out"
         assert predict(image_file, "--formats", formats, "--force-region", "--output", str(output)) == 1
