@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from processing_medsight.region_codes_medsight import find_codes
+
 from .records import JSON_SUFFIXES, Item, as_text, convert, json_records, patient_of, required, source_files, split_of
 from .schema import IMAGE_MARKER
 from .splits import canonical_split
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from .sources import Source
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
-_CODE = re.compile(rf"\[C{_NUMBER}_{_NUMBER}\]|\[SEG\]")
 _RELEASED_CODE = re.compile(rf"\[M({_NUMBER}_{_NUMBER})\]")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -135,14 +136,12 @@ def conversation(
 
 def count_codes(text: str) -> int:
     """How many region codes a text cites."""
-    return len(_CODE.findall(text))
+    return len(find_codes(text))
 
 
 def cited_codes(messages: list[dict[str, str]]) -> list[str]:
     """The region codes that the assistant's turns cite, in order; one may come more than once."""
-    return [
-        code for message in messages if message["role"] == "assistant" for code in _CODE.findall(message["content"])
-    ]
+    return [code for message in messages if message["role"] == "assistant" for code in find_codes(message["content"])]
 
 
 def code_images(messages: list[dict[str, str]]) -> list[int]:

@@ -11,13 +11,13 @@ from medsight.data.records import as_text, json_records, parquet_records, requir
 from medsight.data.schema import IMAGE_MARKER
 from medsight.evaluation.items import CLOSED, OPEN, Item, Words, origin_of, relative
 from medsight.evaluation.region_items import region_items
+from processing_medsight.region_codes_medsight import find_codes
 
 
 if TYPE_CHECKING:
     from medsight.evaluation.benchmarks import Benchmark
 
 YES_NO = ("yes", "no")
-CODE = re.compile(r"\[C\d+_\d+\]|\[SEG\]")
 NEEDED_FIELDS = ("id", "question", "answer", "image", "masks")
 OPTIONAL_FIELDS = ("target", "dataset", "modality", "site", "patient", "label_origin")
 
@@ -232,7 +232,7 @@ def _annotated_items(benchmark: "Benchmark", path: Path, words: Words) -> tuple[
                 target=" and ".join(targets) or None,
                 absent=not row["masks"],
                 masks=tuple(row["masks"]),
-                codes=tuple(CODE.findall(answer)),
+                codes=tuple(find_codes(answer)),
                 **origin_of(row),
             )
         )

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from medsight.scans.scan import Scan
 
 from .regions import FoundRegion, check_regions, group_by_label
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 MM3_PER_ML = 1000
 
@@ -27,7 +25,7 @@ class Measures:
     volume_ml: dict[str, float | None]
 
 
-def measure(scan: "Scan", regions: Sequence[FoundRegion]) -> Measures:
+def measure(scan: Scan, regions: Sequence[FoundRegion]) -> Measures:
     """Areas in mm² and volumes in ml. Where regions of a label overlap on a slice, a pixel counts once in its volume.
 
     Raises:

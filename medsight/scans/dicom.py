@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .dicom_file import (
     FrameOffsets,
-    Refused,
+    RefusedError,
     check_codestream,
     frame_offsets,
     guarded,
@@ -100,7 +100,7 @@ class DicomScan(Scan):
             with guarded(self.name, "its header is damaged"):
                 voi = voi_of(*self._header(0))
                 return not self._colour and bool(voi.get("VOILUTSequence") or window_of(voi))
-        except Refused:
+        except RefusedError:
             return False
 
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
@@ -110,17 +110,19 @@ class DicomScan(Scan):
         with guarded(self._slice_name(index), _UNDECODED):
             if self._colour:
                 if window is not None:
-                    raise Refused(f"{self.name} is in colour: it has no grey levels for a window to choose")
+                    raise RefusedError(f"{self.name} is in colour: it has no grey levels for a window to choose")
                 return Image.fromarray(self._colour_pixels(index))
             if isinstance(window, str) and not own and self.modality not in (None, "CT"):
-                raise Refused(f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width")
+                raise RefusedError(
+                    f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width"
+                )
             values, padding = self._grey_values(index)
             if chosen is not None:
                 shown: np.ndarray | None = apply_window(values, chosen)
             else:
                 shown = self._shown_by_file(index, values) if own else self._shown_by_default(index, values)
             if shown is None:
-                raise Refused(no_file_window(self._slice_name(index)))
+                raise RefusedError(no_file_window(self._slice_name(index)))
             if photometric_of(self._headers[0]) == "MONOCHROME1":
                 shown = 255 - shown
             shown[padding] = 0
@@ -190,13 +192,15 @@ class DicomScan(Scan):
             syntax = dataset.file_meta.TransferSyntaxUID
             if (package := missing_decoder(syntax)) is None:
                 raise
-            raise Refused(
+            raise RefusedError(
                 f"{self._slice_name(index)} is compressed as {syntax.name}, which the decoders that are installed do "
                 f"not read, or damaged: pip install pylibjpeg {package}"
             ) from None
         colours = (3,) if int(dataset.get("SamplesPerPixel") or 1) == 3 else ()
         if pixels.shape != (self.height, self.width, *colours):
-            raise Refused(f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims")
+            raise RefusedError(
+                f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims"
+            )
         return pixels
 
     def _colour_pixels(self, index: int) -> np.ndarray:
@@ -209,7 +213,7 @@ class DicomScan(Scan):
             pixels = apply_color_lut(pixels, header)
             bits = 8 * pixels.itemsize
         if pixels.dtype.kind != "u" or pixels.shape != (self.height, self.width, 3):
-            raise Refused(f"{self.name} has colours of an unknown kind")
+            raise RefusedError(f"{self.name} has colours of an unknown kind")
         return (pixels >> (bits - 8) if bits > 8 else pixels).astype(np.uint8)
 
     def _grey_values(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -296,21 +300,23 @@ def _series_order(headers: Sequence[Any], names: Sequence[str], name: str) -> li
     """The order of the instances of the one series, or a reason why they are no series."""
     series = Counter(str(header.get("SeriesInstanceUID")) for header in headers)
     if len(series) > 1:
-        raise Refused(f"{name} holds {len(series)} series ({len(headers)} images): name the folder of one of them")
+        raise RefusedError(
+            f"{name} holds {len(series)} series ({len(headers)} images): name the folder of one of them"
+        )
     first = headers[0]
     seen: dict[str, str] = {}
     for header, called in zip(headers, names, strict=True):
         if number_of_frames(header) > 1:
-            raise Refused(f"{name} holds several files, {called} among them with several frames: name one file")
+            raise RefusedError(f"{name} holds several files, {called} among them with several frames: name one file")
         for key in ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "Modality"):
             if header.get(key) != first.get(key):
-                raise Refused(f"{called} differs from {names[0]} in {key}: they are no one volume")
+                raise RefusedError(f"{called} differs from {names[0]} in {key}: they are no one volume")
         one, other = directions_of(first, 0), directions_of(header, 0)
         if (one is None) != (other is None) or (one is not None and np.abs(one - other).max() > TOLERANCE):
-            raise Refused(f"{called} lies in another direction than {names[0]}: they are no one volume")
+            raise RefusedError(f"{called} lies in another direction than {names[0]}: they are no one volume")
         instance = str(header.get("SOPInstanceUID"))
         if instance in seen and header.get("SOPInstanceUID"):
-            raise Refused(f"{called} and {seen[instance]} are the same image: keep one of them")
+            raise RefusedError(f"{called} and {seen[instance]} are the same image: keep one of them")
         seen[instance] = called
     directions = directions_of(first, 0)
     positions = [position_of(header, 0) for header in headers]

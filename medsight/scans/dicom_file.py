@@ -33,7 +33,7 @@ _NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # thou
 _READING = threading.RLock()  # warnings and log levels are the whole process's
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """An error whose message is ours."""
 
 
@@ -46,10 +46,10 @@ def guarded(name: str, problem: str) -> Iterator[None]:
         level, own.level = own.level, logging.CRITICAL + 1
         try:
             yield
-        except Refused:
+        except RefusedError:
             raise
         except Exception as error:
-            raise Refused(f"{name}: {problem} ({type(error).__name__})") from None
+            raise RefusedError(f"{name}: {problem} ({type(error).__name__})") from None
         finally:
             own.level = level
 
@@ -80,7 +80,7 @@ def read_whole(source: Path | bytes, name: str) -> Any:
 
     with _stream(source, name) as file:
         if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
-            raise Refused(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
+            raise RefusedError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
         file.seek(0)
         dataset = pydicom.dcmread(file, force=True)
     _set_transfer_syntax(dataset)
@@ -110,9 +110,9 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
         unpack = zlib.decompressobj(-zlib.MAX_WBITS)
         inflated = unpack.decompress(file.read(), MAX_INFLATED_BYTES)
         if unpack.unconsumed_tail:
-            raise Refused(f"{name} inflates to more than {MAX_INFLATED_BYTES:,} bytes")
+            raise RefusedError(f"{name} inflates to more than {MAX_INFLATED_BYTES:,} bytes")
         if not unpack.eof:
-            raise Refused(f"{name} is truncated")
+            raise RefusedError(f"{name} is truncated")
         yield BytesIO(inflated)
 
 
@@ -141,7 +141,7 @@ def _check_is_image(dataset: Any, length: int, name: str) -> None:
     ):
         kind = "an object without pixels"
     if kind is not None:
-        raise Refused(f"{name} is no image but {kind}" + (f" ({what})" if what else ""))
+        raise RefusedError(f"{name} is no image but {kind}" + (f" ({what})" if what else ""))
 
 
 def _check_sizes(dataset: Any, length: int, name: str) -> None:
@@ -151,11 +151,11 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
     rows, columns, frames = int(dataset.Rows), int(dataset.Columns), number_of_frames(dataset)
     samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.BitsAllocated)
     if min(rows, columns, frames) < 1 or samples not in (1, 3) or bits not in (1, 8, 16, 32, 64):
-        raise Refused(
+        raise RefusedError(
             f"{name} has a damaged header: {frames} frames of {rows} x {columns} pixels of {samples} x {bits} bits"
         )
     if rows * columns > MAX_IMAGE_PIXELS or frames > MAX_FRAMES:
-        raise Refused(
+        raise RefusedError(
             f"{name} claims {frames:,} frames of {rows:,} x {columns:,} pixels: at most {MAX_FRAMES:,} of "
             f"{MAX_IMAGE_PIXELS:,} in total are read"
         )
@@ -164,7 +164,7 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
     share = 2 / 3 if photometric_of(dataset) in ("YBR_FULL_422", "YBR_PARTIAL_422") else 1
     needed = 8 * frames if packed else math.ceil(rows * columns * samples * frames * bits * share / 8)
     if needed > length:
-        raise Refused(
+        raise RefusedError(
             f"{name} is truncated: its header claims {frames:,} frames of {rows:,} x {columns:,} pixels, which do not "
             f"fit into the {max(length, 0):,} bytes that follow it"
         )
@@ -217,17 +217,17 @@ def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, nam
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise Refused(f"{name} is compressed as {syntax.name}, which pydicom cannot decode") from None
+        raise RefusedError(f"{name} is compressed as {syntax.name}, which pydicom cannot decode") from None
     if not decoder.is_available:
         package = missing_decoder(syntax) or "pylibjpeg-libjpeg"
-        raise Refused(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
+        raise RefusedError(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
     if syntax == RLELossless:
         return
     frames = number_of_frames(dataset)
     stream = get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
     size = codestream_size(stream)
     if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
-        raise Refused(f"{name} is damaged: its header and its compressed pixels claim different sizes")
+        raise RefusedError(f"{name} is damaged: its header and its compressed pixels claim different sizes")
 
 
 def missing_decoder(syntax: Any) -> str | None:
