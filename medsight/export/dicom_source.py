@@ -106,19 +106,19 @@ def discreet(name: str, problem: str) -> Iterator[None]:
 def _geometry(source: "Dataset") -> "Dataset":
     """The part of a header, or of an item of one of its sequences, that is on the list, with UIDs replaced."""
     pydicom = load("pydicom", "DICOM output")
-    kept = pydicom.Dataset()
+    geometry = pydicom.Dataset()
     for tag in source.keys():
         keyword = pydicom.datadict.keyword_for_tag(tag)
         if keyword not in KEPT:
             continue
         element = source[tag]
         if element.VR == "SQ":
-            setattr(kept, keyword, [_geometry(item) for item in element.value])
+            setattr(geometry, keyword, [_geometry(item) for item in element.value])
         elif element.VR == "UI" and keyword != "SOPClassUID" and element.value:  # an empty one stays missing
-            setattr(kept, keyword, replaced_uid(element.value))
+            setattr(geometry, keyword, replaced_uid(element.value))
         else:
-            setattr(kept, keyword, element.value)
-    return kept
+            setattr(geometry, keyword, element.value)
+    return geometry
 
 
 def replaced_uid(uid: str) -> str:

@@ -47,8 +47,8 @@ def mosaic(scan: Scan, regions: Sequence[FoundRegion], window: Window = None) ->
     check_regions(scan, regions)
     labels = group_by_label(regions)
     slices = sorted({region.slice_index for region in regions}) or [scan.num_slices // 2]
-    places = np.linspace(0, len(slices) - 1, min(len(slices), MAX_TILES)).round().astype(int)
-    shown = [slices[place] for place in places]
+    evenly = np.linspace(0, len(slices) - 1, min(len(slices), MAX_TILES)).round().astype(int)
+    shown = [slices[position] for position in evenly]
     empty = np.zeros((scan.height, scan.width), dtype=bool)
     tiles = []
     for index in shown:

@@ -140,9 +140,9 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
     """
     several = "slices" in content
     slices = content["slices"] if several else [content]
-    regions = [(one, region) for one in slices for region in one["regions"]]
-    lines = [f"slice {one['slice']}: {one['text']}" if several else one["text"] for one in slices]
-    cut = [str(one["slice"]) for one in slices if one.get("is_complete") is False]
+    regions = [(entry, region) for entry in slices for region in entry["regions"]]
+    lines = [f"slice {entry['slice']}: {entry['text']}" if several else entry["text"] for entry in slices]
+    cut = [str(entry["slice"]) for entry in slices if entry.get("is_complete") is False]
     of_slices = f", of slice {', '.join(cut)}" if several else ""
     ending: list[str | Table] = [f"\nCut at the limit of length{of_slices}; --max-new-tokens sets it."] if cut else []
     if not regions:
@@ -150,7 +150,7 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
         return ["\n".join(lines), "", none, *ending]
     columns = {
         "": [str(number) for number in range(1, len(regions) + 1)],
-        "slice": [str(one["slice"]) if several else "" for one, _ in regions],
+        "slice": [str(entry["slice"]) if several else "" for entry, _ in regions],
         "code": [region["code"] for _, region in regions],
         "group": [region["group"] or "-" for _, region in regions],
         "phrase": [region["phrase"] or "-" for _, region in regions],
@@ -162,8 +162,8 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
         ],
         "score": ["-" if region["score"] is None else f"{region['score']:.2f}" for _, region in regions],
     }
-    kept = {title: cells for title, cells in columns.items() if any(cells)}
-    parts: list[str | Table] = ["\n".join(lines), "", [tuple(kept), *zip(*kept.values(), strict=True)]]
+    filled = {title: cells for title, cells in columns.items() if any(cells)}
+    parts: list[str | Table] = ["\n".join(lines), "", [tuple(filled), *zip(*filled.values(), strict=True)]]
     volumes = {name: volume for name, volume in content["volumes_ml"].items() if volume is not None}
     if volumes:
         listed = ", ".join(f"{name} {volume:.1f} ml" for name, volume in volumes.items())

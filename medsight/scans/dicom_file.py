@@ -40,10 +40,10 @@ class RefusedError(ValueError):
 @contextmanager
 def guarded(name: str, problem: str) -> Iterator[None]:
     """Turn whatever pydicom and its decoders raise into a ValueError, and keep them from writing about a person."""
-    own = logging.getLogger("pydicom")
+    logger = logging.getLogger("pydicom")
     with _READING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        level, own.level = own.level, logging.CRITICAL + 1
+        level, logger.level = logger.level, logging.CRITICAL + 1
         try:
             yield
         except RefusedError:
@@ -51,7 +51,7 @@ def guarded(name: str, problem: str) -> Iterator[None]:
         except Exception as error:
             raise RefusedError(f"{name}: {problem} ({type(error).__name__})") from None
         finally:
-            own.level = level
+            logger.level = level
 
 
 def read_header(source: Path | bytes, name: str) -> Any:
@@ -194,15 +194,15 @@ def frame_offsets(dataset: Any) -> FrameOffsets | None:
     pixels = BytesIO(dataset.PixelData)
     if parse_basic_offsets(pixels):
         return None
-    fragments, places = parse_fragments(pixels)
+    fragments, offsets = parse_fragments(pixels)
     if fragments < frames:
         return None
     if fragments > frames:
         streams = list(islice(generate_frames(dataset.PixelData, number_of_frames=frames), frames))
         dataset.PixelData = encapsulate(streams, has_bot=False)
         return frame_offsets(dataset)
-    lengths = [int.from_bytes(dataset.PixelData[place + 4 : place + 8], "little") for place in places]
-    return [place - places[0] for place in places], lengths
+    lengths = [int.from_bytes(dataset.PixelData[offset + 4 : offset + 8], "little") for offset in offsets]
+    return [offset - offsets[0] for offset in offsets], lengths
 
 
 def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, name: str) -> None:
