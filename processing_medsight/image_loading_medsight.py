@@ -34,6 +34,7 @@ _CHANNELS = (1, 2, 3, 4)
 HEAD_BYTES = 1024  # by which a file is recognised
 _GZIP, _NPY = b"\x1f\x8b", b"\x93NUMPY"
 _NIFTI_1, _NIFTI_2 = 348, 540  # bytes of a header, which begins with this number
+_LONGEST_NAME = 120  # characters of a base64 string that a message shows
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
 _PHOTOMETRIC, _BITS, _ORIENTATION = 262, 258, 274  # tags of a TIFF
@@ -252,7 +253,9 @@ def display_name(source: str | os.PathLike | bytes) -> str:
     if isinstance(source, bytes):
         return "bytes"
     text = os.fspath(source)
-    return (text if isinstance(source, os.PathLike) or os.path.exists(text) else _shorten(text)) or "the empty path"
+    if not isinstance(source, os.PathLike) and not os.path.exists(text) and len(text) > _LONGEST_NAME:
+        text = f"{text[:_LONGEST_NAME]}..."
+    return text or "the empty path"
 
 
 def open_image(source: Path | bytes, name: str) -> ImageFile.ImageFile:
@@ -420,7 +423,3 @@ def _is_dicom(head: bytes) -> bool:
     big = group in (b"\x00\x02", b"\x00\x08") and element[:1] == b"\x00"
     length = int.from_bytes(head[4:8], "little" if little else "big")
     return len(head) >= 8 and (little or big) and (head[4:6].isalpha() and head[4:6].isupper() or length < HEAD_BYTES)
-
-
-def _shorten(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -213,14 +213,10 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         flat = list(flatten_images(images))
         if not flat:
             raise ValueError("images is empty: expected at least one image")
-        pixel_values, original_sizes = [], []
-        for i, image in enumerate(flat):
-            path = getattr(image, "filename", None)
-            pixels, original = self._preprocess_one(
-                image, name=f"image {i} ({path})" if path else f"image {i}", **kwargs
-            )
-            pixel_values.append(pixels)
-            original_sizes.append(original)
+        paths = [getattr(image, "filename", None) for image in flat]
+        names = [f"image {i} ({path})" if path else f"image {i}" for i, path in enumerate(paths)]
+        processed = [self._preprocess_one(image, name, **kwargs) for image, name in zip(flat, names, strict=True)]
+        pixel_values, original_sizes = [pixels for pixels, _ in processed], [original for _, original in processed]
         shapes = {pixels.shape for pixels in pixel_values}
         if len(shapes) > 1 and kwargs["return_tensors"] is not None:
             raise ValueError(
@@ -329,10 +325,11 @@ def _per_channel(value: float | Sequence[float], name: str, pixels: np.ndarray) 
 
 def _mask_planes(masks: Any) -> list[np.ndarray]:
     """The single (height, width) masks of one image."""
-    if not isinstance(masks, (list, tuple)):
-        masks = masks.detach().cpu().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
-        masks = masks[None] if masks.ndim == 2 else masks
-    planes = [mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask) for mask in masks]
+    if isinstance(masks, (list, tuple)):
+        planes = [_as_array(mask) for mask in masks]
+    else:
+        array = _as_array(masks)
+        planes = [array] if array.ndim == 2 else list(array)
     for i, plane in enumerate(planes):
         if plane.ndim != 2 or 0 in plane.shape:
             raise ValueError(f"mask {i}: expected shape (height, width), got {plane.shape}")
@@ -343,6 +340,10 @@ def _mask_planes(masks: Any) -> list[np.ndarray]:
                 f"mask {i}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside"
             )
     return planes
+
+
+def _as_array(mask: Any) -> np.ndarray:
+    return np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
 
 
 def _covered(plane: np.ndarray) -> np.ndarray:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import logging
 
 from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
-from .image_processing_medsight import flatten_images, refuse_scan_arguments
+from .image_processing_medsight import MedSightImageProcessorKwargs, flatten_images, refuse_scan_arguments
 from .region_codes_medsight import (
     IMAGE_TOKEN,
     code_meaning,
@@ -25,6 +25,12 @@ from .region_codes_medsight import (
 
 
 logger = logging.get_logger(__name__)
+
+
+class MedSightProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """The arguments of any processor; those of images are MedSIGHT's."""
+
+    images_kwargs: MedSightImageProcessorKwargs
 
 
 class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
@@ -47,7 +53,25 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
 
     Raises:
         ValueError: if the tokenizer has no image placeholder, or `image_seq_length` is below 1.
+
+    Example, in a checkout:
+
+    ```python
+    from PIL import Image
+
+    from processing_medsight import MedSightProcessor
+
+    processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
+    content = [{"type": "image", "image": Image.new("RGB", (64, 48))}, {"type": "text", "text": "Segment the liver."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt",
+    )
+    assert inputs["original_sizes"].tolist() == [[48, 64]]
+    ```
     """
+
+    valid_processor_kwargs = MedSightProcessorKwargs
 
     def __init__(
         self,
@@ -91,7 +115,9 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         """What one placeholder becomes: as many placeholders as an image has rows."""
         return self.image_token * self.image_seq_length
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]
+    ) -> tuple:
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
         if images is not None:
             refuse_scan_arguments({**kwargs, **kwargs.get("images_kwargs", {})})
@@ -107,7 +133,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
                 images = None
         return images, *others
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]) -> None:
         """Hold the number of images against the number of placeholders.
 
         Raises:
@@ -220,25 +246,26 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         for row, sequence in enumerate(sequences):
             prompt = row // (len(sequences) // len(prompts))
             if generated is not None:
-                places = torch.arange(prompts.shape[1], len(sequence))
+                positions = torch.arange(prompts.shape[1], len(sequence))
             else:
-                places = torch.arange(len(sequence))
-                places = places if attended is None else places[torch.as_tensor(attended)[row].cpu().bool()]
-            ids = sequence[places].tolist()
+                positions = torch.arange(len(sequence))
+                if attended is not None:
+                    positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
+            ids = sequence[positions].tolist()
             pieces, codes, raw_text = split_at_codes(self.tokenizer, ids, skip_special_tokens)
             image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
-            images = [int(image_rows[: places[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
+            images = [int(image_rows[: positions[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
             token_ids = [ids[i] for i in codes]
             logits, scores = self._masks_of_row(outputs, row, token_ids, has_images=bool(sizes[prompt]))
             masks: list[torch.Tensor | None] = [None] * len(codes)
-            for image, size_of_image in enumerate(sizes[prompt] if logits is not None else ()):
-                own = [i for i, other in enumerate(images) if other == image]
-                resized = self.post_process_masks([logits[own]], [size_of_image], threshold, fit=fit, size=size)[0]
-                for i, mask in zip(own, resized.cpu(), strict=True):
+            for image, original in enumerate(sizes[prompt] if logits is not None else ()):
+                cited = [i for i, cited_image in enumerate(images) if cited_image == image]
+                (resized,) = self.post_process_masks([logits[cited]], [original], threshold, fit=fit, size=size)
+                for i, mask in zip(cited, resized.cpu(), strict=True):
                     masks[i] = mask
             text, spans = tidy_answer(pieces)
             regions = [
-                self._region(token_ids[i], text, spans[i], images[i], masks[i], scores[i]) for i in range(len(codes))
+                self._region(*region, text) for region in zip(token_ids, spans, images, masks, scores, strict=True)
             ]
             answers.append(GroundedAnswer(text, raw_text, regions, None if complete is None else bool(complete[row])))
         return answers
@@ -342,11 +369,11 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     def _region(
         self,
         token_id: int,
-        text: str,
         span: tuple[int, int] | None,
         image: int,
         mask: torch.Tensor | None,
         score: float | None,
+        text: str,
     ) -> GroundedRegion:
         code = self.tokenizer.convert_ids_to_tokens(token_id)
         group, index = parse_region_code(code)

@@ -13,7 +13,7 @@ MM3_PER_ML = 1000
 
 @dataclass(frozen=True)
 class Measures:
-    """Sizes of regions.
+    """Sizes of regions, by `measure`.
 
     Attributes:
         area_mm2: of each region, in the order given; `None` where the scan does not give the pixel spacing.
