@@ -15,6 +15,7 @@ from tests.medsight.scans.scan_files import (
     ct_volume,
     dicom_bytes,
     dicom_dataset,
+    functional_group,
     shipped_dicoms,
     shows,
     soft_tissue,
@@ -71,25 +72,15 @@ def test_uneven_slices_have_no_spacing(kind: str, tmp_path: Path) -> None:
     assert scan.num_slices == (6 if kind == "gap" else 8) and scan.slice_spacing is None and scan.affine is None
 
 
-def enhanced(volume: np.ndarray) -> "pydicom.Dataset":
-    """An enhanced CT: spacing, rescaling and positions are in functional groups."""
-    frames = []
-    for i in range(len(volume)):
-        frame, plane, values = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
-        plane.ImagePositionPatient = [0, 0, 4 * i]
-        values.RescaleIntercept, values.RescaleSlope = -100 * i, 1
-        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [plane], [values]
-        frames.append(frame)
-    shared, measures, turn = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
-    measures.PixelSpacing, turn.ImageOrientationPatient = [2, 3], [1, 0, 0, 0, 1, 0]
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [turn]
-    groups = {"PerFrameFunctionalGroupsSequence": frames, "SharedFunctionalGroupsSequence": [shared]}
-    return dicom_dataset(volume, RescaleIntercept=None, RescaleSlope=None, **groups)
-
-
 def test_frames_of_an_enhanced_file_have_their_own_scale_and_place() -> None:
     volume = np.moveaxis(ct_volume(), 2, 0)
-    scan = open_scan(dicom_bytes(enhanced(volume)))
+    frames = [functional_group("PlanePositionSequence", ImagePositionPatient=[0, 0, 4 * i]) for i in range(7)]
+    for i, frame in enumerate(frames):
+        frame.update(functional_group("PixelValueTransformationSequence", RescaleIntercept=-100 * i, RescaleSlope=1))
+    shared = functional_group("PixelMeasuresSequence", PixelSpacing=[2, 3])
+    shared.update(functional_group("PlaneOrientationSequence", ImageOrientationPatient=[1, 0, 0, 0, 1, 0]))
+    groups = {"PerFrameFunctionalGroupsSequence": frames, "SharedFunctionalGroupsSequence": [shared]}
+    scan = open_scan(dicom_bytes(dicom_dataset(volume, RescaleIntercept=None, RescaleSlope=None, **groups)))
     assert scan.pixel_spacing == (2, 3) and scan.slice_spacing == 4 and scan.num_slices == 7
     for i, stored in enumerate(volume):
         assert shows(scan.slice_image(i), soft_tissue(stored.astype(int) - 100 * i))

@@ -13,6 +13,7 @@ from tests.medsight.scans.scan_files import (
     ct_volume,
     dicom_bytes,
     dicom_dataset,
+    functional_group,
     nifti_bytes,
     picture_bytes,
     shipped_dicoms,
@@ -24,17 +25,6 @@ nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
 MODALITIES = ("CT", "MR", "PT", "NM", "DX", "US", None)
-
-
-def enhanced(volume: np.ndarray, windows: list[tuple[float, float]]) -> bytes:
-    """Frames with a window each, in their functional groups."""
-    frames = []
-    for centre, width in windows:
-        frame, voi = pydicom.Dataset(), pydicom.Dataset()
-        voi.WindowCenter, voi.WindowWidth = centre, width
-        frame.FrameVOILUTSequence = [voi]
-        frames.append(frame)
-    return dicom_bytes(dicom_dataset(volume, Modality="MR", PerFrameFunctionalGroupsSequence=frames))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -83,7 +73,8 @@ def test_a_lookup_table_goes_before_a_window(modality: str | None) -> None:
 def test_frames_and_files_have_windows_of_their_own(tmp_path: Path) -> None:
     volume = np.stack([STORED, STORED, STORED])
     windows = [(1000, 500), (2000, 900), (50, 4000)]
-    scan = open_scan(enhanced(volume, windows))
+    groups = [functional_group("FrameVOILUTSequence", WindowCenter=c, WindowWidth=w) for c, w in windows]
+    scan = open_scan(dicom_bytes(dicom_dataset(volume, Modality="MR", PerFrameFunctionalGroupsSequence=groups)))
     write_series(tmp_path, volume, list("abc"), Modality="PT")
     for name, (centre, width) in zip("abc", windows, strict=True):
         dataset = pydicom.dcmread(tmp_path / name)

@@ -21,6 +21,7 @@ from tests.medsight.scans.scan_files import (
     dicom_dataset,
     nifti_bytes,
     picture_bytes,
+    png_claiming,
     write_series,
 )
 
@@ -37,13 +38,6 @@ def nifti_claiming(field: str, value: object, at: int | None = None) -> bytes:
     else:
         header[field][at] = value
     return header.binaryblock + content[348:]
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    content = bytearray(picture_bytes("PNG"))
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
 
 
 def npy_claiming(shape: tuple, kind: str = "<u2") -> bytes:
