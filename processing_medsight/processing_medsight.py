@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 class MedSightProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The arguments of any processor; those of images are MedSIGHT's."""
 
+    _defaults = {}  # type: ignore[var-annotated]  # read by transformers 5.17
     images_kwargs: MedSightImageProcessorKwargs
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from medsight import open_scan
 from medsight.export import FoundRegion, measure, write_masks
 
-scan = open_scan("series")  # the folder of a DICOM series
-mask = scan.slice_image(2).point(lambda level: level > 150, mode="1")
-regions = [FoundRegion(slice_index=2, mask=np.asarray(mask), label="liver", code="[C0_16]", score=0.9)]
-write_masks(scan, regions, Path("answer"), formats=["png", "nifti", "dicom-seg"])
-print(measure(scan, regions).volume_ml)
+scan = open_scan(np.random.default_rng(0).integers(-1000, 1000, (9, 64, 48)))  # or a file, or a folder
+mask = np.asarray(scan.slice_image(2, window=(40, 400))) > 150
+regions = [FoundRegion(slice_index=2, mask=mask, label="liver", code="[C0_16]", score=0.9)]
+write_masks(scan, regions, Path("answer"), formats=["png", "coco"])
+print(measure(scan, regions).area_mm2)
 ```
 """
 

@@ -24,7 +24,7 @@ from .answer_folder import ANSWER_FILE, OVERLAY_FILE, check_answer_folder
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model answered to one prompt about one picture, or one slice of a volume.
+    """What the model answered to one prompt about one picture, or one slice of a volume; see `Predictor`.
 
     Attributes:
         answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
