@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageFile, ImageOps
 from transformers.utils import logging
 
@@ -32,13 +33,14 @@ MAX_IMAGE_PIXELS = 2**27
 MAX_DOWNLOAD = 2**30  # bytes behind an address
 _CHANNELS = (1, 2, 3, 4)
 HEAD_BYTES = 1024  # by which a file is recognised
-_GZIP, _NPY = b"\x1f\x8b", b"\x93NUMPY"
+GZIP_MAGIC, _NPY_MAGIC = b"\x1f\x8b", b"\x93NUMPY"
 _NIFTI_1, _NIFTI_2 = 348, 540  # bytes of a header, which begins with this number
 _LONGEST_NAME = 120  # characters of a base64 string that a message shows
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
 _PHOTOMETRIC, _BITS, _ORIENTATION = 262, 258, 274  # tags of a TIFF
 _WHITE_IS_ZERO = 0
+_SCAN_FORMATS = ("DICOM", "NIfTI", "gzip")
 # Not whatever Pillow can open: some of its readers start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
@@ -59,18 +61,14 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
     """
     name = name or display_name(source)
     found = find_file(source, name)
-    if kind := scan_format(head_of(found, name)):
+    kind = format_of(head_of(found, name))
+    if kind in _SCAN_FORMATS:
         raise ValueError(f"{name} is a {kind} file, not a picture. {OPEN_SCAN}")
     opened = open_image(found, name)
     frames = count_frames(opened, name)
     if frames > 1 and opened.format != "MPO":
         logger.warning(f"{name} holds {frames} frames: only the first is used")
-    decode(opened, name)
-    try:
-        ImageOps.exif_transpose(opened, in_place=True)
-    except Exception as error:
-        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-    image = black_is_zero(opened)
+    image = decode_upright(opened, name)
     if frames > 1 and image is opened:
         image = opened.copy()
     if image is not opened:
@@ -83,7 +81,7 @@ def load_picture(source: str | os.PathLike | bytes, name: str | None = None) -> 
     """What `load_image` reads, or the array of a .npy file."""
     name = name or display_name(source)
     found = find_file(source, name)
-    return load_array(found, name) if head_of(found, name).startswith(_NPY) else load_image(found, name)
+    return load_array(found, name) if format_of(head_of(found, name)) == "npy" else load_image(found, name)
 
 
 def find_file(source: str | os.PathLike | bytes, name: str) -> Path | bytes:
@@ -120,10 +118,10 @@ def open_source(source: Path | bytes) -> BinaryIO:
     return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
-def scan_format(head: bytes) -> str | None:
-    """ "DICOM", "NIfTI" or "gzip" (in which NIfTI comes), if a file that begins so is one; names are never trusted."""
-    if head.startswith(_GZIP):
-        return "gzip"
+def format_of(head: bytes) -> str | None:
+    """What a file that begins so is: "npy", or a scan's "DICOM", "NIfTI" or "gzip"; `None` for anything else."""
+    if head.startswith((GZIP_MAGIC, _NPY_MAGIC)):
+        return "gzip" if head.startswith(GZIP_MAGIC) else "npy"
     return "DICOM" if _is_dicom(head) else "NIfTI" if _is_nifti(head) else None
 
 
@@ -180,6 +178,16 @@ def decode(image: Image.Image, name: str) -> None:
         image.load()
     except Exception as error:
         raise ValueError(f"{name} is damaged or truncated: its pixels cannot be decoded ({error})") from error
+
+
+def decode_upright(image: Image.Image, name: str) -> Image.Image:
+    """`decode` an opened file, turn it as its EXIF header says, and see to `black_is_zero`."""
+    decode(image, name)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:
+        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
+    return black_is_zero(image)
 
 
 def black_is_zero(image: Image.Image) -> Image.Image:
@@ -289,8 +297,6 @@ def bytes_of_text(source: str | os.PathLike, name: str) -> bytes:
         ValueError: if the address gives no file, or it is neither: then it was to be a file, which is not there.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        from huggingface_hub import get_session
-
         content = bytearray()
         try:
             with get_session().stream("GET", source, follow_redirects=True, timeout=30) as response:

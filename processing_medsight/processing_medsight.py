@@ -293,19 +293,19 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     def _check_image_counts(self, images: Any, text: Sequence[str]) -> None:
         wanted = [sample.count(self.image_token) for sample in text]
         if images is None or not any(isinstance(entry, list) for entry in images):
-            given = 0 if images is None else len(images)
-            if sum(wanted) != given:
+            count = 0 if images is None else len(images)
+            if sum(wanted) != count:
                 raise ValueError(
                     f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
-                    f"but {given or 'no'} images were given"
+                    f"but {count or 'no'} images were given"
                 )
             return
-        given_by_text = [len(entry) for entry in images]
-        if wanted != given_by_text:
-            wrong = [i for i, pair in enumerate(zip(wanted, given_by_text, strict=False)) if pair[0] != pair[1]]
+        counts = [len(entry) for entry in images]
+        if wanted != counts:
+            wrong = [i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]]
             raise ValueError(
-                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {given_by_text}"
-                + (f"; text {wrong[0]} is the first that differs" if wrong else "; the numbers of texts differ")
+                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {counts}; "
+                + (f"text {wrong[0]} is the first that differs" if wrong else "the numbers of texts differ")
             )
 
     def _apply_masked_chat_template(
@@ -359,7 +359,9 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
         named, logits, scores = (outputs.get(name) for name in ("region_code_ids", "mask_logits", "region_scores"))
         if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
-            raise ValueError(f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}")
+            raise ValueError(
+                f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}"
+            )
         if logits is not None:
             logits = torch.as_tensor(logits[row])
             if len(logits) != len(token_ids) and (len(logits) or has_images):

@@ -13,9 +13,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from configuration_medsight.configuration_medsight import SEG_TOKEN
+
 
 REGION_CODES_FILE = "region_codes.json"
-SEG_TOKEN = "[SEG]"
 # The spelling of every region code; its groups are the code's group and index, `None` of `[SEG]`.
 REGION_CODE = re.compile(r"\[(?:C(0|[1-9][0-9]*)_(0|[1-9][0-9]*)|SEG)\]")
 IMAGE_TOKEN = "<|image_pad|>"
@@ -156,28 +157,22 @@ def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is damaged; the message names it.
     """
+    remedy = "remove the file, and write it with medsight codes"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove it, and write it with medsight codes") from error
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
     codes = content.get("codes") if isinstance(content, dict) else None
     if not isinstance(codes, dict):
-        raise ValueError(f"{path}: expected an object 'codes'; remove it, and write it with medsight codes")
+        raise ValueError(f"{path}: expected an object 'codes'; {remedy}")
     for code, entry in codes.items():
-        try:
-            parse_region_code(code)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        structures = entry.get("structures") if isinstance(entry, dict) else None
-        if (
-            not isinstance(structures, dict)
-            or not structures
-            or not all(isinstance(share, (int, float)) for share in structures.values())
-            or not isinstance(entry.get("n"), int)
-        ):
+        if not is_region_code(code):
+            raise ValueError(f"{path}: {code!r} is not a region code; {remedy}")
+        structures, count = (entry.get("structures"), entry.get("n")) if isinstance(entry, dict) else (None, None)
+        shares = structures.values() if isinstance(structures, dict) else ()
+        if not shares or not all(isinstance(share, (int, float)) for share in shares) or not isinstance(count, int):
             raise ValueError(
-                f"{path}: code {code}: expected a count 'n' and shares in 'structures', got {entry!r}; remove the "
-                "file, and write it with medsight codes"
+                f"{path}: code {code}: expected a count 'n' and shares in 'structures', got {entry!r}; {remedy}"
             )
     return content
 

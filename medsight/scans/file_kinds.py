@@ -4,14 +4,13 @@ import gzip
 import zlib
 from pathlib import Path
 
-from processing_medsight.image_loading_medsight import HEAD_BYTES, head_of, open_source, scan_format
+from processing_medsight.image_loading_medsight import HEAD_BYTES, format_of, head_of, open_source
 
 
 # A label map compresses a hundredfold, a bomb a thousandfold; what is small when unpacked may be anything.
 MAX_GZIP_RATIO = 256
 GZIP_RATIO_FREE_BYTES = 2**26
 
-GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVES = {
     b"PK\x03\x04": "zip",
     b"PK\x05\x06": "zip",
@@ -24,7 +23,7 @@ _ARCHIVES = {
 
 
 def recognise(source: Path | bytes, name: str) -> str:
-    """The kind of a file: "dicom", "nifti", "numpy", or "image" for whatever else (Pillow is to judge).
+    """The kind of a file: "dicom", "nifti", "npy", or "image" for whatever else (Pillow is to judge).
 
     Args:
         name: what to call it in an error.
@@ -36,19 +35,17 @@ def recognise(source: Path | bytes, name: str) -> str:
     for magic, kind in _ARCHIVES.items():
         if head.startswith(magic):
             raise ValueError(f"{name} is an archive ({kind}): unpack it and name the file, or the folder of a series")
-    found = scan_format(head)
+    found = format_of(head)
     if found == "gzip":
         try:
             with open_source(source) as file:
                 unpacked = gzip.GzipFile(fileobj=file, mode="rb").read(HEAD_BYTES)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{name} is a damaged or truncated gzip file ({error})") from error
-        if scan_format(unpacked) != "NIfTI":
+        if format_of(unpacked) != "NIfTI":
             raise ValueError(f"{name} is gzip around something that is not NIfTI: unpack it first")
         return "nifti"
-    if found is not None:
-        return found.lower()
-    return "numpy" if head.startswith(b"\x93NUMPY") else "image"
+    return "image" if found is None else found.lower()
 
 
 def check_gzip_ratio(packed: int, unpacked: int, name: str) -> None:

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, open_source
+from processing_medsight.image_loading_medsight import GZIP_MAGIC, MAX_IMAGE_PIXELS, open_source
 
-from .file_kinds import GZIP_MAGIC, check_gzip_ratio
+from .file_kinds import check_gzip_ratio
 from .scan import MAX_VOXELS, Scan, warn_of_oblong_pixels
 from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, percentile_window
 

@@ -78,7 +78,7 @@ def _open_file(source: Path | bytes, name: str, plane: str, volume: bool) -> Sca
         return DicomScan([source], name)
     if kind == "nifti":
         return NiftiScan(source, name, plane)
-    if kind == "numpy":
+    if kind == "npy":
         return _open_array(load_array(source, name), name, files, volume)
     pages = tiff_pages(source, name)
     return Picture(load_image(source, name), name, files) if pages is None else PageStack(pages, name, files)

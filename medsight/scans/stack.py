@@ -7,15 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from processing_medsight.image_loading_medsight import (
-    MAX_IMAGE_PIXELS,
-    black_is_zero,
-    count_frames,
-    decode,
-    open_image,
-)
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, count_frames, decode_upright, open_image
 
 from .scan import MAX_VOXELS, Scan, is_wide, to_picture
 from .windows import Window, apply_window, percentile_window, sampled_slices
@@ -99,12 +93,7 @@ class PageStack(Stack):
                 self._opened.seek(index)
             except Exception as error:
                 raise ValueError(f"{name} is damaged or truncated ({error})") from error
-            decode(self._opened, name)
-            try:
-                ImageOps.exif_transpose(self._opened, in_place=True)
-            except Exception as error:
-                raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-            return black_is_zero(self._opened).copy()
+            return decode_upright(self._opened, name).copy()
 
 
 def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:
