@@ -26,6 +26,8 @@ from .region_codes_medsight import (
 
 logger = logging.get_logger(__name__)
 
+_OF_TOKENS = ("return_tensors", "padding", "padding_side", "truncation", "max_length")  # no variables of a template
+
 
 class MedSightProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The arguments of any processor; those of images are MedSIGHT's."""
@@ -168,16 +170,20 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
             ValueError: if a text cannot be told apart from a control token, or for images as in a call.
         """
         conversation = neutralise_conversations(conversation, self.tokenizer, self.image_token)
-        arguments = {"chat_template": chat_template, "tokenize": tokenize, "return_dict": return_dict, **kwargs}
         masked = return_assistant_tokens_mask and tokenize and return_dict
-        if not masked or hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
-            return super().apply_chat_template(
-                conversation,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                processor_kwargs=dict(processor_kwargs or {}),
-                **arguments,
-            )
-        return self._apply_masked_chat_template(conversation, dict(processor_kwargs or {}), arguments)
+        out = super().apply_chat_template(
+            conversation,
+            chat_template=chat_template,
+            tokenize=tokenize,
+            return_dict=return_dict,
+            return_assistant_tokens_mask=return_assistant_tokens_mask and not masked,
+            processor_kwargs=dict(processor_kwargs or {}),
+            **kwargs,
+        )
+        if masked:
+            masks = self._assistant_masks(conversation, chat_template, out["attention_mask"], kwargs)
+            out.update(BatchFeature({"assistant_masks": masks}, tensor_type=kwargs.get("return_tensors")))
+        return out
 
     def post_process_masks(
         self,
@@ -308,37 +314,30 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
                 + (f"text {wrong[0]} is the first that differs" if wrong else "the numbers of texts differ")
             )
 
-    def _apply_masked_chat_template(
-        self, conversation: Any, processor_kwargs: dict, arguments: dict[str, Any]
-    ) -> BatchFeature:
-        """`assistant_masks` where transformers (5.17) does not reckon with the growth of placeholders."""
-        from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
-
-        template = arguments["chat_template"]
+    def _assistant_masks(
+        self, conversation: Any, chat_template: str | None, attention_mask: Any, variables: dict[str, Any]
+    ) -> list[list[int]]:
+        """1 for every token of an assistant's turn, counted before placeholders grow: transformers 5.17 counts only so."""
+        template = chat_template or self.chat_template
         if isinstance(self.chat_template, dict):
-            template = self.chat_template.get(template or "default", template)
-        template = template or self.chat_template
-        known = _get_template_variables(template)
-        named = ("tools", "documents", "add_generation_prompt", "continue_final_message")
-        signature = ("chat_template", "tokenize", "return_dict", "return_tensors", "load_audio_from_video", *named)
-        for name in [name for name in arguments if name not in known and name not in signature]:
-            processor_kwargs[name] = arguments.pop(name)
-        processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        if arguments.get("continue_final_message"):
-            raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask")
-        return_tensors = arguments.pop("return_tensors", None)
-        out = super().apply_chat_template(conversation, processor_kwargs=processor_kwargs, **arguments)
-        variables = {
-            **self.tokenizer.special_tokens_map,
-            **{k: v for k, v in arguments.items() if k in known or k in named},
-        }
-        batch = conversation if isinstance(conversation[0], list) else [conversation]
-        _, spans = render_jinja_template(batch, chat_template=template, return_assistant_tokens_mask=True, **variables)
-        offsets, replaced = out.pop("offset_mapping"), out.pop("text_replacement_offsets", None)
-        out["assistant_masks"] = [
-            _assistant_mask(row, spans[i], replaced[i] if replaced else []) for i, row in enumerate(offsets)
-        ]
-        return out.convert_to_tensors(return_tensors)
+            template = self.chat_template.get(chat_template or "default", chat_template)
+        encoded = self.tokenizer.apply_chat_template(
+            conversation if isinstance(conversation[0], list) else [conversation],
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{name: value for name, value in variables.items() if name not in _OF_TOKENS},
+        )
+        masks = []
+        for ids, spoken, attended in zip(
+            encoded["input_ids"], encoded["assistant_masks"], attention_mask, strict=True
+        ):
+            rows = [self.image_seq_length if token == self.image_token_id else 1 for token in ids]
+            grown = [flag for flag, count in zip(spoken, rows, strict=True) for _ in range(count)]
+            remaining = iter(grown[-int(sum(attended)) :] if self.tokenizer.truncation_side == "left" else grown)
+            masks.append([next(remaining) if flag else 0 for flag in attended])
+        return masks
 
     def _original_sizes_by_prompt(self, prompts: torch.Tensor, original_sizes: Any) -> list[list[tuple[int, int]]]:
         """The (height, width) of each prompt's images, which stand in `original_sizes` one after the other."""
@@ -395,12 +394,3 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
             score=score,
             meaning=code_meaning(self.region_codes, code),
         )
-
-
-def _assistant_mask(offsets: Any, spans: Sequence[Sequence[int]], replaced: Sequence[dict]) -> list[int]:
-    """1 for every token that overlaps an assistant's span; spans count characters before placeholders grew."""
-    moved = []
-    for span in spans:
-        shift = [sum(len(r["replacement"]) - len(r["text"]) for r in replaced if r["span"][1] <= end) for end in span]
-        moved.append((span[0] + shift[0], span[1] + shift[1]))
-    return [int(any(start < last and end > first for first, last in moved)) for start, end in offsets]
