@@ -317,7 +317,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     def _assistant_masks(
         self, conversation: Any, chat_template: str | None, attention_mask: Any, variables: dict[str, Any]
     ) -> list[list[int]]:
-        """1 for every token of an assistant's turn, counted before placeholders grow: transformers 5.17 counts only so."""
+        """1 for every token of an assistant's turn; counted before placeholders grow, as transformers 5.17 does it."""
         template = chat_template or self.chat_template
         if isinstance(self.chat_template, dict):
             template = self.chat_template.get(chat_template or "default", chat_template)
