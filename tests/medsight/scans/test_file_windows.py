@@ -141,20 +141,6 @@ def test_the_one_slice_without_a_window_is_named(tmp_path: Path) -> None:
         scan.slice_image(1, "file")
 
 
-def test_colour_has_no_window_either() -> None:
-    colour = np.zeros((5, 8, 3), np.uint8)
-    for source in (dicom_bytes(dicom_dataset(colour, Modality="US", WindowCenter=9, WindowWidth=8)), colour):
-        scan = open_scan(source)
-        assert not scan.has_window
-        with pytest.raises(ValueError, match="in colour"):
-            scan.slice_image(0, "file")
-
-
-def test_an_unknown_window_of_a_dicom_is_told_as_such() -> None:
-    with pytest.raises(ValueError, match="abdomen, lung, bone, brain, soft tissue, file, or"):
-        open_scan(dicom_bytes(dicom_dataset(STORED))).slice_image(0, "liver")
-
-
 def test_windows_of_real_files(shared_data: Path) -> None:
     volumes = shared_data / "volumes"
     shipped = dict(shipped_dicoms())

@@ -72,17 +72,37 @@ def test_a_window_of_the_call_is_that_of_dicom_nifti_and_arrays(window: object, 
 
 @pytest.mark.parametrize(
     ("window", "message"),
-    [("liver", "abdomen, lung, bone"), ((1, 0), "width above 0"), ((1, 2, 3), "centre, width"), (7, "centre, width")],
+    [
+        ("liver", "abdomen, lung, bone, brain, soft tissue, file, or"),
+        ((1, 0), "width above 0"),
+        ((1, 2, 3), "centre, width"),
+        (7, "centre, width"),
+    ],
 )
 def test_a_window_that_makes_no_sense_is_refused(window: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        open_scan(nifti_bytes(ct_volume())).slice_image(0, window)
+    for content in (nifti_bytes(ct_volume()), dicom_bytes(dicom_dataset(STORED)), STORED):
+        with pytest.raises(ValueError, match=message):
+            open_scan(content).slice_image(0, window)
 
 
-def test_a_window_is_refused_where_there_are_no_grey_levels_to_choose() -> None:
-    for source in (picture_bytes("PNG"), picture_bytes("PNG", "L")):
-        with pytest.raises(ValueError, match="no grey levels"):
-            open_scan(source).slice_image(0, (1, 2))
+@pytest.mark.parametrize("window", [(1, 2), "lung", "file"])
+def test_a_window_is_refused_where_there_are_no_grey_levels_to_choose(window: object) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
+    voxels = np.ascontiguousarray(colours).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+    pages = [Image.fromarray(page) for page in colours]
+    sources = {
+        "colour": picture_bytes("PNG"),
+        "8 bits": picture_bytes("PNG", "L"),
+        "array": colours[0],
+        "dicom": dicom_bytes(dicom_dataset(colours[0], Modality="US", WindowCenter=9, WindowWidth=8)),
+        "nifti": nifti_bytes(voxels),
+        "pages": picture_bytes("TIFF", save_all=True, append_images=pages, size=(5, 6)),
+    }
+    for kind, source in sources.items():
+        scan = open_scan(source, kind)
+        assert not scan.is_wide and not scan.has_window
+        with pytest.raises(ValueError, match=f"{kind} is .*in colour: it has no grey levels"):
+            scan.slice_image(0, window)
     with pytest.raises(ValueError, match="is of CT, but bytes is MR"):
         open_scan(dicom_bytes(dicom_dataset(STORED, Modality="MR"))).slice_image(0, "lung")
 

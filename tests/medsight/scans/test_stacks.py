@@ -163,22 +163,24 @@ def test_turned_pages_are_shown_upright() -> None:
         assert np.array_equal(shown, np.rot90(np.asarray(PAGES[index]), -1))
 
 
-@pytest.mark.parametrize("other", [Image.new("RGB", (3, 4)), Image.new("L", (6, 9))])
-def test_pages_that_differ_are_no_slices_and_the_first_is_used_with_a_warning(
-    other: Image.Image, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("kind", "pages"),
+    [
+        ("TIFF", [PAGES[0], Image.new("RGB", (3, 4))]),
+        ("TIFF", [PAGES[0], Image.new("L", (6, 9))]),
+        ("PNG", PAGES[:2]),
+    ],
+    ids=["sizes", "modes", "moving picture"],
+)
+def test_what_is_no_volume_shows_its_first_frame_with_a_warning(
+    kind: str, pages: list, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        scan = open_scan(tiff_bytes([PAGES[0], other]), "pyramid")
-    assert scan.num_slices == 1 and np.array_equal(scan.slice_image(0), np.asarray(PAGES[0]))
-    assert "pyramid holds 2 frames" in caplog.text
-
-
-def test_a_moving_picture_is_no_volume(caplog: pytest.LogCaptureFixture) -> None:
     file = BytesIO()
-    PAGES[0].save(file, "GIF", save_all=True, append_images=PAGES[1:])
+    pages[0].save(file, kind, save_all=True, append_images=pages[1:])
     with caplog.at_level(logging.WARNING):
-        assert open_scan(file.getvalue()).num_slices == 1
-    assert "only the first is used" in caplog.text
+        scan = open_scan(file.getvalue(), "upload")
+    assert scan.num_slices == 1 and np.array_equal(scan.slice_image(0), np.asarray(PAGES[0]))
+    assert "upload holds 2 frames: only the first is used" in caplog.text
 
 
 def test_a_damaged_page_is_named() -> None:
