@@ -26,9 +26,9 @@ class BuildWithCode(build_py):
         module["write_remote_code"](folder, *(ROOT / name for name in MODEL))
 
 
-version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
+version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/version.py").read_text("utf-8"), re.MULTILINE)
 if version is None:
-    raise ValueError('medsight/__init__.py: expected a line `__version__ = "..."`, found none')
+    raise ValueError('medsight/version.py: expected a line `__version__ = "..."`, found none')
 readme = ROOT / "README.md"
 
 # The ranges were tested together; nothing here may require torchvision or timm, which pull the CUDA builds.

@@ -81,7 +81,7 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
 def _put(folder: Path, output: Path) -> None:
     """Moves a folder to where there is nothing or an empty folder; anything else stays, and raises OSError."""
     if _is_lived_in(output):
-        return _fill(folder, output)
+        return fill(folder, output)
     with suppress(OSError):
         output.rmdir()
     try:
@@ -89,7 +89,7 @@ def _put(folder: Path, output: Path) -> None:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        _fill(folder, output)
+        fill(folder, output)
 
 
 def _is_lived_in(folder: Path) -> bool:
@@ -98,13 +98,17 @@ def _is_lived_in(folder: Path) -> bool:
     return folder in (here, *here.parents)
 
 
-def _fill(folder: Path, output: Path) -> None:
-    """Moves all that is in a folder into a mount point, which may be another disk; all of it or, on an error, none."""
+def fill(folder: Path, output: Path) -> None:
+    """Moves all that is in a folder into another one, which may be on another disk: all of it or, on an error, none.
+
+    Raises:
+        FileExistsError: a file of that name is there already.
+    """
     moved: list[Path] = []
     try:
         for entry in sorted(folder.iterdir()):
             if os.path.lexists(output / entry.name):
-                raise FileExistsError(f"{output / entry.name} is there already")
+                raise FileExistsError(f"{output / entry.name} is there already; name another folder, or remove it")
             moved.append(output / entry.name)
             shutil.move(entry, moved[-1])
     except BaseException:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from medsight.inference.overlay import draw_overlay
+from medsight.export.drawing import draw_overlay
 
 from .items import Items, Skipped
 from .stage import Stage

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from processing_medsight.region_codes_medsight import find_codes
+
 from .records import as_text, patient_of, required
 from .registry import Source
 from .schema import IMAGE_MARKER, conversation_row
@@ -10,7 +12,6 @@ from .splits import canonical_split
 
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
-_CODE = re.compile(rf"\[C{_NUMBER}_{_NUMBER}\]|\[SEG\]")
 _RELEASED_CODE = re.compile(rf"\[M({_NUMBER}_{_NUMBER})\]")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -76,14 +77,12 @@ def conversation(
 
 def count_codes(text: str) -> int:
     """How many region codes a text cites."""
-    return len(_CODE.findall(text))
+    return len(find_codes(text))
 
 
 def cited_codes(messages: list[dict[str, str]]) -> list[str]:
     """The region codes that the assistant's turns cite, in order; one may come more than once."""
-    return [
-        code for message in messages if message["role"] == "assistant" for code in _CODE.findall(message["content"])
-    ]
+    return [code for message in messages if message["role"] == "assistant" for code in find_codes(message["content"])]
 
 
 def code_images(messages: list[dict[str, str]]) -> list[int]:

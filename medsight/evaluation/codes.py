@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medsight.data.groups import Groups
 from medsight.data.pictures import read_mask, read_picture
-from medsight.inference.overlay import heat_map, shorten
+from medsight.export.drawing import heat_map, shorten
 
 from .reference_codes import codes_in_image
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from medsight.data.pictures import read_picture
-from medsight.inference.overlay import draw_regions, readable_side
-from medsight.scans.scan import open_scan
+from medsight.export.drawing import draw_regions, readable_side
+from medsight.scans import open_scan
 
 from .cases import Case
 from .predictions import Prediction

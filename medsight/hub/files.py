@@ -24,7 +24,7 @@ from medsight.checkpoint import (
     weight_files,
 )
 from processing_medsight import MedSightProcessor
-from processing_medsight.region_codes_medsight import find_region_codes
+from processing_medsight.region_codes_medsight import find_region_codes, is_region_code
 
 
 CARD, CODE = "README.md", "*_medsight.py"
@@ -221,8 +221,12 @@ def _code_names(folder: Path) -> set[str]:
 
 def _sheets(folder: Path) -> dict[str, Path]:
     paths = sorted(folder.iterdir())
-    sheets = [path for path in paths if re.fullmatch(r"(C\d+_\d+|SEG)\.png", path.name) and path.is_file()]
+    sheets = [path for path in paths if _is_sheet(path)]
     if not sheets or len(sheets) != len(paths):
         other = next((path.name for path in paths if path not in sheets), "nothing")
         raise ValueError(f"contact sheets {folder}: expected C0_0.png and the like alone, found {other}")
     return {f"{SHEETS}/{path.name}": path for path in sheets}
+
+
+def _is_sheet(path: Path) -> bool:
+    return path.suffix == ".png" and is_region_code(f"[{path.stem}]") and path.is_file()

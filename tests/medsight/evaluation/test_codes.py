@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medsight import cli
-from medsight.inference.overlay import HEAT, heat_map
+from medsight.export.drawing import HEAT, heat_map
 
 
 @pytest.fixture

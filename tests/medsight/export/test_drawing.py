@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.inference.overlay import PALETTE, draw_overlay
+from medsight.export.drawing import PALETTE, draw_overlay
 
 
 @pytest.mark.parametrize(("size", "drawn"), [((64, 32), 512), ((512, 700), 700), ((5000, 40), 2048)])
