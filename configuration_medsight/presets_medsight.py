@@ -3,54 +3,51 @@
 from typing import Any
 
 
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 152256,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+}
+CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
 PRESETS: dict[str, dict[str, Any]] = {
     "8b": {
         "text_config": {
-            "model_type": "qwen3",
-            "vocab_size": 152256,
+            **QWEN3,
             "hidden_size": 4096,
             "intermediate_size": 12288,
             "num_hidden_layers": 36,
             "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
         },
         "vision_config": {
-            "model_type": "clip_vision_model",
+            **CLIP,
             "hidden_size": 1024,
             "intermediate_size": 4096,
             "num_hidden_layers": 24,
             "num_attention_heads": 16,
             "image_size": 336,
             "patch_size": 14,
-            "hidden_act": "quick_gelu",
         },
     },
     "small": {
         "text_config": {
-            "model_type": "qwen3",
-            "vocab_size": 152256,
+            **QWEN3,
             "hidden_size": 1024,
             "intermediate_size": 3072,
             "num_hidden_layers": 28,
             "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
             "tie_word_embeddings": True,
         },
         "vision_config": {
-            "model_type": "clip_vision_model",
+            **CLIP,
             "hidden_size": 768,
             "intermediate_size": 3072,
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
             "image_size": 224,
             "patch_size": 16,
-            "hidden_act": "quick_gelu",
         },
     },
     "tiny": {
@@ -68,14 +65,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "eos_token_id": 258,
         },
         "vision_config": {
-            "model_type": "clip_vision_model",
+            **CLIP,
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "image_size": 28,
             "patch_size": 7,
-            "hidden_act": "quick_gelu",
         },
         "image_token_id": 268,
         "num_region_queries": 5,

@@ -15,7 +15,6 @@ import math
 import random
 from datetime import timedelta
 from functools import partial
-from inspect import signature
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
     """
     settings = stage_settings(recipe)
     refuse_missing_regions(recipe, settings)
-    refuse_unknown(recipe.model.config, set(signature(MedSightConfig).parameters) - {"kwargs"}, "model.config")
+    refuse_unknown(recipe.model.config, set(MedSightConfig.__annotations__), "model.config")
     if recipe.model.folder is not None and recipe.model.config.keys() & MedSightConfig.sub_configs.keys():
         raise ValueError("model.config: text_config and vision_config are the folder's own; leave them out")
     if stage is not None:

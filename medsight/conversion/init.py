@@ -30,7 +30,7 @@ from medsight.text import quiet_transformers
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import CHAT_TEMPLATE, QWEN3_ADDED_TOKENS, add_region_codes
 
-from .convert import Shapes, StrPath, clip_vision_config, find_problems, refuse_problems, write_checkpoint
+from .convert import TOWER, StrPath, clip_vision_config, find_problems, refuse_problems, write_checkpoint
 from .foreign_files import Source, merge
 
 
@@ -198,12 +198,11 @@ def read_clip_file(
     """
     source = Source.read_file("image_encoder", path)
     tensors, problems = merge([source])
-    shapes = Shapes(tensors)
-    config = CLIPVisionConfig(**clip_vision_config(shapes, activation))
+    config = CLIPVisionConfig(**clip_vision_config(tensors, activation))
     with torch.device("meta"):
-        expected = {f"model.vision_tower.{name}": t for name, t in CLIPVisionModel(config).state_dict().items()}
-    refuse_problems(problems | find_problems(tensors, expected, (), [source], compare_shapes=shapes.complete))
-    weights = {name.removeprefix("model.vision_tower."): tensor.to(dtype) for name, tensor in tensors.items()}
+        expected = {f"{TOWER}{name}": tensor for name, tensor in CLIPVisionModel(config).state_dict().items()}
+    refuse_problems(problems | find_problems(tensors, expected, (), [source]))
+    weights = {name.removeprefix(TOWER): tensor.to(dtype) for name, tensor in tensors.items()}
     return config, weights, CLIP_STATISTICS
 
 
