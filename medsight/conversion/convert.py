@@ -29,7 +29,7 @@ StrPath = str | os.PathLike[str]
 SHARD_SIZE = "5GB"
 TOWER, PERCEIVER = "model.vision_tower.", "model.region_perceiver."
 EMBEDDING = "model.language_model.embed_tokens.weight"
-# The tensors that tell a model's sizes. Where one is missing, this shape stands in, until all that is missing is listed.
+# The tensors that tell a model's sizes; this shape stands in for one that is missing, until all of those are listed.
 STAND_INS = {
     f"{TOWER}embeddings.class_embedding": (64,),
     f"{TOWER}embeddings.patch_embedding.weight": (64, 3, 14, 14),
@@ -273,7 +273,7 @@ def find_problems(
         homes = ((source, to_theirs(source.kind, name, source.tensors)) for source in sources)
         source, place = next((source, source.place(their_name)) for source, their_name in homes if their_name)
         # A loose file that is given must be complete: no copy stands in for a part of it.
-        if name not in held[source.kind]:
+        if name not in tensors or name not in held[source.kind]:
             if name not in tied:
                 problems.add(f"{place} is missing")
         elif name not in expected:
