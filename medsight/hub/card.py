@@ -129,14 +129,13 @@ def _of_training(folder: Path, run: Path | None, adapter: bool) -> tuple[dict[st
     path = run / TRAINING_RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{run} has no {TRAINING_RECORD}, which training writes when a stage ends: train on with this version, or "
-            "leave out --run"
+            f"{path} is not there; training writes it: train on with this version, or leave out --run"
         )
     if not adapter and (theirs := weights_sha256(run / "model")) != (ours := weights_sha256(folder)):
         raise ValueError(f"the run {run} ended with weights {theirs[:12]}…, but those to publish are {ours[:12]}…")
     record = read_json(path)
-    missing = [name for name in ("datasets", "emissions", "data", "training") if name not in record]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}: it is no record of training")
-    header = {"datasets": record["datasets"], "co2_eq_emissions": record["emissions"]}
-    return header, {"training_data": record["data"], "training": record["training"]}
+    try:
+        header = {"datasets": record["datasets"], "co2_eq_emissions": record["emissions"]}
+        return header, {"training_data": record["data"], "training": record["training"]}
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: it is no record of training") from error

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.utils import filter_repo_objects
 
 from medsight import __version__
-from medsight.checkpoint import CODES_FILE, INDEX_FILE, read_json
+from medsight.checkpoint import CODES_FILE, INDEX_FILE, OPTIONAL, read_json
 
 from .card import CardFacts, base_model_of_adapter, render_card
 from .files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, check_repo_id, files_to_push
@@ -19,8 +19,7 @@ from .files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, check_repo_id,
 # What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
 STALE = [
     *("model*.safetensors", INDEX_FILE, CODE, ADAPTER_CONFIG, "adapter_model*", CODES_FILE),
-    *("generation_config.json", "preprocessor_config.json", "chat_template.*", f"{TEMPLATES}/*"),
-    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.*", f"{TEMPLATES}/*", *OPTIONAL),
 ]
 MESSAGES = {
     401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",

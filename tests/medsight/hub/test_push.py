@@ -60,17 +60,15 @@ def test_pushing_again_changes_what_changed_and_removes_what_would_be_loaded_in_
 
 
 def test_a_branch_is_made_and_main_stays(hub: FakeHub, folder: Path) -> None:
-    hub.create("me/tiny")
     for _ in range(2):
         assert push(folder, "me/tiny", revision="v2").revision == "v2"
-    assert "config.json" in hub.files("me/tiny", "v2") and not hub.files("me/tiny")
-    assert len(hub.commits("me/tiny", "v2")) == 1
+    assert len(hub.commits("me/tiny", "v2")) == 1 and not hub.files("me/tiny")
 
 
 def test_private_is_kept(hub: FakeHub, folder: Path) -> None:
     push(folder, "me/secret", private=True)
     assert hub.repos["me/secret"].private
-    hub.create("me/open", private=False)
+    hub.create("me/open")
     with pytest.raises(ValueError, match=r"me/open exists and is public"):
         push(folder, "me/open", private=True)
     assert not hub.files("me/open")
@@ -146,10 +144,10 @@ def test_a_hub_that_is_not_there_is_said_to_be_so(hub: FakeHub, folder: Path, mo
         push(folder, "me/tiny")
 
 
-@pytest.mark.parametrize("repo_id", ["tiny", "a/b/c", "me/", "../tiny/x", "me/ti ny", ""])
-def test_a_bad_repository_name_is_refused(folder: Path, repo_id: str) -> None:
-    with pytest.raises(ValueError, match="NAMESPACE/NAME"):
-        push(folder, repo_id)
+def test_a_bad_repository_name_is_refused(folder: Path) -> None:
+    for repo_id in ("tiny", "a/b/c", "me/", "../tiny", "me/ti ny", ""):
+        with pytest.raises(ValueError, match="NAMESPACE/NAME"):
+            push(folder, repo_id)
 
 
 def test_metadata_that_the_hub_refuses_stops_the_upload(hub: FakeHub, folder: Path) -> None:
