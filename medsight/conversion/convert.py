@@ -84,12 +84,9 @@ def convert(
     llm_config = read_json(llm / "config.json")
     if llm_config.get("model_type") == MedSightConfig.model_type:
         raise ValueError(f"{llm} is a MedSIGHT checkpoint already")
-    layer = vision_feature_layer if vision_feature_layer is not None else llm_config.get("mm_vision_select_layer")
+    layer = llm_config.get("mm_vision_select_layer") if vision_feature_layer is None else vision_feature_layer
     if layer is None:
-        raise ValueError(
-            f"{llm / 'config.json'} has no mm_vision_select_layer; say which hidden state the model reads "
-            "(--vision-feature-layer)"
-        )
+        raise ValueError(f"{llm / 'config.json'} has no mm_vision_select_layer; give --vision-feature-layer")
     tokenizer, num_groups, codes_per_group, first_code = load_published_tokenizer(llm)
     group_names = read_names(groups) if groups is not None else None
     if group_names is not None and len(group_names) != num_groups:
@@ -117,7 +114,8 @@ def convert(
     del expected["model.codebook.codes"]
     tied = set(model.all_tied_weights_keys)
     problems |= find_problems(tensors, expected, tied, sources)
-    if {"lm_head.weight"} <= tied & tensors.keys() and not same(tensors["lm_head.weight"], tensors[EMBEDDING]):
+    head, words = tensors.get("lm_head.weight"), tensors.get(EMBEDDING)
+    if "lm_head.weight" in tied and head is not None and words is not None and not same(head, words):
         problems.add("lm_head.weight differs from the embedding that config.json ties it to (tie_word_embeddings)")
     refuse_problems(problems)
     tensors["model.codebook.codes"] = torch.stack([tensors.pop(name) for name in codes])
@@ -181,13 +179,12 @@ def sizes(config: MedSightConfig) -> dict[str, Any]:
 
 def describe(config: MedSightConfig) -> str:
     """One line about a model's sizes."""
-    size = sizes(config)
-    text, vision = size["language_model"], size["image_encoder"]
+    text, vision = config.text_config, config.vision_config
     return (
-        f"{text['type']} language model (width {text['width']}, {text['layers']} layers), "
-        f"{vision['type']} image encoder (width {vision['width']}, {vision['pixels']} px), "
-        f"{size['region_queries']} region queries, {size['perceiver_stages']} stages, "
-        f"{size['groups']} groups of {size['codes_per_group']} codes"
+        f"{text.model_type} language model (width {text.hidden_size}, {text.num_hidden_layers} layers), "
+        f"{vision.model_type} image encoder (width {config.vision_hidden_size}, {config.image_size} px), "
+        f"{config.num_region_queries} region queries, {config.perceiver_num_stages} stages, "
+        f"{config.num_groups} groups of {config.codes_per_group} codes"
     )
 
 

@@ -128,9 +128,7 @@ def _of_training(folder: Path, run: Path | None, adapter: bool) -> tuple[dict[st
         return {}, {}
     path = run / TRAINING_RECORD
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there; training writes it: train on with this version, or leave out --run"
-        )
+        raise FileNotFoundError(f"{path} is not there: train on with this version, which writes it, or omit --run")
     if not adapter and (theirs := weights_sha256(run / "model")) != (ours := weights_sha256(folder)):
         raise ValueError(f"the run {run} ended with weights {theirs[:12]}…, but those to publish are {ours[:12]}…")
     record = read_json(path)

@@ -173,7 +173,7 @@ def test_what_a_run_did_not_record_is_not_stated_and_a_damaged_record_is_named(f
         card_of(folder)
     path.unlink()
     assert "Not recorded" in card_of(folder)
-    with pytest.raises(FileNotFoundError, match=r"training_record\.json is not there.*train on.*leave out --run"):
+    with pytest.raises(FileNotFoundError, match=r"training_record\.json is not there.*train on.*omit --run"):
         card_of(folder, run=run)
 
 
