@@ -5,21 +5,21 @@ medsight data annotate my-masks --model my-model --output my-conversations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import yaml
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.data.groups import Groups
+from medsight.text import nearest
 
 from .annotation import annotate
+from .annotation_output import AnnotationCounts
 
-
-if TYPE_CHECKING:
-    from .annotation_output import AnnotationCounts
 
 __all__ = ["annotate", "load_groups", "match_groups", "summary"]
 
 
-def summary(counts: "AnnotationCounts") -> str:
+def summary(counts: AnnotationCounts) -> str:
     """A table of what was made, for a terminal."""
     lines = [f"{counts.images} images, {counts.conversations} conversations", ""]
     lines += [f"{name:<24}{count:>8}" for name, count in sorted(counts.intents.items())]
@@ -34,10 +34,10 @@ def summary(counts: "AnnotationCounts") -> str:
     return "\n".join(lines)
 
 
-def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], told: Groups | None = None) -> Groups:
+def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], named: Groups | None = None) -> Groups:
     """The model's groups with the patterns of the data's pairs of modality and site.
 
-    A pair belongs to the group that `told` has for it, or else to the first that has a pattern for it, or else to the
+    A pair belongs to the group that `named` has for it, or else to the first that has a pattern for it, or else to the
     group called "MODALITY SITE", whatever the case, or else to that of its modality up to the first hyphen ("MRI-T1",
     "brain" to "MRI brain").
 
@@ -48,8 +48,8 @@ def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], told:
     by_name = {name.lower(): name for name in names}
     patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in names}
     for modality, site in sorted(set(pairs)):
-        if told is not None and (k := told.find(modality, site)) is not None:
-            patterns[told.names[k]].append(f"{modality}/{site}")
+        if named is not None and (k := named.find(modality, site)) is not None:
+            patterns[named.names[k]].append(f"{modality}/{site}")
             continue
         if Groups(patterns).find(modality, site) is not None:
             continue
@@ -75,21 +75,16 @@ def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
         OSError: the file cannot be read.
         ValueError: it is not such a mapping, or names a group that the model has not.
     """
-    import difflib
-
-    import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not all(
-        isinstance(some, list) and all(isinstance(pattern, str) for pattern in some) for some in content.values()
+        isinstance(entry, list) and all(isinstance(pattern, str) for pattern in entry) for entry in content.values()
     ):
         raise ValueError(f"{path}: expected group names, each with a list of patterns of 'modality/site'")
     for name in content if names is not None else ():
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(names)}"
-            raise ValueError(f"{path}: the model has no code group {name!r}; {hint}")
-    return Groups({str(name): some for name, some in content.items()})
+            raise ValueError(f"{path}: the model has no code group {name!r}; {nearest(name, names)}")
+    return Groups({str(name): entry for name, entry in content.items()})

@@ -6,6 +6,7 @@ shows an image or cites a code, and in a unit that only some of them enter these
 """
 
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 
 METHODS = ("get_region_features", "get_image_features", "quantize_regions", "decode_regions", "generate")
@@ -17,8 +18,6 @@ def gather_in_methods(model: nn.Module) -> None:
 
     A model that is not sharded stays as it is.
     """
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
     for name in METHODS:
         if name not in vars(model):
             register_fsdp_forward_method(model, name)

@@ -1,16 +1,27 @@
-"""What a training run's folder says for a card: which data, under which licences, for how long, on what."""
+"""What a run says of itself on a card, written whenever a stage ends: data and their licences, times, machines."""
 
 import csv
+import importlib.resources
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from medsight.checkpoint import read_json
+from medsight.data.biomedparse import biomedparse_shards
+from medsight.data.records import json_records
+from medsight.data.sources import Source
+from medsight.data.splits import canonical_split
+
+from .corpus import TEXT, Corpus, read_source
+from .recipe import Recipe, is_named_list
+from .run_folder import ENVIRONMENT_FILE, RECIPE_FILE, write_if_changed
 
 
-SETS_FILE = Path(__file__).with_name("datasets.yaml")
+RECORD_FILE = "training_record.json"
 EMISSIONS = "emissions.csv"  # of codecarbon, where `report_to: codecarbon` asked for it
 FEW_IMAGES = 20
 NAMES = {"device": "device", "processes": "processes", "python": "Python", "torch": "torch"}
@@ -18,11 +29,23 @@ NAMES = {"device": "device", "processes": "processes", "python": "Python", "torc
 
 @dataclass
 class Part:
-    """A run of a chain, as far as its stage `last`: all of it, where there is none."""
+    """A run of a chain, as far as its stage `last`: all of it, where there is none.
+
+    Attributes:
+        recipe: as its recipe.yaml has it, of whichever version.
+    """
 
     run: Path
-    recipe: Any
+    recipe: dict[str, Any]
     last: str | None = None
+
+    def stages(self) -> list[str]:
+        """Its finished stages in order."""
+        names = sorted(path.parent.name for path in self.run.glob("stages/*/finished.json"))
+        if is_named_list(self.recipe["stages"]):
+            order = [entry["name"] for entry in self.recipe["stages"]]
+            names = [name for name in order if name in names]
+        return names[: names.index(self.last) + 1] if self.last in names else names
 
 
 @dataclass
@@ -45,84 +68,49 @@ class DataSet:
     sources: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
-    """A card's sections on training.
-
-    Attributes:
-        data, training: Markdown.
-        datasets: names of the sets, for the header; empty where they could not be read.
-        emissions: fields of the header's `co2_eq_emissions`, where they were measured.
-    """
-
-    data: str
-    training: str
-    datasets: list[str]
-    emissions: dict[str, Any] | None
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run whose result a checkpoint folder is: the folder above it, if it is one."""
-    above = folder.absolute().parent
-    return above if folder.absolute().name == "model" and (above / "recipe.yaml").is_file() else None
-
-
-def read_run(run: Path) -> TrainingRecord:
-    """What a finished run recorded.
+def write_record(run: Path, recipe: Recipe, corpus: Corpus) -> None:
+    """Write RUN/training_record.json, where it is not there as it is now: `data` and `training`, a card's sections as
+    Markdown; `datasets`, names for its header; and `emissions`, fields of the header's `co2_eq_emissions` or null.
 
     Raises:
-        OSError: it has no recipe, or a record is missing.
-        ValueError: a record is damaged.
+        OSError: it cannot be written, or a record that it is made of cannot be read.
+        ValueError: such a record is damaged.
     """
-    from medsight.training.recipe import load_recipe
-
-    recipe = load_recipe(run / "recipe.yaml")
-    rows = read_json(run / "data.json")
-    total = f"{rows['training']['rows']:,} training images, {rows['validation']['rows']:,} held out for validation"
+    sets = _read_sets(recipe, corpus)
+    rows, held = len(corpus.training), len(corpus.validation)
     emissions = _emissions(run)
-    sets = None
-    reason = "have changed since"
-    try:
-        sets = _read_sets(recipe, rows["training"]["sha256"])
-    except (OSError, ValueError):  # whose message has paths, which are nobody else's business
-        reason = "could not be read when this card was made"
-    if sets is None:
-        data = f"{total}. Their files {reason}, so their sets and licences are not listed here."
-    else:
-        data = f"{total}.\n\n{_sets_table(sets)}"
-    return TrainingRecord(data, _training_text(run, recipe, emissions), sorted(sets or ()), emissions)
+    record = {
+        "datasets": sorted(sets),
+        "emissions": emissions,
+        "data": f"{rows:,} training images, {held:,} held out for validation.\n\n{_sets_table(sets)}",
+        "training": _training_text(Part(run, recipe.to_dict()), emissions),
+    }
+    write_if_changed(run / RECORD_FILE, record)
 
 
-def _read_sets(recipe: Any, sha256: str) -> dict[str, DataSet] | None:
-    """The sets of a recipe by name; None if they are not what was trained on."""
-    from medsight.data.sources import Source, load_source
-    from medsight.training.corpus import fingerprint, read_corpus
-
-    corpus = read_corpus(recipe)
-    if fingerprint(corpus.training) != sha256:
-        return None
+def _read_sets(recipe: Recipe, corpus: Corpus) -> dict[str, DataSet]:
+    """The sets that a run reads, by name."""
     sets: dict[str, DataSet] = defaultdict(DataSet)
     for row in corpus.training.select_columns(["dataset", "masks", "label_origin"]):
-        one = sets[row["dataset"] or "unnamed"]
-        one.images += 1
-        one.masks += len(row["masks"])
-        one.origins[row["label_origin"] or "not stated"] += bool(row["masks"])
-    for entries, words_only in ((recipe.data.text, True), (recipe.data.conversations.values(), False)):
-        for entry in entries:
-            for name, count in Counter(load_source(Source.from_mapping(entry))["dataset"]).items():
-                one = sets[name or "unnamed"]
-                one.conversations += count
-                one.words_only = words_only and not one.images
-    _state_licences(sets, [Source.from_mapping(entry) for entry in recipe.data.regions])
+        entry = sets[row["dataset"] or "unnamed"]
+        entry.images += 1
+        entry.masks += len(row["masks"])
+        entry.origins[row["label_origin"] or "not stated"] += bool(row["masks"])
+    reads_text = any(TEXT in stage.get("data", []) for stage in recipe.stages)
+    texts = [read_source(recipe, source) for source in recipe.data.text] if reads_text else []
+    spoken = [rows for split in corpus.conversations.values() for rows in split]
+    for parts, words_only in ((texts, True), (spoken, False)):
+        for rows in parts:
+            for name, count in Counter(rows["dataset"]).items():
+                entry = sets[name or "unnamed"]
+                entry.conversations += count
+                entry.words_only = words_only and not entry.images
+    _state_licences(sets, [Source.from_mapping(source) for source in recipe.data.regions])
     return dict(sets)
 
 
 def _state_licences(sets: dict[str, DataSet], sources: Iterable[Any]) -> None:
     """Licences and addresses that the manifests of the region sources state."""
-    from medsight.data.biomedparse import biomedparse_shards
-    from medsight.data.records import json_records
-    from medsight.data.splits import canonical_split
-
     for source in sources:
         shards = biomedparse_shards(source) if source.layout == "biomedparse" else []
         for shard in map(Path, shards):
@@ -130,33 +118,32 @@ def _state_licences(sets: dict[str, DataSet], sources: Iterable[Any]) -> None:
                 if not isinstance(record, dict) or source.split not in (None, canonical_split(record["split"])):
                     continue
                 parts = Path(record["image"]).parts
-                one = sets.get(parts[0] if len(parts) > 2 else shard.absolute().parent.name)
-                if one is not None and record.get("licence"):
+                entry = sets.get(parts[0] if len(parts) > 2 else shard.absolute().parent.name)
+                if entry is not None and record.get("licence"):
                     unverified = ", not verified at the source" if record.get("tier") == "B" else ""
-                    one.licences.add(f"{record['licence']}{unverified}")
-                if one is not None and record.get("source_url"):
-                    one.sources.add(record["source_url"])
+                    entry.licences.add(f"{record['licence']}{unverified}")
+                if entry is not None and record.get("source_url"):
+                    entry.sources.add(record["source_url"])
 
 
 def _sets_table(sets: dict[str, DataSet]) -> str:
-    import yaml
-
-    known = yaml.safe_load(SETS_FILE.read_text(encoding="utf-8"))
+    file = importlib.resources.files("medsight.hub") / "datasets.yaml"
+    known = yaml.safe_load(file.read_text(encoding="utf-8"))
     lines = ["| set | images | masks | masks made by | licence | credit |", "|---|---|---|---|---|---|"]
     pseudo = 0
-    for name, one in sorted(sets.items()):
+    for name, entry in sorted(sets.items()):
         about = known.get(name, {})
-        licence = "; ".join(sorted(one.licences)) or about.get("licence", "not stated")
-        credit = "; ".join([about.get("credit", "not stated"), *sorted(one.sources)])
-        made = ", ".join(_origin(origin) for origin, count in one.origins.items() if count) or "-"
-        pseudo += sum(count for origin, count in one.origins.items() if _is_pseudo(origin))
-        images = f"{one.images:,}" if one.images else "words only" if one.words_only else "-"
-        if one.conversations:
-            images += f"; {one.conversations:,} conversations"
+        licence = "; ".join(sorted(entry.licences)) or about.get("licence", "not stated")
+        credit = "; ".join([about.get("credit", "not stated"), *sorted(entry.sources)])
+        made = ", ".join(_origin(origin) for origin, count in entry.origins.items() if count) or "-"
+        pseudo += sum(count for origin, count in entry.origins.items() if _is_pseudo(origin))
+        images = f"{entry.images:,}" if entry.images else "words only" if entry.words_only else "-"
+        if entry.conversations:
+            images += f"; {entry.conversations:,} conversations"
         title = about.get("title", "")
-        cells = (f"{name} ({title})" if title else name, images, f"{one.masks:,}", made, licence, credit)
+        cells = (f"{name} ({title})" if title else name, images, f"{entry.masks:,}", made, licence, credit)
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    few = [name for name, one in sorted(sets.items()) if 0 < one.images < FEW_IMAGES]
+    few = [name for name, entry in sorted(sets.items()) if 0 < entry.images < FEW_IMAGES]
     if few:
         lines += ["", f"Fewer than {FEW_IMAGES} images, so expect little there: {', '.join(few)}."]
     if pseudo:
@@ -175,8 +162,8 @@ def _origin(origin: str) -> str:
     return f"{origin}: pseudo-labels" if _is_pseudo(origin) else origin
 
 
-def _training_text(run: Path, recipe: Any, emissions: dict[str, Any] | None) -> str:
-    chain = [*_runs_before(recipe), Part(run, recipe)]
+def _training_text(last: Part, emissions: dict[str, Any] | None) -> str:
+    chain = [*_runs_before(last.recipe), last]
     begun = [_beginning(part, number) for number, part in enumerate(chain)]
     lines = [f"Started from {begun[0]}"]
     if len(chain) > 1:
@@ -184,15 +171,12 @@ def _training_text(run: Path, recipe: Any, emissions: dict[str, Any] | None) -> 
     lines += ["", "| stage | hours:minutes | on |", "|---|---|---|"]
     total = 0.0
     for number, part in enumerate(chain, start=1):
-        for path in sorted(part.run.glob("stages/*/finished.json")):
-            name = path.parent.name
-            if part.last is not None and name > part.last:
-                continue
-            finished = read_json(path)
+        for name in part.stages():
+            finished = read_json(part.run / "stages" / name / "finished.json")
             seconds = float(finished["metrics"]["train_runtime"])
             total += seconds
-            name = name if len(chain) == 1 else f"run {number}: {name}"
-            lines.append(f"| {name} | {_hours(seconds)} | {_machine(finished.get('environment', {}))} |")
+            title = name if len(chain) == 1 else f"run {number}: {name}"
+            lines.append(f"| {title} | {_hours(seconds)} | {_machine(finished.get('environment', {}))} |")
     lines += [f"| together | {_hours(total)} | |", "", "A stage that was interrupted counts from its last start.", ""]
     if emissions:
         of_last = "" if len(chain) == 1 else ", for the last run"
@@ -202,28 +186,26 @@ def _training_text(run: Path, recipe: Any, emissions: dict[str, Any] | None) -> 
     return "\n".join(lines)
 
 
-def _runs_before(recipe: Any) -> list[Part]:
+def _runs_before(recipe: dict[str, Any]) -> list[Part]:
     """The runs, oldest first, that led to the folder which a recipe starts from, as far as they are still there."""
-    from medsight.training.recipe import load_recipe
-
-    start = Path(recipe.model.folder).absolute() if recipe.model.folder else None
-    if start is None:
+    if not recipe["model"]["folder"]:
         return []
+    start = Path(recipe["model"]["folder"]).absolute()
     # RUN/model, or RUN/stages/STAGE/model
     for run, last in ((start.parent, None), (start.parent.parent.parent, start.parent.name)):
-        if (run / "recipe.yaml").is_file():
-            before = load_recipe(run / "recipe.yaml")
+        if (run / RECIPE_FILE).is_file():
+            before = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
             return [*_runs_before(before), Part(run, before, last)]
     return []
 
 
 def _beginning(part: Part, before: int) -> str:
     """What a run began with, where `before` runs led to it, and on what it ran first."""
-    recipe = part.recipe
-    start = f"nothing (random weights, preset `{recipe.model.preset}`)"
-    if recipe.model.folder:
-        start = f"run {before}" if before else f"the checkpoint `{Path(recipe.model.folder).name}`"
-    return f"{start}; seed {recipe.seed}; {_machine(read_json(part.run / 'environment.json'))}."
+    model = part.recipe["model"]
+    start = f"scratch (random weights, preset `{model['preset']}`)"
+    if model["folder"]:
+        start = f"run {before}" if before else f"the checkpoint `{Path(model['folder']).name}`"
+    return f"{start}; seed {part.recipe['seed']}; {_machine(read_json(part.run / ENVIRONMENT_FILE))}."
 
 
 def _machine(environment: dict[str, Any]) -> str:
