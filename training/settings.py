@@ -17,6 +17,7 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.data.sources import LAYOUTS, Source
 from medsight.text import align
 
+from .augmentation import Augmentation
 from .corpus import TEXT
 from .recipe import Recipe, build, convert, leaves, refuse_unknown
 from .stage import Stage, StageSettings, stage_kinds
@@ -202,8 +203,9 @@ def settings_in_force(recipe: Recipe) -> dict[str, dict[str, Any]]:
     Returns:
         Key -> `value` and `source`; keys of stages are `stages.NAME.KEY`.
     """
-    own = {key: value for key, value in recipe.to_dict().items() if key not in ("stages", "training")}
-    rows = {key: {"value": value, "source": _source(recipe, key) or "default"} for key, value in leaves(own)}
+    shared = {key: value for key, value in recipe.to_dict().items() if key not in ("stages", "training")}
+    shared["augmentation"] = dataclasses.asdict(build(Augmentation, recipe.augmentation, "augmentation"))
+    rows = {key: {"value": value, "source": _source(recipe, key) or "default"} for key, value in leaves(shared)}
     for stage in resolve_stages(recipe).values():
         where = f"stages.{stage.name}"
         values = {"kind": stage.kind.kind, **dataclasses.asdict(stage.settings)}

@@ -83,6 +83,7 @@ class Stage:
     reads: ClassVar[str]  # "regions" or "conversations"
     parts: ClassVar[tuple[str, ...]]  # what stages of this kind can train
     Settings: ClassVar[type[StageSettings]] = StageSettings
+    rows_alone = False  # whether the codes' rows are all that trains of the vocabulary
 
     def __init__(self, name: str, settings: Any, canvas: Canvas, seed: int) -> None:
         self.name, self.settings, self.canvas, self.seed = name, settings, canvas, seed
