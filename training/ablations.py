@@ -41,8 +41,8 @@ from medsight.text import note
 from .corpus import read_corpus
 from .held_out import figures, held_out_items
 from .recipe import CONFIGS, Recipe, load_recipe
-from .run import stage_folder, train
-from .run_folder import open_folder
+from .run import train
+from .run_folder import open_folder, stage_folder
 from .settings import ResolvedStage, resolve_stages
 
 
@@ -100,14 +100,14 @@ def shortened(recipe: Recipe, share: float) -> Recipe:
 
 def shared_stages(full: Recipe, other: Recipe) -> list[str]:
     """Names of the stages, from the first on, that two recipes train to the same result."""
-    (before, now), (stages, others) = [[r.model.config for r in (full, other)], [r.stages for r in (full, other)]]
+    before, now = full.model.config, other.model.config
     changed = {name for name in (*before, *now) if before.get(name) != now.get(name)}
     values, other_values = ({**recipe.to_dict(), "output": "", "stages": []} for recipe in (full, other))
     values["model"]["config"] = other_values["model"]["config"] = {}
     if values != other_values or not changed <= REACHED.keys():
         return []
     shared = []
-    for resolved, entry, other_entry in zip(resolve_stages(full).values(), stages, others, strict=False):
+    for resolved, entry, other_entry in zip(resolve_stages(full).values(), full.stages, other.stages, strict=False):
         if entry != other_entry or any(REACHED[name](resolved) for name in changed):
             break
         shared.append(resolved.name)

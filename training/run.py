@@ -12,7 +12,6 @@ import contextlib
 import logging
 from datetime import timedelta
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from .recipe import Recipe, build, refuse_unknown
 from .run_folder import (
     describe_data,
     finish_stage,
+    is_finished,
     keep_recipe,
     load_folder,
     lock,
@@ -41,6 +41,7 @@ from .run_folder import (
     outdate_result,
     save_folder,
     save_result,
+    stage_folder,
     write_if_changed,
 )
 from .sampler import DrawSampler, rarity_weights
@@ -65,11 +66,11 @@ LONGEST_WAIT = timedelta(hours=6)  # while one process annotates, the others wai
 SETTINGS_FILE = "settings.json"
 
 
-def train(recipe: Recipe, stage: str | None = None) -> Path:
+def train(recipe: Recipe, only: str | None = None) -> Path:
     """Run all stages of a recipe that are not finished, or one of them.
 
     Args:
-        stage: name of the only stage to run; the ones before it must be finished.
+        only: name of the only stage to run; the ones before it must be finished.
 
     Returns:
         The folder of the result: the whole run's, or the stage's.
@@ -80,22 +81,22 @@ def train(recipe: Recipe, stage: str | None = None) -> Path:
     """
     stages = resolve_stages(recipe)
     refuse_missing_regions(recipe, stages.values())
-    if stage is not None:
-        refuse_unknown([stage], stages, "--stage")
+    if recipe.model.folder is not None and recipe.model.config.keys() & MedSightConfig.sub_configs.keys():
+        raise ValueError("model.config: text_config and vision_config are the folder's own; leave them out")
+    if only is not None:
+        refuse_unknown([only], stages, "--stage")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
     state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
-    done = [name for name in stages if is_finished(output, name)]
-    begun = {name for name in stages if name in done or checkpoints(stage_folder(output, name))}
-    for name in [name for name in stages if name not in done]:
-        training_arguments(stage_folder(output, name), stages[name], recipe)  # refuses what only it can tell
-        check_conversations(recipe, stages[name])
-    ahead = takewhile(lambda name: name not in begun, reversed(stages))
-    on_main(lambda: open_folder(output, recipe, done, [*ahead]))
+    for stage in stages.values():
+        if not is_finished(output, stage.name):
+            training_arguments(stage_folder(output, stage.name), stage, recipe)  # refuses what only it can tell
+            check_conversations(recipe, stage)
+    on_main(lambda: open_folder(output, recipe))
     held = lock(output) if state.is_main_process else contextlib.nullcontext()
     with held:
-        return run_stages(recipe, stages, stage, output)
+        return run_stages(recipe, stages, only, output)
 
 
 def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | None, output: Path) -> Path:
@@ -123,15 +124,6 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
             return previous
     on_main(lambda: save_result(previous, output / "model", recipe))
     return output / "model"
-
-
-def stage_folder(output: Path, name: str) -> Path:
-    return output / "stages" / name
-
-
-def is_finished(output: Path, name: str) -> bool:
-    """Whether a stage's result is there; its model and this mark appear together."""
-    return (stage_folder(output, name) / "finished.json").is_file()
 
 
 def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import platform
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .trainer import checkpoints
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
 LOCK_FILE = ".lock"
-RECIPE_FILE, ENVIRONMENT_FILE = "recipe.yaml", "environment.json"
+RECIPE_FILE, ENVIRONMENT_FILE, FINISHED_FILE = "recipe.yaml", "environment.json", "finished.json"
 OUTDATED = ".outdated"  # stands beside a result that a later stage leaves behind
 
 
@@ -72,26 +72,37 @@ def on_main(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = (), ahead: Collection[str] = ()) -> None:
+def stage_folder(output: Path, name: str) -> Path:
+    return output / "stages" / name
+
+
+def is_finished(output: Path, name: str) -> bool:
+    """Whether a stage's result is there; its model and this mark appear together."""
+    return (stage_folder(output, name) / FINISHED_FILE).is_file()
+
+
+def open_folder(output: Path, recipe: Recipe) -> None:
     """Make the run's folder, or resume in it if it holds a run of the same recipe.
 
-    Args:
-        finished: stages whose steps are all made: they go by the number of processes then, not now.
-        ahead: stages that no step was made of, nor of any after them: their settings may have changed.
+    Stages that no step was made of, nor of any after them, may differ. Those whose steps are all made go by the number
+    of processes then, not now.
 
     Raises:
         ValueError: the folder holds another run (with the differences), one of an earlier version, or something else.
     """
     file, versions = output / RECIPE_FILE, output / ENVIRONMENT_FILE
     if file.is_file():
-        before, now = read_recipe_file(file), recipe.to_dict()
+        before, now = (
+            {**values, "stages": _begun(output, values["stages"])}
+            for values in (read_recipe_file(file), recipe.to_dict())
+        )
         processes = read_json(versions)["processes"]
-        of_finished = {name: size for name, size in samples_a_step(now, processes).items() if name in finished}
-        old, new = ({**values, "stages": _without(values["stages"], ahead)} for values in (before, now))
-        lines = differences(old, new)
+        sizes = samples_a_step(now, PartialState().num_processes)
+        sizes |= {name: size for name, size in samples_a_step(now, processes).items() if is_finished(output, name)}
+        lines = differences(before, now)
         lines += differences(
-            samples_a_step(old, processes),
-            {**samples_a_step(new, PartialState().num_processes), **of_finished},
+            samples_a_step(before, processes),
+            sizes,
             "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of ",
         )
         if lines:
@@ -136,8 +147,12 @@ def write_if_changed(file: Path, content: Any) -> None:
         write_json(file, content)
 
 
-def _without(stages: list[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
-    return [entry for entry in stages if entry["name"] not in names]
+def _begun(output: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages as far as the last one that a step was made of."""
+    begun = [
+        is_finished(output, entry["name"]) or checkpoints(stage_folder(output, entry["name"])) for entry in stages
+    ]
+    return stages[: max((place for place, made in enumerate(begun, start=1) if made), default=0)]
 
 
 def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:
@@ -190,7 +205,7 @@ def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
 def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
     """Save a stage's model and mark the stage as finished."""
     save_folder(model, processor, folder / "model", state)
-    write_json(folder / "finished.json", {"metrics": metrics, "environment": environment()})
+    write_json(folder / FINISHED_FILE, {"metrics": metrics, "environment": environment()})
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 

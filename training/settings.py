@@ -97,8 +97,6 @@ def resolve_stages(recipe: Recipe) -> dict[str, ResolvedStage]:
         ValueError: an unknown kind or key, naming the nearest known one; or settings that do not go together.
     """
     refuse_unknown(recipe.model.config, set(signature(MedSightConfig).parameters) - {"kwargs"}, "model.config")
-    if recipe.model.folder is not None and recipe.model.config.keys() & MedSightConfig.sub_configs.keys():
-        raise ValueError("model.config: text_config and vision_config are the folder's own; leave them out")
     if not recipe.stages:
         raise ValueError("the recipe has no stages: list some, each with a name and a kind")
     stages = {entry["name"]: _resolved(recipe, entry) for entry in recipe.stages}

@@ -18,7 +18,7 @@ from medsight.data.splits import canonical_split
 
 from .corpus import TEXT, Corpus, read_source
 from .recipe import Recipe, is_named_list
-from .run_folder import ENVIRONMENT_FILE, RECIPE_FILE, write_if_changed
+from .run_folder import ENVIRONMENT_FILE, FINISHED_FILE, RECIPE_FILE, stage_folder, write_if_changed
 
 
 RECORD_FILE = "training_record.json"
@@ -41,7 +41,7 @@ class Part:
 
     def stages(self) -> list[str]:
         """Its finished stages in order."""
-        names = sorted(path.parent.name for path in self.run.glob("stages/*/finished.json"))
+        names = sorted(path.parent.name for path in self.run.glob(f"stages/*/{FINISHED_FILE}"))
         if is_named_list(self.recipe["stages"]):
             order = [entry["name"] for entry in self.recipe["stages"]]
             names = [name for name in order if name in names]
@@ -172,7 +172,7 @@ def _training_text(last: Part, emissions: dict[str, Any] | None) -> str:
     total = 0.0
     for number, part in enumerate(chain, start=1):
         for name in part.stages():
-            finished = read_json(part.run / "stages" / name / "finished.json")
+            finished = read_json(stage_folder(part.run, name) / FINISHED_FILE)
             seconds = float(finished["metrics"]["train_runtime"])
             total += seconds
             title = name if len(chain) == 1 else f"run {number}: {name}"

@@ -223,16 +223,17 @@ def test_what_a_stage_validates_on_is_in_no_text(drawn_data: Path, tmp_path: Pat
 def test_stages_ahead_may_be_changed_and_those_behind_may_not(drawn_data: Path, tmp_path: Path) -> None:
     stages = only("perceiver", "vision_to_text")
     output = tmp_path / "run"
-    train(tiny_recipe(drawn_data, output, stages=stages), stage="perceiver")
+    train(tiny_recipe(drawn_data, output, stages=stages), "perceiver")
     changed = {**stages, "vision_to_text": {"max_steps": 2, "per_device_train_batch_size": 2}, "codebook": {}}
-    train(tiny_recipe(drawn_data, output, stages=changed), stage="vision_to_text")
+    train(tiny_recipe(drawn_data, output, stages=changed), "vision_to_text")
     assert len(steps_of(output, "vision_to_text")) == 2
-    assert yaml.safe_load((output / "recipe.yaml").read_text("utf-8"))["stages"]["vision_to_text"]["max_steps"] == 2
+    assert load_recipe(output / "recipe.yaml").stage("vision_to_text")["max_steps"] == 2
     for stage in ("perceiver", "vision_to_text"):
         with pytest.raises(ValueError, match=f"differs in stages.{stage}.max_steps: . -> 3"):
             train(
                 tiny_recipe(drawn_data, output, stages={**changed, stage: {**changed.get(stage, {}), "max_steps": 3}})
             )
+    train(tiny_recipe(drawn_data, output, stages={**changed, "codebook": None}), "vision_to_text")  # it is ahead
     without = {**changed, "vision_to_text": None}
     with pytest.raises(ValueError, match="differs in stages.vision_to_text"):
         train(tiny_recipe(drawn_data, output, stages=without))
@@ -246,7 +247,7 @@ def test_the_result_is_that_of_the_last_stage_also_where_a_run_goes_on(drawn_dat
     (result / "notes.txt").write_text("mine", encoding="utf-8")
     train(tiny_recipe(drawn_data, output, stages=once))
     assert (result / "notes.txt").is_file()  # nothing is written anew where nothing was trained
-    train(tiny_recipe(drawn_data, output, stages={**once, "unified_again": short}), stage="unified_again")
+    train(tiny_recipe(drawn_data, output, stages={**once, "unified_again": short}), "unified_again")
     first, second = (weights(output / "stages" / name / "model") for name in ("unified", "unified_again"))
     again = tiny_recipe(drawn_data, output, stages={**once, "unified_again": short})
     given = weights(train(again))
