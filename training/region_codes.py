@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from modeling_medsight.loss_medsight import resize_masks
+from modeling_medsight.loss_medsight import HungarianMatcher, resize_masks
 
 
 def assign_codes(
@@ -51,7 +51,7 @@ def assign_codes(
     targets = [resize_masks(masks.to(logits.device), tuple(logits.shape[-2:])) for masks in mask_labels]
     labels = [some.to(logits.device) for some in class_labels]
     with torch.no_grad():
-        pairs = model.perceiver_loss.matcher(logits, classes, targets, labels)
+        pairs = HungarianMatcher(model.config)(logits, classes, targets, labels)
         nearest = model.quantize_regions(regions.region_embeddings, groups.to(logits.device)).code_indices.cpu()
     codes = []
     for i, (queries, matched) in enumerate(pairs):

@@ -174,9 +174,10 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     if not last:
         stage.start(trained_module(model, stage), training)
     model = stage.prepare(model)
+    module = trained_module(model, stage)
     trainer_class = StageTrainer if settings.trainer == "trainer" else sft_trainer_class()
     trainer = trainer_class(
-        model=trained_module(model, stage),
+        model=module,
         args=arguments,
         stage=stage,
         sampler=sampler(training, settings, arguments, recipe.seed),
@@ -193,6 +194,8 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     model = stage.finish(model)  # the whole, whose modules the trainer trained
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if weights is not None and module is not model:
+        weights = {**model.state_dict(), **{f"model.{name}": weight for name, weight in weights.items()}}
     on_main(lambda: finish_stage(folder, model, processor, weights, metrics))
 
 

@@ -170,9 +170,10 @@ def stage_kinds() -> dict[str, type[Stage]]:
     return {kind.kind: kind for kind in Stage.__subclasses__()}
 
 
-def trained_module(model: nn.Module, stage: Stage) -> nn.Module:
-    """The module that a stage trains, calls and scores, of a whole model: the whole model."""
-    return model
+def trained_module(model: Any, stage: Stage) -> nn.Module:
+    """The module that a stage trains, calls and scores, of a whole model: what sees, or all. To train what sees trains
+    the whole, which has the very same modules."""
+    return model.region_model if stage.reads == "regions" else model
 
 
 def train_only(model: nn.Module, prefixes: Iterable[str]) -> None:

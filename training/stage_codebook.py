@@ -82,7 +82,7 @@ class CodebookStage(Stage):
         """Codes start as centres of k-means over the regions of their group."""
         if not self.settings.kmeans_images:
             return
-        codes = model.model.codebook.codes
+        codes = model.codebook.codes
         if PartialState().is_main_process:
             vectors, groups = self._regions_of(model, self._spread(self.settings.kmeans_images))
             generator = torch.Generator().manual_seed(self.seed)
@@ -104,7 +104,7 @@ class CodebookStage(Stage):
         if not every or step % every or step > self.settings.revive_until * trainer.state.max_steps:
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
-        codes = model.model.codebook.codes
+        codes = model.codebook.codes
         if PartialState().is_main_process:
             generator = torch.Generator().manual_seed(self.seed + step)
             chosen = torch.randint(
@@ -134,7 +134,7 @@ class CodebookStage(Stage):
         regions = model.get_region_features(batch["pixel_values"])
         groups = batch["group_labels"]
         quantized = model.quantize_regions(regions.region_embeddings, groups)
-        logits = model.model.region_perceiver.segmentation_head(
+        logits = model.region_perceiver.segmentation_head(
             quantized.reconstructed_regions, regions.image_features
         )[0]
         pairs = model.perceiver_loss.matcher(
@@ -178,7 +178,7 @@ class CodebookStage(Stage):
         device = model.device
         regions = model.get_region_features(sample["pixel_values"][None].to(device))
         quantized = model.quantize_regions(regions.region_embeddings, torch.tensor([sample["group"]], device=device))
-        head = model.model.region_perceiver.segmentation_head
+        head = model.region_perceiver.segmentation_head
         logits = head(quantized.reconstructed_regions, regions.image_features)[0]
         masks, labels = [sample["mask_labels"].to(device)], [sample["class_labels"].to(device)]
         ((queries, _),) = model.perceiver_loss.matcher(
@@ -205,7 +205,7 @@ class CodebookStage(Stage):
                 regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
             )
             for row, (queries, _) in enumerate(pairs):
-                vectors.append(model.model.codebook.encode(regions.region_embeddings[row][queries]).cpu())
+                vectors.append(model.codebook.encode(regions.region_embeddings[row][queries]).cpu())
                 groups.append(batch["group_labels"][row].cpu().expand(len(queries)))
         model.train(training)
         return torch.cat(vectors), torch.cat(groups)

@@ -133,7 +133,7 @@ def pairwise_dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def ask_classes(model: nn.Module, regions: Any, classes: list[torch.Tensor]) -> list[torch.Tensor]:
     """Mask logits (n_i, H, W) that the queries of the given classes (n_i,) find in each image."""
-    perceiver, config = model.model.region_perceiver, model.config
+    perceiver, config = model.region_perceiver, model.config
     width = max(1, *map(len, classes))
     ids = torch.stack([torch.cat((asked, asked.new_zeros(width - len(asked)))) for asked in classes])
     known = (
