@@ -216,8 +216,8 @@ class _Annotator:
             torch.tensor([self.canvas.group(reading.row) for reading in seen]),
         )
         queries = regions.masks_queries_logits.shape[1]
-        for reading, some in zip(seen, codes, strict=True):
-            reading.codes = some.tolist()
+        for reading, of_image in zip(seen, codes, strict=True):
+            reading.codes = of_image.tolist()
             usage = self.counts.codes[self._group_name(reading.row)]
             for code in reading.codes:
                 usage[code] += 1
@@ -350,16 +350,16 @@ def _check_targets(targets: Sequence[str], classes: Sequence[str] | None) -> Non
 
 
 def _readable(readings: Iterable[Any], on_error: str, counts: AnnotationCounts) -> list[_Reading]:
-    kept = []
+    readable = []
     for reading in readings:
         if not isinstance(reading, Exception):
-            kept.append(reading)
+            readable.append(reading)
         elif on_error == "stop":
             raise reading
         else:
             counts.skipped.append(str(reading))
             logger.warning("left out (number %d): %s", len(counts.skipped), reading)
-    return kept
+    return readable
 
 
 def _length(rows: Any) -> int | None:

@@ -134,9 +134,7 @@ class CodebookStage(Stage):
         regions = model.get_region_features(batch["pixel_values"])
         groups = batch["group_labels"]
         quantized = model.quantize_regions(regions.region_embeddings, groups)
-        logits = model.region_perceiver.segmentation_head(
-            quantized.reconstructed_regions, regions.image_features
-        )[0]
+        logits = model.region_perceiver.segmentation_head(quantized.reconstructed_regions, regions.image_features)[0]
         pairs = model.perceiver_loss.matcher(
             regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
         )

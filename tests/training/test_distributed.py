@@ -151,14 +151,15 @@ def losses_and_gradients(
         inputs = {name: value for name, value in batch.items() if name != "files"}
         if "labels" in inputs:
             inputs["num_items_in_batch"] = totals["tokens"]
-        outputs = model(**inputs, loss_counts=totals)
+        called = model if "labels" in inputs else model.region_model
+        outputs = called(**inputs, loss_counts=totals)
         for name in ("loss", *LOSSES):
             if outputs.get(name) is None or not outputs[name].requires_grad:
                 continue
             parts = torch.autograd.grad(outputs[name], parameters, retain_graph=True, materialize_grads=True)
             sums[name] = sums.get(name, torch.zeros(())) + outputs[name].detach()
             so_far = gradients.get(name, [torch.zeros(()) for _ in parts])
-            gradients[name] = [one + other for one, other in zip(so_far, parts, strict=True)]
+            gradients[name] = [before + part for before, part in zip(so_far, parts, strict=True)]
     return {name: (sums[name], gradients[name]) for name in sums}
 
 
@@ -180,7 +181,7 @@ def test_losses_and_gradients_of_uneven_parts_sum_to_those_of_the_whole(
     else:
         samples, collate = region_samples(model.config), RegionCollator(kind == "perceiver", groups=kind == "codebook")
     whole = losses_and_gradients(model, [collate(samples)])
-    parts = losses_and_gradients(model, [collate(samples[some]) for some in CUT])
+    parts = losses_and_gradients(model, [collate(samples[part]) for part in CUT])
     assert set(whole) == {"loss", *expected[kind]}
     for name, (loss, gradients) in whole.items():
         assert loss > 0

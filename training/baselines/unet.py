@@ -79,6 +79,16 @@ class UNet(nn.Module):
         num_classes: mask classes.
         widths: channels of each level, each of half the side of the one before; multiples of 8.
         condition: width of a class's embedding.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from medsight.training.baselines.unet import UNet
+    >>> UNet(num_classes=5, widths=(8, 16))(torch.zeros(2, 3, 32, 32), torch.tensor([0, 4])).shape
+    torch.Size([2, 32, 32])
+
+    ```
     """
 
     def __init__(self, num_classes: int, widths: Sequence[int] = WIDTHS, condition: int = 64) -> None:
