@@ -17,10 +17,11 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training benchmarks tests setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format types benchmarks clean
+.PHONY: help demo nano-code test test-slow lint format types benchmarks clean
 
 help:
 	@echo "make demo       run medsight predict on a real image, into $(DEMO)/"
+	@echo "make nano-code  write the model's code into medsight/medsight-nano/, as installing does; needs only Python"
 	@echo "make test       run the tests (make test-slow: the slow ones)"
 	@echo "make lint       check style and formatting (make format: apply it)"
 	@echo "make types      check types"
@@ -51,6 +52,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	@$(BIN)/python -m medsight.demo $(DEMO)/nuclei.png
 	$(BIN)/medsight predict $(DEMO)/nuclei.png --prompt "$(DEMO_PROMPT)" --output $(DEMO)/answer --overwrite
+
+# The folder's code is not in git: it is a copy, with imports that fit a checkpoint folder.
+nano-code:
+	@rm -f medsight/medsight-nano/*_medsight.py
+	@$(PYTHON) configuration_medsight/remote_code_medsight.py medsight/medsight-nano modeling_medsight processing_medsight
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

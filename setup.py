@@ -1,25 +1,34 @@
 """Builds and installs MedSIGHT: `pip install .`, or `pip install -e ".[dev]"` to work on it."""
 
 import re
+import runpy
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 
 ROOT = Path(__file__).resolve().parent
-METRICS = [f"medsight.metrics.{name}" for name in ("medical_vqa", "mask_dice", "region_codes")]
-PACKAGES = [
-    *("configuration_medsight", "modeling_medsight", "processing_medsight"),
-    *("medsight", "medsight.app", "medsight.cli", "medsight.conversion", "medsight.data", "medsight.evaluation"),
-    *("medsight.export", "medsight.hub", "medsight.inference", "medsight.metrics", "medsight.scans"),
-    *METRICS,
-]
-# `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.
-TRAINING = ["medsight.training", "medsight.training.baselines"]
+# What a checkpoint folder carries, flat: see configuration_medsight/remote_code_medsight.py.
+MODEL = ("configuration_medsight", "modeling_medsight", "processing_medsight")
 
-version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
+
+class BuildWithCode(build_py):
+    """Writes the model's code into medsight-nano, which then loads by itself; an editable install gets it in place."""
+
+    def run(self) -> None:
+        super().run()
+        base = ROOT if self.editable_mode else Path(self.build_lib)
+        folder = base / "medsight" / "medsight-nano"
+        for earlier in folder.glob("*_medsight.py"):
+            earlier.unlink()
+        module = runpy.run_path(str(ROOT / "configuration_medsight" / "remote_code_medsight.py"))
+        module["write_remote_code"](folder, *(ROOT / name for name in MODEL))
+
+
+version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/version.py").read_text("utf-8"), re.MULTILINE)
 if version is None:
-    raise ValueError('medsight/__init__.py: expected a line `__version__ = "..."`, found none')
+    raise ValueError('medsight/version.py: expected a line `__version__ = "..."`, found none')
 readme = ROOT / "README.md"
 
 # The ranges were tested together; nothing here may require torchvision or timm, which pull the CUDA builds.
@@ -60,7 +69,7 @@ extras = {
     "demo": ["mahotas>=1.4.13"],
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"),
-        *("SimpleITK>=2.4", "playwright>=1.50"),
+        *("SimpleITK>=2.4", "playwright>=1.50", "import-linter>=2.1", "grimp>=3"),
     ],
 }
 
@@ -72,18 +81,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0 AND CC-BY-SA-4.0",  # the code; the weights of medsight-nano
     license_files=["LICENSE"],
-    packages=PACKAGES + TRAINING,
+    packages=[
+        *find_packages(include=[*MODEL, "medsight", "medsight.*"]),
+        # `training/` stands at the top of the repository, and is installed as `medsight.training`.
+        *("medsight.training", *(f"medsight.training.{name}" for name in find_packages("training"))),
+    ],
     package_dir={"medsight.training": "training"},
     package_data={
-        "configuration_medsight": ["hub_card.md"],
-        "medsight": ["medsight-nano/*"],
-        "medsight.app": ["*.css"],
-        "medsight.hub": ["*.yaml"],
-        "medsight.data": ["*.yaml"],
-        "medsight.evaluation": ["*.yaml", "*.jinja"],
-        **{name: ["README.md", "requirements.txt"] for name in METRICS},
+        "": ["*.css", "*.jinja", "*.md", "*.yaml", "requirements.txt"],
+        "medsight": [f"medsight-nano/{name}" for name in ("*.jinja", "*.json", "*.md", "*.safetensors")],
         "medsight.training": ["configs/*.yaml", "configs/ablations/*.yaml", "accelerate/*.yaml"],
     },
+    cmdclass={"build_py": BuildWithCode},
     python_requires=">=3.10",
     install_requires=runtime,
     extras_require=extras,

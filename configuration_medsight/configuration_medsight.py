@@ -2,52 +2,115 @@
 model."""
 
 import copy
-import os
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .card_medsight import HubCardMixin
 from .presets_medsight import PRESETS
-from .remote_code_medsight import AUTO_MAP, write_remote_code
-from .unet_encoder_config_medsight import MedSightUNetConfig
+from .remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
 
 MASK_DECODERS = ("perceiver", "head")
 SEG_TOKEN = "[SEG]"
 COUNTS = (
-    "patch_pooling",
-    "num_region_queries",
-    "perceiver_num_stages",
-    "perceiver_num_heads",
-    "perceiver_head_dim",
-    "perceiver_ffn_multiplier",
-    "num_mask_classes",
-    "num_groups",
-    "codes_per_group",
-    "code_dim",
+    *("patch_pooling", "num_region_queries", "perceiver_num_stages", "perceiver_num_heads", "perceiver_head_dim"),
+    *("perceiver_ffn_multiplier", "num_mask_classes", "num_groups", "codes_per_group", "code_dim"),
 )
 
 
-class MedSightConfig(HubCardMixin, PreTrainedConfig):
+class MedSightUNetConfig(PreTrainedConfig):
+    """Configuration of [`MedSightUNetEncoder`], a residual U-Net for where no pretrained encoder is at hand.
+
+    Example:
+
+        >>> MedSightUNetConfig(patch_size=4, hidden_sizes=[16, 32, 64], depths=[1, 1]).deepest_stride
+        8
+
+    Args:
+        num_channels (`int`): of the image.
+        hidden_size (`int`): channels of the grid of features that it yields.
+        patch_size (`int`): pixels a cell of that grid, a power of 2 from 2 to the deepest stride.
+        hidden_sizes (`list[int]`): channels at strides 2, 4, 8, ... on the way down.
+        depths (`list[int]`): residual blocks at each of these strides but the first, which has the stem alone.
+        norm_groups (`int`, *optional*): groups of a group norm, which sees one image alone, in place of batch norms.
+
+    Raises:
+        ValueError: for lists that do not fit each other, a `patch_size` that no stride has, or `norm_groups` that do
+            not divide all sizes.
+    """
+
+    model_type = "medsight_unet"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        hidden_size: int = 48,
+        patch_size: int = 4,
+        hidden_sizes: list[int] | None = None,
+        depths: list[int] | None = None,
+        norm_groups: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_channels = num_channels
+        self.hidden_size = hidden_size
+        self.patch_size = patch_size
+        self.hidden_sizes = hidden_sizes if hidden_sizes is not None else [16, 32, 64, 96, 128]
+        self.depths = depths if depths is not None else [1, 1, 2, 2]
+        if len(self.depths) != len(self.hidden_sizes) - 1 or min([*self.hidden_sizes, *self.depths]) < 1:
+            raise ValueError(
+                f"hidden_sizes={self.hidden_sizes} and depths={self.depths}: expected positive numbers, a depth for "
+                "every size but the first"
+            )
+        self.norm_groups = norm_groups
+        if norm_groups is not None and (norm_groups < 1 or any(size % norm_groups for size in self.hidden_sizes)):
+            raise ValueError(f"norm_groups={norm_groups} does not divide all of hidden_sizes={self.hidden_sizes}")
+        strides = [2 ** (i + 1) for i in range(len(self.hidden_sizes))]
+        if patch_size not in strides:
+            raise ValueError(f"patch_size={patch_size}: hidden_sizes={self.hidden_sizes} gives strides {strides}")
+        super().__init__(**kwargs)
+
+    @property
+    def level(self) -> int:
+        """Index into `hidden_sizes` of the stride that the features have."""
+        return self.patch_size.bit_length() - 2
+
+    @property
+    def deepest_stride(self) -> int:
+        """What the sides of an image must be multiples of."""
+        return int(2 ** len(self.hidden_sizes))
+
+
+AutoConfig.register("medsight_unet", MedSightUNetConfig, exist_ok=True)
+
+
+class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
     r"""Configuration of [`MedSightModel`] and [`MedSightForConditionalGeneration`] (paper arXiv 2606.06760).
 
     Defaults are the published 8B model. Contradictory settings are refused here, at construction.
+
+    Example:
+
+        >>> from configuration_medsight import MedSightConfig
+        >>> config = MedSightConfig.from_preset("tiny", perceiver_num_stages=1)
+        >>> config.patch_grid, config.mask_size, config.image_seq_length
+        ((4, 4), (8, 8), 21)
+        >>> config.region_code_token(group=2, index=3)
+        '[C2_3]'
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*): language model; Qwen3 by default, any causal decoder
             that `AutoModel` knows (Qwen2, Llama, ...).
         vision_config (`dict` or `PreTrainedConfig`, *optional*): image encoder; CLIP by default, or SigLIP, DINOv2,
             ResNet, ConvNeXt, anything that yields a grid of features; or [`MedSightUNetConfig`], to train from
-            nothing.
+            scratch.
         image_size (`int`, *optional*): side in pixels of the square input. Taken from `vision_config.image_size` if it
             has one.
         image_token_id (`int`): id of the image placeholder in the vocabulary.
         vision_feature_layer (`int`): index into the encoder's `hidden_states`. For a convolutional encoder, the stage.
         use_region_embeddings (`bool`): whether the language model sees the region rows after the patch rows
             (ablation).
-        patch_pooling (`int`): side of the squares of patches that are averaged to one row for the language model: a
-            fine grid makes sharp masks, but a long prompt. 1, as published, gives it every patch.
+        patch_pooling (`int`): side of the squares of patches whose mean is one row for the language model. A fine grid
+            makes masks sharp, but the prompt long. With 1, as published, every patch is a row.
         num_region_queries (`int`): N, learnable region queries.
         perceiver_num_stages (`int`): L, stages of the region perceiver; each doubles the side of the feature map.
         perceiver_num_heads, perceiver_head_dim (`int`): attention heads of the perceiver and the width of one.
@@ -57,8 +120,8 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
         num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
             not counted.
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
-        group_patterns (`dict[str, list[str]]`, *optional*): group name -> shell patterns of "MODALITY/SITE", as data
-            calls them; a group without any holds the images that its name says.
+        group_patterns (`dict[str, list[str]]`, *optional*): group name -> shell patterns of "MODALITY/SITE", as the
+            data spell them; a group without patterns takes the images whose modality and site its name says.
         codes_per_group (`int`): M, codes a group.
         code_dim (`int`): d_c, width of a code.
         region_code_start_id (`int`): vocabulary id of `[C0_0]`; the other K*M - 1 follow in row-major order.
@@ -70,11 +133,11 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
             cost.
         no_object_weight (`float`): weight of the 'no object' class in the class loss.
         commitment_loss_weight (`float`): weight of the commitment term of the codebook's loss.
-        auxiliary_loss (`bool`): supervise every perceiver stage, not the last alone.
-        use_class_queries (`bool`): learn a query a mask class beside the region queries. Asked for a class, a query
-            has its target from the first step, with nothing to match, which is what decoding a code will be: small
-            models learn to segment many times faster. The states of codes are then drawn to these queries.
-        alignment_loss_weight (`float`): weight of that last loss.
+        auxiliary_loss (`bool`): supervise every perceiver stage, not only the last.
+        use_class_queries (`bool`): learn a query for each mask class, beside the region queries. The target of such a
+            query is known from the first step, without matching, as a code's will be: small models learn to segment
+            many times faster. A loss then draws the states of codes to these queries.
+        alignment_loss_weight (`float`): weight of that loss.
         quantize_unmatched_regions (`bool`): whether region queries that found nothing take part in learning codes.
         initializer_range (`float`): standard deviation of newly made language-side weights.
 
@@ -214,13 +277,6 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
             )
         return f"[C{group}_{index}]" if self.use_region_codebook else SEG_TOKEN
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save config.json and, beside it, the code that loads the folder where this package is not installed."""
-        super().save_pretrained(save_directory)
-        write_remote_code(save_directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
         values = {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
@@ -233,13 +289,10 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         width, stride, layers = _feature_map(self)
-        own_size = getattr(self.vision_config, "image_size", None)
-        if (
-            self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
-            and own_size != self.image_size
-        ):
+        fixed = getattr(self.vision_config, "image_size", None)
+        if self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model") and fixed != self.image_size:
             raise ValueError(
-                f"image_size={self.image_size} contradicts vision_config.image_size={own_size}: "
+                f"image_size={self.image_size} contradicts vision_config.image_size={fixed}: "
                 "this encoder's position table fixes its input size"
             )
         if not -layers <= self.vision_feature_layer < layers:
@@ -267,9 +320,7 @@ class MedSightConfig(HubCardMixin, PreTrainedConfig):
         if any(side % self.patch_pooling for side in self.patch_grid):
             raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")
         if width % 4:
-            raise ValueError(
-                f"vision width {width} is not a multiple of 4, which the 2-D sine position encoding needs"
-            )
+            raise ValueError(f"vision width {width}: the 2-D sine position encoding needs a multiple of 4")
         self._refuse_unfit_codes()
         if self.mask_decoder not in MASK_DECODERS:
             raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
@@ -320,23 +371,20 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if vision.model_type == MedSightUNetConfig.model_type:
         return vision.hidden_size, int(vision.patch_size), 1
-    # Patches that are dropped at random, rows after the patches, and patches of any size and number are no grid.
-    gridless = any(hasattr(vision, name) for name in ("mask_ratio", "num_detection_tokens"))
+    # No grid are patches that are dropped at random, windows that merge, rows after the patches, and patches of any
+    # size and number.
+    gridless = any(hasattr(vision, name) for name in ("mask_ratio", "depths", "num_detection_tokens"))
     gridless = gridless or vision.model_type in ("siglip2_vision_model", "pixtral")
-    if (
-        not (gridless or hasattr(vision, "depths"))  # windows that merge
-        and hasattr(vision, "hidden_size")
-        and isinstance(getattr(vision, "patch_size", None), int)
-    ):
-        return vision.hidden_size, vision.patch_size, vision.num_hidden_layers + 1
+    patch_size = getattr(vision, "patch_size", None)
+    if not gridless and hasattr(vision, "hidden_size") and isinstance(patch_size, int):
+        return vision.hidden_size, patch_size, vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
         widths = [vision.embedding_size, *vision.hidden_sizes]
-        strides = [4] + [
-            4 * 2 ** (stage + bool(vision.downsample_in_first_stage)) for stage in range(len(vision.hidden_sizes))
-        ]
-    elif hasattr(vision, "hidden_sizes") and isinstance(getattr(vision, "patch_size", None), int):
+        first = 4 * 2 ** bool(vision.downsample_in_first_stage)
+        strides = [4] + [first * 2**stage for stage in range(len(vision.hidden_sizes))]
+    elif hasattr(vision, "hidden_sizes") and isinstance(patch_size, int):
         widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
-        strides = [vision.patch_size] + [vision.patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
+        strides = [patch_size] + [patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
     else:
         raise ValueError(
             f"vision_config.model_type={vision.model_type!r} is not an encoder that yields a feature grid: "

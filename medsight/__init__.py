@@ -7,18 +7,21 @@
     print(prediction.answer.text, [region.phrase for region in prediction.answer.regions])
     prediction.save("scan-answer")
 
-Names are imported on first use, so `import medsight` and `medsight --help` load neither torch nor transformers.
+`open_scan` opens a DICOM, NIfTI or other file as slices. Names are imported on first use, so `import medsight` and
+`medsight --help` load neither torch nor transformers.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from .version import __version__
 
 
 if TYPE_CHECKING:
     from .inference.prediction import Prediction
     from .inference.predictor import Predictor
+    from .scans import open_scan
 
-__version__ = "0.1.0"
-__all__ = ["Prediction", "Predictor", "__version__"]
+__all__ = ["Prediction", "Predictor", "__version__", "open_scan"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +33,8 @@ def __getattr__(name: str) -> Any:
         from .inference.prediction import Prediction
 
         return Prediction
+    if name == "open_scan":
+        from .scans import open_scan
+
+        return open_scan
     raise AttributeError(f"module 'medsight' has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""Finds a checkpoint folder, checks that it is whole before anything is loaded from it, and loads it."""
+"""Finds a checkpoint folder and checks that it is whole, without loading anything from it.
+
+The command line imports this module before it knows whether torch is needed; `medsight.loading` needs it.
+"""
 
 import hashlib
 import json
@@ -124,6 +127,15 @@ def sha256_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(folder: Path) -> str:
+    """One hash of the weights of a checkpoint, which tells whether figures are about them.
+
+    Raises:
+        OSError, ValueError: see `weight_files`.
+    """
+    return sha256_of(sorted(weight_files(folder)))
+
+
 def settings_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's configuration, tokenizer and processor, in the order of their names."""
     return [folder / name for name in sorted((*NEEDED, *OPTIONAL, INDEX_FILE)) if (folder / name).is_file()]
@@ -136,60 +148,3 @@ def checkpoint_sha256(folder: Path) -> str:
         OSError, ValueError: see `weight_files`.
     """
     return sha256_of(sorted({*weight_files(folder), *settings_files(folder)}))
-
-
-def choose_device(device: str) -> Any:
-    """The torch device of that name; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: expected auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this machine or this torch has no CUDA; use cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device!r} is not there ({reason}); use cpu or cuda") from error
-    return chosen
-
-
-def load_checkpoint(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The model and processor of a checked checkpoint folder, by this package's own classes, offline.
-
-    Raises:
-        ValueError: files of the processor are missing or damaged, or weights and configuration do not belong together.
-    """
-    from modeling_medsight import MedSightForConditionalGeneration
-    from processing_medsight import MedSightProcessor
-
-    try:
-        processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model folder {folder}: its processor cannot be loaded ({reason})") from error
-    # Mismatches are let through here to be reported below, with the name of a weight.
-    model, loaded = MedSightForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loaded[kind]:
-            first = min(entry if isinstance(entry, str) else entry[0] for entry in loaded[kind])
-            raise ValueError(
-                f"model folder {folder}: its weights do not fit its config.json ({len(loaded[kind])} "
-                f"{kind.replace('_', ' ')}, first: {first}); convert or copy it again"
-            )
-    return model, processor

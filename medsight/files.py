@@ -81,7 +81,7 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
 def _put(folder: Path, output: Path) -> None:
     """Moves a folder to where there is nothing or an empty folder; anything else stays, and raises OSError."""
     if _is_lived_in(output):
-        return _fill(folder, output)
+        return fill(folder, output)
     with suppress(OSError):
         output.rmdir()
     try:
@@ -89,7 +89,7 @@ def _put(folder: Path, output: Path) -> None:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        _fill(folder, output)
+        fill(folder, output)
 
 
 def _is_lived_in(folder: Path) -> bool:
@@ -98,13 +98,17 @@ def _is_lived_in(folder: Path) -> bool:
     return folder in (here, *here.parents)
 
 
-def _fill(folder: Path, output: Path) -> None:
-    """Moves all that is in a folder into a mount point, which may be another disk; all of it or, on an error, none."""
+def fill(folder: Path, output: Path) -> None:
+    """Moves all that is in a folder into another one, which may be on another disk: all of it or, on an error, none.
+
+    Raises:
+        FileExistsError: a file of that name is there already.
+    """
     moved: list[Path] = []
     try:
         for entry in sorted(folder.iterdir()):
             if os.path.lexists(output / entry.name):
-                raise FileExistsError(f"{output / entry.name} is there already")
+                raise FileExistsError(f"{output / entry.name} is there already; name another folder, or remove it")
             moved.append(output / entry.name)
             shutil.move(entry, moved[-1])
     except BaseException:
@@ -131,3 +135,28 @@ def write_text(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """Names from a file: a JSON list, or a text file with one name per line.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it has no names, an empty one, or the same name twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not written in UTF-8 ({error}); save it so") from error
+    try:
+        names = json.loads(text) if text.lstrip().startswith("[") else list(filter(str.strip, text.splitlines()))
+    except ValueError as error:
+        raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"{path}: expected a JSON list of names or one name per line, none of them empty")
+    names = [name.strip() for name in names]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path} gives the name {repeated[0]!r} more than once")
+    return names

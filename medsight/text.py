@@ -60,3 +60,8 @@ def nearest(name: str, known: Iterable[Any]) -> str:
     names = [str(entry) for entry in known]
     close = difflib.get_close_matches(str(name), names, n=1)
     return f"{f'did you mean {close[0]!r}? ' if close else ''}Known are {', '.join(sorted(names))}"
+
+
+def first_few(names: Sequence[str], count: int = 3, separator: str = ", ") -> str:
+    """The first of the names, and an ellipsis where there are more."""
+    return separator.join([*names[:count], *(["…"] if len(names) > count else [])])

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from configuration_medsight.card_medsight import HubCardMixin
 from configuration_medsight.configuration_medsight import MedSightConfig
+from configuration_medsight.remote_code_medsight import RemoteCodeMixin
 
 from .codebook_medsight import RegionCodebook
 from .region_perceiver_medsight import RegionPerceiver
@@ -25,7 +25,7 @@ NOT_QUANTIZED = (
 _FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
 
-class MedSightPreTrainedModel(HubCardMixin, PreTrainedModel):
+class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     """Weight initialisation and what transformers needs to know about the family."""
 
     config: MedSightConfig

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetConvLayer, ResNetPreTrainedModel
 
-from configuration_medsight.unet_encoder_config_medsight import MedSightUNetConfig
+from configuration_medsight.configuration_medsight import MedSightUNetConfig
 
 
 def _use_group_norm(module: nn.Module, groups: int) -> None:

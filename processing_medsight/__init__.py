@@ -4,7 +4,6 @@ from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from configuration_medsight import MedSightConfig
-from medsight.scans.scan import Scan, open_scan
 
 from .chat_medsight import CHAT_TEMPLATE, PUBLISHED_CHAT_TEMPLATE
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion
@@ -25,9 +24,7 @@ __all__ = [
     "GroundedRegion",
     "MedSightImageProcessor",
     "MedSightProcessor",
-    "Scan",
     "add_region_codes",
     "load_image",
-    "open_scan",
     "parse_region_code",
 ]

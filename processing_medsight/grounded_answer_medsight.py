@@ -105,6 +105,18 @@ class GroundedAnswer:
         regions: an entry a code, in the order of the text.
         is_complete: whether the model came to an end; False where a limit of length or a stop of the user cut the
             answer; `None` for a text that `generate` did not write.
+
+    Example, in a checkout:
+
+    ```python
+    from processing_medsight import MedSightProcessor
+
+    processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
+    inputs = processor(text="The liver [C0_1] is large.", return_tensors="pt")
+    (answer,) = processor.post_process_grounded_answer({}, inputs)
+    assert answer.text == "The liver is large."
+    assert [(region.code, region.phrase) for region in answer.regions] == [("[C0_1]", "liver")]
+    ```
     """
 
     text: str

@@ -4,6 +4,8 @@ Ranges. 8-bit pixels stay as they are. Other integers (16-bit scans) and floats 
 [0, 255]; floats that all lie in [0, 1] are multiplied by 255; any other range is stretched linearly, its smallest
 value to 0 and its largest to 255, over all colour channels together. So a 16-bit scan is neither clipped nor nearly
 black, whatever part of the 65,536 levels it uses; a caller who wants a window sets it before.
+
+Pictures only: files of scanners (DICOM, NIfTI) are recognised to say what opens them, `medsight.open_scan`.
 """
 
 import base64
@@ -12,24 +14,33 @@ import math
 import os
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageFile, ImageOps
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
+OPEN_SCAN = (
+    "A scan is handed over slice by slice: `from medsight import open_scan`, then `open_scan(path).slice_image(i)`"
+)
 # Below Pillow's own limit for files (178,956,970), so that one rule holds for files, lazily opened images and arrays.
 MAX_IMAGE_PIXELS = 2**27
 MAX_DOWNLOAD = 2**30  # bytes behind an address
 _CHANNELS = (1, 2, 3, 4)
+HEAD_BYTES = 1024  # by which a file is recognised
+GZIP_MAGIC, _NPY_MAGIC = b"\x1f\x8b", b"\x93NUMPY"
+_NIFTI_1, _NIFTI_2 = 348, 540  # bytes of a header, which begins with this number
+_LONGEST_NAME = 120  # characters of a base64 string that a message shows
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
 _SIXTEEN_BIT_OR_MORE = ("I", "F")
 _PHOTOMETRIC, _BITS, _ORIENTATION = 262, 258, 274  # tags of a TIFF
 _WHITE_IS_ZERO = 0
+_SCAN_FORMATS = ("DICOM", "NIfTI", "gzip")
 # Not whatever Pillow can open: some of its readers start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
@@ -45,26 +56,73 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         The decoded image; its first frame where there are several (a warning says so).
 
     Raises:
-        ValueError: if it is missing, unreadable, empty or truncated, has no pixels, or has more than
+        ValueError: if it is missing, unreadable, empty or truncated, a scan, a folder, has no pixels, or has more than
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
-    name = name or ("bytes" if isinstance(source, bytes) else display_name(source))
-    opened = open_image(source, name)
+    name = name or display_name(source)
+    found = find_file(source, name)
+    kind = format_of(head_of(found, name))
+    if kind in _SCAN_FORMATS:
+        raise ValueError(f"{name} is a {kind} file, not a picture. {OPEN_SCAN}")
+    opened = open_image(found, name)
     frames = count_frames(opened, name)
     if frames > 1 and opened.format != "MPO":
         logger.warning(f"{name} holds {frames} frames: only the first is used")
-    decode(opened, name)
-    try:
-        ImageOps.exif_transpose(opened, in_place=True)
-    except Exception as error:
-        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-    image = black_is_zero(opened)
+    image = decode_upright(opened, name)
     if frames > 1 and image is opened:
         image = opened.copy()
     if image is not opened:
         image.filename, image.format = opened.filename, opened.format  # type: ignore[attr-defined]
         opened.close()  # Pillow keeps a file of several frames open
     return image
+
+
+def load_picture(source: str | os.PathLike | bytes, name: str | None = None) -> Image.Image | np.ndarray:
+    """What `load_image` reads, or the array of a .npy file."""
+    name = name or display_name(source)
+    found = find_file(source, name)
+    return load_array(found, name) if format_of(head_of(found, name)) == "npy" else load_image(found, name)
+
+
+def find_file(source: str | os.PathLike | bytes, name: str) -> Path | bytes:
+    """The path of a file that exists, or the bytes that are given, or stand behind an address or in a base64 string.
+
+    Raises:
+        ValueError: there is no such file, or it is a folder.
+    """
+    if isinstance(source, bytes):
+        return source
+    if os.path.isdir(source):
+        raise ValueError(f"{name} is a folder: an image file was expected. {OPEN_SCAN}")
+    return Path(source) if os.path.isfile(source) else bytes_of_text(source, name)
+
+
+def head_of(source: Path | bytes, name: str) -> bytes:
+    """The first bytes of a file, by which it is recognised.
+
+    Raises:
+        ValueError: it has none, or cannot be read.
+    """
+    try:
+        with open_source(source) as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+    if not head:
+        raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
+    return head
+
+
+def open_source(source: Path | bytes) -> BinaryIO:
+    """A file to read from, whether on a disk or in memory."""
+    return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def format_of(head: bytes) -> str | None:
+    """What a file that begins so is: "npy", or a scan's "DICOM", "NIfTI" or "gzip"; `None` for anything else."""
+    if head.startswith((GZIP_MAGIC, _NPY_MAGIC)):
+        return "gzip" if head.startswith(GZIP_MAGIC) else "npy"
+    return "DICOM" if _is_dicom(head) else "NIfTI" if _is_nifti(head) else None
 
 
 def count_frames(opened: Image.Image, name: str) -> int:
@@ -85,8 +143,7 @@ def load_array(source: Path | bytes, name: str) -> np.ndarray:
     Raises:
         ValueError: for a damaged header, Python objects, or more entries than the file holds.
     """
-    file = BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-    with file:
+    with open_source(source) as file:
         try:
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -121,6 +178,16 @@ def decode(image: Image.Image, name: str) -> None:
         image.load()
     except Exception as error:
         raise ValueError(f"{name} is damaged or truncated: its pixels cannot be decoded ({error})") from error
+
+
+def decode_upright(image: Image.Image, name: str) -> Image.Image:
+    """`decode` an opened file, turn it as its EXIF header says, and see to `black_is_zero`."""
+    decode(image, name)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:
+        raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
+    return black_is_zero(image)
 
 
 def black_is_zero(image: Image.Image) -> Image.Image:
@@ -189,42 +256,28 @@ def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32))
 
 
-def display_name(source: str | os.PathLike) -> str:
+def display_name(source: str | os.PathLike | bytes) -> str:
     """What to call a source in messages: a path whole, however long; a base64 string by its beginning."""
+    if isinstance(source, bytes):
+        return "bytes"
     text = os.fspath(source)
-    return (text if isinstance(source, os.PathLike) or os.path.exists(text) else _shorten(text)) or "the empty path"
+    if not isinstance(source, os.PathLike) and not os.path.exists(text) and len(text) > _LONGEST_NAME:
+        text = f"{text[:_LONGEST_NAME]}..."
+    return text or "the empty path"
 
 
-def is_wide(image: Image.Image | np.ndarray) -> bool:
-    """Whether an image has one channel of more than 8 bits, of which a window can choose."""
-    if isinstance(image, Image.Image):
-        return image.mode in _SIXTEEN_BIT_OR_MORE or image.mode.startswith("I;16")
-    return image.ndim == 2 and image.dtype not in (np.bool_, np.uint8)
-
-
-def is_volume(array: np.ndarray, few_slices: bool = False) -> bool:
-    """Whether an array has slices along the first of its three axes: the last one does not hold channels, nor, unless
-    it is said to be `few_slices`, the first."""
-    return (
-        array.ndim == 3
-        and array.shape[2] not in (0, *_CHANNELS)
-        and array.shape[0] not in ((0,) if few_slices else (0, *_CHANNELS))
-    )
-
-
-def open_image(source: str | os.PathLike | bytes, name: str) -> ImageFile.ImageFile:
+def open_image(source: Path | bytes, name: str) -> ImageFile.ImageFile:
     """A picture file of a known format, opened and not yet decoded.
 
     Raises:
-        ValueError: if it is missing, or no such file.
+        ValueError: if it is no such file.
     """
-    file = _file(source, name)
     try:
-        opened = Image.open(file, formats=_FORMATS)
-        if isinstance(file, str) and opened.format == "TIFF" and opened.getexif().get(_ORIENTATION, 1) > 4:
+        opened = Image.open(BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=_FORMATS)
+        if isinstance(source, Path) and opened.format == "TIFF" and opened.getexif().get(_ORIENTATION, 1) > 4:
             # Pillow 12 swaps the sides of a file that it maps into memory, and leaves its pixels as they lie.
             opened.close()
-            opened = Image.open(BytesIO(Path(file).read_bytes()), formats=_FORMATS)
+            opened = Image.open(BytesIO(source.read_bytes()), formats=_FORMATS)
         return opened
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
@@ -237,21 +290,6 @@ def open_image(source: str | os.PathLike | bytes, name: str) -> ImageFile.ImageF
         raise ValueError(f"{name} cannot be read as an image ({error})") from error
 
 
-def _file(source: str | os.PathLike | bytes, name: str) -> Any:
-    """What Pillow can open: a path that exists, or the bytes behind an address or a base64 string."""
-    if isinstance(source, bytes):
-        if not source:
-            raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
-        return BytesIO(source)
-    if os.path.isdir(source):
-        raise ValueError(f"{name} is a folder: an image file was expected")
-    if os.path.isfile(source):
-        if os.path.getsize(source) == 0:
-            raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
-        return os.fspath(source)
-    return BytesIO(bytes_of_text(source, name))
-
-
 def bytes_of_text(source: str | os.PathLike, name: str) -> bytes:
     """The bytes behind an http(s) address or a base64 string.
 
@@ -259,8 +297,6 @@ def bytes_of_text(source: str | os.PathLike, name: str) -> bytes:
         ValueError: if the address gives no file, or it is neither: then it was to be a file, which is not there.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        from huggingface_hub import get_session
-
         content = bytearray()
         try:
             with get_session().stream("GET", source, follow_redirects=True, timeout=30) as response:
@@ -329,7 +365,8 @@ def _channels_last(pixels: np.ndarray, name: str, channels_last: bool | None) ->
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.shape[2] not in _CHANNELS:
         raise ValueError(
-            f"{name}: expected 1 to 4 channels, first or last, got {pixels.shape[2]} of {pixels.shape[:2]} pixels"
+            f"{name}: expected 1 to 4 channels, first or last, got {pixels.shape[2]} of {pixels.shape[:2]} pixels. "
+            f"{OPEN_SCAN}"
         )
     return pixels
 
@@ -376,5 +413,19 @@ def _check_size(height: int, width: int, name: str) -> None:
         )
 
 
-def _shorten(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}..."
+def _is_nifti(head: bytes) -> bool:
+    size = head[:4]
+    if any(size == _NIFTI_2.to_bytes(4, order) for order in ("little", "big")):
+        return head[4:7] in (b"n+2", b"ni2")
+    return any(size == _NIFTI_1.to_bytes(4, order) for order in ("little", "big")) and len(head) >= _NIFTI_1
+
+
+def _is_dicom(head: bytes) -> bool:
+    """By the prefix of PS3.10, or, for data sets saved without it, by a plausible first element of group 2 or 8."""
+    if head[128:132] == b"DICM":
+        return True
+    group, element = head[:2], head[2:4]
+    little = group in (b"\x02\x00", b"\x08\x00") and element[1:] == b"\x00"
+    big = group in (b"\x00\x02", b"\x00\x08") and element[:1] == b"\x00"
+    length = int.from_bytes(head[4:8], "little" if little else "big")
+    return len(head) >= 8 and (little or big) and (head[4:6].isalpha() and head[4:6].isupper() or length < HEAD_BYTES)

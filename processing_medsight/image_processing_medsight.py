@@ -1,8 +1,8 @@
 """Pixels into the model and masks out of it, in Pillow and NumPy: the same numbers with and without torchvision."""
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,20 +10,18 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from configuration_medsight.card_medsight import HubCardMixin
-from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
-from medsight.scans.scan import Picture, open_scan
+from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
 from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
-from .image_loading_medsight import as_numpy, grey_to_pillow, is_volume, is_wide, to_array
+from .image_loading_medsight import OPEN_SCAN, grey_to_pillow, load_picture, to_array
 
 
 logger = logging.get_logger(__name__)
 
-_MOST_CHANNELS = 4
+_OF_SCANS = ("slices", "window", "plane")  # settings of earlier versions, which read scans
 _NOT_USED = ("do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
@@ -31,43 +29,43 @@ class MedSightImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """The arguments of any image processor, and MedSIGHT's own.
 
     fit: how an image is brought to the model's fixed input size.
-    slices: which slices of a volume are taken, see [`Scan.choose_slices`]; each is an image.
-    window: which grey levels of a scan are shown, see [`Scan.slice_image`].
-    plane: that NIfTI volumes are cut along, see [`open_scan`].
     """
 
     fit: Literal["pad", "stretch", "crop"] | None
-    slices: int | str | list[int] | None
-    window: str | list[float | int] | tuple[float | int, float | int] | None
-    plane: Literal["axial", "coronal", "sagittal"] | None
 
 
-class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
+class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
     r"""Turns images into the model's input, and masks over that input into masks of the images.
 
-    Every setting can be given at construction or, for one call, to the call.
+    Takes what [`load_image`] reads (picture files, addresses, base64, bytes), .npy files, Pillow images, arrays and
+    tensors, or lists of these; a stack of four axes is as many images. Scans are opened by `medsight.open_scan`, and
+    handed over slice by slice. Every setting can be given at construction or, for one call, to the call.
 
     Args:
         size (`int` or `dict`): the model's input, `{"height": h, "width": w}` in pixels (an int: a square).
         fit (`"pad"`, `"stretch"` or `"crop"`): keep the aspect ratio on centred black padding; scale each axis on its
             own; or keep the centre of an image scaled to cover the input (the released checkpoint's own transform).
         resample (`int`): Pillow's filter, bicubic by default.
-        slices (`int`, `str` or `list[int]`): which slices of a volume (DICOM, NIfTI, TIFF of several pages, array) are
-            taken, each as an image: an index, several, `"middle"` (the default), `"all"`, `"largest-foreground"` or
-            `"a-b"`. Given to a call, it makes a volume of an array of three axes, slices first, also where the first
-            might hold channels; where the last has 1 to 4 entries these stay channels.
-        window (`str` or `(float, float)`): which grey levels of DICOM, NIfTI and of pictures and arrays of more than 8
-            bits are shown: `"abdomen"`, `"lung"`, `"bone"`, `"brain"`, `"soft tissue"` (of CT), `"file"` (the one that
-            the file states), or (centre, width); by default what suits the modality. Given to a call, it is refused
-            by pictures of 8 bits or in colour, which the processor's own leaves as they are.
-        plane (`str`): that NIfTI volumes are cut along: `"axial"` (the default), `"coronal"` or `"sagittal"`. Other
-            files are refused with one.
         do_resize, do_rescale, do_normalize, do_convert_rgb (`bool`): steps to take.
         rescale_factor (`float`): what 8-bit pixels are multiplied by.
         image_mean, image_std (`float` or `list[float]`): CLIP's by default.
 
-    Without a window, pictures of more than 8 bits, and floats, are brought to 8 bits by the range rule of
-    `image_loading_medsight`.
+    Pictures of more than 8 bits, and floats, are brought to 8 bits by the range rule of `image_loading_medsight`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import torch
+
+    from processing_medsight import MedSightImageProcessor
+
+    processor = MedSightImageProcessor(size=224, fit="pad")
+    inputs = processor(np.zeros((480, 640, 3), dtype=np.uint8), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 224, 224)
+    (masks,) = processor.post_process_masks([torch.zeros(5, 56, 56)], inputs["original_sizes"])
+    assert masks.shape == (5, 480, 640)
+    ```
     """
 
     valid_kwargs = MedSightImageProcessorKwargs
@@ -77,9 +75,6 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
     do_resize = True
     size = {"height": 336, "width": 336}
     fit = "pad"
-    slices = "middle"
-    window = None
-    plane = None
     resample = PILImageResampling.BICUBIC
     do_rescale = True
     rescale_factor = 1 / 255
@@ -87,45 +82,44 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
+    def __init__(self, **kwargs: Unpack[MedSightImageProcessorKwargs]) -> None:
+        settings: dict[str, Any] = dict(kwargs)
+        of_scans = {name: settings.pop(name) for name in _OF_SCANS if name in settings}
+        if any(value not in (None, "middle") for value in of_scans.values()):
+            logger.warning(f"{of_scans}: not read any more, because the processor takes pictures. {OPEN_SCAN}")
+        super().__init__(**settings)
+        self._set_attributes(**settings)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
-    def fetch_images(
-        self,
-        images: Any,
-        name: str | None = None,
-        slices: int | str | Sequence[int] | None = None,
-        window: str | Sequence[float] | None = None,
-        plane: str | None = None,
-    ) -> Any:
-        """Read what is named, in lists of any depth: what [`open_scan`] takes. Pictures in memory pass through.
+    def fetch_images(self, images: Any, name: str | None = None) -> Any:
+        """Read what is named, in lists of any depth. Pictures in memory pass through.
 
         Args:
             images: paths, http(s) addresses, base64, bytes, Pillow images, arrays or tensors, or lists of these.
             name: what to call it in an error.
-            slices, window, plane: as the class has them, for this call.
 
         Returns:
-            As many images in as deep lists; but a volume of which several slices are taken is as many images.
+            As many images in as deep lists.
 
         Raises:
             ValueError: naming the file, or the position in the list, of what cannot be read.
         """
-        reading = _Reading(
-            slices=self.slices if slices is None else slices,
-            window=self.window if window is None else window,
-            plane=self.plane if plane is None else plane,
-            as_volume=slices is not None,
-            window_asked=window is not None,
-        )
-        return _fetch_all(images, name, reading)
+        if isinstance(images, (list, tuple)):
+            prefix = "image " if name is None else f"{name}."  # image 0, and image 0.1 where lists are nested
+            return [self.fetch_images(image, f"{prefix}{i}") for i, image in enumerate(images)]
+        name = name or "image"
+        if isinstance(images, (str, os.PathLike, bytes)):
+            images = load_picture(images, name if isinstance(images, bytes) else None)
+        if isinstance(images, (np.ndarray, torch.Tensor)):
+            return grey_to_pillow(images, name) if images.ndim == 2 else images
+        if not isinstance(images, Image.Image):
+            kind = type(images).__name__
+            raise ValueError(f"{name}: expected a Pillow image, an array, a tensor, bytes or a path, got {kind}")
+        return images
 
-    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        # Read here, where a call's own slices can still be told from the processor's.
-        choices = {key: kwargs.get(key) for key in ("slices", "window", "plane")}
-        return super().preprocess(self.fetch_images(images, **choices), *args, **kwargs)
+    def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[MedSightImageProcessorKwargs]) -> BatchFeature:
+        refuse_scan_arguments(kwargs)
+        return super().preprocess(self.fetch_images(images), *args, **kwargs)
 
     def post_process_masks(
         self,
@@ -203,16 +197,6 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
         return {**super().to_dict(), "auto_map": {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}}
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save preprocessor_config.json and, beside it, the code that loads it where this package is not installed."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        write_remote_code(save_directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
-        return files
-
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         unused = [name for name in _NOT_USED if kwargs.get(name)]
@@ -229,14 +213,10 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         flat = list(flatten_images(images))
         if not flat:
             raise ValueError("images is empty: expected at least one image")
-        pixel_values, original_sizes = [], []
-        for i, image in enumerate(flat):
-            path = getattr(image, "filename", None)
-            pixels, original = self._preprocess_one(
-                image, name=f"image {i} ({path})" if path else f"image {i}", **kwargs
-            )
-            pixel_values.append(pixels)
-            original_sizes.append(original)
+        paths = [getattr(image, "filename", None) for image in flat]
+        names = [f"image {i} ({path})" if path else f"image {i}" for i, path in enumerate(paths)]
+        processed = [self._preprocess_one(image, name, **kwargs) for image, name in zip(flat, names, strict=True)]
+        pixel_values, original_sizes = [pixels for pixels, _ in processed], [original for _, original in processed]
         shapes = {pixels.shape for pixels in pixel_values}
         if len(shapes) > 1 and kwargs["return_tensors"] is not None:
             raise ValueError(
@@ -293,61 +273,10 @@ class MedSightImageProcessor(HubCardMixin, BaseImageProcessor):
         )
 
 
-class _Reading(NamedTuple):
-    """How images are read: as the processor's arguments say, `as_volume` as [`open_scan`] takes `volume`."""
-
-    slices: int | str | Sequence[int]
-    window: str | Sequence[float] | None
-    plane: str | None
-    as_volume: bool
-    window_asked: bool
-
-    def windows(self, wide: bool) -> bool:
-        """Whether the window is for what has such levels: the processor's own passes over 8 bits and colours, which
-        refuse a call's."""
-        return self.window is not None and (self.window_asked or wide)
-
-
-def _fetch_all(images: Any, name: str | None, reading: _Reading) -> Any:
-    if not isinstance(images, (list, tuple)):
-        found = _fetch(images, name or "image", reading)
-        return found[0] if len(found) == 1 else found
-    fetched: list[Any] = []
-    for i, image in enumerate(images):
-        place = f"image {i}" if name is None else f"{name}.{i}"  # image 0, and image 0.1 where lists are nested
-        if isinstance(image, (list, tuple)):
-            fetched.append(_fetch_all(image, place, reading))
-        else:
-            fetched.extend(_fetch(image, place, reading))
-    return fetched
-
-
-def _fetch(image: Any, name: str, reading: _Reading) -> list[Any]:
-    """The slices of a volume, or the one image of anything else."""
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        pixels = as_numpy(image, name)
-        if not is_volume(pixels, reading.as_volume):
-            if reading.windows(is_wide(pixels)):
-                return [Picture(one, name).slice_image(0, reading.window) for one in flatten_images(pixels)]
-            return [grey_to_pillow(image, name) if image.ndim == 2 else image]
-        scan = open_scan(pixels, name, volume=True)
-    elif isinstance(image, Image.Image):
-        return [Picture(image, name).slice_image(0, reading.window) if reading.windows(is_wide(image)) else image]
-    elif isinstance(image, (str, os.PathLike, bytes)):
-        called = name if isinstance(image, bytes) else None
-        scan = open_scan(image, called, reading.plane, reading.as_volume)
-        if isinstance(scan, Picture) and not reading.windows(scan.is_wide):
-            return [scan.original]
-    else:
-        kind = type(image).__name__
-        raise ValueError(f"{name}: expected a Pillow image, an array, a tensor, bytes or a path, got {kind}")
-    if scan.kind == "array" and scan.num_slices <= _MOST_CHANNELS:
-        logger.warning(
-            f"{scan.name} is read as {scan.num_slices} slices, because slices= is given: leave it out for a picture "
-            f"of {scan.num_slices} channels"
-        )
-    window = reading.window if reading.windows(scan.is_wide) else None
-    return [scan.slice_image(index, window) for index in scan.choose_slices(reading.slices)]
+def refuse_scan_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where a call has arguments that are for scans, so that none is ignored silently."""
+    if found := [name for name in _OF_SCANS if arguments.get(name) is not None]:
+        raise ValueError(f"{', '.join(found)}: of scans, but the processor takes pictures. {OPEN_SCAN}")
 
 
 def flatten_images(images: Any) -> Iterable[Any]:
@@ -396,10 +325,11 @@ def _per_channel(value: float | Sequence[float], name: str, pixels: np.ndarray) 
 
 def _mask_planes(masks: Any) -> list[np.ndarray]:
     """The single (height, width) masks of one image."""
-    if not isinstance(masks, (list, tuple)):
-        masks = masks.detach().cpu().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
-        masks = masks[None] if masks.ndim == 2 else masks
-    planes = [mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask) for mask in masks]
+    if isinstance(masks, (list, tuple)):
+        planes = [_as_array(mask) for mask in masks]
+    else:
+        array = _as_array(masks)
+        planes = [array] if array.ndim == 2 else list(array)
     for i, plane in enumerate(planes):
         if plane.ndim != 2 or 0 in plane.shape:
             raise ValueError(f"mask {i}: expected shape (height, width), got {plane.shape}")
@@ -410,6 +340,10 @@ def _mask_planes(masks: Any) -> list[np.ndarray]:
                 f"mask {i}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside"
             )
     return planes
+
+
+def _as_array(mask: Any) -> np.ndarray:
+    return np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
 
 
 def _covered(plane: np.ndarray) -> np.ndarray:

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import logging
 
-from configuration_medsight.card_medsight import HubCardMixin
-from configuration_medsight.remote_code_medsight import AUTO_MAP, write_remote_code
+from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
-from .image_processing_medsight import flatten_images
+from .image_processing_medsight import MedSightImageProcessorKwargs, flatten_images, refuse_scan_arguments
 from .region_codes_medsight import (
     IMAGE_TOKEN,
     code_meaning,
@@ -27,8 +26,17 @@ from .region_codes_medsight import (
 
 logger = logging.get_logger(__name__)
 
+_OF_TOKENS = ("return_tensors", "padding", "padding_side", "truncation", "max_length")  # no variables of a template
 
-class MedSightProcessor(HubCardMixin, ProcessorMixin):
+
+class MedSightProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """The arguments of any processor; those of images are MedSIGHT's."""
+
+    _defaults = {}  # type: ignore[var-annotated]  # read by transformers 5.17
+    images_kwargs: MedSightImageProcessorKwargs
+
+
+class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     r"""Image processor and tokenizer in one, with a chat template.
 
     Call it with `images=` and `text=` whose `<|image_pad|>` placeholders are as many as the images (each becomes
@@ -48,7 +56,25 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
 
     Raises:
         ValueError: if the tokenizer has no image placeholder, or `image_seq_length` is below 1.
+
+    Example, in a checkout:
+
+    ```python
+    from PIL import Image
+
+    from processing_medsight import MedSightProcessor
+
+    processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
+    content = [{"type": "image", "image": Image.new("RGB", (64, 48))}, {"type": "text", "text": "Segment the liver."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt",
+    )
+    assert inputs["original_sizes"].tolist() == [[48, 64]]
+    ```
     """
+
+    valid_processor_kwargs = MedSightProcessorKwargs
 
     def __init__(
         self,
@@ -92,13 +118,12 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         """What one placeholder becomes: as many placeholders as an image has rows."""
         return self.image_token * self.image_seq_length
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]
+    ) -> tuple:
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
         if images is not None:
-            chosen = {**kwargs, **kwargs.get("images_kwargs", {})}
-            images = self.image_processor.fetch_images(
-                images, slices=chosen.get("slices"), window=chosen.get("window"), plane=chosen.get("plane")
-            )
+            refuse_scan_arguments({**kwargs, **kwargs.get("images_kwargs", {})})
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
             nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
@@ -111,13 +136,7 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
                 images = None
         return images, *others
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple:
-        # They are read: what is left of a stack of colour planes is no volume, whatever `slices` says.
-        read = {key: value for key, value in kwargs.items() if key not in ("slices", "window", "plane")}
-        processed: tuple = super()._process_images(images, **read)
-        return processed
-
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]) -> None:
         """Hold the number of images against the number of placeholders.
 
         Raises:
@@ -151,16 +170,20 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             ValueError: if a text cannot be told apart from a control token, or for images as in a call.
         """
         conversation = neutralise_conversations(conversation, self.tokenizer, self.image_token)
-        arguments = {"chat_template": chat_template, "tokenize": tokenize, "return_dict": return_dict, **kwargs}
         masked = return_assistant_tokens_mask and tokenize and return_dict
-        if not masked or hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
-            return super().apply_chat_template(
-                conversation,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                processor_kwargs=dict(processor_kwargs or {}),
-                **arguments,
-            )
-        return self._apply_masked_chat_template(conversation, dict(processor_kwargs or {}), arguments)
+        out = super().apply_chat_template(
+            conversation,
+            chat_template=chat_template,
+            tokenize=tokenize,
+            return_dict=return_dict,
+            return_assistant_tokens_mask=return_assistant_tokens_mask and not masked,
+            processor_kwargs=dict(processor_kwargs or {}),
+            **kwargs,
+        )
+        if masked:
+            masks = self._assistant_masks(conversation, chat_template, out["attention_mask"], kwargs)
+            out.update(BatchFeature({"assistant_masks": masks}, tensor_type=kwargs.get("return_tensors")))
+        return out
 
     def post_process_masks(
         self,
@@ -230,25 +253,26 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         for row, sequence in enumerate(sequences):
             prompt = row // (len(sequences) // len(prompts))
             if generated is not None:
-                places = torch.arange(prompts.shape[1], len(sequence))
+                positions = torch.arange(prompts.shape[1], len(sequence))
             else:
-                places = torch.arange(len(sequence))
-                places = places if attended is None else places[torch.as_tensor(attended)[row].cpu().bool()]
-            ids = sequence[places].tolist()
+                positions = torch.arange(len(sequence))
+                if attended is not None:
+                    positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
+            ids = sequence[positions].tolist()
             pieces, codes, raw_text = split_at_codes(self.tokenizer, ids, skip_special_tokens)
             image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
-            images = [int(image_rows[: places[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
+            images = [int(image_rows[: positions[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
             token_ids = [ids[i] for i in codes]
             logits, scores = self._masks_of_row(outputs, row, token_ids, has_images=bool(sizes[prompt]))
             masks: list[torch.Tensor | None] = [None] * len(codes)
-            for image, size_of_image in enumerate(sizes[prompt] if logits is not None else ()):
-                own = [i for i, other in enumerate(images) if other == image]
-                resized = self.post_process_masks([logits[own]], [size_of_image], threshold, fit=fit, size=size)[0]
-                for i, mask in zip(own, resized.cpu(), strict=True):
+            for image, original in enumerate(sizes[prompt] if logits is not None else ()):
+                cited = [i for i, cited_image in enumerate(images) if cited_image == image]
+                (resized,) = self.post_process_masks([logits[cited]], [original], threshold, fit=fit, size=size)
+                for i, mask in zip(cited, resized.cpu(), strict=True):
                     masks[i] = mask
             text, spans = tidy_answer(pieces)
             regions = [
-                self._region(token_ids[i], text, spans[i], images[i], masks[i], scores[i]) for i in range(len(codes))
+                self._region(*region, text) for region in zip(token_ids, spans, images, masks, scores, strict=True)
             ]
             answers.append(GroundedAnswer(text, raw_text, regions, None if complete is None else bool(complete[row])))
         return answers
@@ -258,17 +282,10 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         names = ("AutoProcessor", "AutoImageProcessor")
         return {**super().to_dict(), "auto_map": {name: AUTO_MAP[name] for name in names}}
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save tokenizer, settings and chat template and, beside them, the code that loads the folder anywhere."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        write_remote_code(save_directory)
+    def _save_beside(self, save_directory: str | os.PathLike) -> None:
+        super()._save_beside(save_directory)
         if self.region_codes is not None:
-            files.append(str(write_region_codes(self.region_codes, save_directory)))
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
-        return files
+            write_region_codes(self.region_codes, save_directory)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
@@ -282,52 +299,45 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
     def _check_image_counts(self, images: Any, text: Sequence[str]) -> None:
         wanted = [sample.count(self.image_token) for sample in text]
         if images is None or not any(isinstance(entry, list) for entry in images):
-            given = 0 if images is None else len(images)
-            if sum(wanted) != given:
+            count = 0 if images is None else len(images)
+            if sum(wanted) != count:
                 raise ValueError(
                     f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
-                    f"but {given or 'no'} images were given"
+                    f"but {count or 'no'} images were given"
                 )
             return
-        given_by_text = [len(entry) for entry in images]
-        if wanted != given_by_text:
-            wrong = [i for i, pair in enumerate(zip(wanted, given_by_text, strict=False)) if pair[0] != pair[1]]
+        counts = [len(entry) for entry in images]
+        if wanted != counts:
+            wrong = [i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]]
             raise ValueError(
-                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {given_by_text}"
-                + (f"; text {wrong[0]} is the first that differs" if wrong else "; the numbers of texts differ")
+                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {counts}; "
+                + (f"text {wrong[0]} is the first that differs" if wrong else "the numbers of texts differ")
             )
 
-    def _apply_masked_chat_template(
-        self, conversation: Any, processor_kwargs: dict, arguments: dict[str, Any]
-    ) -> BatchFeature:
-        """`assistant_masks` where transformers (5.17) does not reckon with the growth of placeholders."""
-        from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
-
-        template = arguments["chat_template"]
+    def _assistant_masks(
+        self, conversation: Any, chat_template: str | None, attention_mask: Any, variables: dict[str, Any]
+    ) -> list[list[int]]:
+        """1 for every token of an assistant's turn; counted before placeholders grow, as transformers 5.17 does it."""
+        template = chat_template or self.chat_template
         if isinstance(self.chat_template, dict):
-            template = self.chat_template.get(template or "default", template)
-        template = template or self.chat_template
-        known = _get_template_variables(template)
-        named = ("tools", "documents", "add_generation_prompt", "continue_final_message")
-        signature = ("chat_template", "tokenize", "return_dict", "return_tensors", "load_audio_from_video", *named)
-        for name in [name for name in arguments if name not in known and name not in signature]:
-            processor_kwargs[name] = arguments.pop(name)
-        processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        if arguments.get("continue_final_message"):
-            raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask")
-        return_tensors = arguments.pop("return_tensors", None)
-        out = super().apply_chat_template(conversation, processor_kwargs=processor_kwargs, **arguments)
-        variables = {
-            **self.tokenizer.special_tokens_map,
-            **{k: v for k, v in arguments.items() if k in known or k in named},
-        }
-        batch = conversation if isinstance(conversation[0], list) else [conversation]
-        _, spans = render_jinja_template(batch, chat_template=template, return_assistant_tokens_mask=True, **variables)
-        offsets, replaced = out.pop("offset_mapping"), out.pop("text_replacement_offsets", None)
-        out["assistant_masks"] = [
-            _assistant_mask(row, spans[i], replaced[i] if replaced else []) for i, row in enumerate(offsets)
-        ]
-        return out.convert_to_tensors(return_tensors)
+            template = self.chat_template.get(chat_template or "default", chat_template)
+        encoded = self.tokenizer.apply_chat_template(
+            conversation if isinstance(conversation[0], list) else [conversation],
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{name: value for name, value in variables.items() if name not in _OF_TOKENS},
+        )
+        masks = []
+        for ids, spoken, attended in zip(
+            encoded["input_ids"], encoded["assistant_masks"], attention_mask, strict=True
+        ):
+            rows = [self.image_seq_length if token == self.image_token_id else 1 for token in ids]
+            grown = [flag for flag, count in zip(spoken, rows, strict=True) for _ in range(count)]
+            remaining = iter(grown[-int(sum(attended)) :] if self.tokenizer.truncation_side == "left" else grown)
+            masks.append([next(remaining) if flag else 0 for flag in attended])
+        return masks
 
     def _original_sizes_by_prompt(self, prompts: torch.Tensor, original_sizes: Any) -> list[list[tuple[int, int]]]:
         """The (height, width) of each prompt's images, which stand in `original_sizes` one after the other."""
@@ -348,7 +358,9 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
         """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
         named, logits, scores = (outputs.get(name) for name in ("region_code_ids", "mask_logits", "region_scores"))
         if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
-            raise ValueError(f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}")
+            raise ValueError(
+                f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}"
+            )
         if logits is not None:
             logits = torch.as_tensor(logits[row])
             if len(logits) != len(token_ids) and (len(logits) or has_images):
@@ -359,11 +371,11 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
     def _region(
         self,
         token_id: int,
-        text: str,
         span: tuple[int, int] | None,
         image: int,
         mask: torch.Tensor | None,
         score: float | None,
+        text: str,
     ) -> GroundedRegion:
         code = self.tokenizer.convert_ids_to_tokens(token_id)
         group, index = parse_region_code(code)
@@ -382,12 +394,3 @@ class MedSightProcessor(HubCardMixin, ProcessorMixin):
             score=score,
             meaning=code_meaning(self.region_codes, code),
         )
-
-
-def _assistant_mask(offsets: Any, spans: Sequence[Sequence[int]], replaced: Sequence[dict]) -> list[int]:
-    """1 for every token that overlaps an assistant's span; spans count characters before placeholders grew."""
-    moved = []
-    for span in spans:
-        shift = [sum(len(r["replacement"]) - len(r["text"]) for r in replaced if r["span"][1] <= end) for end in span]
-        moved.append((span[0] + shift[0], span[1] + shift[1]))
-    return [int(any(start < last and end > first for first, last in moved)) for start, end in offsets]

@@ -13,42 +13,37 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from configuration_medsight.configuration_medsight import SEG_TOKEN
+
 
 REGION_CODES_FILE = "region_codes.json"
-SEG_TOKEN = "[SEG]"
+# The spelling of every region code; its groups are the code's group and index, `None` of `[SEG]`.
+REGION_CODE = re.compile(r"\[(?:C(0|[1-9][0-9]*)_(0|[1-9][0-9]*)|SEG)\]")
 IMAGE_TOKEN = "<|image_pad|>"
 
+_QWEN3_SPECIAL = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+"""
+_QWEN3_ORDINARY = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+    <tool_response> </tool_response> <think> </think>
+"""
 # Qwen3's added tokens in the order of their ids, 151643 to 151668, and whether each is a special one.
 QWEN3_ADDED_TOKENS = (
-    ("<|endoftext|>", True),
-    ("<|im_start|>", True),
-    ("<|im_end|>", True),
-    ("<|object_ref_start|>", True),
-    ("<|object_ref_end|>", True),
-    ("<|box_start|>", True),
-    ("<|box_end|>", True),
-    ("<|quad_start|>", True),
-    ("<|quad_end|>", True),
-    ("<|vision_start|>", True),
-    ("<|vision_end|>", True),
-    ("<|vision_pad|>", True),
-    (IMAGE_TOKEN, True),
-    ("<|video_pad|>", True),
-    ("<tool_call>", False),
-    ("</tool_call>", False),
-    ("<|fim_prefix|>", False),
-    ("<|fim_middle|>", False),
-    ("<|fim_suffix|>", False),
-    ("<|fim_pad|>", False),
-    ("<|repo_name|>", False),
-    ("<|file_sep|>", False),
-    ("<tool_response>", False),
-    ("</tool_response>", False),
-    ("<think>", False),
-    ("</think>", False),
+    *((token, True) for token in _QWEN3_SPECIAL.split()),
+    *((token, False) for token in _QWEN3_ORDINARY.split()),
 )
 
-_CODE = re.compile(r"\[C(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\]")
+
+def find_codes(text: str) -> list[str]:
+    """The region codes in a text, in its order."""
+    return [match[0] for match in REGION_CODE.finditer(text)]
+
+
+def is_region_code(token: str) -> bool:
+    """Whether a token is spelled as a region code."""
+    return REGION_CODE.fullmatch(token) is not None
 
 
 def parse_region_code(token: str) -> tuple[int, int]:
@@ -57,12 +52,10 @@ def parse_region_code(token: str) -> tuple[int, int]:
     Raises:
         ValueError: if `token` is not a region code.
     """
-    if token == SEG_TOKEN:
-        return 0, 0
-    match = _CODE.fullmatch(token)
+    match = REGION_CODE.fullmatch(token)
     if match is None:
         raise ValueError(f"{token!r} is not a region code: expected [C<group>_<index>] or {SEG_TOKEN}")
-    return int(match[1]), int(match[2])
+    return int(match[1] or 0), int(match[2] or 0)
 
 
 def region_code_tokens(num_groups: int, codes_per_group: int, use_region_codebook: bool = True) -> list[str]:
@@ -87,16 +80,14 @@ def add_region_codes(
     """
     tokens = region_code_tokens(num_groups, codes_per_group, use_region_codebook)
     vocabulary = tokenizer.get_vocab()
-    present = sorted(
-        (vocabulary[token], token) for token in vocabulary if token == SEG_TOKEN or _CODE.fullmatch(token)
-    )
+    present = sorted((token_id, token) for token, token_id in vocabulary.items() if is_region_code(token))
     if present:
         first = present[0][0]
         if present != [(first + offset, token) for offset, token in enumerate(tokens)]:
-            (_, one), (last, other) = present[0], present[-1]
+            last, last_token = present[-1]
             raise ValueError(
-                f"the tokenizer already has {len(present)} region codes, {one} (id {first}) to {other} (id {last}): "
-                f"they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
+                f"the tokenizer already has {len(present)} region codes, {present[0][1]} (id {first}) to {last_token} "
+                f"(id {last}): they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
             )
         return first
     first = len(tokenizer)
@@ -109,8 +100,7 @@ def add_region_codes(
 
 def region_code_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The ids of a tokenizer's region codes and their spellings."""
-    added = tokenizer.get_added_vocab()
-    return {added[token]: token for token in added if token == SEG_TOKEN or _CODE.fullmatch(token)}
+    return {token_id: token for token, token_id in tokenizer.get_added_vocab().items() if is_region_code(token)}
 
 
 def split_at_codes(
@@ -167,28 +157,22 @@ def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is damaged; the message names it.
     """
+    remedy = "remove the file, and write it with medsight codes"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove it, and write it with medsight codes") from error
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
     codes = content.get("codes") if isinstance(content, dict) else None
     if not isinstance(codes, dict):
-        raise ValueError(f"{path}: expected an object 'codes'; remove it, and write it with medsight codes")
+        raise ValueError(f"{path}: expected an object 'codes'; {remedy}")
     for code, entry in codes.items():
-        try:
-            parse_region_code(code)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        structures = entry.get("structures") if isinstance(entry, dict) else None
-        if (
-            not isinstance(structures, dict)
-            or not structures
-            or not all(isinstance(share, (int, float)) for share in structures.values())
-            or not isinstance(entry.get("n"), int)
-        ):
+        if not is_region_code(code):
+            raise ValueError(f"{path}: {code!r} is not a region code; {remedy}")
+        structures, count = (entry.get("structures"), entry.get("n")) if isinstance(entry, dict) else (None, None)
+        shares = structures.values() if isinstance(structures, dict) else ()
+        if not shares or not all(isinstance(share, (int, float)) for share in shares) or not isinstance(count, int):
             raise ValueError(
-                f"{path}: code {code}: expected a count 'n' and shares in 'structures', got {entry!r}; remove the "
-                "file, and write it with medsight codes"
+                f"{path}: code {code}: expected a count 'n' and shares in 'structures', got {entry!r}; {remedy}"
             )
     return content
 

@@ -7,9 +7,21 @@ from typing import Any
 
 import pytest
 
+import modeling_medsight
+import processing_medsight
+from configuration_medsight.remote_code_medsight import write_remote_code
 from medsight import cli
 from tests.shared import shared_folder
 from tests.tiny_checkpoint import save_tiny_checkpoint
+
+
+NANO = Path(__file__).resolve().parents[1] / "medsight" / "medsight-nano"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """medsight-nano's code is not in git, and may be older here than what it is a copy of: it is written anew."""
+    if not hasattr(config, "workerinput"):  # of several processes, the first one does it
+        write_remote_code(NANO, *modeling_medsight.__path__, *processing_medsight.__path__)
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,17 @@
-"""Run by test_one_folder.py in a process of its own: loads a folder as somebody who does not have this package.
+"""Loads a folder in a process of its own, as somebody who does not have this package.
 
-Usage: stranger.py SOURCE SAVED. Answers with SOURCE, saves model and processor to SAVED, and answers with that.
+Usage: stranger.py SOURCE SAVED. Answers with SOURCE, saves processor and model to SAVED, and answers with that.
 """
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 
 
-OWN = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
-
-
-class NotInstalled:
-    """Hides the packages of this repository, also where they are installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in OWN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+HIDING = runpy.run_path(str(Path(__file__).with_name("hide_packages.py")))
 
 
 def answer(folder, auto_class):
@@ -42,23 +36,26 @@ def answer(folder, auto_class):
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, NotInstalled())
+    HIDING["hide_packages"]()
     import torch
     from PIL import Image
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForMaskGeneration,
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
 
     source, saved = sys.argv[1:]
     model, processor, first = answer(source, AutoModelForImageTextToText)
-    model.save_pretrained(saved)
     processor.save_pretrained(saved)
+    model.save_pretrained(saved)
     for auto_class in (AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
         again = answer(saved, auto_class)[2]
         assert again == first, (auto_class, again, first)
-    assert not any(name in sys.modules for name in OWN)
+    regions = AutoModelForMaskGeneration.from_pretrained(saved, trust_remote_code=True)
+    assert type(regions).__name__ == "MedSightRegionModel"
+    HIDING["assert_hidden"]()
     print(json.dumps(first))

@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from configuration_medsight import MedSightConfig
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("configuration_medsight", "modeling_medsight", "processing_medsight")
 
 
 def answer_as_stranger(source: Path, saved: Path, workplace: Path) -> list:
@@ -20,31 +27,36 @@ def answer_as_stranger(source: Path, saved: Path, workplace: Path) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def modules(*folders: Path) -> set[str]:
+    return {path.name for folder in folders for path in folder.glob("*_medsight.py")}
+
+
 def test_a_stranger_loads_answers_saves_and_loads_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
     first = answer_as_stranger(tiny_checkpoint, tmp_path / "saved", tmp_path)
     second = answer_as_stranger(tmp_path / "saved", tmp_path / "saved again", tmp_path)
     assert first == second
     names = {path.name for path in (tmp_path / "saved again").iterdir()}
-    assert {"config.json", "model.safetensors", "modeling_medsight.py", "processing_medsight.py"} <= names
+    assert {"config.json", "model.safetensors"} <= names
+    assert {name for name in names if name.endswith(".py")} == modules(*(ROOT / name for name in PACKAGES))
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
 
 
-@pytest.mark.parametrize("part", ["model", "processor"])
-def test_saving_either_part_writes_all_of_the_code(tiny_checkpoint: Path, tmp_path: Path, part: str) -> None:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    auto_class = AutoModelForImageTextToText if part == "model" else AutoProcessor
-    auto_class.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
-    written = {path.name: path.read_text("utf-8") for path in tmp_path.glob("*.py")}
-    expected = {path.name for path in tiny_checkpoint.glob("*.py")}
-    assert set(written) == expected and len(expected) > 8
-    for name, text in written.items():
-        assert "from configuration_medsight." not in text and "from processing_medsight." not in text, name
+@pytest.mark.parametrize(
+    ("loaded_by", "packages"),
+    [(MedSightConfig, PACKAGES[:1]), (AutoModelForImageTextToText, PACKAGES[:2]), (AutoProcessor, PACKAGES[::2])],
+    ids=["configuration", "model", "processor"],
+)
+def test_each_part_saves_the_code_of_its_package_and_of_those_below(
+    tiny_checkpoint: Path, tmp_path: Path, loaded_by: type, packages: tuple[str, ...]
+) -> None:
+    loaded_by.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    assert modules(tmp_path) == modules(*(ROOT / name for name in packages))
+    for path in tmp_path.glob("*.py"):
+        assert path.read_bytes() == (tiny_checkpoint / path.name).read_bytes()
+        assert not any(f"from {name}." in path.read_text("utf-8") for name in PACKAGES), path.name
 
 
 def test_a_large_model_is_sharded_and_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText
-
     model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1

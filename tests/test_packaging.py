@@ -12,29 +12,35 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.test_one_folder import answer_as_stranger
+
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
 NOT_CODE = {".css", ".yaml", ".jinja", ".md", ".txt"}  # styles, wordings, recipes, templates, cards
-SHIPPED = ROOT / "medsight" / "medsight-nano"
+SHIPPED = "medsight/medsight-nano"
 # What the files of a checkpoint folder may import at their top: those of our runtime dependencies that they can use.
 RUNTIME_MODULES = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "scipy", "numpy", "PIL"}
-COMMAND_LINE_MODULES = {
-    "jinja2",
-    "rich",
-    "tqdm",
-    "typer",
-}  # of medsight/ alone; a checkpoint folder needs none of them
+# Of medsight/ alone; a checkpoint folder needs none of them.
+COMMAND_LINE_MODULES = {"jinja2", "rich", "tqdm", "typer"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of this tree, built in a copy so that the tree stays as it is."""
-    source = tmp_path_factory.mktemp("source")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This tree as git has it, in a copy, so that the tree stays as it is; one file is left from an older version."""
+    copy = tmp_path_factory.mktemp("source")
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (copy / SHIPPED).glob("*.py"):
+        path.unlink()
+    (copy / SHIPPED / "left_medsight.py").touch()
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> zipfile.ZipFile:
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(source / "dist")]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, timeout=300)
     return zipfile.ZipFile(next((source / "dist").glob("*.whl")))
@@ -61,15 +67,48 @@ def top_level_imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    files = [path for name in FOLDERS for path in (ROOT / name).rglob("*") if "__pycache__" not in path.parts]
-    shipped = {path for path in files if SHIPPED in path.parents}
-    wanted = {path for path in files if path.suffix in {".py", *NOT_CODE}} | shipped
+def model_code() -> set[str]:
+    """The modules that a checkpoint folder carries."""
+    return {path.name for name in FOLDERS[:3] for path in (ROOT / name).glob("*_medsight.py")}
+
+
+def test_the_wheel_holds_every_source_file_the_shipped_models_code_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    files = [path.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()]
+    shipped = {path.as_posix() for path in files if path.is_relative_to(SHIPPED) and path.suffix != ".py"}
+    code = {f"{SHIPPED}/{name}" for name in model_code()}
     # `training/` is installed under the name that it is imported by.
-    names = {path.relative_to(ROOT).as_posix() for path in wanted}
-    expected = {f"medsight/{name}" if name.startswith("training/") else name for name in names}
-    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert found == expected
+    names = {
+        f"medsight/{path.as_posix()}" if path.parts[0] == "training" else path.as_posix()
+        for path in files
+        if path.suffix in {".py", *NOT_CODE} and not path.is_relative_to(SHIPPED)
+    }
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == names | shipped | code
+
+
+def test_the_shipped_model_copied_out_of_an_installation_answers_where_the_package_is_not(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path, [name for name in wheel.namelist() if name.startswith(SHIPPED)])
+    folder = (tmp_path / SHIPPED).rename(tmp_path / "copied")
+    assert answer_as_stranger(folder, tmp_path / "saved", tmp_path)
+
+
+def test_an_editable_install_writes_the_code_in_place(source: Path, tmp_path: Path) -> None:
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=300)
+    assert {path.name for path in (source / SHIPPED).glob("*.py")} == model_code()
+
+
+def test_a_bare_checkout_writes_the_code_without_any_package(source: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", source)
+    (source / SHIPPED / "left_medsight.py").touch()
+    subprocess.run(
+        [shutil.which("make") or "make", "nano-code", f"PYTHON={sys.executable} -I -S"],
+        cwd=source,
+        check=True,
+        timeout=60,
+    )
+    assert {path.name for path in (source / SHIPPED).glob("*.py")} == model_code()
 
 
 def test_the_licence_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
@@ -113,12 +152,3 @@ def test_a_checkpoint_folders_files_import_only_runtime_dependencies(folder: str
     allowed = RUNTIME_MODULES | set(FOLDERS[:3]) | set(sys.stdlib_module_names)
     offending = {path.name: top_level_imports(path) - allowed for path in (ROOT / folder).glob("*.py")}
     assert not {name: modules for name, modules in offending.items() if modules}
-
-
-def test_the_shipped_checkpoint_is_small_and_free_of_pickles() -> None:
-    if not SHIPPED.is_dir():
-        pytest.skip(f"this tree has no {SHIPPED.name}")
-    files = list(SHIPPED.iterdir())
-    assert all(path.is_file() for path in files)
-    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
-    assert not [path.name for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]

@@ -31,8 +31,9 @@ from typing import Any
 import yaml
 
 from medsight.evaluation.benchmarks import load_benchmark
+from medsight.evaluation.cases import Case
 from medsight.evaluation.figures import METRICS
-from medsight.evaluation.items import Item, NoRowsError
+from medsight.evaluation.readers import NoRowsError
 from medsight.evaluation.runner import Processes, RunSettings
 from medsight.evaluation.scored_run import answer, protocol_of, score
 from medsight.files import staged_folder, write_json, write_text
@@ -126,7 +127,7 @@ def take_over(full: Recipe, other: Recipe) -> None:
 
 
 def evaluate(
-    recipe: Recipe, model: Path, benchmark: str, items: list[Item], output: Path, remark: str
+    recipe: Recipe, model: Path, benchmark: str, items: list[Case], output: Path, remark: str
 ) -> dict[str, Any]:
     """What metrics.json says of a run's result on the items of a benchmark, greedy and in single precision.
 
@@ -168,7 +169,7 @@ def run(
     """
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
     corpora = {seed: read_corpus(recipe.changed({"seed": seed}, "--seeds")) for seed in seeds}
-    items: dict[str, dict[int, list[Item]]] = {}
+    items: dict[str, dict[int, list[Case]]] = {}
     for benchmark in BENCHMARKS:
         try:
             items[benchmark] = {seed: held_out_items(corpora[seed], benchmark, split) for seed in seeds}

@@ -22,10 +22,10 @@ from medsight.data.schema import IMAGE_MARKER
 from medsight.data.templates import Wordings
 from medsight.data.wording import ConversationMaker, Turn, Vocabulary, position_in_words
 from medsight.files import check_empty, staged_folder
+from medsight.inference.code_assignment import assign_codes
 
 from .annotation_output import AnnotationCounts, ConversationWriter, write_card
 from .canvas import Canvas
-from .region_codes import assign_codes
 
 
 READERS = 4  # threads that decode pictures

@@ -13,16 +13,14 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from configuration_medsight.configuration_medsight import MedSightConfig
-from medsight.data.biomedparse import split_validation
-from medsight.data.conversation_splits import hold_out_conversations
-from medsight.data.groups import Groups
+from medsight.data.groups import Groups, match_groups
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.data.sources import Source, load_source
-from medsight.data.splits import divide
+from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
 from medsight.data.templates import Wordings
 from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
 
-from .annotate import annotate, match_groups
+from .annotation import annotate
 from .recipe import AnnotationSettings, Recipe
 
 
@@ -88,7 +86,8 @@ def read_corpus(recipe: Recipe) -> Corpus:
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    training, validation = split_validation(rows, recipe.data.validation_fraction, split_seed(recipe))
+    held = hold_out_regions(rows, recipe.data.validation_fraction, split_seed(recipe))
+    training, validation = divide(rows, held)
     if recipe.data.groups:
         groups = Groups(recipe.data.groups)
     else:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from medsight.inference.overlay import draw_overlay
+from medsight.export.drawing import draw_overlay
 
 from .dataset import SampleDataset, Skipped
 from .stage import Stage

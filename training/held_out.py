@@ -7,8 +7,9 @@ from typing import Any
 
 from medsight.data.sources import Source, iterate
 from medsight.evaluation.benchmarks import load_benchmark
-from medsight.evaluation.items import Item, NoRowsError, read_items
+from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import Prediction, Problems
+from medsight.evaluation.readers import NoRowsError, read_cases
 from medsight.evaluation.scored_run import protocol_of
 from medsight.evaluation.scoring import score_rows
 from medsight.evaluation.summary import summarise
@@ -19,7 +20,7 @@ from .corpus import Corpus
 SPLITS = ("validation", "test")
 
 
-def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") -> list[Item]:
+def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") -> list[Case]:
     """The items of a benchmark that a recipe's data hold.
 
     Args:
@@ -35,7 +36,7 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     declared = load_benchmark(benchmark)
     images = image_paths(corpus.validation)
-    found: dict[str, Item] = {}
+    found: dict[str, Case] = {}
     for source in map(Source.from_mapping, corpus.recipe.data.regions):
         if {source.layout, declared.layout} != {"biomedparse"}:
             raise ValueError(
@@ -46,7 +47,7 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
             source = dataclasses.replace(source, split="test")
             images = image_paths([item.row for item in iterate(source) if item.row is not None])
         try:  # whether the files are there was seen when they were read
-            items, _ = read_items(dataclasses.replace(declared, split=source.split, files=("*",)), source.path)
+            items, _ = read_cases(dataclasses.replace(declared, split=source.split, files=("*",)), source.path)
         except NoRowsError:
             continue
         for item in items:
@@ -66,7 +67,7 @@ def image_paths(rows: Any) -> set[str]:
     return {os.path.abspath(row["image"]["path"]) for row in rows}
 
 
-def score_predictions(items: Sequence[Item], predictions: Sequence[Prediction], benchmark: str) -> dict[str, Any]:
+def score_predictions(items: Sequence[Case], predictions: Sequence[Prediction], benchmark: str) -> dict[str, Any]:
     """What metrics.json would say of predictions, by the benchmark's own protocol."""
 
     declared = load_benchmark(benchmark)

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from configuration_medsight.configuration_medsight import MedSightConfig
-from medsight.data.sources import LAYOUTS, Source
+from medsight.data.sources import Source, find_layout
 from medsight.text import align
 
 from .augmentation import Augmentation
@@ -163,7 +163,7 @@ def check_conversations(recipe: Recipe, stage: ResolvedStage) -> None:
     """Raise OSError or ValueError where the files of a source of conversations that a stage names are not there."""
     for name in recipe.data.conversations.keys() & {*stage.settings.data}:
         source = Source.from_mapping(recipe.data.conversations[name])
-        LAYOUTS[source.layout].shards(source)
+        find_layout(source.layout).shards(source)
 
 
 def reads_regions(stage: ResolvedStage, recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from medsight.checkpoint import read_json
-from medsight.data.biomedparse import biomedparse_shards
+from medsight.data.layouts.biomedparse import biomedparse_shards
 from medsight.data.records import json_records
 from medsight.data.sources import Source
 from medsight.data.splits import canonical_split

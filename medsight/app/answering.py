@@ -3,24 +3,21 @@
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from medsight.inference.predictor import check_length, decode_greedily, tokenize_chats
-
-
-if TYPE_CHECKING:
-    from medsight.inference.predictor import AnswerSettings
-    from processing_medsight.grounded_answer_medsight import GroundedAnswer
+from medsight.inference.settings import AnswerSettings
+from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
 
 @dataclass(frozen=True, eq=False)
 class Answered:
     """A complete answer, and (codes, h, w) mask logits of its codes on the model's grid, on the CPU."""
 
-    answer: "GroundedAnswer"
+    answer: GroundedAnswer
     mask_logits: torch.Tensor
 
 
@@ -35,7 +32,7 @@ class StopWhenSet(StoppingCriteria):
 
 
 def stream_answer(
-    predictor: Any, messages: list[dict[str, Any]], settings: "AnswerSettings", stop: threading.Event
+    predictor: Any, messages: list[dict[str, Any]], settings: AnswerSettings, stop: threading.Event
 ) -> Generator[str | Answered, None, None]:
     """Answers, decoding greedily.
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medsight.inference.overlay import PALETTE, draw_regions, heat_map, readable_side, scaled_size
+from medsight.export.drawing import PALETTE, draw_regions, heat_map, readable_side, scaled_size
 from processing_medsight.geometry_medsight import fit_image, grid_to_pixels
 
 from .session import Finding

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from processing_medsight.region_codes_medsight import REGION_CODE
+
 from .drawing import color_of
 from .session import Finding, Turn
 
@@ -27,7 +29,6 @@ element.addEventListener("change", event => {
 });
 """
 _PUNCTUATION = re.compile(r"[.,;:!?]+")
-_CODE = re.compile(r"\[C\d+_\d+\]|\[SEG\]")
 # A component's HTML is read as a template in the browser: these begin its expressions.
 _TEMPLATE = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 
@@ -70,7 +71,7 @@ def window_text(window: str | tuple[float, float] | None) -> str:
 
 def _answer(turn: Turn) -> str:
     if turn.answer is None:
-        streamed = _CODE.sub(lambda code: f'<span class="ms-code">{code[0]}</span>', escape(turn.text))
+        streamed = REGION_CODE.sub(lambda code: f'<span class="ms-code">{code[0]}</span>', escape(turn.text))
         return f'{streamed}<span class="ms-cursor" aria-hidden="true"></span>'
     text, start, parts = turn.answer.text, 0, []
     by_span: dict[tuple[int, int] | None, list[Finding]] = {}

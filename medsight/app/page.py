@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from medsight.inference.predictor import AnswerSettings
+from medsight.inference.settings import AnswerSettings
 
 from . import markup
 from .answering import Answered, stream_answer

@@ -7,18 +7,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
+from PIL import Image
+
+from medsight.inference.predictor import Window, assistant_turn, user_turn
+from medsight.scans import Scan, open_scan
+from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
 
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from medsight.scans.scan import Scan
-    from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
-
-Window: TypeAlias = "str | tuple[float, float] | None"
 UPLOAD_NAME = "the upload"  # what errors call it: a file's own name may be a patient's
 
 
@@ -34,7 +32,7 @@ class Finding:
     """
 
     number: int
-    region: "GroundedRegion"
+    region: GroundedRegion
     logits: torch.Tensor
     slice_index: int
 
@@ -61,7 +59,7 @@ class Turn:
     slice_index: int
     window: Window
     text: str = ""
-    answer: "GroundedAnswer | None" = None
+    answer: GroundedAnswer | None = None
     findings: list[Finding] = field(default_factory=list)
     stopped: bool = False
 
@@ -81,7 +79,7 @@ class Session:
     """
 
     root: Path | None = None
-    scan: "Scan | None" = None
+    scan: Scan | None = None
     slice_index: int = 0
     window: Window = None
     turns: list[Turn] = field(default_factory=list)
@@ -117,8 +115,6 @@ class Session:
         Raises:
             ValueError: they cannot be read, or do not belong together; then no scan is open.
         """
-        from medsight.scans.scan import open_scan
-
         if not files:
             raise ValueError("no file was uploaded")
         self.close()
@@ -135,8 +131,6 @@ class Session:
 
     def open_example(self, content: bytes) -> None:
         """Opens the content of a file that is not a visitor's."""
-        from medsight.scans.scan import open_scan
-
         self.close()
         self._source = content
         self._show(open_scan(content, name="the example"))
@@ -147,9 +141,8 @@ class Session:
         Raises:
             ValueError: the scan has no planes to choose from; nothing changes.
         """
-        from medsight.scans.scan import open_scan
-
-        assert self.scan is not None and self._source is not None
+        if self.scan is None or self._source is None:
+            raise ValueError("no scan is open")
         scan = open_scan(self._source, name=self.scan.name, plane=plane)
         self.forget_conversation()
         self.window = None
@@ -171,13 +164,14 @@ class Session:
             lambda found: f"file {int(found[1])} of {UPLOAD_NAME}" if found[1] and several else UPLOAD_NAME, text
         )
 
-    def _show(self, scan: "Scan") -> None:
+    def _show(self, scan: Scan) -> None:
         self.scan = scan
         self.slice_index = scan.choose_slices("middle")[0]
 
-    def image(self, slice_index: int | None = None, window: Window = None) -> "Image.Image":
+    def image(self, slice_index: int | None = None, window: Window = None) -> Image.Image:
         """A slice as the model sees it; the one that is shown by default."""
-        assert self.scan is not None
+        if self.scan is None:
+            raise ValueError("no scan is open")
         if slice_index is None:
             slice_index, window = self.slice_index, self.window
         return self.scan.slice_image(slice_index, window)
@@ -190,19 +184,17 @@ class Session:
         Raises:
             ValueError: the question is empty.
         """
-        from medsight.inference.predictor import assistant_turn, user_turn
-
         same = [
             earlier
             for earlier in self.turns[: self.turns.index(turn)]
             if (earlier.slice_index, earlier.window) == (turn.slice_index, turn.window) and earlier.answer is not None
         ]
         messages: list[dict[str, Any]] = []
-        for one in [*same, turn]:
+        for asked in [*same, turn]:
             image = None if messages else self.image(turn.slice_index, turn.window)
-            messages.append(user_turn(one.question, image))
-            if one is not turn and one.answer is not None:
-                messages.append(assistant_turn(one.answer))
+            messages.append(user_turn(asked.question, image))
+            if asked is not turn and asked.answer is not None:
+                messages.append(assistant_turn(asked.answer))
         return messages
 
     def forget_conversation(self) -> None:

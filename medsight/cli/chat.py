@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medsight.cli.console import Device, Json, Results, results
-from medsight.cli.predict import (
+from medsight.files import check_empty
+from medsight.inference.answer_folder import safe_name
+from medsight.inference.settings import AnswerSettings
+from medsight.text import printable, quiet_transformers
+
+from .console import Device, Json, Results, results
+from .predict import (
     AllowedGroups,
     Deidentify,
     Dtype,
@@ -23,15 +28,11 @@ from medsight.cli.predict import (
     parse_groups,
     parse_window,
 )
-from medsight.files import check_empty
-from medsight.inference.answer_folder import safe_name, save_answer
-from medsight.inference.image_files import find_images
-from medsight.inference.predictor import AnswerSettings, Predictor, Slice, assistant_turn, read_slices, user_turn
-from medsight.text import printable, quiet_transformers
 
 
 if TYPE_CHECKING:
     from medsight.inference.prediction import Prediction
+    from medsight.inference.predictor import Predictor, Slice
 
 TURN_FOLDER = "turn-{:02d}"
 
@@ -44,7 +45,7 @@ class Conversation:
         settings: how to answer.
     """
 
-    def __init__(self, predictor: Predictor, image: Slice, name: str, settings: AnswerSettings) -> None:
+    def __init__(self, predictor: "Predictor", image: "Slice", name: str, settings: AnswerSettings) -> None:
         self.predictor = predictor
         self.image = image
         self.name = name
@@ -60,22 +61,13 @@ class Conversation:
         Raises:
             ValueError: the prompt is empty, or the conversation cannot be tokenized.
         """
-        from medsight.inference.prediction import Prediction
+        from medsight.inference.predictor import assistant_turn, user_turn
 
         asked = [*self.messages, user_turn(prompt, None if self.messages else self.image.image)]
         streamer = None if on_text is None else streaming(self.predictor.processor.tokenizer, on_text)
         answer = self.predictor.answer([asked], streamer=streamer, **self.settings.to_dict())[0]
         self.messages = [*asked, assistant_turn(answer)]
-        return Prediction(
-            answer=answer,
-            image=self.image.image,
-            image_name=self.name,
-            prompt=prompt,
-            model=self.predictor.model_name,
-            scan=self.image.scan,
-            slice_index=self.image.index,
-            window=self.image.window,
-        )
+        return self.predictor.prediction(answer, self.image, prompt, self.name)
 
 
 def streaming(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
@@ -118,7 +110,10 @@ def command(
     overlay are saved in a folder of their own (turn-01, turn-02, ...) in the output folder. Not a medical device.
     """
     from medsight.export import check_formats
-    from medsight.scans.scan import open_scan
+    from medsight.inference.image_files import find_images
+    from medsight.inference.prediction import save_answer
+    from medsight.inference.predictor import Predictor, read_slices
+    from medsight.scans import open_scan
 
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
     view, kinds = parse_window(window), parse_formats(formats)

@@ -42,12 +42,12 @@ def command(
     folder (region_codes.json), and one contact sheet per code (PNG) into the output folder.
     """
     from medsight import __version__
+    from medsight.data.groups import load_groups, match_groups
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.evaluation.codes import describe_codes, meanings_to_json
     from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation
     from medsight.evaluation.scored_run import codebook_of
     from medsight.files import write_json
-    from medsight.training.annotate import load_groups, match_groups
 
     folder = Path(model)
     check_checkpoint(folder)
@@ -66,8 +66,8 @@ def command(
         with quiet_transformers():
             loaded, processor = load_for_evaluation(folder, RunSettings(dtype="float32"), device)
         names = list(codebook_of(loaded.config))
-        told = None if groups is None else load_groups(groups, names)
-        matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows}, told)
+        chosen = None if groups is None else load_groups(groups, names)
+        matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows}, chosen)
         found = describe_codes(loaded, processor, _counted(rows), matched, examples, batch_size)
         content = meanings_to_json(
             found,
@@ -95,11 +95,11 @@ def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) 
     from medsight.evaluation.codes import contact_sheet
 
     with staged_folder(output, False, check_empty) as folder:
-        for code, some in examples.items():
+        for code, shown in examples.items():
             meaning = codes[code]
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in meaning["structures"].items())
             title = f"{code}  {meaning['group']}"
-            sheet = contact_sheet(title, f"{meaning['n']:,} masks: {shares}", some)
+            sheet = contact_sheet(title, f"{meaning['n']:,} masks: {shares}", shown)
             sheet.save(folder / f"{code.strip('[]')}.png")
 
 

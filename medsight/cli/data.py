@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from medsight.cli.console import Device, Json, results
-from medsight.files import check_empty
+from medsight.files import check_empty, read_names
 from medsight.text import quiet_transformers
 
 
@@ -38,7 +38,7 @@ def check(
     Exit status: 0 if training may start, 1 if there is a problem. Warnings are no problems.
     """
     from medsight.data.check import check as read_and_check
-    from medsight.data.check import parse_condition, read_targets
+    from medsight.data.check import parse_condition
     from medsight.data.sources import Source, detect_layout
 
     layout = layout or detect_layout(path)
@@ -46,10 +46,12 @@ def check(
     conditions = dict(map(parse_condition, where or [])) or None
     sources = [Source(layout, path, split=name, images=images, where=conditions) for name in splits]
     with results(as_json) as out:
-        report = read_and_check(sources, targets=read_targets(targets) if targets else None, workers=workers)
+        report = read_and_check(sources, targets=read_names(targets) if targets else None, workers=workers)
         out.show(report.to_dict(), f"{path} ({layout})\n\n{report.to_text()}")
     if not report.ok:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(one.kind for one in report.problems).items())
+        kinds = ", ".join(
+            f"{count:,} {kind}" for kind, count in Counter(problem.kind for problem in report.problems).items()
+        )
         raise ValueError(f"{path}: training cannot start on it: {kinds}")
 
 
@@ -90,11 +92,12 @@ def annotate(
     are drawn from templates. The output folder (parquet files, README.md, annotation.json) appears complete or not at
     all.
     """
-    from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint
-    from medsight.data.groups import Groups
+    from medsight.checkpoint import check_checkpoint
+    from medsight.data.groups import Groups, load_groups, match_groups
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.data.wording import Wordings
-    from medsight.training.annotate import load_groups, match_groups, summary
+    from medsight.loading import choose_device, load_checkpoint
+    from medsight.training.annotate import summary
     from medsight.training.annotation import annotate as write_conversations
 
     check_empty(Path(output))
@@ -111,12 +114,12 @@ def annotate(
         with quiet_transformers():
             loaded, processor = load_checkpoint(Path(model), "auto")
         names = list(loaded.config.group_names) if loaded.config.use_region_codebook else None
-        told = None if groups is None else load_groups(groups, names)
+        chosen = None if groups is None else load_groups(groups, names)
         pairs = {(row["modality"], row["site"]) for row in rows.select_columns(["modality", "site"])}
         if names is None:
-            matched = told or Groups.of_pairs(pairs)
+            matched = chosen or Groups.of_pairs(pairs)
         else:
-            matched = match_groups(loaded.config, pairs, told)
+            matched = match_groups(loaded.config, pairs, chosen)
         counts = write_conversations(
             rows,
             loaded.to(place),

@@ -9,7 +9,14 @@ import typer
 from medsight.cli.console import Device, Json, Results, results
 
 
-ANSWERING = ("model", "batch_size", "max_new_tokens", "device", "dtype")  # options without use for saved predictions
+ANSWERING = (
+    "model",
+    "batch_size",
+    "max_new_tokens",
+    "device",
+    "dtype",
+    "masks_from",
+)  # options without use for saved predictions
 
 
 def command(
@@ -43,6 +50,12 @@ def command(
             help="Precision  [default: float64 on the CPU, float32 on a GPU: with less, answers depend on the batch]."
         ),
     ] = None,
+    masks_from: Annotated[
+        Literal["states", "codes"],
+        typer.Option(
+            help="What masks are decoded from: the language model's states, or the codes' entries in the codebook."
+        ),
+    ] = "states",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Answer all rows again, and replace the output.")
     ] = False,
@@ -80,11 +93,9 @@ def command(
     Over several processes: accelerate launch -m medsight.cli evaluate ... Not a medical device.
     """
     from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.figures import METRICS, figures_text
+    from medsight.evaluation.figures import METRICS, REPORT, ROWS, figures_text
     from medsight.evaluation.runner import Processes, RunSettings
     from medsight.evaluation.scored_run import (
-        REPORT,
-        ROWS,
         answer,
         protocol_of,
         refuse_other_protocol,
@@ -109,21 +120,21 @@ def command(
             declared = dataclasses.replace(declared, title=f"{declared.title}, in wordings not trained on")
         flags = {"threshold": threshold, "missing": missing, "multi": multi}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
-        items, left_out, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
+        cases, left_out, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
         processes, folder = Processes(), Path(output)
         refuse_other_protocol(folder, protocol.to_dict(declared.has_masks), overwrite)
         if predictions is None:
-            settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype)
+            settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype, masks_from)
             described, path = answer(
-                model, folder, declared, Path(data), items, settings, device, batch_size, overwrite, processes
+                model, folder, declared, Path(data), cases, settings, device, batch_size, overwrite, processes
             )
         else:
             path = Path(predictions)
-            described, more = saved(path, folder, declared, Path(data), items, left_out, overwrite, accept_problems)
+            described, more = saved(path, folder, declared, Path(data), cases, left_out, overwrite, accept_problems)
             notes += more
         if processes.rank == 0:
             metrics = score(
-                folder, declared, items, protocol, path, described, notes, name, seed, accept_problems, left_out
+                folder, declared, cases, protocol, path, described, notes, name, seed, accept_problems, left_out
             )
             out.show(metrics, figures_text(metrics), f"\nWritten to {folder}/: {METRICS}, {ROWS}, {REPORT}")
         processes.wait()

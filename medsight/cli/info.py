@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from medsight.checkpoint import CODES_FILE, check_checkpoint, read_json, shipped_checkpoint, weight_files
-from medsight.cli.console import Json, results
-from medsight.inference.image_files import image_content
 from medsight.text import Table
+
+from .console import Json, results
 
 
 ADAPTER_FILE = "adapter_config.json"
@@ -99,18 +99,16 @@ def describe_image(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none, or cannot be read.
     """
-    from medsight.scans.scan import open_scan
+    from medsight.inference.image_files import image_content
+    from medsight.scans import open_scan
 
     scan = open_scan(path)
+    facts = scan.facts()
+    del facts["plane"]  # the default one: nobody chose it
     return {
-        "kind": scan.kind,
+        "kind": facts.pop("kind"),
         "path": str(path),
-        "slices": scan.num_slices,
-        "width": scan.width,
-        "height": scan.height,
-        "modality": scan.modality,
-        "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
-        "slice_spacing_mm": scan.slice_spacing,
+        **facts,
         "window_of_its_own": scan.has_window,
         "files": len(scan.files) or 1,
         "bytes": sum(file.stat().st_size for file in scan.files or image_content(path)),
@@ -171,8 +169,8 @@ def code_parts(codes: dict[str, Any]) -> list[str | Table]:
     if not codes:
         return [f"\nWhat its codes stand for is not written down: there is no {CODES_FILE} (see medsight codes)"]
     rows = [
-        (code, one["group"], ", ".join(f"{name} {100 * share:.0f}%" for name, share in one["structures"].items()))
-        for code, one in codes.items()
+        (code, entry["group"], ", ".join(f"{name} {100 * share:.0f}%" for name, share in entry["structures"].items()))
+        for code, entry in codes.items()
     ]
     return ["", [("code", "group", "usually"), *rows]]
 

@@ -13,15 +13,16 @@ import typer
 
 from medsight import __version__
 from medsight.checkpoint import check_checkpoint, checkpoint_sha256, sha256_of, shipped_checkpoint
-from medsight.cli.console import Device, Json, Overwrite, Results, results
-from medsight.inference.answer_folder import ANSWER_FILE, check_answer_folder, read_answer, safe_name, save_answer
-from medsight.inference.image_files import find_images, image_content
-from medsight.inference.predictor import BATCH_SIZE, AnswerSettings, Predictor, Slice, read_slices, user_turn
+from medsight.inference.answer_folder import ANSWER_FILE, check_answer_folder, read_answer, safe_name
+from medsight.inference.settings import BATCH_SIZE, AnswerSettings
 from medsight.text import note, printable, quiet_transformers
+
+from .console import Device, Json, Overwrite, Results, results
 
 
 if TYPE_CHECKING:
     from medsight.inference.prediction import Prediction
+    from medsight.inference.predictor import Predictor, Slice
 
 MANY_OUTPUT = "medsight-answers"
 NAMED_LEFT_OUT = 3
@@ -81,6 +82,8 @@ class Job:
     @cached_property
     def sha256(self) -> str:
         """Of all that the image is read from."""
+        from medsight.inference.image_files import image_content
+
         return sha256_of(image_content(self.image))
 
 
@@ -125,6 +128,9 @@ def command(
     go on after an interruption. A broken file among several is reported at the end (exit status 1). Not a medical
     device.
     """
+    from medsight.inference.image_files import find_images
+    from medsight.inference.predictor import Predictor, user_turn
+
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
     user_turn(prompt)
     view, kinds = parse_window(window), parse_formats(formats)
@@ -231,27 +237,28 @@ def read_jobs(
     window: str | tuple[float, float] | None,
     plane: str | None = None,
     formats: Sequence[str] = (),
-) -> Iterator[tuple[Job, Slice | None]]:
+) -> "Iterator[tuple[Job, Slice | None]]":
     """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read, or its masks not
     be written in one of the formats."""
     from medsight.export import check_formats
-    from medsight.scans.scan import open_scan
+    from medsight.inference.predictor import read_slices
+    from medsight.scans import open_scan
 
     for job in jobs:
         try:
             scan = open_scan(job.image, plane=plane)
             check_formats(scan, formats)
             job.expected = len(scan.choose_slices(slices))
-            for one in read_slices(scan, slices, window):
-                yield job, one
+            for shown in read_slices(scan, slices, window):
+                yield job, shown
         except (ValueError, OSError) as error:
             job.error = error
             yield job, None
 
 
 def answer_jobs(
-    predictor: Predictor,
-    read: Iterable[tuple[Job, Slice | None]],
+    predictor: "Predictor",
+    read: "Iterable[tuple[Job, Slice | None]]",
     prompt: str,
     batch_size: int,
     settings: AnswerSettings,
@@ -259,9 +266,9 @@ def answer_jobs(
     """Answers slices in batches, whichever images they are of; each job once it is complete or has failed."""
     from tqdm import tqdm
 
-    def finish(batch: list[tuple[Job, Slice]]) -> Iterator[Job]:
+    def finish(batch: "list[tuple[Job, Slice]]") -> Iterator[Job]:
         names = [printable(str(job.image)) for job, _ in batch]
-        asked = [one for _, one in batch]
+        asked = [shown for _, shown in batch]
         predictions = predictor.predict_slices(asked, [prompt] * len(batch), names, **settings.to_dict())
         bar.update(len(batch))
         for (job, _), prediction in zip(batch, predictions, strict=True):
@@ -271,12 +278,12 @@ def answer_jobs(
 
     batch: list[tuple[Job, Slice]] = []
     with tqdm(unit="slice", desc="answering", disable=None, leave=False) as bar:
-        for job, one in read:
-            if one is None:
+        for job, shown in read:
+            if shown is None:
                 batch = [entry for entry in batch if entry[0] is not job]
                 yield job
                 continue
-            batch.append((job, one))
+            batch.append((job, shown))
             if len(batch) == batch_size:
                 yield from finish(batch)
                 batch = []
@@ -286,6 +293,8 @@ def answer_jobs(
 
 def write(job: Job, run: dict[str, Any], overwrite: bool, formats: Sequence[str], deidentify: bool) -> None:
     """Saves a complete job, and lets go of its pixels. What cannot be written is an error of the job's."""
+    from medsight.inference.prediction import save_answer
+
     if job.error is None:
         try:
             save_answer(job.predictions, job.folder, overwrite, formats, deidentify, {"sha256": job.sha256, **run})

@@ -1,5 +1,6 @@
 """Puts a checkpoint folder on the Hub: `medsight push`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ def command(
     repo_id: Annotated[str, typer.Option(metavar="NAMESPACE/NAME", help="Repository; made where it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch  [default: main].")] = None,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be uploaded, without the network, and upload nothing.")
     ] = False,
@@ -36,7 +37,7 @@ def command(
     limits: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Further known limits, as Markdown, for the card.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Request of the card's example.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Request in the card's example.")] = None,
     contact_sheets: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Publish these sheets of medsight codes, which show the data, too."),
@@ -74,7 +75,7 @@ def command(
             revision=revision,
             message=message,
             dry_run=dry_run,
-            facts=None if facts == CardFacts() else facts,
+            facts=facts,
             contact_sheets=contact_sheets,
         )
         uploaded: Table = [("file", "bytes"), *((name, f"{size:,}") for name, size in done.files.items())]
@@ -82,4 +83,4 @@ def command(
         deleted = "".join(f"\ndeleted: {name}" for name in done.deleted)
         total = f"{len(done.files)} files, {sum(done.files.values()):,} bytes"
         where = f"would go to {done.repo_id} ({done.revision})" if dry_run else f"are at {done.url}"
-        out.show(done.to_dict(), uploaded, f"{left}{deleted}\n{total} {where}")
+        out.show(asdict(done), uploaded, f"{left}{deleted}\n{total} {where}")

@@ -5,83 +5,31 @@
 Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
 """
 
-import json
 import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-import typer
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, Qwen2Config, Qwen3Config
 
+from configuration_medsight import MedSightConfig
 from medsight.checkpoint import read_json
-from medsight.cli.console import Json, results
-from medsight.conversion.foreign_files import Source, merge, same
-from medsight.conversion.published_tokenizer import load_published_tokenizer
-from medsight.conversion.state_dict_adapter import to_theirs
-from medsight.files import check_output, staged_folder
+from medsight.files import check_output, read_names, staged_folder
+from modeling_medsight import MedSightForConditionalGeneration
+from processing_medsight import PUBLISHED_CHAT_TEMPLATE, MedSightImageProcessor, MedSightProcessor
 
+from .foreign_files import Source, merge, same
+from .published_tokenizer import load_published_tokenizer
+from .state_dict_adapter import to_theirs
 
-if TYPE_CHECKING:
-    import torch
-
-    from configuration_medsight import MedSightConfig
 
 StrPath = str | os.PathLike[str]
 
 SHARD_SIZE = "5GB"
-IN_LLM = "[default: the copy in the language model's folder]"
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of all weights; auto is the language model's own."),
-]
-OverwriteCheckpoint = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output folder if it holds a checkpoint.")
-]
-
-
-def command(
-    llm: Annotated[str, typer.Option(metavar="DIR", help="The published language model's folder.")],
-    output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
-    region_perceiver: Annotated[
-        str | None, typer.Option(metavar="FILE", help=f"region_perceiver.pt  {IN_LLM}.")
-    ] = None,
-    codebook: Annotated[str | None, typer.Option(metavar="FILE", help=f"codebook.pt  {IN_LLM}.")] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option(metavar="FILE", help=f"OpenAI- or OpenCLIP-layout CLIP weights, .pt  {IN_LLM}.")
-    ] = None,
-    groups: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
-    ] = None,
-    vision_feature_layer: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Hidden state of the image encoder to read, -2 or -1  [default: what config.json says].",
-        ),
-    ] = None,
-    dtype: Dtype = "auto",
-    overwrite: OverwriteCheckpoint = False,
-    as_json: Json = False,
-) -> None:
-    """Turn published checkpoint files into one folder that loads anywhere.
-
-    Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
-    """
-    with results(as_json) as out:
-        config = convert(
-            llm,
-            region_perceiver,
-            codebook,
-            image_encoder,
-            output,
-            groups=groups,
-            vision_feature_layer=vision_feature_layer,
-            dtype=dtype,
-            overwrite=overwrite,
-        )
-        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")
 
 
 def convert(
@@ -95,7 +43,7 @@ def convert(
     vision_feature_layer: int | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
-) -> "MedSightConfig":
+) -> MedSightConfig:
     """Writes one folder with model, tokenizer, processor and code from published files; returns the configuration.
 
     All sizes follow from the files: attention heads of the image encoder are its width // 64 (at least 1), groups and
@@ -117,12 +65,6 @@ def convert(
         ValueError: a file is damaged or holds code; tensors are missing, unexpected, of a wrong shape, or differ from
             their copies; the tokenizer's region codes are not complete and in order. Nothing is written then.
     """
-    import torch
-
-    from configuration_medsight import MedSightConfig
-    from modeling_medsight import MedSightForConditionalGeneration
-    from processing_medsight.chat_medsight import PUBLISHED_CHAT_TEMPLATE
-
     llm, output = Path(llm), Path(output)
     loose = {"region_perceiver": region_perceiver, "codebook": codebook, "image_encoder": image_encoder}
     given = {kind: Path(path) for kind, path in loose.items() if path is not None}
@@ -183,16 +125,11 @@ def write_checkpoint(
 ) -> None:
     """Writes model, tokenizer, processor, generation settings and code into one folder, whole or not at all.
 
-    `generate()` is greedy, gives masks, and ends with a turn or a document, unless told otherwise.
+    By default, `generate()` with the result is greedy, gives masks, and ends with a turn or a document.
 
     Args:
         statistics: mean and standard deviation of the pixels; CLIP's by default.
     """
-    from safetensors import SafetensorError
-    from transformers import GenerationConfig
-
-    from processing_medsight import MedSightImageProcessor, MedSightProcessor
-
     config = model.config
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
@@ -216,7 +153,7 @@ def write_checkpoint(
             raise OSError(f"{output} could not be written ({error})") from error
 
 
-def sizes(config: "MedSightConfig") -> dict[str, Any]:
+def sizes(config: MedSightConfig) -> dict[str, Any]:
     """The sizes that tell models apart."""
     text, vision = config.text_config, config.vision_config
     return {
@@ -229,7 +166,7 @@ def sizes(config: "MedSightConfig") -> dict[str, Any]:
     }
 
 
-def describe(config: "MedSightConfig") -> str:
+def describe(config: MedSightConfig) -> str:
     """One line about a model's sizes."""
     size = sizes(config)
     text, vision = size["language_model"], size["image_encoder"]
@@ -241,38 +178,13 @@ def describe(config: "MedSightConfig") -> str:
     )
 
 
-def read_names(path: StrPath) -> list[str]:
-    """Names from a file: a JSON list, or a text file with one name per line.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it has no names, an empty one, or the same name twice.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not written in UTF-8 ({error}); save it so") from error
-    try:
-        names = json.loads(text) if text.lstrip().startswith("[") else text.strip().splitlines()
-    except ValueError as error:
-        raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{path}: expected a JSON list of names or one name per line, none of them empty")
-    names = [name.strip() for name in names]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{path} gives the name {repeated[0]!r} more than once")
-    return names
-
-
 class Shapes:
     """Reads sizes off tensors under our names.
 
-    Where the tensor that tells one is missing, it gives a stand-in and is no longer `complete`.
+    Where the tensor that has a size is missing, a stand-in is given, and the shapes are no longer `complete`.
     """
 
-    def __init__(self, tensors: "Mapping[str, torch.Tensor]") -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
         self.complete = True
 
@@ -344,10 +256,8 @@ def region_settings(shapes: Shapes, width: int) -> dict[str, Any]:
     }
 
 
-def language_config(published: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]") -> dict[str, Any]:
+def language_config(published: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The plain Qwen configuration inside a published `llava_qwen` one; the embedding tells the vocabulary's size."""
-    from transformers import Qwen2Config, Qwen3Config
-
     layers = "model.language_model.layers."
     has_query_norm = any(name.startswith(layers) and name.endswith(".q_norm.weight") for name in tensors)
     config_class = Qwen3Config if has_query_norm else Qwen2Config
@@ -361,15 +271,15 @@ def language_config(published: Mapping[str, Any], tensors: "Mapping[str, torch.T
     return config_class(**settings).to_dict()
 
 
-def split_codes(state_dict: "dict[str, torch.Tensor]", num_groups: int) -> "dict[str, torch.Tensor]":
+def split_codes(state_dict: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
     """`state_dict` with the stacked codes as one tensor a group, the way files hold them."""
     codes = state_dict.pop("model.codebook.codes")
     return {**state_dict, **{f"model.codebook.codes[{k}]": codes[k] for k in range(num_groups)}}
 
 
 def find_problems(
-    tensors: "Mapping[str, torch.Tensor]",
-    expected: "Mapping[str, torch.Tensor]",
+    tensors: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
     tied: Collection[str],
     sources: Collection[Source],
     compare_shapes: bool,
@@ -399,12 +309,10 @@ def refuse_problems(problems: Collection[str]) -> None:
         raise ValueError("the files do not add up to a model:\n" + "\n".join(f"  {line}" for line in sorted(problems)))
 
 
-def assemble(tensors: "dict[str, torch.Tensor]", dtype: str, num_groups: int) -> "dict[str, torch.Tensor]":
+def assemble(tensors: dict[str, torch.Tensor], dtype: str, num_groups: int) -> dict[str, torch.Tensor]:
     """A state dict of one dtype, codes stacked; tensors that have it already are not copied."""
-    import torch
-
-    own = tensors["model.language_model.embed_tokens.weight"].dtype
-    wanted = own if dtype == "auto" else getattr(torch, dtype)
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    wanted = embedding.dtype if dtype == "auto" else getattr(torch, dtype)
     codes = torch.stack([tensors[f"model.codebook.codes[{k}]"] for k in range(num_groups)])
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.codebook.codes[")}
     return {name: tensor.to(wanted) for name, tensor in {**rest, "model.codebook.codes": codes}.items()}

@@ -7,14 +7,15 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from medsight.checkpoint import weight_files
-from medsight.conversion.state_dict_adapter import DROPPED_ENTRIES, WEIGHTS_ENTRIES, to_ours
 
-
-if TYPE_CHECKING:
-    import torch
+from .state_dict_adapter import DROPPED_ENTRIES, WEIGHTS_ENTRIES, to_ours
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Source:
 
     kind: str
     path: Path
-    tensors: Mapping[str, "torch.Tensor"]
+    tensors: Mapping[str, torch.Tensor]
     files: Mapping[str, Path] = field(default_factory=dict)
     unknown_entries: Collection[str] = ()
 
@@ -60,16 +61,13 @@ class Source:
         return cls("llm", folder, tensors, files)
 
 
-def read_safetensors(path: Path) -> "dict[str, torch.Tensor]":
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, mapped, not copied.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -85,8 +83,6 @@ def read_pickled(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, holds code, or holds something else than a dictionary.
     """
-    import torch
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -111,14 +107,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def merge(sources: Iterable[Source]) -> "tuple[dict[str, torch.Tensor], set[str]]":
+def merge(sources: Iterable[Source]) -> tuple[dict[str, torch.Tensor], set[str]]:
     """All tensors under our names, the first source's where several hold one, and what is not known about the files.
 
     Raises:
         ValueError: two sources hold the same tensor with different values.
     """
-    import torch
-
     merged: dict[str, torch.Tensor] = {}
     found_in: dict[str, str] = {}
     problems: set[str] = set()
@@ -146,8 +140,6 @@ def merge(sources: Iterable[Source]) -> "tuple[dict[str, torch.Tensor], set[str]
     return merged, problems
 
 
-def same(first: "torch.Tensor", second: "torch.Tensor") -> bool:
-    import torch
-
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
     dtype = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
     return first.shape == second.shape and torch.equal(first.to(dtype), second.to(dtype))

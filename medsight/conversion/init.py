@@ -8,34 +8,31 @@ Language model and encoder keep their weights; region perceiver, codebook, proje
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-import typer
-
-from medsight.checkpoint import read_json, weight_files
-from medsight.cli.console import Json, results
-from medsight.conversion.convert import (
-    Dtype,
-    OverwriteCheckpoint,
-    Shapes,
-    StrPath,
-    clip_vision_config,
-    describe,
-    find_problems,
-    read_names,
-    refuse_problems,
-    sizes,
-    write_checkpoint,
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
 )
-from medsight.conversion.foreign_files import Source, merge
-from medsight.files import check_output
+from transformers.utils import cached_file
 
+from configuration_medsight import MedSightConfig
+from medsight.checkpoint import read_json, weight_files
+from medsight.files import check_output, read_names
+from medsight.text import quiet_transformers
+from modeling_medsight import MedSightForConditionalGeneration
+from processing_medsight import CHAT_TEMPLATE, QWEN3_ADDED_TOKENS, add_region_codes
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig
+from .convert import Shapes, StrPath, clip_vision_config, find_problems, refuse_problems, write_checkpoint
+from .foreign_files import Source, merge
 
-    from configuration_medsight import MedSightConfig
 
 # What the chat template writes. A tokenizer of another family than Qwen3's gets those that it lacks.
 TEMPLATE_TOKENS = (
@@ -55,69 +52,6 @@ STATISTICS = {
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def command(
-    llm: Annotated[str, typer.Option(metavar="DIR|NAME", help="A Qwen3, Qwen2 or Llama language model.")],
-    image_encoder: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR|NAME|FILE",
-            help="A CLIP, SigLIP, DINOv2, ResNet or ConvNeXt model, or an OpenAI- or OpenCLIP-layout CLIP file (.pt).",
-        ),
-    ],
-    groups: Annotated[
-        str, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
-    ],
-    output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
-    codes_per_group: Annotated[int, typer.Option(metavar="M", help="Codes per group.")] = 32,
-    code_dim: Annotated[int, typer.Option(metavar="N", help="Width of a code.")] = 64,
-    num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
-    num_stages: Annotated[
-        int, typer.Option(metavar="L", help="Perceiver stages, each of which doubles the grid.")
-    ] = 3,
-    mask_classes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of the mask classes, as in --groups.")
-    ] = None,
-    vision_feature_layer: Annotated[
-        int,
-        typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage."),
-    ] = -2,
-    image_size: Annotated[
-        int | None, typer.Option(metavar="PX", help="Side of the input  [default: the encoder's own].")
-    ] = None,
-    activation: Annotated[
-        Literal["quick_gelu", "gelu"], typer.Option(help="Of an encoder read from a .pt file, which does not tell.")
-    ] = "quick_gelu",
-    dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the random weights.")] = 0,
-    overwrite: OverwriteCheckpoint = False,
-    as_json: Json = False,
-) -> None:
-    """Assemble a fresh model from a language model, an image encoder and a groups file.
-
-    Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are
-    random.
-    """
-    with results(as_json) as out:
-        config = init(
-            llm,
-            image_encoder,
-            groups,
-            output,
-            mask_classes=mask_classes,
-            activation=activation,
-            dtype=dtype,
-            seed=seed,
-            overwrite=overwrite,
-            codes_per_group=codes_per_group,
-            code_dim=code_dim,
-            num_region_queries=num_queries,
-            perceiver_num_stages=num_stages,
-            vision_feature_layer=vision_feature_layer,
-            image_size=image_size,
-        )
-        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")
-
-
 def init(
     llm: StrPath,
     image_encoder: StrPath,
@@ -130,7 +64,7 @@ def init(
     seed: int = 0,
     overwrite: bool = False,
     **settings: Any,
-) -> "MedSightConfig":
+) -> MedSightConfig:
     """Writes one folder with a fresh model, its tokenizer, processor and code; returns the configuration.
 
     The region codes follow the tokenizer's last token. Before them, a tokenizer that is not Qwen3's gets what the chat
@@ -155,14 +89,6 @@ def init(
         ValueError: a file is damaged or holds code, a model is of the wrong kind, or settings contradict each other.
             Nothing is written then.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from configuration_medsight import MedSightConfig
-    from modeling_medsight import MedSightForConditionalGeneration
-    from processing_medsight.chat_medsight import CHAT_TEMPLATE
-    from processing_medsight.region_codes_medsight import add_region_codes
-
     output = Path(output)
     given = (llm, image_encoder, groups, mask_classes)
     inputs = [Path(path) for path in given if path is not None and Path(path).exists()]
@@ -200,7 +126,7 @@ def init(
     weights = {f"model.vision_tower.{name}": tensor for name, tensor in vision_weights.items()}
     weights |= {f"model.language_model.{name}": t for name, t in language_model.model.state_dict().items()}
     weights["lm_head.weight"] = language_model.lm_head.weight
-    with seeded(seed), quiet():
+    with seeded(seed), quiet_transformers():
         # Loading makes what is not given anew, as it does for every model of the library.
         model = MedSightForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=language_model.dtype
@@ -226,26 +152,17 @@ def check_model(name: StrPath) -> None:
 
 def add_template_tokens(tokenizer: Any) -> None:
     """Appends what the chat template writes and `tokenizer` lacks, and makes it end turns and pad as Qwen3's does."""
-    from tokenizers import AddedToken
-
-    from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
-
     is_special = dict(QWEN3_ADDED_TOKENS)
     known = tokenizer.get_vocab()
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=is_special[token], normalized=False)
-            for token in TEMPLATE_TOKENS
-            if token not in known
-        ]
-    )
+    missing = [token for token in TEMPLATE_TOKENS if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=is_special[token], normalized=False) for token in missing])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.chat_template = None
 
 
 def read_image_encoder(
-    source: StrPath, activation: str, dtype: "torch.dtype"
-) -> "tuple[PreTrainedConfig, dict[str, torch.Tensor], Statistics]":
+    source: StrPath, activation: str, dtype: torch.dtype
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], Statistics]:
     """Configuration, weights, and pixel mean and deviation of an encoder in a folder, on the Hub, or in a CLIP file.
 
     Raises:
@@ -254,9 +171,6 @@ def read_image_encoder(
     """
     if Path(source).is_file():
         return read_clip_file(Path(source), activation, dtype)
-
-    from transformers import AutoConfig, AutoModel
-
     check_model(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
@@ -264,7 +178,7 @@ def read_image_encoder(
         raise ValueError(
             f"image encoder {source} is a {config.model_type} model; expected one of {', '.join(sorted(STATISTICS))}"
         )
-    with quiet():
+    with quiet_transformers():
         encoder, report = AutoModel.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -274,17 +188,14 @@ def read_image_encoder(
 
 
 def read_clip_file(
-    path: Path, activation: str, dtype: "torch.dtype"
-) -> "tuple[PreTrainedConfig, dict[str, torch.Tensor], Statistics]":
+    path: Path, activation: str, dtype: torch.dtype
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], Statistics]:
     """The vision tower of a CLIP file in OpenAI's or OpenCLIP's layout, as `CLIPVisionModel` has it.
 
     Raises:
         OSError: the file is missing.
         ValueError: it is damaged, holds code, or its tensors are not those of a vision tower.
     """
-    import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     source = Source.read_file("image_encoder", path)
     tensors, problems = merge([source])
     shapes = Shapes(tensors)
@@ -298,8 +209,6 @@ def read_clip_file(
 
 def read_statistics(source: StrPath, model_type: str) -> Statistics:
     """Mean and deviation of an encoder's input: what its folder says, or else what its family was trained with."""
-    from transformers.utils import cached_file
-
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         if path is not None:
@@ -313,21 +222,6 @@ def read_statistics(source: StrPath, model_type: str) -> Statistics:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random weights made inside follow from `seed`; random numbers drawn afterwards are what they would have been."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers from reporting that parts are new, or left out, where that is the purpose."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import Qwen2Tokenizer
+
 from medsight.checkpoint import read_json
 
 
@@ -23,8 +25,6 @@ def load_published_tokenizer(folder: Path) -> tuple[Any, int, int, int]:
     Raises:
         ValueError: codes are missing or not in row-major order, or the image placeholder is not in the vocabulary.
     """
-    from transformers import Qwen2Tokenizer
-
     with tempfile.TemporaryDirectory() as temporary:
         copied = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
         if not {"tokenizer.json", "vocab.json"} & set(copied):

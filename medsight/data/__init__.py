@@ -1,1 +1,11 @@
-"""Training data: readers of the field's layouts, checks, augmentation, region codes for masks, batches."""
+"""Data of training and of evaluation alike: layouts on disk, rows of them, checks, splits, groups, wordings.
+
+schema         the two kinds of rows
+registry       where data lies (`Source`) and how it is read (`Layout`), found by name; layouts: those shipped
+sources        all layouts' rows as one data set, map-style or streamed
+records        records of JSON and parquet files; conversations: rows of conversations; pictures: images and masks
+splits         what a file's name tells, and what is held out for validation
+groups         code groups of modalities and sites
+check          what is wrong with data, with inspection and report
+wording        questions and answers about images with masks, with the wordings of templates
+"""

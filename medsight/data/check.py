@@ -5,23 +5,26 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tqdm import tqdm
+
+from medsight.text import first_few, nearest
+
+from .conversations import CodeMaskError, code_images
+from .inspection import Job, inspect_in_parallel
+from .pictures import picture_name
+from .registry import Entry, Source, find_layout
 from .report import Finding, Report
+from .sources import iterate, nothing_found
 
-
-if TYPE_CHECKING:
-    from .inspection import Job
-    from .records import Item
-    from .sources import Source
 
 FEW_IMAGES = 5  # a class with fewer than so many training images is warned of
 _ROWS_PER_PROCESS = 5000  # starting a process takes as long as reading about so many small pictures
 
 
 def check(
-    sources: Sequence["Source"],
+    sources: Sequence[Source],
     targets: Iterable[str] | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -40,10 +43,6 @@ def check(
     Raises:
         OSError, ValueError: the files of a source are not there or not in its layout, or `workers` is below 1.
     """
-    from tqdm import tqdm
-
-    from .inspection import inspect_in_parallel
-
     if workers is not None and workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
     total = sum(_count(source) for source in sources)
@@ -57,11 +56,9 @@ def check(
     return gathering.finished()
 
 
-def _count(source: "Source") -> int:
+def _count(source: Source) -> int:
     """How many rows there will be; 0 where counting would mean reading the pictures."""
-    from .sources import LAYOUTS, iterate
-
-    shards = LAYOUTS[source.layout].shards(source)
+    shards = find_layout(source.layout).shards(source)
     if any(not shard.endswith((".json", ".jsonl")) and not os.path.isdir(shard) for shard in shards):
         return 0
     return sum(1 for _ in iterate(source))
@@ -79,38 +76,28 @@ class _Gathering:
         self.bare: Counter[str] = Counter()  # by data set, images with neither a mask nor an absent structure
         self.pictures: set[str] = set()
 
-    def jobs(self, source: "Source", bar: Any) -> Iterator["Job"]:
+    def jobs(self, source: Source, bar: Any) -> Iterator[Job]:
         """Counts the rows of a source as they are drawn; the pictures that are to be read."""
-        from .conversations import CodeMaskError
-        from .sources import iterate, nothing_found
-
-        item = None
-        for item in iterate(source):
+        entry = None
+        for entry in iterate(source):
             bar.update()
-            if item.error is None:
-                yield self._count(item)
+            if entry.row is not None:
+                yield self._count(entry, entry.row)
                 continue
-            kind = "codes and masks" if isinstance(item.error, CodeMaskError) else "bad item"
-            self.report.problems.append(Finding(kind, item.place, str(item.error)))
-        if item is None:
+            kind = "codes and masks" if isinstance(entry.error, CodeMaskError) else "bad item"
+            self.report.problems.append(Finding(kind, entry.place, str(entry.error)))
+        if entry is None:
             self.report.problems.append(Finding("no data", source.path, nothing_found(source)))
 
-    def _count(self, item: "Item") -> "Job":
-        from .conversations import code_images
-        from .inspection import Job
-        from .pictures import picture_name
-
-        report = self.report
-        row = item.row
-        split = row["split"]
+    def _count(self, entry: Entry, row: dict[str, Any]) -> Job:
+        report, split = self.report, row["split"]
         regions = "image" in row
         images = [row["image"]] if regions else row["images"]
         owners = [0] * len(row["masks"]) if regions else code_images(row["messages"])
         report.rows[split] += 1
         report.conversations[split] += not regions
         report.masks[split] += len(row["masks"])
-        for entry in images:
-            name = picture_name(entry)
+        for name in map(picture_name, images):
             if name not in self.pictures:
                 self.pictures.add(name)
                 report.images[split] += 1
@@ -119,20 +106,18 @@ class _Gathering:
             if not row["masks"] and not row["absent"]:
                 self.bare[row["dataset"]] += 1
         report.origins[f"{row['modality'] or '-'} / {row['site'] or '-'}"][split] += 1
-        for target, entry in zip(row["targets"], row["masks"], strict=True):
-            self._target(target, split, picture_name(entry))
+        for target, mask in zip(row["targets"], row["masks"], strict=True):
+            self._target(target, split, picture_name(mask))
         for target in set(row["targets"]) - {""}:
             report.targets[target][split] += 1
         if row["patient"]:
             key = (row["dataset"] or "", row["patient"])
-            self.patients[key].setdefault(split, picture_name(images[0]) if images else item.place)
-            if item.known_leak:
+            self.patients[key].setdefault(split, picture_name(images[0]) if images else entry.place)
+            if entry.known_leak:
                 self.known_leaks.add(key)
         return Job(images, row["masks"], owners)
 
     def _target(self, target: str, split: str, file: str) -> None:
-        from medsight.text import nearest
-
         if not target:
             return
         self.first.setdefault((target, split), file)
@@ -155,10 +140,9 @@ class _Gathering:
             message = f"{patient} is in {len(files)} splits of {dataset} ({where})"
             report.problems.append(Finding("leaking patient", next(iter(files.values())), message))
         for dataset, patients in sorted(leaks.items()):
-            some = ", ".join([*sorted(patients)[:3], *(["..."] if len(patients) > 3 else [])])
             message = (
                 f"{dataset}: {len(patients):,} patient(s) or image(s) are in several splits, as the data set itself "
-                f"says ({some}): a score on them is flattered"
+                f"says ({first_few(sorted(patients))}): a score on them is flattered"
             )
             report.warnings.append(Finding("known leak", dataset, message))
         if self.allowed is None and any(split == "train" for _, split in self.first):
@@ -189,21 +173,3 @@ def parse_condition(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
-
-
-def read_targets(path: str | Path) -> list[str]:
-    """Names of targets from a file: a JSON list, or one name per line.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it names none.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected names of targets as UTF-8 text ({error})") from error
-    names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines()]
-    names = [name for name in names if name]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: expected names of targets, a JSON list of them or one a line")
-    return names

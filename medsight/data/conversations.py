@@ -1,25 +1,17 @@
-"""Conversations about images, of the type of LLaVA-Med and PubMedVision, and grounded ones, whose answers cite codes.
-
-An item is `{"id", "image" or "images", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`; a grounded one
-has `mask_files: {id: path}` and `mask_orders: [id, ...]` besides: the mask `mask_files[mask_orders[i]]` is the target
-of the i-th region code in the answers. Codes are spelled `[C0_16]`, or `[M0_16]` as the released checkpoint does.
-"""
+"""Conversations about images: rows of them, and the region codes and masks that belong together."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .records import JSON_SUFFIXES, Item, as_text, convert, json_records, patient_of, required, source_files, split_of
-from .schema import IMAGE_MARKER
+from processing_medsight.region_codes_medsight import find_codes
+
+from .records import as_text, patient_of, required
+from .registry import Source
+from .schema import IMAGE_MARKER, conversation_row
 from .splits import canonical_split
 
 
-if TYPE_CHECKING:
-    from .sources import Source
-
 _NUMBER = "(?:0|[1-9][0-9]*)"
-_CODE = re.compile(rf"\[C{_NUMBER}_{_NUMBER}\]|\[SEG\]")
 _RELEASED_CODE = re.compile(rf"\[M({_NUMBER}_{_NUMBER})\]")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -28,74 +20,24 @@ class CodeMaskError(ValueError):
     """The region codes of a conversation's answers and its masks do not match."""
 
 
-def llava_shards(source: "Source") -> list[str]:
-    """The JSON files of a source; raises as `records.source_files`."""
-    return source_files(source, JSON_SUFFIXES)
-
-
-def llava_items(shard: str, source: "Source") -> Iterator[Item]:
-    """The conversations of a JSON or JSONL file, plain or grounded."""
-    base = Path(source.images) if source.images else Path(shard).parent
-    split = split_of(shard, source)
-
-    def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
-        if record.get("id") is not None:
-            place = f"{place} (id {str(record['id'])!r})"
-        images = [{"path": str(base / name), "bytes": None} for name in _image_names(record, place)]
-        masks = [{"path": str(base / name), "bytes": None} for name in _mask_names(record, place)]
-        return conversation(record, place, images, masks, source, split)
-
-    yield from convert(json_records(shard), row_of, lambda record: source.takes(record, record.get("split") or split))
-
-
-def _image_names(record: dict[str, Any], place: str) -> list[str]:
-    names = record.get("images") if record.get("images") is not None else record.get("image")
-    if names is None:
-        return []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{place}: expected the path of an image or a list of paths, got {names!r}")
-    return names
-
-
-def _mask_names(record: dict[str, Any], place: str) -> list[str]:
-    files, orders = record.get("mask_files") or {}, record.get("mask_orders")
-    if not isinstance(files, dict):
-        raise ValueError(f"{place}: expected mask_files as {{id: path}}, got {files!r}")
-    if orders is None:
-        if len(files) > 1:
-            raise ValueError(
-                f"{place}: {len(files)} mask_files without mask_orders: which code each is for is unknown"
-            )
-        orders = list(files)
-    if not isinstance(orders, list) or not all(isinstance(order, (str, int)) for order in orders):
-        raise ValueError(f"{place}: expected mask_orders as a list of ids of mask_files, got {orders!r}")
-    by_id = {str(key): path for key, path in files.items()}
-    unknown = [order for order in orders if str(order) not in by_id]
-    if unknown:
-        raise ValueError(f"{place}: mask_orders names {unknown[0]!r}, which mask_files lacks (it has {sorted(by_id)})")
-    unused = sorted(set(by_id) - {str(order) for order in orders})
-    if unused:
-        raise ValueError(f"{place}: the mask {unused[0]!r} of mask_files is in no place of mask_orders")
-    return [as_text(by_id[str(order)], place, "mask_files") for order in orders]
-
-
 def conversation(
     record: dict[str, Any],
     place: str,
     images: list[dict[str, Any]],
     masks: list[dict[str, Any]],
-    source: "Source",
+    source: Source,
     split: str | None = None,
 ) -> dict[str, Any]:
-    """A row of `schema.CONVERSATION_FEATURES` from an item of the LLaVA type and its pictures.
+    """A row of conversations from a record of the LLaVA type and its pictures.
 
     Args:
-        record: the item; of its origin it may tell dataset, modality, site (or body_part), split, patient and targets.
-        place: file and item, for errors.
+        record: with "conversations": [{"from": "human" | "gpt", "value"}, ...], in which codes are spelled [C0_16], or
+            [M0_16] as the released checkpoint does; it may tell targets, dataset, modality, site (or body_part),
+            split and patient.
+        place: file and record, for errors.
         images: in the order of their markers; where the text has no marker they go before the first user's turn.
         masks: in the order of the codes in the answers.
-        source, split: say what the item does not.
+        source, split: say what the record does not.
 
     Raises:
         ValueError: turns are missing or of unknown roles, or markers and images, or codes and masks, do not match.
@@ -117,32 +59,30 @@ def conversation(
             first["content"] = f"{IMAGE_MARKER}\n" * len(images) + first["content"]
     domain = record.get("domain")
     pictured = " ".join(sorted(key for key, value in domain.items() if value)) if isinstance(domain, dict) else None
-    row = {
-        "id": str(record.get("id", place)),
-        "images": images,
-        "messages": messages,
-        "masks": masks,
-        "targets": record.get("targets") or [""] * len(masks),
-        "dataset": str(record.get("dataset") or source.name),
-        "modality": record.get("modality") or pictured or None,
-        "site": record.get("site") or record.get("body_part"),
-        "split": canonical_split(record.get("split") or split or source.split or "train"),
-        "patient": patient_of(record.get("patient")) or (images[0]["path"] if images else None),
-    }
+    row = conversation_row(
+        str(record.get("id", place)),
+        images,
+        messages,
+        canonical_split(record.get("split") or split or source.split or "train"),
+        masks=masks,
+        targets=record.get("targets") or [""] * len(masks),
+        dataset=str(record.get("dataset") or source.name),
+        modality=record.get("modality") or pictured or None,
+        site=record.get("site") or record.get("body_part"),
+        patient=patient_of(record.get("patient")) or (images[0]["path"] if images else None),
+    )
     check_conversation(row, place)
     return row
 
 
 def count_codes(text: str) -> int:
     """How many region codes a text cites."""
-    return len(_CODE.findall(text))
+    return len(find_codes(text))
 
 
 def cited_codes(messages: list[dict[str, str]]) -> list[str]:
     """The region codes that the assistant's turns cite, in order; one may come more than once."""
-    return [
-        code for message in messages if message["role"] == "assistant" for code in _CODE.findall(message["content"])
-    ]
+    return [code for message in messages if message["role"] == "assistant" for code in find_codes(message["content"])]
 
 
 def code_images(messages: list[dict[str, str]]) -> list[int]:

@@ -1,7 +1,11 @@
-"""Code groups (modality and body site), as a recipe names them."""
+"""Code groups (modality and body site), as a recipe, a file or a checkpoint names them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
+
+from configuration_medsight.configuration_medsight import MedSightConfig
+from medsight.text import nearest
 
 
 class Groups:
@@ -10,10 +14,15 @@ class Groups:
     Args:
         patterns: group name -> shell patterns of "modality/site"; the first group that matches counts, but one that
             names the pair itself goes before all.
+
+    Example:
+        >>> groups = Groups({"CT torso": ["CT/abdomen", "CT/chest"], "MRI": ["MRI*/*"]})
+        >>> groups.names[groups.index("MRI-T1", "brain")]
+        'MRI'
     """
 
     def __init__(self, patterns: Mapping[str, Sequence[str]]) -> None:
-        self.patterns = {name: list(some) for name, some in patterns.items()}
+        self.patterns = {name: list(listed) for name, listed in patterns.items()}
         self.names = list(self.patterns)
 
     @classmethod
@@ -25,8 +34,8 @@ class Groups:
         """The group k of an image; None if no group has a pattern for it."""
         pair = f"{modality}/{site}"
         for matches in (str.__eq__, fnmatchcase):
-            for k, some in enumerate(self.patterns.values()):
-                if any(matches(pair, pattern) for pattern in some):
+            for k, listed in enumerate(self.patterns.values()):
+                if any(matches(pair, pattern) for pattern in listed):
                     return k
         return None
 
@@ -39,3 +48,64 @@ class Groups:
         if (k := self.find(modality, site)) is not None:
             return k
         raise ValueError(f"no code group matches '{modality}/{site}': the groups are {self.patterns}")
+
+
+def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], chosen: Groups | None = None) -> Groups:
+    """The model's groups with the patterns of the data's pairs of modality and site.
+
+    A pair belongs to the group that `chosen` has for it, or else to the first that has a pattern for it, or else to
+    the group called "MODALITY SITE", whatever the case, or else to that of its modality up to the first hyphen
+    ("MRI-T1", "brain" to "MRI brain").
+
+    Raises:
+        ValueError: for a pair without such a group, naming it and the groups.
+    """
+    names, known = config.group_names, config.group_patterns or {}
+    by_name = {name.lower(): name for name in names}
+    patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in names}
+    for modality, site in sorted(set(pairs)):
+        if chosen is not None and (k := chosen.find(modality, site)) is not None:
+            patterns[chosen.names[k]].append(f"{modality}/{site}")
+            continue
+        if Groups(patterns).find(modality, site) is not None:
+            continue
+        found = next((by_name[name] for name in group_names_of(modality, site) if name in by_name), None)
+        if found is None:
+            raise ValueError(
+                f"no code group of the model is called '{modality} {site}': its groups are {', '.join(names)}. Say "
+                f"which of them it belongs to with --groups FILE or a recipe's data.groups, e.g. {names[0]!r}: "
+                f"['{modality}/{site}']"
+            )
+        patterns[found].append(f"{modality}/{site}")
+    return Groups(patterns)
+
+
+def group_names_of(modality: str, site: str) -> tuple[str, str]:
+    """What the group of a modality and site may be called, in small letters; see `match_groups`."""
+    return f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower()
+
+
+def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
+    """Groups from a YAML file, group name -> patterns of "modality/site".
+
+    Args:
+        names: the model's groups, which those of the file must be among; `None` takes the file's.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a mapping, or names a group that the model has not.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(listed, list) and all(isinstance(pattern, str) for pattern in listed) for listed in content.values()
+    ):
+        raise ValueError(f"{path}: expected group names, each with a list of patterns of 'modality/site'")
+    for name in content:
+        if names is not None and name not in names:
+            raise ValueError(f"{path}: the model has no code group {name!r}: {nearest(name, names)}")
+    return Groups({str(name): patterns for name, patterns in content.items()})

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,22 +18,17 @@ _CHUNK = 16  # rows a task
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The pictures of one row: `owners[i]` is the index of the image of mask i."""
+    """The pictures of one row: `owners[i]` is the index of the image of mask i.
+
+    Example:
+        >>> job = Job(images=[{"path": "nowhere.png", "bytes": None}], masks=[], owners=[])
+        >>> [finding.kind for finding in inspect_pictures([job])]
+        ['missing image']
+    """
 
     images: list[dict[str, Any]]
     masks: list[dict[str, Any]]
     owners: list[int]
-
-
-def _chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    chunk = []
-    for job in jobs:
-        chunk.append(job)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def inspect_in_parallel(jobs: Iterable[Job], workers: int) -> Iterator[list[Finding]]:
@@ -42,7 +38,8 @@ def inspect_in_parallel(jobs: Iterable[Job], workers: int) -> Iterator[list[Find
         jobs: drawn as they are needed.
         workers: processes; 1 stays in this one.
     """
-    chunks = _chunks(jobs)
+    rows = iter(jobs)
+    chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
     if workers == 1:
         for cached in (_image_file, _mask_file):
             cached.cache_clear()  # files may have changed since an earlier check

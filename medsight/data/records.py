@@ -1,18 +1,12 @@
-"""What the readers share: records of JSON and parquet files, one at a time, and the files that a source has."""
+"""What layouts share: records of JSON and parquet files, one at a time, their fields, and rows made of them."""
 
-import glob
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from .splits import split_in_name
+from .registry import Entry
 
-
-if TYPE_CHECKING:
-    from .sources import Source
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -24,23 +18,7 @@ def patient_of(value: Any) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
-class Item(NamedTuple):
-    """One row of a source, or why there is none: the caller raises the error, or reports it.
-
-    Attributes:
-        place: file and item that it came from.
-        row: the row, by `schema.REGION_FEATURES` or `schema.CONVERSATION_FEATURES`.
-        error: what is wrong with it; the row is None then.
-        known_leak: whether the source itself says that this patient or image is also in another split.
-    """
-
-    place: str
-    row: dict[str, Any] | None = None
-    error: ValueError | None = None
-    known_leak: bool = False
-
-
-# A file and item, and the record there, or what is wrong with it.
+# A file and record, and the record itself, or what is wrong with it.
 Record = tuple[str, dict[str, Any] | ValueError]
 
 
@@ -101,7 +79,7 @@ def _array(path: Path, text: str, read: Callable[[int], str]) -> Iterator[Record
         yield _checked(f"{path}, item {number}", record)
 
 
-def parquet_records(path: str | Path, columns: list[str] | None = None) -> Iterator[Record]:
+def parquet_records(path: str | Path) -> Iterator[Record]:
     """The rows of a parquet file, a few at a time; a damaged file ends with an error."""
     import pyarrow
     import pyarrow.parquet
@@ -109,7 +87,7 @@ def parquet_records(path: str | Path, columns: list[str] | None = None) -> Itera
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=16, columns=columns):
+            for batch in file.iter_batches(batch_size=16):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record
@@ -122,17 +100,17 @@ def convert(
     row_of: Callable[[dict[str, Any], str], dict[str, Any]],
     takes: Callable[[dict[str, Any]], bool],
     known_leak: Callable[[dict[str, Any]], bool] = lambda record: False,
-) -> Iterator[Item]:
-    """Items of the records that `takes` lets through; `row_of(record, place)` raises ValueError for a bad one."""
+) -> Iterator[Entry]:
+    """Entries of the records that `takes` lets through; `row_of(record, place)` raises ValueError for a bad one."""
     for place, record in records:
         if isinstance(record, ValueError):
-            yield Item(place, error=record)
+            yield Entry(place, error=record)
             continue
         try:
             if takes(record):
-                yield Item(place, row_of(record, place), known_leak=known_leak(record))
+                yield Entry(place, row_of(record, place), known_leak=known_leak(record))
         except ValueError as error:
-            yield Item(place, error=error)
+            yield Entry(place, error=error)
 
 
 def required(record: dict[str, Any], place: str, *names: str) -> Any:
@@ -164,50 +142,3 @@ def check_regions(row: dict[str, Any], place: str) -> None:
     twice = [path for path in files if files.count(path) > 1]
     if twice:
         raise ValueError(f"{place}: the mask {twice[0]} is named {files.count(twice[0])} times")
-
-
-def source_files(source: "Source", suffixes: tuple[str, ...], recursive: bool = False) -> list[str]:
-    """The files of a source whose path is a file, a folder or a pattern of files, in order.
-
-    In a folder, and of those that match a pattern, files named after a split (`train.json`, `data/test-00000.parquet`,
-    `val/x.tar`) are of that split. A file that is named itself is read whatever it is called.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: no file has one of the suffixes or is of the split, or just some files are named after a split.
-    """
-    path = Path(source.path)
-    wanted = " or ".join(suffixes)
-    if path.is_file():
-        return [str(path)]
-    if path.is_dir():
-        files = sorted(str(file) for file in path.glob("**/*" if recursive else "*") if file.name.endswith(suffixes))
-        if not files:
-            raise ValueError(f"{path}: expected {wanted} files in this folder, found none")
-    elif glob.has_magic(source.path):
-        files = sorted(name for name in glob.glob(source.path, recursive=True) if name.endswith(suffixes))
-        if not files:
-            raise ValueError(f"{path}: no {wanted} file matches")
-    else:
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    splits = {file: split_of(file, source) for file in files}
-    unnamed = [file for file in files if splits[file] is None]
-    if len(unnamed) == len(files):
-        return files
-    if unnamed:
-        raise ValueError(
-            f"{unnamed[0]}: its name tells no split, while {len(files) - len(unnamed)} other files of {path} are "
-            "named after one; name a file as the path, or a pattern that leaves the one or the other out"
-        )
-    chosen = [file for file in files if source.split in (None, splits[file])]
-    if not chosen:
-        raise ValueError(f"{path}: no file of the split {source.split!r}, only of {sorted(set(splits.values()))}")
-    return chosen
-
-
-def split_of(shard: str, source: "Source") -> str | None:
-    """The split that a file of a source's folder or pattern is named after, in what the source's path leaves open."""
-    if os.path.isfile(source.path):
-        return None
-    fixed = takewhile(lambda part: os.path.isdir(source.path) or not glob.has_magic(part), Path(source.path).parts)
-    return split_in_name(Path(shard).relative_to(Path(*fixed)))

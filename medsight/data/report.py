@@ -4,6 +4,8 @@ import dataclasses
 from collections import Counter, defaultdict
 from typing import Any
 
+from medsight.text import align
+
 
 COUNTED = ("rows", "images", "masks", "absent", "conversations")
 TABLES = ("targets", "origins")
@@ -17,6 +19,10 @@ class Finding:
         kind: what sort of thing, e.g. "broken image"; the kinds are few and fixed.
         file: the file (and item) at fault.
         message: what was expected and what came.
+
+    Example:
+        >>> Finding("missing mask", "a.png", "a.png: no such image file").kind
+        'missing mask'
     """
 
     kind: str
@@ -35,6 +41,12 @@ class Report:
         origins: rows by "modality / site" and split.
         problems: what must be put right before training.
         warnings: what need not.
+
+    Example:
+        >>> report = Report()
+        >>> report.rows["train"] += 2
+        >>> report.ok, report.to_text().split()
+        (True, ['train', 'rows', '2'])
     """
 
     rows: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -56,7 +68,9 @@ class Report:
         """For JSON: the attributes, and `ok`."""
         counted = {name: dict(getattr(self, name)) for name in COUNTED}
         tables = {name: {key: dict(value) for key, value in getattr(self, name).items()} for name in TABLES}
-        found = {name: [dataclasses.asdict(one) for one in getattr(self, name)] for name in ("warnings", "problems")}
+        found = {
+            name: [dataclasses.asdict(finding) for finding in getattr(self, name)] for name in ("warnings", "problems")
+        }
         return {"ok": self.ok, **counted, **tables, **found}
 
     def to_text(self) -> str:
@@ -69,20 +83,20 @@ class Report:
         lines += _table("rows by modality / site", splits, self.origins)
         for title, findings in (("warnings", self.warnings), ("problems", self.problems)):
             if findings:
-                lines += ["", f"{title}: {len(findings):,}", *(f"  {one.kind}: {one.message}" for one in findings)]
+                lines += [
+                    "",
+                    f"{title}: {len(findings):,}",
+                    *(f"  {found.kind}: {found.message}" for found in findings),
+                ]
         return "\n".join(lines)
 
 
 def _table(title: str, splits: list[str], rows: dict[str, Counter[str]]) -> list[str]:
     if not rows:
         return []
-    width = max(len(name) for name in (title, *rows))
-    columns = [max(len(split), 9) for split in splits]
-    head = "  ".join(
-        [title.ljust(width), *(split.rjust(column) for split, column in zip(splits, columns, strict=True))]
-    )
-    lines = ["", head.rstrip()] if title else [head.rstrip()]
-    for name, counts in rows.items() if not title else sorted(rows.items()):
-        cells = (f"{counts[split]:,}".rjust(column) for split, column in zip(splits, columns, strict=True))
-        lines.append("  ".join([name.ljust(width), *cells]))
-    return lines
+    cells = [[title, *(split.rjust(9) for split in splits)]]
+    cells += [
+        [name, *(f"{counts[split]:,}".rjust(max(9, len(split))) for split in splits)]
+        for name, counts in (sorted(rows.items()) if title else rows.items())
+    ]
+    return [*([""] if title else []), align(cells)]

@@ -1,8 +1,10 @@
-"""What every reader yields, whatever the layout on disk: rows of one of two kinds, for the library `datasets`.
+"""What every layout yields, whatever lies on disk: rows of one of two kinds, for the library `datasets`.
 
 Pictures stay undecoded, `{"path": ..., "bytes": ...}`, until a sample is drawn: nothing is loaded whole, and an error
-can name the file.
+can name the file. The rows of `iterate` say more than is trained on: `REGION_EXTRAS` and `CONVERSATION_EXTRAS`.
 """
+
+from typing import Any
 
 from datasets import Features, Image, List, Value
 
@@ -37,3 +39,26 @@ CONVERSATION_FEATURES = Features(
 )
 
 IMAGE_MARKER = "<image>"
+
+# What evaluation reads besides. Of regions: (row, column) size in mm of the pixels of each mask, None where unknown.
+REGION_EXTRAS = ("spacing_mm",)
+# Of conversations: "CLOSED" or "OPEN", None where the data do not say; and what can be chosen from.
+CONVERSATION_EXTRAS = ("answer_type", "options")
+
+
+def region_row(
+    image: dict[str, Any], masks: list[dict[str, Any]], targets: list[str], split: str, **known: Any
+) -> dict[str, Any]:
+    """A row about one image with its masks; what is not known is None, or empty where it is a list."""
+    row: dict[str, Any] = dict.fromkeys((*REGION_FEATURES, *REGION_EXTRAS))
+    row |= {"image": image, "masks": masks, "targets": targets, "split": split}
+    return row | {"absent": [], "spacing_mm": [None] * len(masks), **known}
+
+
+def conversation_row(
+    id: str, images: list[dict[str, Any]], messages: list[dict[str, str]], split: str, **known: Any
+) -> dict[str, Any]:
+    """A row of one conversation; what is not known is None, or empty where it is a list."""
+    row: dict[str, Any] = dict.fromkeys((*CONVERSATION_FEATURES, *CONVERSATION_EXTRAS))
+    row |= {"id": id, "images": images, "messages": messages, "split": split}
+    return row | {"masks": [], "targets": [], "options": [], **known}

@@ -1,6 +1,5 @@
 """Wordings of conversations, read from a YAML file and checked; `templates.yaml` beside this module is the default."""
 
-import difflib
 import hashlib
 import random
 import re
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from medsight.text import nearest
 
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
@@ -61,6 +62,10 @@ class Wordings:
 
     Attributes:
         path, sha256: the file, and the hash of its bytes.
+
+    Example:
+        >>> Wordings.load().modality("CT")
+        'CT image'
     """
 
     path: str
@@ -154,9 +159,7 @@ def _check_keys(path: Path, where: str, value: Any, expected: Collection[str]) -
     _mapping(path, where, value)
     for key in value:
         if key not in expected:
-            near = difflib.get_close_matches(str(key), expected, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(expected)}"
-            raise ValueError(f"{path}: {where} has an unknown section {key!r}{hint}")
+            raise ValueError(f"{path}: {where} has an unknown section {key!r}: {nearest(key, expected)}")
     for key in expected:
         if key not in value:
             raise ValueError(f"{path}: {where} has no section {key!r}")

@@ -9,7 +9,7 @@ Answers to "where is" name the side of the *picture*: what is trained on them mu
 import random
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,9 +24,11 @@ MAX_NAMED = 5  # structures in one question
 SYNONYM_SHARE = 0.35  # of the prompts that name a structure which has synonyms
 LISTED_SHARE = 0.6  # of the absent structures asked for, where the image's own row lists some
 # Of a picture's fifths two are upper, one is between, two are lower; two left, one between, two right.
-POSITIONS = "upper left, upper middle, upper right, left, centre, right, lower left, lower middle, lower right".split(
-    ", "
-)
+POSITIONS = [
+    *("upper left", "upper middle", "upper right"),
+    *("left", "centre", "right"),
+    *("lower left", "lower middle", "lower right"),
+]
 
 
 @dataclass(frozen=True)
@@ -204,15 +206,11 @@ class ConversationMaker:
         return bool(row["absent"]) if self._is_normal(row) else bool(row["finding"]) and not row["targets"]
 
     def _signs(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> list[str]:
-        """Targets that show what is wrong: those that name the row's finding, else abnormal ones, else the only one
-        there is; abnormal ones alone where the row has no finding."""
+        """Targets that show what is wrong, as `signs_of` says, where an answer may cite all of their masks."""
         if self._is_normal(row):
             return []
-        abnormal = [target for target in regions if matches(target, self.wordings.findings["abnormal"])]
-        signs = abnormal
-        if row["finding"]:
-            named = [target for target in regions if _names(target, row["finding"])]
-            signs = named or abnormal or (list(regions) if len(set(row["targets"])) == 1 else [])
+        only = len(set(row["targets"])) == 1
+        signs = signs_of(row["finding"], list(regions), self.wordings.findings["abnormal"], only)
         return signs if sum(len(regions[target]) for target in signs) <= self.max_regions else []
 
     def _draw(self, weights: Mapping[str, float]) -> str:
@@ -307,7 +305,7 @@ class ConversationMaker:
             return self._turn(row, "diagnose", "diagnose_without_mask", {"finding": _literal(row["finding"])})
         cited, masks = _cite({target: regions[target] for target in signs})
         finding = row["finding"] or enumerate_words(signs)
-        if len(signs) == 1 and _names(signs[0], finding):
+        if len(signs) == 1 and names_finding(signs[0], finding):
             codes = enumerate_words([f"{{{slot}}}" for slot in range(len(masks))])
             words = {"finding": _literal(signs[0]), "codes": codes}
             return self._turn(row, "diagnose", "diagnose", words, regions=masks)
@@ -322,6 +320,25 @@ class ConversationMaker:
         prompt = self._draw(self.wordings.weights["absent"])
         words = {"target": _literal(target)}
         return self._turn(row, prompt, "absent", words, _asked(name), intent="absent", absent=target)
+
+
+def signs_of(finding: str | None, targets: Sequence[str], abnormal: Collection[str], only: bool) -> list[str]:
+    """Structures that show what is wrong: those that name the finding, else abnormal ones, else the only one there is;
+    without a finding, abnormal ones.
+
+    Args:
+        abnormal: patterns of names that are.
+        only: whether the image shows a single structure.
+    """
+    signs = [target for target in targets if matches(target, abnormal)]
+    if not finding:
+        return signs
+    return [target for target in targets if names_finding(target, finding)] or signs or list(targets if only else ())
+
+
+def names_finding(target: str, finding: str) -> bool:
+    """Whether a structure's name has a finding in it, in whole words."""
+    return re.search(rf"(?<!\w){re.escape(finding)}(?!\w)", target, flags=re.IGNORECASE) is not None
 
 
 def position_in_words(mask: np.ndarray) -> str:
@@ -393,10 +410,6 @@ def corpus_texts(
 def _literal(text: str) -> str:
     """Text that str.format leaves as it is."""
     return text.replace("{", "{{").replace("}", "}}")
-
-
-def _names(target: str, finding: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(finding)}(?!\w)", target, flags=re.IGNORECASE) is not None
 
 
 def _asked(name: str) -> dict[str, str]:

@@ -5,9 +5,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from medsight.data.registry import find_layout, layout_names
+from medsight.text import nearest
+
 
 DECLARATIONS = Path(__file__).with_name("benchmarks.yaml")
-TASKS = ("vqa", "segment", "diagnose")
+# What each task can ask of images with masks; the first is meant where a benchmark of segmentation or diagnosis names
+# none.
+INTENTS = {
+    "vqa": ("is_there", "where_is", "modality", "site"),
+    "segment": ("segment_one", "segment_several", "segment_all"),
+    "diagnose": ("diagnose",),
+}
+# Read by `medsight.evaluation.readers`: files that only ever measure. Other layouts are those of the training data.
+TEST_LAYOUTS = ("annotated", "diagseg", "mecovqa", "mmmu")
+NEEDED_FIELDS = ("id", "question", "answer", "image", "masks")
+OPTIONAL_FIELDS = ("target", "dataset", "modality", "site", "patient", "label_origin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +32,11 @@ class Benchmark:
     Raises:
         ValueError: the task or the layout is unknown, the task's protocol is missing, or `fields` are not those that
             the layout needs.
+
+    Example:
+        >>> segmentation = load_benchmark("segmentation")
+        >>> segmentation.task, segmentation.layout, segmentation.chosen_intent()
+        ('segment', 'biomedparse', 'segment_one')
     """
 
     name: str
@@ -35,22 +55,23 @@ class Benchmark:
     fields: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from medsight.evaluation.readers import NEEDED_FIELDS, OPTIONAL_FIELDS, READERS
-        from medsight.evaluation.region_items import chosen_intent
+        try:
+            self._check()
+        except ValueError as error:
+            raise ValueError(f"benchmark {self.name}: {error}") from None
 
-        if self.task not in TASKS:
-            raise ValueError(f"benchmark {self.name}: task {self.task!r}, expected one of {', '.join(TASKS)}")
-        if self.layout not in READERS:
-            raise ValueError(f"benchmark {self.name}: layout {self.layout!r}, expected one of {', '.join(READERS)}")
-        if self.layout == "biomedparse":
-            try:
-                chosen_intent(self.task, self.intent)
-            except ValueError as error:
-                raise ValueError(f"benchmark {self.name}: {error}") from None
+    def _check(self) -> None:
+        if self.task not in INTENTS:
+            raise ValueError(f"task {self.task!r}, expected one of {', '.join(INTENTS)}")
+        if self.layout not in TEST_LAYOUTS:
+            if self.layout not in layout_names():
+                raise ValueError(f"layout {self.layout!r}: {nearest(self.layout, (*layout_names(), *TEST_LAYOUTS))}")
+            if find_layout(self.layout).kind == "regions":
+                self.chosen_intent()
         wanted = {"vqa": {"answers"}, "segment": {"masks"}, "diagnose": {"answers", "masks"}}[self.task]
         if set(self.protocol) != wanted:
             raise ValueError(
-                f"benchmark {self.name}: a {self.task} task needs a protocol of {' and '.join(sorted(wanted))}, "
+                f"a {self.task} task needs a protocol of {' and '.join(sorted(wanted))}, "
                 f"got one of {', '.join(self.protocol) or 'nothing'}"
             )
         needed, optional = (NEEDED_FIELDS, OPTIONAL_FIELDS) if self.layout == "diagseg" else ((), ())
@@ -58,7 +79,19 @@ class Benchmark:
         if missing or unknown:
             wrong = f"unknown {', '.join(sorted(unknown))}" if unknown else f"missing {', '.join(sorted(missing))}"
             expected = ", ".join((*needed, *optional)) or "none"
-            raise ValueError(f"benchmark {self.name}: fields: {wrong}; layout {self.layout} takes {expected}")
+            raise ValueError(f"fields: {wrong}; layout {self.layout} takes {expected}")
+
+    def chosen_intent(self) -> str:
+        """What is asked of images with masks.
+
+        Raises:
+            ValueError: the task cannot ask that; a vqa task has to say what it asks.
+        """
+        known = INTENTS[self.task]
+        intent = known[0] if self.intent is None and self.task != "vqa" else self.intent
+        if intent not in known:
+            raise ValueError(f"intent {self.intent!r} of a {self.task} task: expected one of {', '.join(known)}")
+        return str(intent)
 
     @property
     def has_masks(self) -> bool:
@@ -90,7 +123,9 @@ def load_benchmark(name: str) -> Benchmark:
         return next(iter(declared.values()))
     declared = load_declarations()
     if name not in declared:
-        raise ValueError(f"benchmark {name!r} is unknown: {', '.join(declared)}, or a YAML file with a declaration")
+        raise ValueError(
+            f"benchmark {name!r} is unknown: {nearest(name, declared)}; or name a YAML file that declares one"
+        )
     return declared[name]
 
 
@@ -100,8 +135,6 @@ def load_declarations(path: Path = DECLARATIONS) -> dict[str, Benchmark]:
     Raises:
         OSError, ValueError: see `load_benchmark`.
     """
-    import yaml
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -128,15 +161,15 @@ def _completed(entry: Mapping[str, Any], path: Path, name: str) -> dict[str, Any
         return dict(entry)
     shipped = load_declarations()
     if entry["like"] not in shipped:
-        raise ValueError(f"{path}: benchmark {name}: like {entry['like']!r}: choose one of {', '.join(shipped)}")
+        raise ValueError(f"{path}: benchmark {name}: like {entry['like']!r}: {nearest(entry['like'], shipped)}")
     base = {key: value for key, value in vars(shipped[entry["like"]]).items() if key != "name"}
-    own = {key: value for key, value in entry.items() if key != "like"}
-    if isinstance(own.get("fields"), Mapping):
-        own["fields"] = {**base["fields"], **own["fields"]}
-    return {**base, **own}
+    changed = {key: value for key, value in entry.items() if key != "like"}
+    if isinstance(changed.get("fields"), Mapping):
+        changed["fields"] = {**base["fields"], **changed["fields"]}
+    return {**base, **changed}
 
 
-def check_counts(benchmark: Benchmark, items: Sequence[Any], shards: int, allow: bool) -> str | None:
+def check_counts(benchmark: Benchmark, rows: int, files: int, allow: bool) -> str | None:
     """Holds the number of rows and files against what the benchmark is known to have.
 
     Args:
@@ -149,10 +182,10 @@ def check_counts(benchmark: Benchmark, items: Sequence[Any], shards: int, allow:
         ValueError: the number is another one, and that is not allowed.
     """
     wrong = []
-    if benchmark.expected_rows not in (None, len(items)):
-        wrong.append(f"{len(items):,} rows where {benchmark.expected_rows:,} are expected")
-    if benchmark.expected_shards not in (None, shards):
-        wrong.append(f"{shards} files where {benchmark.expected_shards} are expected")
+    if benchmark.expected_rows not in (None, rows):
+        wrong.append(f"{rows:,} rows where {benchmark.expected_rows:,} are expected")
+    if benchmark.expected_shards not in (None, files):
+        wrong.append(f"{files} files where {benchmark.expected_shards} are expected")
     if not wrong:
         return None
     found = f"benchmark {benchmark.name}: {' and '.join(wrong)}"

@@ -4,16 +4,18 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from medsight.inference.overlay import heat_map, shorten
+from medsight.data.groups import Groups
+from medsight.data.pictures import read_mask, read_picture
+from medsight.export.drawing import heat_map, shorten
 
+from .reference_codes import codes_in_image
 
-if TYPE_CHECKING:
-    from medsight.data.groups import Groups
 
 TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
 
@@ -54,7 +56,7 @@ def describe_codes(
     model: Any,
     processor: Any,
     rows: Iterable[Mapping[str, Any]],
-    groups: "Groups",
+    groups: Groups,
     examples: int = 8,
     batch_size: int = 8,
 ) -> CodeMeanings:
@@ -70,66 +72,47 @@ def describe_codes(
     Raises:
         OSError, ValueError: an image or mask is missing or bad, an image has no group, or the model has no codes.
     """
-    import torch
-
-    from medsight.evaluation.reference_codes import codes_in_image
-
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its one code [SEG] stands for anything")
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
     found = CodeMeanings()
-    kept: dict[str, list[Example]] = {}
+    surest: dict[str, list[Example]] = {}
+    region_model = model.region_model
     with_masks = (row for row in rows if row["masks"])
     while batch := list(islice(with_masks, batch_size)):
         pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
-        owners = torch.tensor([groups.index(row["modality"], row["site"]) for row in batch])
+        owners = [groups.index(row["modality"], row["site"]) for row in batch]
         with torch.inference_mode():
             regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
             codes = [
-                codes_in_image(model, regions, i, masks[i], row["targets"], int(owners[i]))
-                for i, row in enumerate(batch)
+                codes_in_image(model, regions, i, masks[i], row["targets"], owners[i]) for i, row in enumerate(batch)
             ]
-            for i, row in enumerate(batch):
-                heat = code_masks(model, regions.image_features[i], int(owners[i]), codes[i])
-                picture = _picture(pixels[i], processor)
-                for code, target, probabilities in zip(codes[i].tolist(), row["targets"], heat, strict=True):
-                    name = model.config.region_code_token(int(owners[i]), code)
-                    found.citations.append((name, groups.names[int(owners[i])], target))
-                    inside = probabilities > 0.5
-                    score = float(probabilities[inside].mean()) if inside.any() else 0.0
-                    if len(kept.setdefault(name, [])) < examples or score > kept[name][0].score:
-                        tile = heat_map(picture, probabilities)
-                        example = Example(score, -len(found.citations), tile, target)
-                        (heapq.heappush if len(kept[name]) < examples else heapq.heappushpop)(kept[name], example)
-                found.images += 1
+            pairs = [
+                torch.stack([torch.full_like(index, k), index], 1) for index, k in zip(codes, owners, strict=True)
+            ]
+            logits = region_model.decode_codes(code_indices=pairs, features=regions)
+        for i, row in enumerate(batch):
+            picture, heat = _picture(pixels[i], processor), logits[i].float().sigmoid().cpu().numpy()
+            for code, target, probabilities in zip(codes[i].tolist(), row["targets"], heat, strict=True):
+                name = model.config.region_code_token(owners[i], code)
+                found.citations.append((name, groups.names[owners[i]], target))
+                inside = probabilities > 0.5
+                score = float(probabilities[inside].mean()) if inside.any() else 0.0
+                best = surest.setdefault(name, [])
+                if len(best) < examples or score > best[0].score:
+                    tile = heat_map(picture, probabilities)
+                    example = Example(score, -len(found.citations), tile, target)
+                    (heapq.heappush if len(best) < examples else heapq.heappushpop)(best, example)
+            found.images += 1
     if not found.citations:
         raise ValueError("no row has a mask, so no code can be described")
-    found.examples = {name: sorted(some, reverse=True) for name, some in kept.items()}
+    found.examples = {name: sorted(best, reverse=True) for name, best in surest.items()}
     return found
-
-
-def code_masks(model: Any, image_features: Any, group: int, codes: Any) -> np.ndarray:
-    """The masks that codes of a group decode to in one image, through the codebook alone.
-
-    Args:
-        image_features: (H, W, d), the perceiver's map.
-        codes: (n,) long, indices within the group.
-
-    Returns:
-        (n, H, W) float32, probabilities.
-    """
-    base = model.model
-    vectors = base.codebook.code_table()[group][codes.to(model.device)]
-    queries = base.codebook.decode(vectors)[None]
-    logits = base.region_perceiver.segmentation_head(queries, image_features[None])[0][0]
-    return logits.float().sigmoid().cpu().numpy()
 
 
 def _placed(row: Mapping[str, Any], processor: Any, side: int) -> tuple[Any, Any]:
     """An image and its masks on the model's canvas."""
-    from medsight.data.pictures import read_mask, read_picture
-
     picture = read_picture(row["image"])
     masks = np.stack([read_mask(entry, picture.size) for entry in row["masks"]])
     images = processor.image_processor
@@ -173,7 +156,7 @@ def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Ima
 
 def meanings_to_json(found: CodeMeanings, codes_per_group: Mapping[str, int], **origin: Any) -> dict[str, Any]:
     """The content of region_codes.json: by code its group, count and structures with shares; by group the usage."""
-    from medsight.metrics.region_codes.region_codes import code_usage
+    from medsight.metrics.region_codes.region_codes import code_usage  # needs the extra "eval"
 
     usage = code_usage(found.citations, dict(codes_per_group))
     codes = {

@@ -1,15 +1,17 @@
 """Two evaluations over the same rows: paired differences, with intervals."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medsight.evaluation.figures import METRICS
-from medsight.evaluation.scored_run import ROWS
-from medsight.evaluation.summary import BY, DIGITS, SCORES, interval_unit, unit_of
+from medsight.metrics.intervals import paired_difference
+from medsight.text import align
+
+from .figures import LABELS as SCORE_LABELS
+from .figures import METRICS, ROWS
+from .summary import BY, DIGITS, SCORES, grouped, interval_unit, unit_of
 
 
 RATES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -51,11 +53,11 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         OSError: a folder is no evaluation.
         ValueError: the two are of different benchmarks, data, prompts or protocols.
     """
-    (one, rows_a), (other, rows_b) = read_evaluation(first), read_evaluation(second)
+    (first_metrics, rows_a), (second_metrics, rows_b) = read_evaluation(first), read_evaluation(second)
     for name, a, b in (
-        ("benchmarks", one["benchmark"], other["benchmark"]),
-        ("protocols", one["protocol"], other["protocol"]),
-        ("data or prompts", one["run"]["data"]["sha256"], other["run"]["data"]["sha256"]),
+        ("benchmarks", first_metrics["benchmark"], second_metrics["benchmark"]),
+        ("protocols", first_metrics["protocol"], second_metrics["protocol"]),
+        ("data or prompts", first_metrics["run"]["data"]["sha256"], second_metrics["run"]["data"]["sha256"]),
     ):
         if a != b:
             raise ValueError(f"{first} and {second} are evaluations of different {name}: {a} and {b}")
@@ -65,11 +67,9 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     values = SCORES | RATES
     present = [name for name in values if any(values[name](row) is not None for pair in pairs for row in pair)]
     result: dict[str, Any] = {
-        "a": one["system"],
-        "b": other["system"],
-        "benchmark": one["benchmark"],
-        "title": one["title"],
-        "protocol": one["protocol"],
+        "a": first_metrics["system"],
+        "b": second_metrics["system"],
+        **{name: first_metrics[name] for name in ("benchmark", "title", "protocol")},
         "n": len(pairs),
         "interval_unit": interval_unit(row for row, _ in pairs),
         "scores": {name: found for name in present if (found := difference(pairs, values[name], seed))},
@@ -77,13 +77,10 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         "by": {},
         "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
     }
-    for field in BY[one["task"]]:
-        inside: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-        for pair in pairs:
-            inside[str(pair[0][field])].append(pair)
+    for field in BY[first_metrics["task"]]:
         result["by"][field] = {
-            value: {name: found for name in present if (found := difference(some, values[name], seed))}
-            for value, some in sorted(inside.items())
+            value: {name: found for name in present if (found := difference(inside, values[name], seed))}
+            for value, inside in grouped(pairs, [a[field] for a, _ in pairs])
         }
     return result
 
@@ -95,8 +92,6 @@ def difference(
     macro_by: str | None = None,
 ) -> dict[str, Any] | None:
     """The paired difference of one score; None where no row has it in both."""
-    from medsight.metrics.intervals import paired_difference
-
     scored = [(value(a), value(b), str(a[macro_by]) if macro_by else "", unit_of(a)) for a, b in pairs]
     both = [entry for entry in scored if None not in entry[:2]]
     if not both:
@@ -121,17 +116,11 @@ def difference(
 
 def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
     """The unweighted mean over groups of the means within them; one group gives the mean."""
-    inside: dict[str, list[float]] = defaultdict(list)
-    for value, group in zip(values, groups, strict=True):
-        inside[group].append(value)
-    return fmean(fmean(some) for some in inside.values())
+    return fmean(fmean(inside) for _, inside in grouped(values, groups))
 
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
-    from medsight.evaluation.figures import LABELS as SCORE_LABELS
-    from medsight.text import align
-
     labels = {**SCORE_LABELS, **LABELS}
     lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]
     for kind, scores in (("micro", result["scores"]), ("macro", result["macro"])):

@@ -1,73 +1,25 @@
-"""Diagnoses of images with masks, and diagnose-then-segment items made from them."""
+"""Makes a benchmark of diagnoses and the masks that show them: `medsight benchmark build-diagseg`."""
 
 import csv
 import filecmp
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from medsight.data.sources import Source, iterate
+from medsight.files import check_empty, staged_folder, write_json, write_text
+
+from .cases import relative
+from .diagnosis import Diagnosis, diagnosis_of
 
 
 QUESTION = "What is the diagnosis? Segment the finding."
 CARD = "README.md"
-ITEMS = "diagseg.json"
+RECORDS = "diagseg.json"
 TABLE_FIELDS = ("image", "diagnosis")
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What an image's row says of its diagnosis.
-
-    Attributes:
-        answer: the short answer.
-        targets: the structures that show it.
-        masks: their masks, as indices into the row's.
-    """
-
-    answer: str
-    targets: tuple[str, ...]
-    masks: tuple[int, ...]
-
-
-@cache
-def _findings() -> dict[str, list[str]]:
-    from medsight.data.templates import Wordings
-
-    return Wordings.load().findings
-
-
-def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosis | None:
-    """The diagnosis of a row of `REGION_FEATURES`; None where it has none to ask for.
-
-    With a finding, its masks are those of the structures that name it, else of abnormal ones, else of the only one;
-    a normal finding has none. Without a finding, structures that are abnormal by their names are the diagnosis.
-
-    Args:
-        finding: from a table of diagnoses, instead of the row's own.
-    """
-    from medsight.data.templates import matches
-
-    finding = finding or row.get("finding")
-    targets = list(dict.fromkeys(row["targets"]))
-    abnormal = [target for target in targets if matches(target, _findings()["abnormal"])]
-    if finding and matches(finding, _findings()["normal"]):
-        return Diagnosis(finding, (), ())
-    if finding:
-        named = [target for target in targets if re.search(rf"(?<!\w){re.escape(finding)}(?!\w)", target, re.I)]
-        signs = named or abnormal or (targets if len(targets) == 1 else [])
-        answer = signs[0] if named and len(signs) == 1 else finding
-    else:
-        signs = abnormal
-        answer = " and ".join(abnormal)
-    if not answer:
-        return None
-    masks = tuple(index for index, target in enumerate(row["targets"]) if target in signs)
-    return Diagnosis(answer, tuple(signs), masks)
 
 
 def read_table(path: Path) -> dict[str, str]:
@@ -121,15 +73,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
             not there, or no row has a diagnosis.
     """
-    from medsight.data.sources import Source, iterate
-    from medsight.files import check_empty, staged_folder
-
     diagnoses = None if table is None else read_table(table)
-    rows: list[dict[str, Any]] = []
-    for entry in iterate(Source("biomedparse", str(data), split=None)):
-        if entry.error is not None:
-            raise entry.error
-        rows.append(entry.row)
+    rows = [entry.checked() for entry in iterate(Source("biomedparse", str(data), split=None))]
     tests = [row for row in rows if row["split"] == "test"]
     findings = [None] * len(tests) if diagnoses is None else _look_up(diagnoses, tests, data, table)
     elsewhere = {row["patient"] for row in rows if row["split"] != "test"}
@@ -148,8 +93,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         raise ValueError(f"{data}: no test row has a diagnosis; name one for each image with --table FILE")
     with staged_folder(output, False, check_empty) as folder:
         records = [_copied(row, diagnosis, question, data, folder) for row, diagnosis in chosen]
-        (folder / ITEMS).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(_card(records, counts, data, table), encoding="utf-8")
+        write_json(folder / RECORDS, records)
+        write_text(folder / CARD, _card(records, counts, data, table))
     return {**counts, "items": len(chosen)}
 
 
@@ -157,8 +102,6 @@ def _look_up(
     diagnoses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], data: Path, table: Path | None
 ) -> list[str | None]:
     """What the table says of each row, by its image's path below the data or by its file name."""
-    from medsight.evaluation.items import relative
-
     images = [relative(row["image"]["path"], data) for row in rows]
     keys = [next((name for name in (image, Path(image).name) if name in diagnoses), None) for image in images]
     unknown = sorted(set(diagnoses).difference(keys))
@@ -169,8 +112,6 @@ def _look_up(
 
 def _copied(row: Mapping[str, Any], diagnosis: Diagnosis, question: str, data: Path, folder: Path) -> dict[str, Any]:
     """The record of an item, whose image and masks are copied into the folder."""
-    from medsight.evaluation.items import relative
-
     copies = []
     for file in [row["image"]["path"], *(row["masks"][index]["path"] for index in diagnosis.masks)]:
         copy = folder / "files" / relative(file, data)

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from medsight.text import align, first_few
 
-METRICS = "metrics.json"  # in the output folder of an evaluation
+
+METRICS, ROWS, REPORT = "metrics.json", "scores.jsonl", "report.html"  # in the output folder of an evaluation
 FEW_ROWS = 10  # a mean over fewer is hardly a figure
 LABELS = {
     "answer": "All questions",
@@ -42,8 +44,6 @@ def protocol_text(metrics: Mapping[str, Any]) -> str:
 
 def figures_text(metrics: Mapping[str, Any]) -> str:
     """The main figures for a terminal."""
-    from medsight.text import align
-
     lines = [("", "micro", "95%", "macro", "95%", "rows")]
     for name, both in metrics["scores"].items():
         micro, macro = both["micro"], both["macro"]
@@ -101,8 +101,7 @@ def notes_of(metrics: Mapping[str, Any], name_rows: bool = True) -> list[str]:
         for reason, count in reasons.items():
             notes.append(f"{count:,} {'answers' if kind == 'answer' else 'rows'} without a score: {reason}.")
     for kind, found in metrics["problems"].items():
-        some = ", ".join(found["rows"][:3]) + (", …" if found["count"] > 3 else "")
-        named = f" ({some})" if name_rows else ""
+        named = f" ({first_few(found['rows'])})" if name_rows else ""
         notes.append(f"{found['count']:,} predictions with a problem: {kind}{named}.")
     for origin, count in metrics["counts"]["label_origin"].items():
         if not origin.startswith(("expert", "unknown")):
@@ -120,10 +119,9 @@ def _reference_notes(metrics: Mapping[str, Any]) -> list[str]:
     found = metrics.get("reference_codes")
     if found is None or not found["unknown"]:
         return []
-    origins = list(found["unknown_by_origin"])
-    some = ", ".join(origins[:3]) + (", …" if len(origins) > 3 else "")
+    origins = first_few(list(found["unknown_by_origin"]))
     why = (
-        f"no code group of the model is called like their modality and site ({some})"
+        f"no code group of the model is called like their modality and site ({origins})"
         if found["group_unknown"] == found["unknown"]
         else "neither the data nor the predictions name them"
     )

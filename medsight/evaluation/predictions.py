@@ -1,6 +1,6 @@
 """predictions.jsonl: one answer a line, with its codes and its masks as COCO run-length encodings.
 
-Any system can write such a file. A line is a JSON object with `id` (the item's) and `answer`; and, where regions are
+Any system can write such a file. A line is a JSON object with `id` (the case's) and `answer`; and, where regions are
 cited, `masks` (COCO RLE at the reference's size: {"size": [height, width], "counts": text}), with `codes`, `groups`,
 `phrases` and `scores` of the same length where the system has them. A system with a codebook may add what that calls
 the reference masks, `reference_codes`, and the code group that it takes the image for, `group`; any system
@@ -13,11 +13,22 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
+from medsight.text import first_few
+from processing_medsight.region_codes_medsight import parse_region_code
 
+
+# What a prediction may list, an entry a mask, and what the entries are; masks and codes have checks of their own.
+_OF_MASKS = (
+    ("masks", object, "a mask"),
+    ("codes", object, "a code"),
+    ("groups", str, "text"),
+    ("phrases", str, "text"),
+    ("scores", (int, float), "numbers"),
+)
 # Characters 48 ('0') to 111 ('o') carry five bits and a sign of continuation each; a run takes at most seven.
 _COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
 
@@ -27,14 +38,18 @@ class Prediction:
     """One answer.
 
     Attributes:
-        id: of the item.
+        id: of the case.
         answer: clean text, without region codes.
         raw_text: as generated, codes included; the answer where the system has none.
         masks: COCO RLE, one a cited region.
         codes, groups, phrases, scores: of each mask, where the system knows them.
         group: the name of the code group that the system takes the image for, by its own classifier.
-        reference_codes: the codes that the system's codebook gives to the item's reference masks; None where unknown.
+        reference_codes: the codes that the system's codebook gives to the case's reference masks; None where unknown.
         is_complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
+
+    Example:
+        >>> Prediction.from_mapping({"id": "a.png#liver", "answer": "Here it is."}, "line 1").masks
+        ()
     """
 
     id: str
@@ -58,38 +73,36 @@ class Prediction:
         """
         if not isinstance(record, dict):
             raise ValueError(f"{place}: expected a JSON object, got {type(record).__name__}")
+
+        def check(name: str, value: Any, kinds: type | tuple[type, ...], called: str, required: bool = False) -> None:
+            if not isinstance(value, kinds) and (required or value is not None):
+                raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
+
         for name in ("id", "answer"):
-            if not isinstance(record.get(name), str):
-                raise ValueError(f"{place}: expected text in {name!r}, got {record.get(name)!r}")
-        given: dict[str, Any] = {"id": record["id"], "answer": record["answer"]}
+            check(name, record.get(name), str, "text", required=True)
+        values: dict[str, tuple[Any, ...]] = {}
+        for name, kinds, called in _OF_MASKS:
+            listed = [] if record.get(name) is None else record[name]
+            if not isinstance(listed, list):
+                raise ValueError(f"{place}: expected a list in {name!r}, got {type(listed).__name__}")
+            if listed and len(listed) != len(values.get("masks", listed)):
+                raise ValueError(f"{place}: {len(listed)} {name} for {len(values['masks'])} masks")
+            for value in listed:
+                check(name, value, kinds, called)
+            values[name] = tuple(listed)
+        check("group", record.get("group"), str, "text")
+        check("is_complete", record.get("is_complete"), bool, "true or false")
+        codes = record.get("reference_codes")
+        if values["codes"]:
+            checked_codes(list(values["codes"]), place, "codes")
+        given: dict[str, Any] = {
+            **values,
+            **{name: record.get(name) for name in ("id", "answer", "group", "is_complete")},
+        }
         given["raw_text"] = record.get("raw_text") or record["answer"]
-        for name in ("masks", "codes", "groups", "phrases", "scores"):
-            value = [] if record.get(name) is None else record[name]
-            if not isinstance(value, list):
-                raise ValueError(f"{place}: expected a list in {name!r}, got {type(value).__name__}")
-            given[name] = tuple(value)
-        for name in ("codes", "groups", "phrases", "scores"):
-            if given[name] and len(given[name]) != len(given["masks"]):
-                raise ValueError(f"{place}: {len(given[name])} {name} for {len(given['masks'])} masks")
-        if given["codes"]:
-            checked_codes(list(given["codes"]), place, "codes")
-        for name, kind, called in (
-            ("groups", str, "text"),
-            ("phrases", str, "text"),
-            ("scores", (int, float), "numbers"),
-        ):
-            for value in given[name]:
-                if value is not None and not isinstance(value, kind):
-                    raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
-        group, references = record.get("group"), record.get("reference_codes")
-        if group is not None and not isinstance(group, str):
-            raise ValueError(f"{place}: expected text in 'group', got {group!r}")
-        if references is not None:
-            references = tuple(checked_codes(references, place, "reference_codes"))
-        ended = record.get("is_complete")
-        if ended is not None and not isinstance(ended, bool):
-            raise ValueError(f"{place}: expected true or false in 'is_complete', got {ended!r}")
-        return cls(**given, group=group, reference_codes=references, is_complete=ended)
+        if codes is not None:
+            given["reference_codes"] = tuple(checked_codes(codes, place, "reference_codes"))
+        return cls(**given)
 
 
 def checked_codes(codes: Any, place: str, name: str) -> list[str]:
@@ -98,8 +111,6 @@ def checked_codes(codes: Any, place: str, name: str) -> list[str]:
     Raises:
         ValueError: it is no list, or one of it is no region code; the message begins with `place`.
     """
-    from processing_medsight.region_codes_medsight import parse_region_code
-
     if not isinstance(codes, list) or not all(isinstance(code, str) for code in codes):
         raise ValueError(f"{place}: expected a list of region codes in {name!r}, got {codes!r}")
     for code in codes:
@@ -175,36 +186,21 @@ def _runs(counts: str) -> list[int]:
     return runs
 
 
-class PredictionWriter:
-    """Appends predictions to a file, each on the disk before the next is made, so that a kill loses none.
+def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Add predictions to a file, and wait until they are on the disk, so that a kill loses none of them."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(to_line, predictions))
+        file.flush()
+        os.fsync(file.fileno())
 
-    A last line that a kill cut short is dropped when the file is opened again.
-    """
 
-    def __init__(self, path: Path) -> None:
-        drop_partial_line(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def write(self, predictions: Iterable[Prediction]) -> None:
-        """Append these, and wait until they are on the disk."""
-        for prediction in predictions:
-            self._file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; all that was written is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> "PredictionWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+def to_line(prediction: Prediction) -> str:
+    """A line of predictions.jsonl."""
+    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
 
 
 def drop_partial_line(path: Path) -> None:
-    """Cut what follows the last line end of a file, if there is such a file."""
+    """Cut what follows the last line end of a file, which a kill left; there may be no file."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -239,8 +235,12 @@ class Problems:
     """What is wrong with predictions, by kind, each a list of ids (with a reason, where one helps).
 
     Attributes:
-        missing: items without a prediction. extra: predictions of no item. duplicate: ids predicted more than once.
+        missing: cases without a prediction. extra: predictions of no case. duplicate: ids predicted more than once.
         masks: masks that are malformed or not of the reference's size. empty: answers without a word.
+
+    Example:
+        >>> Problems(missing=["a.png"]).to_text()
+        '1 missing (a.png)'
     """
 
     missing: list[str] = field(default_factory=list)
@@ -255,20 +255,17 @@ class Problems:
 
     def to_text(self, shown: int = 5) -> str:
         """Counts, and the first few of each kind."""
-        parts = []
-        for kind, ids in self.refused().items():
-            some = "; ".join(ids[:shown]) + ("; …" if len(ids) > shown else "")
-            parts.append(f"{len(ids):,} {kind} ({some})")
-        return ", ".join(parts)
+        found = self.refused().items()
+        return ", ".join(f"{len(ids):,} {kind} ({first_few(ids, shown, '; ')})" for kind, ids in found)
 
 
 def match_predictions(
     ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]], left_out: Collection[str] = ()
 ) -> tuple[dict[str, Prediction], Problems]:
-    """The first prediction of each item, and what does not match.
+    """The first prediction of each case, and what does not match.
 
     Args:
-        left_out: ids of items that are not scored, whose predictions are passed over.
+        left_out: ids of cases that are not scored, whose predictions are passed over.
     """
     problems, known = Problems(), set(ids)
     found: dict[str, Prediction] = {}

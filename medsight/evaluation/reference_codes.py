@@ -4,21 +4,20 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from medsight.evaluation.items import Item
+from medsight.data.groups import match_groups
+from medsight.data.pictures import read_mask, read_picture
+from medsight.inference.code_assignment import assign_codes
 
-
-if TYPE_CHECKING:
-    import torch
+from .cases import Case
 
 
 def mapped_group(config: Any, modality: str, site: str) -> int | None:
     """The index of the code group that holds images of a modality and site; None where none does."""
-    from medsight.training.annotate import match_groups
-
     try:
         return match_groups(config, [(modality, site)]).index(modality, site)
     except ValueError:
@@ -29,69 +28,65 @@ class ReferenceCodes:
     """Codes of reference masks by `assign_codes`, as training gives them: all masks of an image are matched together.
 
     Args:
-        items: all of the benchmark; what they say of one image is put together, whatever batches they come in.
+        cases: all of the benchmark; what they say of one image is put together, whatever batches they come in.
         model, processor: of one checkpoint, in evaluation mode.
     """
 
-    def __init__(self, items: Sequence[Item], model: Any, processor: Any) -> None:
+    def __init__(self, cases: Sequence[Case], model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.names = [str(name) for name in model.config.group_names or range(model.config.num_groups)]
         self._masks: dict[str, dict[str, tuple[Mapping[str, Any], str | None]]] = defaultdict(dict)
-        for item in items:
-            if len(item.images) == 1:
-                targets = item.mask_targets or [item.target] * len(item.masks)
-                own = {_key(mask): (mask, target) for mask, target in zip(item.masks, targets, strict=True)}
-                self._masks[_key(item.images[0])].update(own)
+        for case in cases:
+            if len(case.images) == 1:
+                targets = case.mask_targets or [case.target] * len(case.masks)
+                named = {_key(mask): (mask, target) for mask, target in zip(case.masks, targets, strict=True)}
+                self._masks[_key(case.images[0])].update(named)
         self._codes: dict[str, dict[str, str]] = {}
 
-    def of(self, items: Sequence[Item], pixel_values: Any) -> list[tuple[str | None, tuple[str, ...] | None]]:
-        """For each item the group that the model takes its image for, and the codes of its reference masks.
+    def of(self, cases: Sequence[Case], pixel_values: Any) -> list[tuple[str | None, tuple[str, ...] | None]]:
+        """For each case the group that the model takes its image for, and the codes of its reference masks.
 
         Args:
-            pixel_values: all images of the items, as the processor gives them, in the items' order.
+            pixel_values: all images of the cases, as the processor gives them, in the cases' order.
 
         Returns:
             The group's name: of the last image, None without one. The codes, one a mask: none for an absent structure;
             None where the image's group is not known (no group of the model holds its modality and site), the
-            item has several images, or the model has no codebook.
+            case has several images, or the model has no codebook.
 
         Raises:
             OSError, ValueError: a mask cannot be read, or the model's mask logits are not finite.
         """
-        import torch
-
         if not self.model.config.use_region_codebook or pixel_values is None:
-            return [(None, None)] * len(items)
+            return [(None, None)] * len(cases)
         with torch.inference_mode():
             regions = self.model.get_region_features(pixel_values)
         predicted = regions.group_logits.argmax(-1).tolist()
         found: list[tuple[str | None, tuple[str, ...] | None]] = []
         place = 0
-        for item in items:
-            place += len(item.images)
-            group = self.names[predicted[place - 1]] if item.images else None
-            found.append((group, self._codes_of(item, regions, place - 1)))
+        for case in cases:
+            place += len(case.images)
+            group = self.names[predicted[place - 1]] if case.images else None
+            found.append((group, self._codes_of(case, regions, place - 1)))
         return found
 
-    def _codes_of(self, item: Item, regions: Any, place: int) -> tuple[str, ...] | None:
-        if len(item.images) != 1:
+    def _codes_of(self, case: Case, regions: Any, place: int) -> tuple[str, ...] | None:
+        if len(case.images) != 1:
             return None
-        group = mapped_group(self.model.config, item.modality, item.site)
+        group = mapped_group(self.model.config, case.modality, case.site)
         if group is None:
             return None
-        if not item.masks:
+        if not case.masks:
             return ()
-        image = _key(item.images[0])
+        image = _key(case.images[0])
         if image not in self._codes:
-            self._codes[image] = self._assigned(item, group, regions, place)
-        return tuple(self._codes[image][_key(mask)] for mask in item.masks)
+            self._codes[image] = self._assigned(case, group, regions, place)
+        return tuple(self._codes[image][_key(mask)] for mask in case.masks)
 
-    def _assigned(self, item: Item, group: int, regions: Any, place: int) -> dict[str, str]:
+    def _assigned(self, case: Case, group: int, regions: Any, place: int) -> dict[str, str]:
         """The code of every mask of one image, by the mask's key."""
-        from medsight.data.pictures import read_mask, read_picture
-
-        known = self._masks[_key(item.images[0])]
-        size = read_picture(item.images[0]).size
+        known = self._masks[_key(case.images[0])]
+        size = read_picture(case.images[0]).size
         masks = np.stack([read_mask(mask, size) for mask, _ in known.values()])
         side = self.model.config.image_size
         placed = self.processor.image_processor.preprocess_masks(masks, output_size=(side, side))
@@ -102,7 +97,7 @@ class ReferenceCodes:
 
 def codes_in_image(
     model: Any, regions: Any, place: int, masks: Any, targets: Sequence[str | None], group: int
-) -> "torch.Tensor":
+) -> torch.Tensor:
     """What `assign_codes` gives to all masks of one image of a batch, so that the rest of the batch does not show.
 
     Args:
@@ -118,10 +113,6 @@ def codes_in_image(
     Raises:
         ValueError: the model's mask logits are not finite.
     """
-    import torch
-
-    from medsight.training.region_codes import assign_codes
-
     needed = ("masks_queries_logits", "class_queries_logits", "region_embeddings")
     alone = SimpleNamespace(**{name: getattr(regions, name)[place : place + 1] for name in needed})
     named = {name: index for index, name in enumerate(model.config.mask_class_names or [])}

@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from medsight import __version__
-from medsight.evaluation.figures import (
+
+from .cases import Case
+from .figures import (
     has_modalities,
     label,
     main_score,
@@ -15,10 +19,9 @@ from medsight.evaluation.figures import (
     rates,
     row_count,
 )
-from medsight.evaluation.items import Item
-from medsight.evaluation.predictions import Prediction
-from medsight.evaluation.report_cases import choose_cases
-from medsight.evaluation.report_codes import code_usage, confusion
+from .predictions import Prediction
+from .report_cases import choose_cases
+from .report_codes import code_usage, confusion
 
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -36,7 +39,7 @@ Row = Mapping[str, Any]
 def report_page(
     metrics: Mapping[str, Any],
     rows: Sequence[Row],
-    items: Sequence[Item],
+    cases: Sequence[Case],
     predictions: Mapping[str, Prediction],
 ) -> str:
     """The page for the scores of one run.
@@ -44,13 +47,11 @@ def report_page(
     Args:
         metrics: the content of metrics.json.
         rows: of `score_rows`.
-        items, predictions: that the rows are about, for the pictures.
+        cases, predictions: that the rows are about, for the pictures.
 
     Raises:
         OSError, ValueError: a picture of a case cannot be read.
     """
-    from jinja2 import Environment, StrictUndefined
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=metrics["title"],
@@ -62,7 +63,7 @@ def report_page(
         charts=_charts(metrics),
         tables=_tables(metrics),
         table_caption=f"Small print: 95% bootstrap intervals, drawn by {metrics['interval_unit']}.",
-        cases=choose_cases(main_score(metrics), rows, items, predictions),
+        cases=choose_cases(main_score(metrics), rows, cases, predictions),
         key=["reference", "answer"] if "negatives" in metrics else ["", "regions that the answer cites"],
         confusion=confusion(metrics),
         code_usage=code_usage(metrics),
@@ -180,8 +181,8 @@ def _provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if codes:
         sources = {"codebook": "the model's codebook", "data set": "the data set"}
-        told = [f"{sources[name]} for {count:,} rows" for name, count in metrics["reference_codes"]["from"].items()]
-        lines.append(("Right codes", f"from {' and '.join(told)}" if told else "not known"))
+        origins = [f"{sources[name]} for {count:,} rows" for name, count in metrics["reference_codes"]["from"].items()]
+        lines.append(("Right codes", f"from {' and '.join(origins)}" if origins else "not known"))
     drawn = "95% bootstrap, drawn by {}, {samples:,} samples, seed {seed}"
     lines.append(("Intervals", drawn.format(metrics["interval_unit"], **metrics["bootstrap"])))
     for name, key in (("Weights", "weights_sha256"), ("Settings", "settings_sha256")):

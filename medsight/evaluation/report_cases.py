@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medsight.evaluation.items import Item
-from medsight.evaluation.predictions import Prediction
+from medsight.data.pictures import read_picture
+from medsight.export.drawing import draw_regions, readable_side
+from medsight.scans import open_scan
+
+from .cases import Case
+from .predictions import Prediction
+from .scoring import predicted_masks, reference_masks
 
 
 CASES, PICTURE_SIDE, JPEG_QUALITY = 4, 512, 84
@@ -20,7 +25,7 @@ Row = Mapping[str, Any]
 def choose_cases(
     score: str,
     rows: Sequence[Row],
-    items: Sequence[Item],
+    cases: Sequence[Case],
     predictions: Mapping[str, Prediction],
 ) -> list[dict[str, Any]]:
     """The worst, middle and best rows by a score ("dice" or "answer"), varied in modality; and false masks."""
@@ -39,14 +44,14 @@ def choose_cases(
         taken |= {index for _, index in picked[title]}
     picked = {title: picked[title] for title in orders}
     groups = [
-        {"title": title, "cases": [_case(called, value, rows[i], items[i], predictions) for value, i in entries]}
+        {"title": title, "cases": [_case(called, value, rows[i], cases[i], predictions) for value, i in entries]}
         for title, entries in picked.items()
         if entries
     ]
     false = [index for index, row in enumerate(rows) if row.get("false_mask")][:CASES]
     if false:
-        cases = [_case(called, None, rows[i], items[i], predictions) for i in false]
-        groups.append({"title": "A mask where there is nothing to find", "cases": cases})
+        shown = [_case(called, None, rows[i], cases[i], predictions) for i in false]
+        groups.append({"title": "A mask where there is nothing to find", "cases": shown})
     return groups
 
 
@@ -65,39 +70,34 @@ def varied(ranked: Sequence[tuple[float, int]], rows: Sequence[Row]) -> list[tup
 
 
 def _case(
-    called: str, value: float | None, row: Row, item: Item, predictions: Mapping[str, Prediction]
+    called: str, value: float | None, row: Row, case: Case, predictions: Mapping[str, Prediction]
 ) -> dict[str, Any]:
-    picture = case_picture(item, predictions.get(item.id))
+    picture = case_picture(case, predictions.get(case.id))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=JPEG_QUALITY)
-    shown = " ".join(item.prompt.replace("<image>", " ").split())
+    shown = " ".join(case.prompt.replace("<image>", " ").split())
     return {
         "picture": f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}",
         "width": picture.width,
         "height": picture.height,
-        "alt": f"{item.modality} image of {item.site}, {item.id}",
+        "alt": f"{case.modality} image of {case.site}, {case.id}",
         "score": "false mask" if value is None else f"{called} {100 * value:.1f}",
-        "origin": " · ".join(part for part in (item.dataset, item.modality) if part != "-"),
+        "origin": " · ".join(part for part in (case.dataset, case.modality) if part != "-"),
         "prompt": shown if len(shown) < 160 else f"{shown[:160]}…",
         "answer": row["answer"] or "(empty answer)",
-        "reference": item.answer,
+        "reference": case.answer,
     }
 
 
-def case_picture(item: Item, prediction: Prediction | None) -> Image.Image:
-    """An item's image with its reference in orange and the answer's masks, as one, in blue."""
-    from medsight.data.pictures import read_picture
-    from medsight.evaluation.scoring import predicted_masks, reference_masks
-    from medsight.inference.overlay import draw_regions, readable_side
-    from medsight.scans.scan import open_scan
-
-    image = open_scan(read_picture(item.images[0])).slice_image(0).convert("RGB")
+def case_picture(case: Case, prediction: Prediction | None) -> Image.Image:
+    """A case's image with its reference in orange and the answer's masks, as one, in blue."""
+    image = open_scan(read_picture(case.images[0])).slice_image(0).convert("RGB")
     size = (image.height, image.width)
-    if not item.masks and (prediction is None or not prediction.masks):
+    if not case.masks and (prediction is None or not prediction.masks):
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         return image
     nothing = np.zeros(size, dtype=bool)
-    references = np.logical_or.reduce([nothing, *reference_masks(item)])
+    references = np.logical_or.reduce([nothing, *reference_masks(case)])
     answered = np.logical_or.reduce([nothing, *(predicted_masks(prediction, size).values() if prediction else ())])
     drawn = draw_regions(image, [references, answered], readable_side(image))
     drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))

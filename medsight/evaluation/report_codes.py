@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from medsight.evaluation.summary import NO_CODE
+from medsight.data.groups import group_names_of
+from medsight.text import first_few
+
+from .summary import NO_CODE
 
 
 TOP_CODES = 20
@@ -22,7 +25,9 @@ def confusion(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     counts: Mapping[str, Mapping[str, int]] = groups["counts"]
     # The columns stand in the order of the rows that they belong to, so that right ones lie on a diagonal.
     order = {name.lower(): index for index, name in enumerate(sorted(counts))}
-    columns = sorted({name for some in counts.values() for name in some}, key=lambda name: (_place(name, order), name))
+    columns = sorted(
+        {name for cited in counts.values() for name in cited}, key=lambda name: (_place(name, order), name)
+    )
     if NO_CODE in columns:
         columns.remove(NO_CODE)
         columns.append(NO_CODE)
@@ -34,14 +39,14 @@ def confusion(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
                 "name": name,
                 "cells": [
                     {
-                        "text": some.get(column, ""),
-                        "share": round(some.get(column, 0) / sum(some.values()), 3),
+                        "text": cited.get(column, ""),
+                        "share": round(cited.get(column, 0) / sum(cited.values()), 3),
                         "diagonal": belongs(name, column),
                     }
                     for column in columns
                 ],
             }
-            for name, some in sorted(counts.items())
+            for name, cited in sorted(counts.items())
         ],
     }
 
@@ -52,8 +57,8 @@ def _place(group: str, order: Mapping[str, int]) -> int:
 
 def belongs(origin: str, group: str) -> bool:
     """Whether a group is called like images of "MODALITY SITE", or like these up to the modality's first hyphen."""
-    modality, _, site = origin.lower().partition(" ")
-    return group.lower() in (origin.lower(), f"{modality.split('-')[0]} {site}")
+    modality, _, site = origin.partition(" ")
+    return group.lower() in group_names_of(modality, site)
 
 
 def code_usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -99,6 +104,5 @@ def code_usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _shares(structures: Mapping[str, float], shown: int = 3) -> str:
-    some = [f"{name} {100 * share:.0f}%" for name, share in list(structures.items())[:shown]]
-    return ", ".join([*some, *(["…"] if len(structures) > shown else [])])
+def _shares(structures: Mapping[str, float]) -> str:
+    return first_few([f"{name} {100 * share:.0f}%" for name, share in structures.items()])

@@ -1,4 +1,4 @@
-"""A checkpoint's answers to the items of a benchmark: batched, resumable, over as many processes as were launched.
+"""A checkpoint's answers to the cases of a benchmark: batched, resumable, over as many processes as were launched.
 
 Greedy decoding, in double precision on the CPU and in single on a GPU unless asked otherwise: so an answer and its
 masks do not depend on what else is in the batch, and one process and several give the same file.
@@ -7,26 +7,37 @@ masks do not depend on what else is in the batch, and one process and several gi
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medsight.evaluation.items import Item
-from medsight.evaluation.predictions import (
-    Prediction,
-    PredictionWriter,
-    drop_partial_line,
-    encode_mask,
-    read_predictions,
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from medsight.checkpoint import (
+    check_checkpoint,
+    read_json,
+    settings_files,
+    sha256_of,
+    weight_files,
 )
-from medsight.evaluation.reference_codes import ReferenceCodes
-from medsight.files import write_json
+from medsight.data.pictures import read_picture
+from medsight.data.schema import IMAGE_MARKER
+from medsight.files import write_json, write_text
+from medsight.inference.predictor import decode_greedily, tokenize_chats
+from medsight.loading import choose_device, load_checkpoint
+
+from .cases import Case
+from .predictions import Prediction, append_predictions, drop_partial_line, encode_mask, read_predictions, to_line
+from .reference_codes import ReferenceCodes
 
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
 PART = "predictions.part-{:04d}.jsonl"
 PARTS = "predictions.part-*.jsonl"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+MASK_SOURCES = ("states", "codes")
 SCORE_DIGITS = 6
 
 
@@ -38,14 +49,21 @@ class RunSettings:
         max_new_tokens: an answer is cut there, and said to be.
         threshold: probability above which a pixel belongs to a mask.
         dtype: precision; None takes float64 on the CPU and float32 elsewhere.
+        masks_from: what a mask is decoded from: "states", the language model's state where it gives the region code;
+            or "codes", the codebook's own entry of that code, whatever the state.
 
     Raises:
         ValueError: a value is out of range.
+
+    Example:
+        >>> RunSettings(max_new_tokens=64).threshold
+        0.5
     """
 
     max_new_tokens: int = 256
     threshold: float = 0.5
     dtype: str | None = None
+    masks_from: str = "states"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,10 +72,18 @@ class RunSettings:
             raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.masks_from not in MASK_SOURCES:
+            raise ValueError(f"masks_from {self.masks_from!r}: expected one of {', '.join(MASK_SOURCES)}")
 
 
 class Processes:
-    """The processes that `accelerate launch` or `torchrun` started together; alone, without either."""
+    """The processes that `accelerate launch` or `torchrun` started together; alone, without either.
+
+    Example:
+        >>> processes = Processes()
+        >>> processes.rank, processes.count
+        (0, 1)
+    """
 
     def __init__(self) -> None:
         self._state: Any = None
@@ -85,8 +111,6 @@ def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
     Raises:
         OSError, ValueError: see `medsight.checkpoint.weight_files`.
     """
-    from medsight.checkpoint import settings_files, sha256_of, weight_files
-
     weights, settings = sorted(weight_files(folder)), settings_files(folder)
     return {"weights_sha256": sha256_of(weights), "settings_sha256": sha256_of(settings)}
 
@@ -98,8 +122,6 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
         FileExistsError: it holds something else, or the predictions of another run.
         ValueError: its run.json is damaged.
     """
-    from medsight.checkpoint import read_json
-
     previous = output / RUN
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file; name a folder")
@@ -110,7 +132,7 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
         for path in (*output.glob(PARTS), output / PREDICTIONS):
             path.unlink(missing_ok=True)
     else:
-        before = read_json(previous)
+        before = {"masks_from": "states", **read_json(previous)}  # what earlier versions knew alone
         differing = [key for key in described if before.get(key) != described[key]]
         if differing:
             raise FileExistsError(
@@ -122,8 +144,8 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
     write_json(previous, described)
 
 
-def answer_items(
-    items: Sequence[Item],
+def answer_cases(
+    cases: Sequence[Case],
     model: Any,
     processor: Any,
     output: Path,
@@ -132,13 +154,13 @@ def answer_items(
     processes: Processes | None = None,
     progress: bool = True,
 ) -> Path:
-    """Answers every item that the folder has no answer to yet, and writes predictions.jsonl in the items' order.
+    """Answers every case that the folder has no answer to yet, and writes predictions.jsonl in the cases' order.
 
     Args:
         model, processor: of one checkpoint, on the device and in the precision to run with.
         output: a folder from `prepare_output`.
-        batch_size: items at once.
-        processes: those that share the items; each writes a part, and the first merges them.
+        batch_size: cases at once.
+        processes: those that share the cases; each writes a part, and the first merges them.
 
     Returns:
         The path of predictions.jsonl.
@@ -147,8 +169,6 @@ def answer_items(
         OSError: an image is missing.
         ValueError: an image cannot be read, or `batch_size` is below 1; the message names it.
     """
-    from tqdm import tqdm
-
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
     processes = processes or Processes()
@@ -159,26 +179,26 @@ def answer_items(
     processes.wait()
     done = {prediction.id for _, prediction in _written(output)}
     processes.wait()  # nobody writes before everybody has read
-    unanswered = [item for item in items if item.id not in done]
+    unanswered = [case for case in cases if case.id not in done]
     mine = unanswered[processes.rank :: processes.count]
-    references = ReferenceCodes(items, model, processor)
+    references = ReferenceCodes(cases, model, processor)
     path = merged if processes.count == 1 else output / PART.format(processes.rank)
     bar = tqdm(
-        total=len(items),
-        initial=len(items) - len(unanswered),
+        total=len(cases),
+        initial=len(cases) - len(unanswered),
         unit="row",
         desc="answering",
         disable=not progress or processes.rank > 0,
         file=sys.stderr,
     )
-    with PredictionWriter(path) as writer, bar:
+    with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            writer.write(answer_batch(batch, model, processor, settings, references))
+            append_predictions(path, answer_batch(batch, model, processor, settings, references))
             bar.update(min(len(batch) * processes.count, bar.total - bar.n))
     processes.wait()
     if processes.rank == 0:
-        _merge(items, output)
+        _merge(cases, output)
     processes.wait()
     return merged
 
@@ -189,62 +209,85 @@ def _written(output: Path) -> Iterator[tuple[str, Prediction]]:
             yield from read_predictions(path)
 
 
-def _merge(items: Sequence[Item], output: Path) -> None:
-    """All parts as one file, in the order of the items."""
+def _merge(cases: Sequence[Case], output: Path) -> None:
+    """All parts as one file, in the order of the cases."""
     found = {prediction.id: prediction for _, prediction in _written(output)}
-    scratch = output / f".{PREDICTIONS}.new"
-    scratch.unlink(missing_ok=True)
-    with PredictionWriter(scratch) as writer:
-        writer.write(found[item.id] for item in items)
-    scratch.replace(output / PREDICTIONS)
+    write_text(output / PREDICTIONS, "".join(to_line(found[case.id]) for case in cases))
     for part in output.glob(PARTS):
         part.unlink()
 
 
 def answer_batch(
-    items: Sequence[Item], model: Any, processor: Any, settings: RunSettings, references: ReferenceCodes
+    cases: Sequence[Case], model: Any, processor: Any, settings: RunSettings, references: ReferenceCodes
 ) -> list[Prediction]:
-    """Greedy answers to some items, with their masks at the images' own sizes, and the codes that would be right."""
-    from medsight.inference.predictor import decode_greedily, tokenize_chats
-
-    messages = [[{"role": "user", "content": content_of(item)}] for item in items]
+    """Greedy answers to some cases, with their masks at the images' own sizes, and the codes that would be right."""
+    messages = [[{"role": "user", "content": content_of(case)}] for case in cases]
     inputs = tokenize_chats(model, processor, messages)
     output = decode_greedily(model, inputs, max_new_tokens=settings.max_new_tokens)
+    if settings.masks_from == "codes":
+        output = masks_from_codes(model, output, inputs.get("pixel_values"), [len(case.images) for case in cases])
     answers = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)
-    known = references.of(items, inputs.get("pixel_values"))
-    return [prediction_of(item, answer, *own) for item, answer, own in zip(items, answers, known, strict=True)]
+    known = references.of(cases, inputs.get("pixel_values"))
+    return [
+        prediction_of(case, answer, group, codes)
+        for case, answer, (group, codes) in zip(cases, answers, known, strict=True)
+    ]
 
 
-def content_of(item: Item) -> list[dict[str, Any]]:
+def masks_from_codes(model: Any, output: Any, pixel_values: Any, images: Sequence[int]) -> Any:
+    """What `generate` returned, with masks from the codebook alone. The scores, which weigh the other masks, go.
+
+    Args:
+        output: with `mask_logits` and `region_code_ids`, an entry a row.
+        pixel_values: all images of the rows, in order; None without any.
+        images: how many each row has; codes belong to its last one.
+
+    Raises:
+        ValueError: the model has no codebook.
+    """
+    if not model.config.use_region_codebook:
+        raise ValueError("the model has no region codebook: its masks are decoded from states alone")
+    if pixel_values is None:
+        return output
+    codes = [torch.zeros(0, dtype=torch.long)] * len(pixel_values)
+    last = (np.cumsum(images) - 1).tolist()
+    for count, image, ids in zip(images, last, output.region_code_ids, strict=True):
+        if count:
+            codes[image] = ids
+    with torch.inference_mode():
+        masks = model.region_model.decode_codes(codes, pixel_values)
+    decoded = [
+        masks[image] if count else logits
+        for count, image, logits in zip(images, last, output.mask_logits, strict=True)
+    ]
+    return type(output)(**{**output, "mask_logits": decoded, "region_scores": None})
+
+
+def content_of(case: Case) -> list[dict[str, Any]]:
     """A prompt as the parts of a message, each image where its marker stands.
 
     Raises:
         OSError, ValueError: an image is missing or cannot be read.
     """
-    from medsight.data.pictures import read_picture
-    from medsight.data.schema import IMAGE_MARKER
-
-    texts = item.prompt.split(IMAGE_MARKER)
-    if len(texts) != len(item.images) + 1:
-        raise ValueError(f"item {item.id}: {len(texts) - 1} image markers in its prompt for {len(item.images)} images")
+    texts = case.prompt.split(IMAGE_MARKER)
+    if len(texts) != len(case.images) + 1:
+        raise ValueError(f"case {case.id}: {len(texts) - 1} image markers in its prompt for {len(case.images)} images")
     parts: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
         if number:
-            parts.append({"type": "image", "image": read_picture(item.images[number - 1])})
+            parts.append({"type": "image", "image": read_picture(case.images[number - 1])})
         if text.strip():
             parts.append({"type": "text", "text": text.removeprefix("\n") if number == 1 else text})
     return parts
 
 
 def prediction_of(
-    item: Item, answer: Any, group: str | None = None, reference_codes: Sequence[str] | None = None
+    case: Case, answer: Any, group: str | None = None, reference_codes: Sequence[str] | None = None
 ) -> Prediction:
-    """A processor's grounded answer as a prediction, with what `ReferenceCodes` says of its item."""
-    import numpy as np
-
+    """A processor's grounded answer as a prediction, with what `ReferenceCodes` says of its case."""
     regions = [region for region in answer.regions if region.mask is not None]
     return Prediction(
-        id=item.id,
+        id=case.id,
         answer=answer.text,
         raw_text=answer.raw_text,
         masks=[encode_mask(np.asarray(region.mask, dtype=bool)) for region in regions],
@@ -259,30 +302,19 @@ def prediction_of(
 
 
 def load_for_evaluation(
-    folder: Path, settings: RunSettings, device: str = "auto", own_device: Any = None
+    folder: Path, settings: RunSettings, device: str = "auto", process_device: Any = None
 ) -> tuple[Any, Any]:
     """Model and processor of a checkpoint folder, placed and in the precision of the settings.
 
     Args:
-        own_device: where several processes share a machine, this process's device.
+        process_device: where several processes share a machine, this process's device.
 
     Raises:
-        OSError, ValueError: see `medsight.checkpoint.load_checkpoint` and `choose_device`.
+        OSError, ValueError: see `load_checkpoint` and `choose_device` of `medsight.loading`.
     """
-    import torch
-
-    from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint
-
     check_checkpoint(folder)
-    place = own_device if own_device is not None and device == "auto" else choose_device(device)
+    place = process_device if process_device is not None and device == "auto" else choose_device(device)
     # The short cuts of a GPU's single precision would let a batch's make-up show in the results.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model, processor = load_checkpoint(folder, settings.dtype or ("float64" if place.type == "cpu" else "float32"))
     return model.to(place).eval(), processor
-
-
-def describe_run(settings: RunSettings, **parts: Any) -> dict[str, Any]:
-    """What run.json holds: two runs with the same content give the same predictions."""
-    from medsight import __version__
-
-    return {"medsight_version": __version__, **parts, **asdict(settings)}

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medsight import __version__
 from medsight.checkpoint import check_checkpoint, read_json, shipped_checkpoint
 from medsight.files import write_json, write_text
 from medsight.metrics.mask_dice.mask_counts import PRESETS
 from medsight.text import quiet_transformers
 
 from .benchmarks import Benchmark, check_counts
-from .figures import METRICS
-from .items import Item, fingerprint, read_items
+from .cases import Case, fingerprint
+from .figures import METRICS, REPORT, ROWS
 from .predictions import match_predictions, read_predictions
+from .readers import read_cases
 from .report import report_page
 from .runner import (
     RUN,
     Processes,
     RunSettings,
-    answer_items,
+    answer_cases,
     checkpoint_fingerprint,
-    describe_run,
     load_for_evaluation,
     prepare_output,
 )
@@ -31,26 +32,23 @@ from .scoring import Protocol, score_rows
 from .summary import summarise
 
 
-ROWS, REPORT = "scores.jsonl", "report.html"
-
-
 def rows_to_score(
     benchmark: Benchmark, data: Path, limit: int | None, held_out_prompts: bool, seed: int, allow_row_count: bool
-) -> tuple[list[Item], list[Item], list[str]]:
+) -> tuple[list[Case], list[Case], list[str]]:
     """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them.
 
     Raises:
-        OSError, ValueError: see `read_items` and `check_counts`; or the limit is below 1.
+        OSError, ValueError: see `read_cases` and `check_counts`; or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: expected at least 1")
-    items, shards = read_items(benchmark, data, held_out_prompts, seed)
-    counted = check_counts(benchmark, items, shards, allow_row_count)
+    cases, files = read_cases(benchmark, data, held_out_prompts, seed)
+    counted = check_counts(benchmark, len(cases), files, allow_row_count)
     notes = [*benchmark.notes, *([counted] if counted else [])]
-    if limit is not None and limit < len(items):
-        notes.append(f"Limited to the first {limit:,} of {len(items):,} rows: not comparable with the whole set.")
-    count = len(items) if limit is None else limit
-    return items[:count], items[count:], notes
+    if limit is not None and limit < len(cases):
+        notes.append(f"Limited to the first {limit:,} of {len(cases):,} rows: not comparable with the whole set.")
+    count = len(cases) if limit is None else limit
+    return cases[:count], cases[count:], notes
 
 
 def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, flags: dict[str, Any]) -> Protocol:
@@ -86,7 +84,7 @@ def answer(
     output: Path,
     benchmark: Benchmark,
     data: Path,
-    items: list[Item],
+    cases: list[Case],
     settings: RunSettings,
     device: str,
     batch_size: int,
@@ -95,27 +93,30 @@ def answer(
 ) -> tuple[dict[str, Any], Path]:
     """Lets the checkpoint answer; what run.json says, and the path of the predictions.
 
+    Two runs of which run.json says the same give the same predictions.
+
     Raises:
-        OSError, ValueError: see `check_checkpoint`, `load_for_evaluation`, `prepare_output` and `answer_items`.
+        OSError, ValueError: see `check_checkpoint`, `load_for_evaluation`, `prepare_output` and `answer_cases`.
     """
     folder = shipped_checkpoint() if model is None else Path(model)
     check_checkpoint(folder)
     with quiet_transformers():
         loaded, processor = load_for_evaluation(folder, settings, device, processes.device)
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
-        described = describe_run(
-            settings,
-            model=folder.name,
-            checkpoint=checkpoint_fingerprint(folder),
-            **questions(benchmark, data, items),
+        described = {
+            "medsight_version": __version__,
+            "model": folder.name,
+            "checkpoint": checkpoint_fingerprint(folder),
+            **questions(benchmark, data, cases),
             **({"codes_per_group": codebook_of(loaded.config)} if loaded.config.use_region_codebook else {}),
-        )
+            **dataclasses.asdict(settings),
+        }
         if processes.rank == 0:
             prepare_output(output, described, overwrite)
             for name in (METRICS, ROWS, REPORT) if overwrite else ():
                 (output / name).unlink(missing_ok=True)
         processes.wait()
-        path = answer_items(items, loaded, processor, output, settings, batch_size, processes)
+        path = answer_cases(cases, loaded, processor, output, settings, batch_size, processes)
     return described, path
 
 
@@ -129,15 +130,15 @@ def saved(
     output: Path,
     benchmark: Benchmark,
     data: Path,
-    items: list[Item],
-    left_out: list[Item],
+    cases: list[Case],
+    left_out: list[Case],
     overwrite: bool,
     accept_problems: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """What is known of saved predictions: their own run.json, if one lies beside them, and their file's hash.
 
     Args:
-        items, left_out: see `rows_to_score`.
+        cases, left_out: see `rows_to_score`.
         accept_problems: score answers to other questions too.
 
     Returns:
@@ -152,18 +153,18 @@ def saved(
     described: dict[str, Any] = {"model": path.stem}
     if (path.parent / RUN).is_file():
         described = read_json(path.parent / RUN)
-    differing = _other_questions(described, benchmark, [*items, *left_out])
+    differing = _other_questions(described, benchmark, [*cases, *left_out])
     if differing is not None and not accept_problems:
         raise ValueError(
             f"{path}: {differing}; ask as that run did (--benchmark, --data, --held-out-prompts, --seed), or add "
             "--accept-problems to score them all the same, with a note"
         )
-    described |= {"predictions_sha256": hashlib.sha256(content).hexdigest(), **questions(benchmark, data, items)}
+    described |= {"predictions_sha256": hashlib.sha256(content).hexdigest(), **questions(benchmark, data, cases)}
     _make_scores_folder(output, {RUN, path.name}, overwrite)
     return described, [] if differing is None else [f"The answers were given to other questions: {differing}."]
 
 
-def _other_questions(described: dict[str, Any], benchmark: Benchmark, rows: list[Item]) -> str | None:
+def _other_questions(described: dict[str, Any], benchmark: Benchmark, rows: list[Case]) -> str | None:
     """In what a run's questions differ from the benchmark's rows, of which a limited run has the first; None if in
     nothing, or if the run does not say."""
     before = described.get("data")
@@ -178,11 +179,11 @@ def _other_questions(described: dict[str, Any], benchmark: Benchmark, rows: list
     )
 
 
-def questions(benchmark: Benchmark, data: Path, items: list[Item]) -> dict[str, Any]:
+def questions(benchmark: Benchmark, data: Path, cases: list[Case]) -> dict[str, Any]:
     """What run.json says of the rows that are asked about."""
     return {
         "benchmark": benchmark.name,
-        "data": {"path": data.name, "sha256": fingerprint(items), "rows": len(items)},
+        "data": {"path": data.name, "sha256": fingerprint(cases), "rows": len(cases)},
     }
 
 
@@ -203,7 +204,7 @@ def _make_scores_folder(output: Path, beside: set[str], overwrite: bool) -> None
 def score(
     output: Path,
     benchmark: Benchmark,
-    items: list[Item],
+    cases: list[Case],
     protocol: Protocol,
     path: Path,
     described: dict[str, Any],
@@ -211,25 +212,28 @@ def score(
     name: str | None,
     seed: int,
     accept_problems: bool,
-    left_out: Sequence[Item] = (),
+    left_out: Sequence[Case] = (),
 ) -> dict[str, Any]:
     """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns.
 
     Args:
         left_out: rows of the benchmark that are not scored, of which there may be predictions.
     """
-    ids, others = [item.id for item in items], {item.id for item in left_out}
+    ids, others = [case.id for case in cases], {case.id for case in left_out}
     predictions, problems = match_predictions(ids, read_predictions(path), others)
-    rows = score_rows(items, predictions, benchmark, protocol, problems, accept_problems)
+    rows = score_rows(cases, predictions, benchmark, protocol, problems, accept_problems)
     saved_threshold = described.get("threshold")
     if benchmark.has_masks and saved_threshold not in (None, protocol.mask_protocol.threshold):
         notes.append(
             f"The masks were saved at the threshold {saved_threshold}; that of the protocol, "
             f"{protocol.mask_protocol.threshold}, cannot be applied any more."
         )
+    from_codes = described.get("masks_from") == "codes"
+    if from_codes:
+        notes.append("The masks are decoded from the codebook's entries of the cited codes alone.")
     listed = {kind: ids for kind, ids in dataclasses.asdict(problems).items() if ids}
     metrics = {
-        "system": name or described["model"],
+        "system": name or f"{described['model']}{', masks of codes alone' if from_codes else ''}",
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "task": benchmark.task,
@@ -240,7 +244,7 @@ def score(
         "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
         "run": described,
     }
-    page = report_page(metrics, rows, items, predictions)
+    page = report_page(metrics, rows, cases, predictions)
     write_text(output / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_text(output / REPORT, page)
     write_json(output / METRICS, metrics)

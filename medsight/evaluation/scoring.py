@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from medsight.evaluation.items import Item
-from medsight.evaluation.predictions import Prediction, Problems, decode_mask
+from medsight.data.pictures import read_mask, read_picture
+from medsight.metrics import load
+from medsight.metrics.mask_dice.mask_counts import MaskProtocol, choose_protocol, score_item
+
+from .benchmarks import Benchmark
+from .cases import Case
+from .predictions import Prediction, Problems, decode_mask
 
 
-if TYPE_CHECKING:
-    from medsight.evaluation.benchmarks import Benchmark
-
-MASK_FLAGS = ("threshold", "missing", "multi", "formula")
 MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
 
 
@@ -28,6 +29,10 @@ class Protocol:
 
     Raises:
         ValueError: a name or flag is unknown, or flags come beside a preset.
+
+    Example:
+        >>> Protocol(masks="medsight").mask_protocol.threshold
+        0.5
     """
 
     answers: str | None = None
@@ -35,8 +40,6 @@ class Protocol:
     flags: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from medsight.metrics.mask_dice.mask_counts import choose_protocol
-
         choose_protocol(self.masks, **self.flags)
         if self.answers is not None:
             from medsight.metrics.medical_vqa.medical_vqa import PROTOCOLS
@@ -45,10 +48,8 @@ class Protocol:
                 raise ValueError(f"protocol of answers {self.answers!r}: choose one of {', '.join(PROTOCOLS)}")
 
     @property
-    def mask_protocol(self) -> Any:
+    def mask_protocol(self) -> MaskProtocol:
         """The `MaskProtocol` that the preset or the flags stand for."""
-        from medsight.metrics.mask_dice.mask_counts import choose_protocol
-
         return choose_protocol(self.masks, **self.flags)
 
     def to_dict(self, has_masks: bool) -> dict[str, Any]:
@@ -63,14 +64,14 @@ class Protocol:
 
 
 def score_rows(
-    items: Sequence[Item],
+    cases: Sequence[Case],
     predictions: Mapping[str, Prediction],
-    benchmark: "Benchmark",
+    benchmark: Benchmark,
     protocol: Protocol,
     problems: Problems,
     accept_problems: bool = False,
 ) -> list[dict[str, Any]]:
-    """The scores of every item, in their order; an item without a prediction is scored as an empty answer.
+    """The scores of every case, in their order; a case without a prediction is scored as an empty answer.
 
     Args:
         problems: what `match_predictions` found; masks that are malformed or of another size are added.
@@ -90,16 +91,16 @@ def score_rows(
             there are problems, which are not accepted.
     """
     refuse(problems, accept_problems)
-    answers = _answer_scores(items, predictions, protocol) if protocol.answers is not None else None
+    answers = _answer_scores(cases, predictions, protocol) if protocol.answers is not None else None
     rows = []
-    for number, item in enumerate(items):
-        prediction = predictions.get(item.id) or Prediction(item.id, "")
+    for number, case in enumerate(cases):
+        prediction = predictions.get(case.id) or Prediction(case.id, "")
         row: dict[str, Any] = {
-            **{name: getattr(item, name) for name in ("id", "dataset", "modality", "site", "patient")},
-            **{name: getattr(item, name) for name in ("label_origin", "target", "absent", "prompt")},
+            **{name: getattr(case, name) for name in ("id", "dataset", "modality", "site", "patient")},
+            **{name: getattr(case, name) for name in ("label_origin", "target", "absent", "prompt")},
             "answer": prediction.raw_text or prediction.answer,
-            "reference": item.answer,
-            "answer_type": item.answer_type,
+            "reference": case.answer,
+            "answer_type": case.answer_type,
             "codes": list(prediction.codes),
             "groups": list(prediction.groups),
             "group": prediction.group,
@@ -108,8 +109,8 @@ def score_rows(
         if answers is not None:
             row["answer_score"], row["answer_refused"] = answers[number]
         if benchmark.has_masks:
-            row |= _mask_scores(item, prediction, protocol, problems)
-            row |= {"code_structures": _cited_for(item, prediction), **_code_scores(item, prediction)}
+            row |= _mask_scores(case, prediction, protocol, problems)
+            row |= {"code_structures": _cited_for(case, prediction), **_code_scores(case, prediction)}
         rows.append(row)
     refuse(problems, accept_problems)
     return rows
@@ -125,32 +126,28 @@ def refuse(problems: Problems, accept: bool) -> None:
 
 
 def _answer_scores(
-    items: Sequence[Item], predictions: Mapping[str, Prediction], protocol: Protocol
+    cases: Sequence[Case], predictions: Mapping[str, Prediction], protocol: Protocol
 ) -> list[tuple[float | None, str | None]]:
-    from medsight.metrics import load
-
     result = load("medical_vqa").compute(
-        predictions=[predictions[item.id].answer if item.id in predictions else "" for item in items],
-        references=[item.answer for item in items],
-        answer_types=[item.answer_type for item in items],
-        options=[list(item.options) for item in items],
+        predictions=[predictions[case.id].answer if case.id in predictions else "" for case in cases],
+        references=[case.answer for case in cases],
+        answer_types=[case.answer_type for case in cases],
+        options=[list(case.options) for case in cases],
         protocol=protocol.answers,
     )
     return list(zip(result["scores"], result["reasons"], strict=True))
 
 
-def reference_masks(item: Item) -> list[np.ndarray]:
-    """An item's reference masks, boolean (height, width), at the image's size.
+def reference_masks(case: Case) -> list[np.ndarray]:
+    """A case's reference masks, boolean (height, width), at the image's size.
 
     Raises:
         OSError, ValueError: a mask or the image is missing, damaged, of another size, or empty.
     """
-    from medsight.data.pictures import read_mask, read_picture
-
-    if not item.masks:
+    if not case.masks:
         return []
-    size = read_picture(item.images[0]).size
-    return [read_mask(entry, size) for entry in item.masks]
+    size = read_picture(case.images[0]).size
+    return [read_mask(entry, size) for entry in case.masks]
 
 
 def predicted_masks(
@@ -194,62 +191,59 @@ def by_name(
     left, ordered = dict(masks), []
     for name, parts in wanted.items():
         places = [place for place in left if (phrases[place] or "").casefold() == name.casefold()]
-        own = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
-        ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *own]))
+        named = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
+        ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *named]))
     return [*ordered, *left.values()], united
 
 
-def _cited_for(item: Item, prediction: Prediction) -> list[str] | None:
+def _cited_for(case: Case, prediction: Prediction) -> list[str] | None:
     """What each cited code stands for: the one structure that is asked for, or of several what the answer calls it."""
-    if not item.mask_targets:
-        return [item.target or "-"] * len(prediction.codes)
+    if not case.mask_targets:
+        return [case.target or "-"] * len(prediction.codes)
     if len(prediction.phrases) != len(prediction.codes):
         return None
-    names = {name.casefold(): name for name in item.mask_targets}
+    names = {name.casefold(): name for name in case.mask_targets}
     found = [names.get((phrase or "").casefold(), phrase) for phrase in prediction.phrases]
     return None if None in found else [name for name in found if name is not None]
 
 
-def _code_scores(item: Item, prediction: Prediction) -> dict[str, Any]:
+def _code_scores(case: Case, prediction: Prediction) -> dict[str, Any]:
     from medsight.metrics.region_codes.region_codes import cited_right
 
     # Codes that the data set gives are what it asks for; without any, those of the codebook that the answer cites.
-    known = prediction.reference_codes if item.codes is None else item.codes
+    known = prediction.reference_codes if case.codes is None else case.codes
     row: dict[str, Any] = {
         "reference_codes": None if known is None else list(known),
-        "reference_codes_from": None if known is None else "codebook" if item.codes is None else "data set",
+        "reference_codes_from": None if known is None else "codebook" if case.codes is None else "data set",
         "code_accuracy": None,
         "group_accuracy": None,
     }
-    if known is not None and len(known) != len(item.masks):
-        raise ValueError(f"prediction {item.id}: {len(known)} reference codes for {len(item.masks)} reference masks")
+    if known is not None and len(known) != len(case.masks):
+        raise ValueError(f"prediction {case.id}: {len(known)} reference codes for {len(case.masks)} reference masks")
     if not known:
         return row
     try:
         shares = cited_right(prediction.codes, known)
     except ValueError as error:
-        raise ValueError(f"prediction {item.id}: {error}") from error
+        raise ValueError(f"prediction {case.id}: {error}") from error
     return row if shares is None else {**row, "code_accuracy": shares[0], "group_accuracy": shares[1]}
 
 
-def _mask_scores(item: Item, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:
-    from medsight.metrics.mask_dice.mask_counts import score_item
-
-    references = reference_masks(item)
+def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:
+    references = reference_masks(case)
     placed = predicted_masks(prediction, references[0].shape if references else None, problems)
     shown = list(placed.values())
     row: dict[str, Any] = {
         "n_masks": len(shown),
         "n_references": len(references),
         "no_region": not shown,
-        "false_mask": item.absent and any(bool(mask.any()) for mask in shown),
+        "false_mask": case.absent and any(bool(mask.any()) for mask in shown),
         **dict.fromkeys(MASK_SCORES),
         "mask_refused": None,
     }
-    if item.absent:
+    if case.absent:
         return row
-    if item.mask_targets:
-        shown, references = by_name(placed, prediction.phrases, references, item.mask_targets)
-    flags: dict[str, Any] = {name: protocol.flags.get(name) for name in MASK_FLAGS}
-    scores = score_item(shown, references, preset=protocol.masks, **flags, spacing_mm=item.spacing_mm)
+    if case.mask_targets:
+        shown, references = by_name(placed, prediction.phrases, references, case.mask_targets)
+    scores = score_item(shown, references, preset=protocol.masks, **protocol.flags, spacing_mm=case.spacing_mm)
     return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}

@@ -2,16 +2,19 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from medsight.metrics import load
+from medsight.metrics.intervals import bootstrap_interval
 
-if TYPE_CHECKING:
-    from medsight.evaluation.benchmarks import Benchmark
+from .benchmarks import Benchmark
+
 
 DIGITS = 6
 NO_CODE = "no code"
 Row = Mapping[str, Any]
+Entry = TypeVar("Entry")
 # What is scored, by its name in metrics.json: the value of a row, None where the row has none.
 SCORES: dict[str, Callable[[Row], float | None]] = {
     "answer": lambda row: row.get("answer_score"),
@@ -56,8 +59,6 @@ def interval(
     values: Sequence[float], units: Sequence[str], seed: int, groups: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
     """A mean, over groups where they are given, with its interval over units, rounded; None over nothing."""
-    from medsight.metrics.intervals import bootstrap_interval
-
     if not values:
         return None
     found = bootstrap_interval(values, groups, "mean" if groups is None else "macro", units, seed=seed)
@@ -66,7 +67,7 @@ def interval(
 
 
 def unit_of(row: Row) -> str:
-    """What is drawn together with a row for intervals: all rows of its `Item.patient`; the row alone without one."""
+    """What is drawn together with a row for intervals: all rows of its `Case.patient`; the row alone without one."""
     return json.dumps([row["dataset"], row["patient"]] if row["patient"] else [row["id"]])
 
 
@@ -78,7 +79,7 @@ def interval_unit(rows: Iterable[Row]) -> str:
 
 
 def summarise(
-    rows: Sequence[Row], benchmark: "Benchmark", seed: int = 0, codes_per_group: Mapping[str, int] | None = None
+    rows: Sequence[Row], benchmark: Benchmark, seed: int = 0, codes_per_group: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """All figures of metrics.json that follow from the rows' scores.
 
@@ -93,8 +94,8 @@ def summarise(
     }
     by = {
         field: {
-            value: {"n": len(some)} | {name: found for name in names if (found := estimate(some, name, seed))}
-            for value, some in _grouped(rows, field)
+            value: {"n": len(inside)} | {name: found for name in names if (found := estimate(inside, name, seed))}
+            for value, inside in grouped(rows, (row[field] for row in rows))
         }
         for field in BY[benchmark.task]
     }
@@ -138,19 +139,20 @@ def group_confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
             counts[origin][row["group"]] += 1
         elif "n_masks" in row and not row["absent"]:
             counts[origin][next((group for group in row["groups"] if group), NO_CODE)] += 1
-    if not any(set(some) - {NO_CODE} for some in counts.values()):
+    if not any(set(groups) - {NO_CODE} for groups in counts.values()):
         return None
     return {
         "by": "classifier" if classified else "cited codes",
-        "counts": {origin: dict(sorted(some.items())) for origin, some in sorted(counts.items())},
+        "counts": {origin: dict(sorted(groups.items())) for origin, groups in sorted(counts.items())},
     }
 
 
-def _grouped(rows: Sequence[Row], field: str) -> Iterator[tuple[str, list[Row]]]:
-    inside: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        inside[str(row[field])].append(row)
-    yield from sorted(inside.items())
+def grouped(rows: Iterable[Entry], keys: Iterable[Any]) -> list[tuple[str, list[Entry]]]:
+    """Rows by their keys as text, in the order of these."""
+    inside: dict[str, list[Entry]] = defaultdict(list)
+    for row, key in zip(rows, keys, strict=True):
+        inside[str(key)].append(row)
+    return sorted(inside.items())
 
 
 def _refusals(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
@@ -206,10 +208,8 @@ def _reference_codes(present: Sequence[Row]) -> dict[str, Any]:
 
 def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
     """What region_codes says of the codes that the answers cite."""
-    from medsight.metrics import load
-
     # Whether a mask is given where there is none to find is told of the masks themselves, not of the codes.
-    told_of_masks = ("false_mask_rate", "no_region_rate")
+    of_masks = ("false_mask_rate", "no_region_rate")
     named = all(len(row["groups"]) == len(row["codes"]) and None not in row["groups"] for row in rows)
     found = load("region_codes").compute(
         predictions=[row["codes"] for row in rows],
@@ -220,5 +220,5 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
         groups=[row["groups"] if named else None for row in rows],
         codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
     )
-    answers = {name: value for name, value in found["answers"].items() if name not in told_of_masks}
+    answers = {name: value for name, value in found["answers"].items() if name not in of_masks}
     return {**found, "answers": answers}

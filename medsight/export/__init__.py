@@ -1,11 +1,19 @@
 """Found regions as files that other tools open, as measures and as pictures.
 
-from medsight.export import FoundRegion, measure, mosaic, write_masks
-from processing_medsight.scan_medsight import open_scan
+```python
+from pathlib import Path
 
-scan = open_scan("series-folder")
-regions = [FoundRegion(slice_index=12, mask=mask, label="liver", code="[C0_16]", score=0.9)]
-write_masks(scan, regions, Path("answer"), formats=["png", "nifti", "dicom-seg"])
+import numpy as np
+
+from medsight import open_scan
+from medsight.export import FoundRegion, measure, write_masks
+
+scan = open_scan(np.random.default_rng(0).integers(-1000, 1000, (9, 64, 48)))  # or a file, or a folder
+mask = np.asarray(scan.slice_image(2, window=(40, 400))) > 150
+regions = [FoundRegion(slice_index=2, mask=mask, label="liver", code="[C0_16]", score=0.9)]
+write_masks(scan, regions, Path("answer"), formats=["png", "coco"])
+print(measure(scan, regions).area_mm2)
+```
 """
 
 from .measures import Measures, measure

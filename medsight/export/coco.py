@@ -2,24 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medsight.files import write_json
+from medsight.scans.scan import Scan
+
 from .extras import load
-from .json_file import write_json
 from .outlines import outlines
 from .regions import FoundRegion, group_by_label, label_key
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 RLE_FILE = "coco-rle.json"
 POLYGON_FILE = "coco-polygons.json"
 
 
-def write_coco(scan: "Scan", regions: Sequence[FoundRegion], folder: Path, name: str) -> list[Path]:
+def write_coco(scan: Scan, regions: Sequence[FoundRegion], folder: Path, name: str) -> None:
     """Writes `coco-rle.json` and `coco-polygons.json`, which say the same: tools take one form or the other.
 
     An image is a displayed slice that has regions (or the picture), an annotation a region that is not empty, its id
@@ -56,10 +54,8 @@ def write_coco(scan: "Scan", regions: Sequence[FoundRegion], folder: Path, name:
         counts = {"size": list(run_lengths["size"]), "counts": run_lengths["counts"].decode("ascii")}
         rle.append({**annotation, "segmentation": counts})
         polygons.append({**annotation, "segmentation": [part.ravel().tolist() for part in outlines(region.mask)]})
-    return [
-        write_json(folder / RLE_FILE, {**content, "annotations": rle}),
-        write_json(folder / POLYGON_FILE, {**content, "annotations": polygons}),
-    ]
+    write_json(folder / RLE_FILE, {**content, "annotations": rle})
+    write_json(folder / POLYGON_FILE, {**content, "annotations": polygons})
 
 
 def _box(mask: np.ndarray) -> list[int]:

@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from medsight import __version__
-from medsight.inference.overlay import PALETTE
+from medsight.scans.scan import Scan
+from medsight.version import __version__
 
 from .dicom_source import discreet, source_headers
+from .drawing import PALETTE
 from .extras import load
 from .regions import FoundRegion, Label, group_by_label
 from .terminology import segment_codes
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 SEG_FILE = "segmentation.dcm"
 MANUFACTURER = "MedSIGHT"
@@ -24,7 +22,7 @@ SERIES_NUMBER = 1001
 LONGEST_NAME = 64  # characters of a DICOM Long String
 
 
-def write_dicom_seg(scan: "Scan", regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
+def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
     """Writes `segmentation.dcm`: a binary segment a label, referring to the source's images; segments may overlap.
 
     Slices without a region are neither stored nor, in a series, referred to. Each segment carries codes of what its
@@ -92,7 +90,7 @@ def long_string(text: str) -> str:
     return clean if len(clean) <= LONGEST_NAME else clean[: LONGEST_NAME - 1] + "…"
 
 
-def _stored_frames(scan: "Scan", label: Label) -> dict[int, np.ndarray]:
+def _stored_frames(scan: Scan, label: Label) -> dict[int, np.ndarray]:
     volume = scan.to_source(label.masks)
     return {int(frame): volume[frame] for frame in np.flatnonzero(volume.any(axis=(1, 2)))}
 

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from medsight import __version__
+from medsight.scans.dicom_file import guarded
+from medsight.scans.scan import Scan
+from medsight.version import __version__
 
 from .extras import load
 
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-
-    from medsight.scans.scan import Scan
 
 PATIENT_AND_STUDY = (
     "PatientName",
@@ -51,13 +51,13 @@ REFERENCES = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstan
 SEXES = ("M", "F", "O", "")
 
 
-def check_is_dicom(scan: "Scan") -> None:
+def check_is_dicom(scan: Scan) -> None:
     """Raises a ValueError if there are no DICOM images that an object could refer to."""
     if scan.kind != "dicom":
         raise ValueError(f"{scan.name} is not DICOM, whose images dicom-seg and rtstruct refer to; use png or coco")
 
 
-def source_headers(scan: "Scan", deidentify: bool) -> list["Dataset"]:
+def source_headers(scan: Scan, deidentify: bool) -> list["Dataset"]:
     """The headers of the scan's DICOM files, in their order, ready to be referenced.
 
     Attributes of patient and study that DICOM demands, and the source lacks, are there, empty; so is a sex that DICOM
@@ -94,33 +94,31 @@ def _prepare(source: "Dataset", deidentify: bool) -> "Dataset":
 @contextmanager
 def discreet(name: str, problem: str) -> Iterator[None]:
     """Turns what pydicom and highdicom raise into a ValueError and drops what they log: they may quote a header."""
-    from medsight.scans.dicom_file import guarded
-
-    own = logging.getLogger("highdicom")
-    level, own.level = own.level, logging.CRITICAL + 1
+    logger = logging.getLogger("highdicom")
+    level, logger.level = logger.level, logging.CRITICAL + 1
     try:
         with guarded(name, problem):
             yield
     finally:
-        own.level = level
+        logger.level = level
 
 
 def _geometry(source: "Dataset") -> "Dataset":
     """The part of a header, or of an item of one of its sequences, that is on the list, with UIDs replaced."""
     pydicom = load("pydicom", "DICOM output")
-    kept = pydicom.Dataset()
+    geometry = pydicom.Dataset()
     for tag in source.keys():
         keyword = pydicom.datadict.keyword_for_tag(tag)
         if keyword not in KEPT:
             continue
         element = source[tag]
         if element.VR == "SQ":
-            setattr(kept, keyword, [_geometry(item) for item in element.value])
+            setattr(geometry, keyword, [_geometry(item) for item in element.value])
         elif element.VR == "UI" and keyword != "SOPClassUID" and element.value:  # an empty one stays missing
-            setattr(kept, keyword, replaced_uid(element.value))
+            setattr(geometry, keyword, replaced_uid(element.value))
         else:
-            setattr(kept, keyword, element.value)
-    return kept
+            setattr(geometry, keyword, element.value)
+    return geometry
 
 
 def replaced_uid(uid: str) -> str:

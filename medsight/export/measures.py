@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from medsight.scans.scan import Scan
 
 from .regions import FoundRegion, check_regions, group_by_label
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 MM3_PER_ML = 1000
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Sizes of regions.
+    """Sizes of regions, by `measure`.
 
     Attributes:
         area_mm2: of each region, in the order given; `None` where the scan does not give the pixel spacing.
@@ -27,7 +25,7 @@ class Measures:
     volume_ml: dict[str, float | None]
 
 
-def measure(scan: "Scan", regions: Sequence[FoundRegion]) -> Measures:
+def measure(scan: Scan, regions: Sequence[FoundRegion]) -> Measures:
     """Areas in mm² and volumes in ml. Where regions of a label overlap on a slice, a pixel counts once in its volume.
 
     Raises:

@@ -4,16 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+
+from medsight.scans.scan import Scan
 
 from .extras import load
 from .regions import FoundRegion, Label, group_by_label
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 NIFTI_FILE = "labels.nii.gz"
 GEOMETRY_FIELDS = (
@@ -34,7 +33,7 @@ class Overlap:
         return {"labels": list(self.labels), "voxels": self.voxels, "kept": self.kept}
 
 
-def check_nifti(scan: "Scan") -> np.ndarray | None:
+def check_nifti(scan: Scan) -> np.ndarray | None:
     """The scan's affine; None of a NIfTI that states none, whose own header is taken as it is.
 
     Raises:
@@ -50,7 +49,7 @@ def check_nifti(scan: "Scan") -> np.ndarray | None:
     return scan.affine
 
 
-def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> tuple[Path, list[Overlap]]:
+def write_nifti(scan: Scan, regions: Sequence[FoundRegion], folder: Path) -> tuple[Path, list[Overlap]]:
     """Writes `labels.nii.gz`: 0 is background, n the label numbered n in `regions.json`.
 
     Shape, orientation and units are the source's; nothing else of its header is taken over. The names are in the file
@@ -76,7 +75,7 @@ def write_nifti(scan: "Scan", regions: Sequence[FoundRegion], folder: Path) -> t
     return path, overlaps
 
 
-def label_map(scan: "Scan", labels: Sequence[Label]) -> tuple[np.ndarray, list[Overlap]]:
+def label_map(scan: Scan, labels: Sequence[Label]) -> tuple[np.ndarray, list[Overlap]]:
     """Label numbers on the source's grid, and the overlaps; see `write_nifti` for who wins."""
     largest_first = sorted(labels, key=lambda label: (-sum(int(m.sum()) for m in label.masks.values()), label.number))
     names = {label.number: label.name for label in labels}
@@ -95,7 +94,7 @@ def label_map(scan: "Scan", labels: Sequence[Label]) -> tuple[np.ndarray, list[O
     return volume, overlaps
 
 
-def _image_like(scan: "Scan", volume: np.ndarray) -> Any:
+def _image_like(scan: Scan, volume: np.ndarray) -> Any:
     """An image of `volume` with both of the source's transforms, bit by bit: viewers differ in which they use."""
     nibabel = load("nibabel", "nifti")
     source = scan.nifti_header

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from math import ceil, sqrt
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from medsight.inference.overlay import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
+from medsight.scans.scan import Scan
 
+from .drawing import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
 from .measures import measure
 from .regions import FoundRegion, check_regions, group_by_label
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 Window = str | tuple[float, float] | None
 MAX_TILES = 36
@@ -35,7 +32,7 @@ def overlay(image: Image.Image, regions: Sequence[FoundRegion]) -> Image.Image:
     return draw_overlay(image.convert("RGB"), [region.mask for region in regions], labels)
 
 
-def mosaic(scan: "Scan", regions: Sequence[FoundRegion], window: Window = None) -> Image.Image:
+def mosaic(scan: Scan, regions: Sequence[FoundRegion], window: Window = None) -> Image.Image:
     """The slices that have regions, side by side, a colour and number a label; their volumes are in the legend.
 
     Shows 36 slices at most: of more, evenly many are left out between the first and the last, and the legend says so.
@@ -50,8 +47,8 @@ def mosaic(scan: "Scan", regions: Sequence[FoundRegion], window: Window = None) 
     check_regions(scan, regions)
     labels = group_by_label(regions)
     slices = sorted({region.slice_index for region in regions}) or [scan.num_slices // 2]
-    places = np.linspace(0, len(slices) - 1, min(len(slices), MAX_TILES)).round().astype(int)
-    shown = [slices[place] for place in places]
+    evenly = np.linspace(0, len(slices) - 1, min(len(slices), MAX_TILES)).round().astype(int)
+    shown = [slices[position] for position in evenly]
     empty = np.zeros((scan.height, scan.width), dtype=bool)
     tiles = []
     for index in shown:

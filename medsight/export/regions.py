@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
+from medsight.scans.scan import Scan
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +44,7 @@ class Label:
     masks: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def check_regions(scan: "Scan", regions: Sequence[FoundRegion]) -> None:
+def check_regions(scan: Scan, regions: Sequence[FoundRegion]) -> None:
     """Raises ValueError where a region is not on the scan, not boolean, not of its size, or has no label."""
     for number, region in enumerate(regions, 1):
         if not 0 <= region.slice_index < scan.num_slices:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsight import __version__
-from medsight.inference.overlay import PALETTE
+from medsight.scans.scan import Scan
+from medsight.version import __version__
 
 from .dicom_seg import MANUFACTURER, labels_with_pixels, long_string
 from .dicom_source import PATIENT_AND_STUDY, discreet, source_headers
+from .drawing import PALETTE
 from .extras import load
 from .outlines import outlines
 from .regions import FoundRegion, Label
@@ -21,13 +22,11 @@ from .terminology import segment_codes
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from medsight.scans.scan import Scan
-
 RTSTRUCT_FILE = "rtstruct.dcm"
 SERIES_NUMBER = 1002
 
 
-def write_rtstruct(scan: "Scan", regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
+def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
     """Writes `rtstruct.dcm`: a ROI a label, a closed planar contour a connected part of it on a slice.
 
     Contours run through the middles of pixel edges, so that the centres of exactly the mask's pixels lie inside; holes
@@ -66,7 +65,7 @@ def write_rtstruct(scan: "Scan", regions: Sequence[FoundRegion], folder: Path, d
     return path
 
 
-def _contours(scan: "Scan", headers: Sequence["Dataset"], frame: int, mask: np.ndarray) -> Iterator["Dataset"]:
+def _contours(scan: Scan, headers: Sequence["Dataset"], frame: int, mask: np.ndarray) -> Iterator["Dataset"]:
     header, frame_number = (headers[frame], None) if len(headers) > 1 else (headers[0], frame + 1)
     if "NumberOfFrames" not in header or "PerFrameFunctionalGroupsSequence" not in header:
         frame_number = None

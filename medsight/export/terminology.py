@@ -97,7 +97,8 @@ def segment_codes(label: str) -> SegmentCodes:
         found, laterality = _structure(rest, codes), getattr(codes.SCT, SIDES[side])
     if found is None:
         found = _type_in_category(LAST_WORDS.get(_singular(name).rpartition(" ")[2], "Tissue"), codes)
-    assert found is not None
+    if found is None:
+        raise LookupError(f"pydicom's context groups lack Tissue, the code of {label!r}")
     return SegmentCodes(*found, laterality)
 
 

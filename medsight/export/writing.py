@@ -1,30 +1,27 @@
 """Writes regions in the formats asked for, all of them or none."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from medsight import __version__
+from medsight.files import fill, write_json
+from medsight.scans.scan import Scan
 from medsight.text import printable
+from medsight.version import __version__
 
 from .coco import write_coco
 from .dicom_seg import write_dicom_seg
 from .dicom_source import check_is_dicom
 from .extras import load
-from .json_file import write_json
 from .measures import measure
 from .nifti import Overlap, check_nifti, write_nifti
 from .regions import FoundRegion, check_regions, group_by_label
 from .rtstruct import write_rtstruct
 
-
-if TYPE_CHECKING:
-    from medsight.scans.scan import Scan
 
 FORMATS = ("png", "coco", "nifti", "dicom-seg", "rtstruct")
 MASK_FILE = "mask-{:02d}.png"
@@ -33,7 +30,7 @@ DICOM_FORMATS = {"dicom-seg": write_dicom_seg, "rtstruct": write_rtstruct}
 NEEDED = {"dicom-seg": "highdicom", "rtstruct": "pydicom"}
 
 
-def check_formats(scan: "Scan", formats: Sequence[str]) -> None:
+def check_formats(scan: Scan, formats: Sequence[str]) -> None:
     """Refuse, before any region is looked for, what the scan's kind and the installed packages rule out. What single
     DICOM headers lack shows when they are read, in writing.
 
@@ -52,7 +49,7 @@ def check_formats(scan: "Scan", formats: Sequence[str]) -> None:
 
 
 def write_masks(
-    scan: "Scan", regions: Sequence[FoundRegion], folder: Path, formats: Sequence[str], deidentify: bool = False
+    scan: Scan, regions: Sequence[FoundRegion], folder: Path, formats: Sequence[str], deidentify: bool = False
 ) -> list[Path]:
     """Writes `regions` in each of `formats`, and `regions.json`, which lists them, their sizes and the labels.
 
@@ -90,12 +87,13 @@ def write_masks(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as stage:
         _write(scan, regions, Path(stage), formats, deidentify)
-        return move_into(Path(stage), folder)
+        names = sorted(path.name for path in Path(stage).iterdir())
+        folder.mkdir(exist_ok=True)
+        fill(Path(stage), folder)
+    return [folder / name for name in names]
 
 
-def _write(
-    scan: "Scan", regions: Sequence[FoundRegion], stage: Path, formats: Sequence[str], deidentify: bool
-) -> None:
+def _write(scan: Scan, regions: Sequence[FoundRegion], stage: Path, formats: Sequence[str], deidentify: bool) -> None:
     overlaps: list[Overlap] | None = None
     left_out = {}
     if "png" in formats:
@@ -123,22 +121,12 @@ def _write(
     write_json(stage / REGIONS_FILE, content)
 
 
-def describe_regions(scan: "Scan", regions: Sequence[FoundRegion], deidentify: bool = False) -> dict[str, Any]:
+def describe_regions(scan: Scan, regions: Sequence[FoundRegion], deidentify: bool = False) -> dict[str, Any]:
     """The content of `regions.json` that does not depend on the formats: scan, labels and regions with their sizes."""
     measures = measure(scan, regions)
     return {
         "medsight_version": __version__,
-        "scan": {
-            "name": scan_name(scan, deidentify),
-            "kind": scan.kind,
-            "modality": scan.modality,
-            "slices": scan.num_slices,
-            "plane": scan.plane,
-            "width": scan.width,
-            "height": scan.height,
-            "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
-            "slice_spacing_mm": scan.slice_spacing,
-        },
+        "scan": {"name": scan_name(scan, deidentify), **scan.facts()},
         "labels": [
             {
                 "number": label.number,
@@ -164,31 +152,6 @@ def describe_regions(scan: "Scan", regions: Sequence[FoundRegion], deidentify: b
     }
 
 
-def scan_name(scan: "Scan", deidentify: bool) -> str:
+def scan_name(scan: Scan, deidentify: bool) -> str:
     """How files written here call the scan: its file name without folders, printable; de-identified, its kind."""
     return scan.kind if deidentify else printable(Path(scan.name).resolve().name)
-
-
-def move_into(stage: Path, folder: Path) -> list[Path]:
-    """Moves all files of `stage` into `folder`, on the same file system, or, if one cannot be moved, none.
-
-    Raises:
-        FileExistsError: one of them is there already.
-    """
-    files = sorted(stage.iterdir())
-    for file in files:
-        if (folder / file.name).exists():
-            raise FileExistsError(f"{folder / file.name} is there already; name another folder, or remove it")
-    is_new = not folder.exists()
-    folder.mkdir(exist_ok=True)
-    moved: list[Path] = []
-    try:
-        for file in files:
-            moved.append(file.rename(folder / file.name))
-    except OSError:
-        for path in moved:
-            path.unlink()
-        if is_new:
-            shutil.rmtree(folder)
-        raise
-    return moved

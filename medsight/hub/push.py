@@ -3,22 +3,27 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
+
+from medsight import __version__
 from medsight.checkpoint import CODES_FILE, INDEX_FILE, read_json
-from medsight.hub.card import CardFacts, base_model_of_adapter, render_card
-from medsight.hub.files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, UploadFile, check_repo_id, files_to_push
+
+from .card import CardFacts, base_model_of_adapter, render_card
+from .files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, check_repo_id, files_to_push
 
 
 # What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
-STALE = (
+STALE = [
     *("model*.safetensors", INDEX_FILE, CODE, ADAPTER_CONFIG, "adapter_model*", CODES_FILE),
     *("generation_config.json", "preprocessor_config.json", "chat_template.*", f"{TEMPLATES}/*"),
     *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-)
+]
 MESSAGES = {
     401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: it needs write access to the namespace",
@@ -50,10 +55,6 @@ class Push:
     deleted: list[str]
     url: str | None = None
     commit: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def push(
@@ -87,61 +88,55 @@ def push(
         ValueError: the folder is no finished checkpoint, the repository is public but `private` is asked, or the facts
             are not about this checkpoint.
     """
-    folder = Path(folder)
+    folder, branch = Path(folder), revision or "main"
     check_repo_id(repo_id)
     upload = files_to_push(folder, None if contact_sheets is None else Path(contact_sheets))
-    files = with_card(folder, repo_id, upload, facts)
-    sizes = {file.path: file.size for file in files}
-    branch = revision or "main"
+    upload = replace(upload, files={**upload.files, **_rendered(folder, repo_id, upload, facts)})
+    planned = Push(repo_id, branch, upload.kind, dict(sorted(upload.sizes.items())), upload.left_out, deleted=[])
     if dry_run:
-        return Push(repo_id, branch, upload.kind, sizes, upload.left_out, [])
+        return planned
     with plain_errors(repo_id):
-        commit, deleted = _commit(files, repo_id, private, branch, message or f"Upload {upload.kind}", token)
-    return Push(repo_id, branch, upload.kind, sizes, upload.left_out, deleted, commit.commit_url, commit.oid)
+        commit, deleted = _commit(upload, repo_id, private, branch, message or f"Upload {upload.kind}", token)
+    return replace(planned, deleted=deleted, url=commit.commit_url, commit=commit.oid)
 
 
-def with_card(folder: Path, repo_id: str, upload: Upload, facts: CardFacts | None) -> list[UploadFile]:
-    """The files with a card among them, and an adapter's configuration with the Hub id of its base model.
+def _rendered(folder: Path, repo_id: str, upload: Upload, facts: CardFacts | None) -> dict[str, Path | bytes]:
+    """The files that are made for an upload: its card, and an adapter's configuration with its base model's Hub id.
 
     Raises:
         ValueError: facts are given for a card that the folder has already.
     """
-    files = {file.path: file for file in upload.files}
+    facts = facts or CardFacts()
+    files: dict[str, Path | bytes] = {}
     if upload.kind == "adapter":
         config = read_json(folder / ADAPTER_CONFIG)
-        base = base_model_of_adapter(folder, facts.base_model if facts else None)
+        base = base_model_of_adapter(folder, facts.base_model)
         if config.get("base_model_name_or_path") != base:
             text = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True)
-            files[ADAPTER_CONFIG] = UploadFile(ADAPTER_CONFIG, content=text.encode())
-    if CARD not in files:
-        files[CARD] = UploadFile(CARD, content=render_card(folder, repo_id, facts).encode())
-    elif facts is not None and facts != CardFacts(base_model=facts.base_model if upload.kind == "adapter" else None):
+            files[ADAPTER_CONFIG] = text.encode()
+    if CARD not in upload.files:
+        files[CARD] = render_card(folder, repo_id, facts).encode()
+    elif facts != CardFacts(base_model=facts.base_model if upload.kind == "adapter" else None):
         raise ValueError(
             f"{folder / CARD} is published as it is, so nothing can be added to it: remove it to have a card rendered"
         )
-    return [files[path] for path in sorted(files)]
+    return files
 
 
 def _commit(
-    files: list[UploadFile], repo_id: str, private: bool, branch: str, message: str, token: str | None
+    upload: Upload, repo_id: str, private: bool, branch: str, message: str, token: str | None
 ) -> tuple[Any, list[str]]:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    from medsight import __version__
-
+    """One commit with all of it: `HfApi.upload_folder` may cut a large upload into several."""
     api = HfApi(token=token, library_name="medsight", library_version=__version__)
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and is public: make it private on the Hub first, or push without private")
     if branch != "main":
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    new = {file.path for file in files}
     there = api.list_repo_files(repo_id, revision=branch)
-    stale = [path for path in there if path not in new and any(fnmatch(path, pattern) for pattern in STALE)]
-    operations: list[Any] = [
-        CommitOperationAdd(file.path, file.content if file.content is not None else str(file.source)) for file in files
-    ]
-    operations += [CommitOperationDelete(path) for path in stale]
+    stale = [path for path in filter_repo_objects(there, allow_patterns=STALE) if path not in upload.files]
+    operations: list[Any] = [CommitOperationAdd(path, file) for path, file in sorted(upload.files.items())]
+    operations += map(CommitOperationDelete, stale)
     return api.create_commit(repo_id, operations, commit_message=message, revision=branch), stale
 
 
@@ -152,8 +147,6 @@ def plain_errors(repo_id: str) -> Iterator[None]:
     Raises:
         OSError: the Hub refuses, fails, or cannot be reached.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
     try:
         yield
     except OfflineModeIsEnabled as error:

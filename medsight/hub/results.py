@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from medsight.checkpoint import read_json
 from medsight.evaluation.figures import (
     METRICS,
@@ -25,7 +27,7 @@ def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, A
 
     Args:
         paths: files, or output folders of `medsight evaluate`.
-        weights_sha256: of `medsight.evaluation.runner.checkpoint_fingerprint`.
+        weights_sha256: of `medsight.checkpoint.weights_sha256`.
 
     Raises:
         OSError: a file is missing.
@@ -65,10 +67,8 @@ def results_text(all_metrics: Iterable[Mapping[str, Any]]) -> str | None:
     return "\n\n".join([head, *sections])
 
 
-def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[Any]:
+def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[EvalResult]:
     """The main figures as `huggingface_hub.EvalResult`, fractions between 0 and 1, intervals in `metric_args`."""
-    from huggingface_hub import EvalResult
-
     found = []
     for metrics in all_metrics:
         for score in _main_scores(metrics):
@@ -125,7 +125,7 @@ def _section(metrics: Mapping[str, Any]) -> str:
     for title, figure in rates(metrics):
         lines.append(f"| {title} | {_figure('rate', figure)} | | {figure['n']:,} |")
     main = main_score(metrics)
-    sets = {name: some[main] for name, some in metrics["by"].get("dataset", {}).items() if main in some}
+    sets = {name: scores[main] for name, scores in metrics["by"].get("dataset", {}).items() if main in scores}
     if len(sets) > 1:
         lines += ["", f"| data set | {label(metrics, main)} | rows |", "|---|---|---|"]
         lines += [f"| {name} | {_figure(main, figure)} | {figure['n']:,} |" for name, figure in sets.items()]

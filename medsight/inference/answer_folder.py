@@ -1,19 +1,12 @@
-"""The folder of an answer: written whole or not at all, recognised when finished, never mixed with other files."""
+"""The folder of an answer: recognised when it is finished, never mixed with other files. Loads no model."""
 
-import copy
-import dataclasses
-import json
 import re
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medsight.files import staged_folder
+from medsight.checkpoint import read_json
 
-
-if TYPE_CHECKING:
-    from medsight.inference.prediction import Prediction
 
 ANSWER_FILE = "answer.json"
 OVERLAY_FILE = "overlay.png"
@@ -22,66 +15,12 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", flags=re.IGNORECA
 SUFFIXES = re.compile(r"(\.nii)?\.[A-Za-z0-9]{1,5}$")
 
 
-def save_answer(
-    predictions: "Sequence[Prediction]",
-    folder: Path,
-    overwrite: bool = False,
-    formats: Sequence[str] = ("png",),
-    deidentify: bool = False,
-    run: dict[str, Any] | None = None,
-) -> Path:
-    """Writes the predictions about one scan: `answer.json`, `overlay.png`, and what `formats` asks for.
-
-    The overlay is the picture with its regions; for several slices it shows those that have regions side by side. The
-    folder appears complete or not at all.
-
-    Args:
-        predictions: of one prompt and one scan, a slice each.
-        formats, deidentify: for `medsight.export.write_masks`. With `deidentify`, no file says what the image was
-            called either.
-        run: see `medsight.inference.prediction.describe`.
-
-    Raises:
-        FileExistsError: see `check_answer_folder`.
-        ValueError: the scan cannot be written in one of the formats.
-    """
-    from medsight.export import mosaic, overlay, write_masks
-    from medsight.export.writing import MASK_FILE
-    from medsight.inference.prediction import describe, found_regions
-
-    first = predictions[0]
-    if deidentify:
-        scan = copy.copy(first.scan)
-        scan.name = "image"
-        predictions = [dataclasses.replace(one, image_name="image", scan=scan) for one in predictions]
-        first = predictions[0]
-    regions = found_regions(predictions)
-    content = describe(predictions, run)
-    if "png" in formats:
-        listed = [region for one in content.get("slices", [content]) for region in one["regions"]]
-        for number, region in enumerate(listed, 1):
-            region["mask"] = MASK_FILE.format(number)
-    with staged_folder(folder, overwrite, check=check_answer_folder) as stage:
-        write_masks(first.scan, regions, stage, formats, deidentify)
-        if len(predictions) == 1:
-            picture = overlay(first.image, regions)
-        else:
-            picture = mosaic(first.scan, regions, first.window)
-        picture.save(stage / OVERLAY_FILE)
-        content["files"] = sorted(path.name for path in stage.iterdir())
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        (stage / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
-    return folder
-
-
 def read_answer(folder: Path) -> dict[str, Any] | None:
     """The content of a folder's `answer.json`; None where there is none.
 
     Raises:
         ValueError: the file is damaged.
     """
-    from medsight.checkpoint import read_json
-
     path = folder / ANSWER_FILE
     if not path.is_file():
         return None

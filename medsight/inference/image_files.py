@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medsight.inference.answer_folder import ANSWER_FILE
+from PIL import Image, UnidentifiedImageError
+
+from medsight.scans.dicom_file import read_header
+from medsight.scans.file_kinds import recognise
+
+from .answer_folder import ANSWER_FILE
 
 
 @dataclass
@@ -77,13 +82,10 @@ def image_content(image: Path) -> list[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
-    from medsight.scans.file_kinds import recognise
-
     if not path.is_file() or path.name.startswith(".") or path.name == "DICOMDIR":
         return False
     try:
-        with path.open("rb") as file:
-            return recognise(file, str(path)) == "dicom"
+        return recognise(path, str(path)) == "dicom"
     except ValueError:
         return True  # whatever is wrong with it is said when it is read
 
@@ -117,13 +119,8 @@ def _add_folder(folder: Path, found: ImageFiles) -> None:
 
 def _add_file(path: Path, found: ImageFiles, dicom: list[Path] | None = None) -> None:
     """Adds what may be an image; DICOM files go to `dicom`, where it is given. Damaged ones are found out later."""
-    from PIL import Image, UnidentifiedImageError
-
-    from medsight.scans.file_kinds import recognise
-
     try:
-        with path.open("rb") as file:
-            kind = recognise(file, str(path))
+        kind = recognise(path, str(path))
         if kind == "image":
             with Image.open(path):
                 pass
@@ -143,8 +140,6 @@ def _add_file(path: Path, found: ImageFiles, dicom: list[Path] | None = None) ->
 
 def _by_series(files: Sequence[Path]) -> list[list[Path]]:
     """Files without the identifier of a series are one where they have a place in space, each its own otherwise."""
-    from medsight.scans.dicom_file import read_header
-
     series: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         try:

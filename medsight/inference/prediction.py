@@ -1,27 +1,30 @@
 """A prediction: a grounded answer and what was asked, as data, as a table for a terminal, and as a folder of files."""
 
+import copy
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medsight import __version__
+import numpy as np
+from PIL import Image
+
+from medsight.export import FoundRegion, measure, mosaic, overlay, write_masks
+from medsight.export.writing import MASK_FILE
+from medsight.files import staged_folder
+from medsight.scans.scan import Scan
 from medsight.text import Table, align, printable
+from medsight.version import __version__
+from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
+from processing_medsight.region_codes_medsight import CodeMeaning
 
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from medsight.export import FoundRegion
-    from medsight.scans.scan import Scan
-    from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
-
-__all__ = ["Prediction", "align", "describe", "found_regions", "printable", "to_parts"]
+from .answer_folder import ANSWER_FILE, OVERLAY_FILE, check_answer_folder
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model answered to one prompt about one picture, or one slice of a volume.
+    """What the model answered to one prompt about one picture, or one slice of a volume; see `Predictor`.
 
     Attributes:
         answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
@@ -34,12 +37,12 @@ class Prediction:
         window: that it was shown with; None is what suits the modality.
     """
 
-    answer: "GroundedAnswer"
-    image: "Image.Image"
+    answer: GroundedAnswer
+    image: Image.Image
     image_name: str
     prompt: str
     model: str
-    scan: "Scan"
+    scan: Scan
     slice_index: int = 0
     window: str | tuple[float, float] | None = None
 
@@ -55,27 +58,27 @@ class Prediction:
     def save(
         self, folder: str | Path, overwrite: bool = False, formats: Sequence[str] = ("png",), deidentify: bool = False
     ) -> Path:
-        """Writes `answer.json`, `overlay.png` and the masks: see `medsight.inference.answer_folder.save_answer`."""
-        from medsight.inference.answer_folder import save_answer
-
+        """Writes `answer.json`, `overlay.png` and the masks: see `save_answer`."""
         return save_answer([self], Path(folder), overwrite, formats, deidentify)
 
 
-def label_of(region: "GroundedRegion") -> str:
+def label_of(region: GroundedRegion) -> str:
     """What a region is called in files: its words, or its group, or its code."""
     return next(name for name in (region.phrase, region.group_name, region.code) if name and name.strip())
 
 
-def found_regions(predictions: Sequence[Prediction]) -> "list[FoundRegion]":
+def found_regions(predictions: Sequence[Prediction]) -> list[FoundRegion]:
     """All regions of predictions about one scan, as `medsight.export` takes them."""
-    import numpy as np
-
-    from medsight.export import FoundRegion
-
     return [
-        FoundRegion(one.slice_index, np.asarray(region.mask, dtype=bool), label_of(region), region.code, region.score)
-        for one in predictions
-        for region in one.answer.regions
+        FoundRegion(
+            slice_index=prediction.slice_index,
+            mask=np.asarray(region.mask, dtype=bool),
+            label=label_of(region),
+            code=region.code,
+            score=region.score,
+        )
+        for prediction in predictions
+        for region in prediction.answer.regions
     ]
 
 
@@ -89,35 +92,26 @@ def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = Non
     Args:
         run: what decided on the answers, for `medsight predict` to recognise a finished one by.
     """
-    from medsight.export import measure
-
     first = predictions[0]
-    scan = first.scan
-    measures = measure(scan, found_regions(predictions))
+    facts = first.scan.facts()
+    measures = measure(first.scan, found_regions(predictions))
     areas = iter(measures.area_mm2)
     slices = [
         {
-            "slice": one.slice_index,
-            "text": one.answer.text,
-            "raw_text": one.answer.raw_text,
-            "is_complete": one.answer.is_complete,
-            "regions": [_describe_region(region, next(areas)) for region in one.answer.regions],
+            "slice": prediction.slice_index,
+            "text": prediction.answer.text,
+            "raw_text": prediction.answer.raw_text,
+            "is_complete": prediction.answer.is_complete,
+            "regions": [_describe_region(region, next(areas)) for region in prediction.answer.regions],
         }
-        for one in predictions
+        for prediction in predictions
     ]
     return {
         "medsight_version": __version__,
         "model": printable(first.model),
         "image": printable(first.image_name),
-        "size": {"width": first.image.width, "height": first.image.height},
-        "scan": {
-            "kind": scan.kind,
-            "slices": scan.num_slices,
-            "plane": scan.plane,
-            "modality": scan.modality,
-            "pixel_spacing_mm": None if scan.pixel_spacing is None else list(scan.pixel_spacing),
-            "slice_spacing_mm": scan.slice_spacing,
-        },
+        "size": {"width": facts.pop("width"), "height": facts.pop("height")},
+        "scan": facts,
         "prompt": first.prompt,
         **(slices[0] if len(slices) == 1 else {"slices": slices}),
         "volumes_ml": measures.volume_ml if len(slices) > 1 else {},
@@ -125,7 +119,7 @@ def describe(predictions: Sequence[Prediction], run: dict[str, Any] | None = Non
     }
 
 
-def _describe_region(region: "GroundedRegion", area_mm2: float | None) -> dict[str, Any]:
+def _describe_region(region: GroundedRegion, area_mm2: float | None) -> dict[str, Any]:
     return {
         "code": region.code,
         "group": region.group_name,
@@ -146,9 +140,9 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
     """
     several = "slices" in content
     slices = content["slices"] if several else [content]
-    regions = [(one, region) for one in slices for region in one["regions"]]
-    lines = [f"slice {one['slice']}: {one['text']}" if several else one["text"] for one in slices]
-    cut = [str(one["slice"]) for one in slices if one.get("is_complete") is False]
+    regions = [(entry, region) for entry in slices for region in entry["regions"]]
+    lines = [f"slice {entry['slice']}: {entry['text']}" if several else entry["text"] for entry in slices]
+    cut = [str(entry["slice"]) for entry in slices if entry.get("is_complete") is False]
     of_slices = f", of slice {', '.join(cut)}" if several else ""
     ending: list[str | Table] = [f"\nCut at the limit of length{of_slices}; --max-new-tokens sets it."] if cut else []
     if not regions:
@@ -156,7 +150,7 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
         return ["\n".join(lines), "", none, *ending]
     columns = {
         "": [str(number) for number in range(1, len(regions) + 1)],
-        "slice": [str(one["slice"]) if several else "" for one, _ in regions],
+        "slice": [str(entry["slice"]) if several else "" for entry, _ in regions],
         "code": [region["code"] for _, region in regions],
         "group": [region["group"] or "-" for _, region in regions],
         "phrase": [region["phrase"] or "-" for _, region in regions],
@@ -168,8 +162,8 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
         ],
         "score": ["-" if region["score"] is None else f"{region['score']:.2f}" for _, region in regions],
     }
-    kept = {title: cells for title, cells in columns.items() if any(cells)}
-    parts: list[str | Table] = ["\n".join(lines), "", [tuple(kept), *zip(*kept.values(), strict=True)]]
+    filled = {title: cells for title, cells in columns.items() if any(cells)}
+    parts: list[str | Table] = ["\n".join(lines), "", [tuple(filled), *zip(*filled.values(), strict=True)]]
     volumes = {name: volume for name, volume in content["volumes_ml"].items() if volume is not None}
     if volumes:
         listed = ", ".join(f"{name} {volume:.1f} ml" for name, volume in volumes.items())
@@ -178,6 +172,52 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
 
 
 def _meaning_text(meaning: dict[str, Any] | None) -> str:
-    from processing_medsight.region_codes_medsight import CodeMeaning
-
     return "" if meaning is None else str(CodeMeaning(**meaning))
+
+
+def save_answer(
+    predictions: Sequence[Prediction],
+    folder: Path,
+    overwrite: bool = False,
+    formats: Sequence[str] = ("png",),
+    deidentify: bool = False,
+    run: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the predictions about one scan: `answer.json`, `overlay.png`, and what `formats` asks for.
+
+    The overlay is the picture with its regions; for several slices it shows those that have regions side by side. The
+    folder appears complete or not at all.
+
+    Args:
+        predictions: of one prompt and one scan, a slice each.
+        formats, deidentify: for `medsight.export.write_masks`. With `deidentify`, no file says what the image was
+            called either.
+        run: see `describe`.
+
+    Raises:
+        FileExistsError: see `check_answer_folder`.
+        ValueError: the scan cannot be written in one of the formats.
+    """
+    first = predictions[0]
+    if deidentify:
+        scan = copy.copy(first.scan)
+        scan.name = "image"
+        predictions = [replace(prediction, image_name="image", scan=scan) for prediction in predictions]
+        first = predictions[0]
+    regions = found_regions(predictions)
+    content = describe(predictions, run)
+    if "png" in formats:
+        listed = [region for entry in content.get("slices", [content]) for region in entry["regions"]]
+        for number, region in enumerate(listed, 1):
+            region["mask"] = MASK_FILE.format(number)
+    with staged_folder(folder, overwrite, check=check_answer_folder) as stage:
+        write_masks(first.scan, regions, stage, formats, deidentify)
+        if len(predictions) == 1:
+            picture = overlay(first.image, regions)
+        else:
+            picture = mosaic(first.scan, regions, first.window)
+        picture.save(stage / OVERLAY_FILE)
+        content["files"] = sorted(path.name for path in stage.iterdir())
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        (stage / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
+    return folder

@@ -1,68 +1,33 @@
 """`Predictor`: a loaded checkpoint that answers prompts about pictures, slices of volumes, and whole conversations."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, TypeAlias, overload
+
+import torch
+from PIL import Image
+
+from medsight.checkpoint import check_checkpoint, shipped_checkpoint
+from medsight.loading import choose_device, load_checkpoint
+from medsight.scans.opening import Source, open_scan
+from medsight.scans.scan import Scan
+from medsight.text import printable
+from processing_medsight.grounded_answer_medsight import GroundedAnswer
+
+from .prediction import Prediction
+from .settings import BATCH_SIZE, AnswerSettings
 
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from medsight.inference.prediction import Prediction
-    from medsight.scans.scan import Scan, Source
-    from processing_medsight.grounded_answer_medsight import GroundedAnswer
-
-    Window = str | tuple[float, float] | None
-
+Window: TypeAlias = str | tuple[float, float] | None
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How to answer. Decoding is greedy.
-
-    Attributes:
-        max_new_tokens: the answer is cut there.
-        allowed_groups: names or numbers of the groups whose region codes may be cited, or "predicted" for the group
-            that the model sees in the image; any group by default.
-        force_region: cite at least one region code.
-        threshold: probability from which on a pixel belongs to a mask.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    max_new_tokens: int = 256
-    allowed_groups: str | Sequence[int | str] | None = None
-    force_region: bool = False
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Its fields, by name."""
-        return asdict(self)
-
-    def decoding(self) -> dict[str, Any]:
-        """What of it is for `generate`."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "allowed_groups": self.allowed_groups,
-            "force_region": self.force_region,
-        }
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """A slice of a scan, or a picture, as the model sees it.
+    """A slice of a scan, or a picture, as the model sees it; made by `read_slices`.
 
     Attributes:
         scan: what it is of.
@@ -71,22 +36,20 @@ class Slice:
         window: that it is shown with; None is what suits the modality.
     """
 
-    scan: "Scan"
+    scan: Scan
     index: int
-    image: "Image.Image"
-    window: "Window" = None
+    image: Image.Image
+    window: Window = None
 
 
 def read_slices(
-    source: "Source | Scan", slices: int | str | Sequence[int] = "middle", window: "Window" = None
+    source: Source | Scan, slices: int | str | Sequence[int] = "middle", window: Window = None
 ) -> Iterator[Slice]:
     """The chosen slices of a scan, or of anything that `open_scan` opens, decoded one by one.
 
     Raises:
         ValueError: it cannot be read, has no such slice, or cannot be shown with that window; the message names it.
     """
-    from medsight.scans.scan import Scan, open_scan
-
     scan = source if isinstance(source, Scan) else open_scan(source)
     for index in scan.choose_slices(slices):
         yield Slice(scan, index, scan.slice_image(index, window).convert("RGB"), window)
@@ -94,6 +57,19 @@ def read_slices(
 
 class Predictor:
     """A loaded checkpoint that answers prompts about images.
+
+    Example:
+
+    ```python
+    import numpy as np
+
+    from medsight import Predictor
+
+    predict = Predictor(device="cpu")
+    volume = np.random.default_rng(0).integers(-1000, 1000, (9, 64, 64))
+    prediction = predict(volume, "Segment the liver.", slices=4, window="abdomen", max_new_tokens=8)
+    assert all(region.mask.shape == (64, 64) for region in prediction.answer.regions)
+    ```
 
     Args:
         model: checkpoint folder; the small one that comes with the package by default.
@@ -106,8 +82,6 @@ class Predictor:
     """
 
     def __init__(self, model: str | Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
-        from medsight.checkpoint import check_checkpoint, choose_device, load_checkpoint, shipped_checkpoint
-
         self.folder = shipped_checkpoint() if model is None else Path(model)
         check_checkpoint(self.folder)
         if dtype not in DTYPES:
@@ -120,34 +94,34 @@ class Predictor:
     @overload
     def __call__(
         self,
-        image: "Source | Scan",
+        image: Source | Scan,
         prompt: str,
         slices: int | str | Sequence[int] = "middle",
-        window: "Window" = None,
+        window: Window = None,
         batch_size: int = BATCH_SIZE,
         **settings: Any,
-    ) -> "Prediction": ...
+    ) -> Prediction: ...
 
     @overload
     def __call__(
         self,
-        image: "list[Source | Scan] | tuple[Source | Scan, ...]",
+        image: list[Source | Scan] | tuple[Source | Scan, ...],
         prompt: str | Sequence[str],
         slices: int | str | Sequence[int] = "middle",
-        window: "Window" = None,
+        window: Window = None,
         batch_size: int = BATCH_SIZE,
         **settings: Any,
-    ) -> "list[Prediction]": ...
+    ) -> list[Prediction]: ...
 
     def __call__(
         self,
         image: Any,
         prompt: str | Sequence[str],
         slices: int | str | Sequence[int] = "middle",
-        window: "Window" = None,
+        window: Window = None,
         batch_size: int = BATCH_SIZE,
         **settings: Any,
-    ) -> "Prediction | list[Prediction]":
+    ) -> Prediction | list[Prediction]:
         """Answers a prompt about an image; or, of a list of images, about each of them, in batches.
 
         Args:
@@ -178,9 +152,9 @@ class Predictor:
         if len(prompts) != len(image):
             raise ValueError(f"expected one prompt, or one an image, got {len(prompts)} for {len(image)} images")
         entries = (
-            (one, asked, _name_of(source))
+            (shown, asked, _name_of(source))
             for source, asked in zip(image, prompts, strict=True)
-            for one in read_slices(source, slices, window)
+            for shown in read_slices(source, slices, window)
         )
         predictions: list[Prediction] = []
         while batch := list(islice(entries, batch_size)):
@@ -189,32 +163,34 @@ class Predictor:
 
     def predict_slices(
         self, slices: Sequence[Slice], prompts: Sequence[str], names: Sequence[str], **settings: Any
-    ) -> "list[Prediction]":
+    ) -> list[Prediction]:
         """Answers one batch: a prompt about each slice; `names` are what the images are called.
 
         Raises:
             ValueError: an argument is out of range; the message names it.
         """
-        from medsight.inference.prediction import Prediction
-
-        chats = [[user_turn(prompt, one.image)] for prompt, one in zip(prompts, slices, strict=True)]
+        chats = [[user_turn(prompt, shown.image)] for prompt, shown in zip(prompts, slices, strict=True)]
         return [
-            Prediction(
-                answer=answer,
-                image=one.image,
-                image_name=name,
-                prompt=prompt,
-                model=self.model_name,
-                scan=one.scan,
-                slice_index=one.index,
-                window=one.window,
-            )
-            for answer, one, prompt, name in zip(self.answer(chats, **settings), slices, prompts, names, strict=True)
+            self.prediction(*entry)
+            for entry in zip(self.answer(chats, **settings), slices, prompts, names, strict=True)
         ]
+
+    def prediction(self, answer: GroundedAnswer, shown: Slice, prompt: str, name: str) -> Prediction:
+        """An answer with what was asked; `name` is what the image is called."""
+        return Prediction(
+            answer=answer,
+            image=shown.image,
+            image_name=name,
+            prompt=prompt,
+            model=self.model_name,
+            scan=shown.scan,
+            slice_index=shown.index,
+            window=shown.window,
+        )
 
     def answer(
         self, conversations: Sequence[Sequence[dict[str, Any]]], streamer: Any = None, **settings: Any
-    ) -> "list[GroundedAnswer]":
+    ) -> list[GroundedAnswer]:
         """Answers the last turn of each conversation, as one batch.
 
         Args:
@@ -279,8 +255,6 @@ def decode_greedily(model: Any, inputs: Any, **settings: Any) -> Any:
     Args:
         **settings: more of `generate`, such as `max_new_tokens` or `streamer`.
     """
-    import torch
-
     with torch.inference_mode():
         return model.generate(**inputs, do_sample=False, num_beams=1, return_dict_in_generate=True, **settings)
 
@@ -299,12 +273,10 @@ def user_turn(prompt: str, image: Any = None) -> dict[str, Any]:
     return {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}
 
 
-def assistant_turn(answer: "GroundedAnswer") -> dict[str, Any]:
+def assistant_turn(answer: GroundedAnswer) -> dict[str, Any]:
     """An answer as a turn of the conversation that goes on after it."""
     return {"role": "assistant", "content": [{"type": "text", "text": answer.raw_text}]}
 
 
 def _name_of(source: Any) -> str:
-    from medsight.text import printable
-
     return printable(str(source)) if isinstance(source, (str, PathLike)) else getattr(source, "name", None) or "image"

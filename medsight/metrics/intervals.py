@@ -67,7 +67,7 @@ def bootstrap_interval(
     else:
         names = np.asarray(groups)
         strata = [(values[names == name], owners[names == name]) for name in sorted(set(groups or ()))]
-    value = float(np.mean([some.mean() for some, _ in strata]))
+    value = float(np.mean([scored.mean() for scored, _ in strata]))
     samples = [_sums_and_counts(*stratum) for stratum in strata]
     varying = [sample for sample in samples if sample.shape[1] > 1]
     if not varying:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .dicom_file import (
     FrameOffsets,
-    Refused,
+    RefusedError,
     check_codestream,
     frame_offsets,
     guarded,
@@ -70,7 +70,7 @@ class DicomScan(Scan):
         names = [os.path.join(name, source.name) if isinstance(source, Path) else name for source in sources]
         if len(sources) == 1:
             names = [name]
-        headers = [read_header(source, called) for source, called in zip(sources, names, strict=True)]
+        headers = [read_header(*entry) for entry in zip(sources, names, strict=True)]
         with guarded(name, "its header is damaged"):
             order = _series_order(headers, names, name) if len(sources) > 1 else [0]
             self._headers = headers = [headers[i] for i in order]
@@ -100,27 +100,29 @@ class DicomScan(Scan):
             with guarded(self.name, "its header is damaged"):
                 voi = voi_of(*self._header(0))
                 return not self._colour and bool(voi.get("VOILUTSequence") or window_of(voi))
-        except Refused:
+        except RefusedError:
             return False
 
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         index = self._index(index)
-        own = is_file_window(window)
-        chosen = None if window is None or own else parse_window(window)
+        by_file = is_file_window(window)
+        chosen = None if window is None or by_file else parse_window(window)
         with guarded(self._slice_name(index), _UNDECODED):
             if self._colour:
                 if window is not None:
-                    raise Refused(f"{self.name} is in colour: it has no grey levels for a window to choose")
+                    raise RefusedError(f"{self.name} is in colour: it has no grey levels for a window to choose")
                 return Image.fromarray(self._colour_pixels(index))
-            if isinstance(window, str) and not own and self.modality not in (None, "CT"):
-                raise Refused(f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width")
+            if isinstance(window, str) and not by_file and self.modality not in (None, "CT"):
+                raise RefusedError(
+                    f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width"
+                )
             values, padding = self._grey_values(index)
             if chosen is not None:
                 shown: np.ndarray | None = apply_window(values, chosen)
             else:
-                shown = self._shown_by_file(index, values) if own else self._shown_by_default(index, values)
+                shown = self._shown_by_file(index, values) if by_file else self._shown_by_default(index, values)
             if shown is None:
-                raise Refused(no_file_window(self._slice_name(index)))
+                raise RefusedError(no_file_window(self._slice_name(index)))
             if photometric_of(self._headers[0]) == "MONOCHROME1":
                 shown = 255 - shown
             shown[padding] = 0
@@ -141,16 +143,17 @@ class DicomScan(Scan):
         known = [spacing for spacing in spacings if spacing is not None]
         if len(known) == len(spacings) and (np.ptp(known, axis=0) <= TOLERANCE * np.min(known)).all():
             self.pixel_spacing = known[0]
-        directions = directions_of(*self._header(0))
-        positions = [position_of(*self._header(index)) for index in range(self.num_slices)]
-        same = [directions_of(*self._header(index)) for index in range(self.num_slices)]
+        frames = [self._header(index) for index in range(self.num_slices)]
+        turns = [directions_of(*frame) for frame in frames]
+        placed = [position_of(*frame) for frame in frames]
+        directions = turns[0]
         if (
             directions is None
-            or any(p is None for p in positions)
-            or any(d is None or np.abs(d - directions).max() > TOLERANCE for d in same)
+            or any(position is None for position in placed)
+            or any(turn is None or np.abs(turn - directions).max() > TOLERANCE for turn in turns)
         ):
             return
-        places = np.array(positions)
+        positions = np.array(placed)
         measures = measures_of(*self._header(0))
         normal = np.cross(*directions)
         if self.num_slices == 1:
@@ -158,10 +161,10 @@ class DicomScan(Scan):
             self.slice_spacing = abs(step) or None
             through = normal * (abs(step) or 1)
         else:
-            through = (places[-1] - places[0]) / (self.num_slices - 1)
-            even = places[0] + np.arange(self.num_slices)[:, None] * through
+            through = (positions[-1] - positions[0]) / (self.num_slices - 1)
+            even = positions[0] + np.arange(self.num_slices)[:, None] * through
             distance = float(np.linalg.norm(through))
-            if not distance or np.abs(places - even).max() > TOLERANCE * distance * 5:
+            if not distance or np.abs(positions - even).max() > TOLERANCE * distance * 5:
                 logger.warning(f"{self.name}: its slices are not evenly spaced, so no volume can be measured")
                 return
             self.slice_spacing = abs(float(through @ normal)) or None
@@ -171,7 +174,7 @@ class DicomScan(Scan):
         affine[:3, 0] = through
         affine[:3, 1] = directions[1] * self.pixel_spacing[0]
         affine[:3, 2] = directions[0] * self.pixel_spacing[1]
-        affine[:3, 3] = places[0]
+        affine[:3, 3] = positions[0]
         self.affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's axes go to the left and to the back
 
     def _stored(self, index: int) -> np.ndarray:
@@ -190,13 +193,15 @@ class DicomScan(Scan):
             syntax = dataset.file_meta.TransferSyntaxUID
             if (package := missing_decoder(syntax)) is None:
                 raise
-            raise Refused(
+            raise RefusedError(
                 f"{self._slice_name(index)} is compressed as {syntax.name}, which the decoders that are installed do "
                 f"not read, or damaged: pip install pylibjpeg {package}"
             ) from None
         colours = (3,) if int(dataset.get("SamplesPerPixel") or 1) == 3 else ()
         if pixels.shape != (self.height, self.width, *colours):
-            raise Refused(f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims")
+            raise RefusedError(
+                f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims"
+            )
         return pixels
 
     def _colour_pixels(self, index: int) -> np.ndarray:
@@ -209,7 +214,7 @@ class DicomScan(Scan):
             pixels = apply_color_lut(pixels, header)
             bits = 8 * pixels.itemsize
         if pixels.dtype.kind != "u" or pixels.shape != (self.height, self.width, 3):
-            raise Refused(f"{self.name} has colours of an unknown kind")
+            raise RefusedError(f"{self.name} has colours of an unknown kind")
         return (pixels >> (bits - 8) if bits > 8 else pixels).astype(np.uint8)
 
     def _grey_values(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +269,7 @@ class DicomScan(Scan):
                 return apply_window(values, Window(top / 2, top))
         if self._levels is None:
             sampled = [self._grey_values(i) for i in sampled_slices(self.num_slices)]
-            shown_values = np.concatenate([one[~hidden] for one, hidden in sampled])
+            shown_values = np.concatenate([levels[~hidden] for levels, hidden in sampled])
             self._levels = percentile_window(shown_values[np.isfinite(shown_values)])
         return apply_window(values, self._levels)
 
@@ -280,13 +285,11 @@ def series_files(folder: Path, name: str) -> list[Path]:
         raise ValueError(f"{name} holds {len(files):,} files: a series of at most {MAX_SERIES_FILES:,} is read")
     found = []
     for path in files:
-        with path.open("rb") as file:
-            try:
-                dicom = recognise(file, str(path)) == "dicom"
-            except ValueError:
-                dicom = False
-        if dicom and path.name != "DICOMDIR":
-            found.append(path)
+        try:
+            if path.name != "DICOMDIR" and recognise(path, str(path)) == "dicom":
+                found.append(path)
+        except ValueError:
+            pass  # an archive, or an empty file: no part of the series
     if not found:
         raise ValueError(f"{name} is a folder without a DICOM file: name a file, or the folder of one DICOM series")
     if len(found) < len(files):
@@ -298,22 +301,24 @@ def _series_order(headers: Sequence[Any], names: Sequence[str], name: str) -> li
     """The order of the instances of the one series, or a reason why they are no series."""
     series = Counter(str(header.get("SeriesInstanceUID")) for header in headers)
     if len(series) > 1:
-        raise Refused(f"{name} holds {len(series)} series ({len(headers)} images): name the folder of one of them")
+        raise RefusedError(
+            f"{name} holds {len(series)} series ({len(headers)} images): name the folder of one of them"
+        )
     first = headers[0]
     seen: dict[str, str] = {}
-    for header, called in zip(headers, names, strict=True):
+    for header, file in zip(headers, names, strict=True):
         if number_of_frames(header) > 1:
-            raise Refused(f"{name} holds several files, {called} among them with several frames: name one file")
+            raise RefusedError(f"{name} holds several files, {file} among them with several frames: name one file")
         for key in ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "Modality"):
             if header.get(key) != first.get(key):
-                raise Refused(f"{called} differs from {names[0]} in {key}: they are no one volume")
-        one, other = directions_of(first, 0), directions_of(header, 0)
-        if (one is None) != (other is None) or (one is not None and np.abs(one - other).max() > TOLERANCE):
-            raise Refused(f"{called} lies in another direction than {names[0]}: they are no one volume")
+                raise RefusedError(f"{file} differs from {names[0]} in {key}: they are no one volume")
+        turn, expected = directions_of(header, 0), directions_of(first, 0)
+        if (turn is None) != (expected is None) or (turn is not None and np.abs(turn - expected).max() > TOLERANCE):
+            raise RefusedError(f"{file} lies in another direction than {names[0]}: they are no one volume")
         instance = str(header.get("SOPInstanceUID"))
         if instance in seen and header.get("SOPInstanceUID"):
-            raise Refused(f"{called} and {seen[instance]} are the same image: keep one of them")
-        seen[instance] = called
+            raise RefusedError(f"{file} and {seen[instance]} are the same image: keep one of them")
+        seen[instance] = file
     directions = directions_of(first, 0)
     positions = [position_of(header, 0) for header in headers]
     numbers = [(numbers_of(header.get("InstanceNumber"), 1) or (0.0,))[0] for header in headers]

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, open_source
 
 from .dicom_header import code_of, number_of_frames, photometric_of
 
@@ -33,25 +33,25 @@ _NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # thou
 _READING = threading.RLock()  # warnings and log levels are the whole process's
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """An error whose message is ours."""
 
 
 @contextmanager
 def guarded(name: str, problem: str) -> Iterator[None]:
     """Turn whatever pydicom and its decoders raise into a ValueError, and keep them from writing about a person."""
-    own = logging.getLogger("pydicom")
+    logger = logging.getLogger("pydicom")
     with _READING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        level, own.level = own.level, logging.CRITICAL + 1
+        level, logger.level = logger.level, logging.CRITICAL + 1
         try:
             yield
-        except Refused:
+        except RefusedError:
             raise
         except Exception as error:
-            raise Refused(f"{name}: {problem} ({type(error).__name__})") from None
+            raise RefusedError(f"{name}: {problem} ({type(error).__name__})") from None
         finally:
-            own.level = level
+            logger.level = level
 
 
 def read_header(source: Path | bytes, name: str) -> Any:
@@ -80,7 +80,7 @@ def read_whole(source: Path | bytes, name: str) -> Any:
 
     with _stream(source, name) as file:
         if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
-            raise Refused(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
+            raise RefusedError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
         file.seek(0)
         dataset = pydicom.dcmread(file, force=True)
     _set_transfer_syntax(dataset)
@@ -92,8 +92,7 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
     """The file as pydicom may read it; one that was deflated as a whole comes inflated, up to a limit."""
     from pydicom.filereader import read_dataset
 
-    file: BinaryIO = BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-    with file:
+    with open_source(source) as file:
         prefix = 132 if file.read(132)[128:] == b"DICM" else 0
         file.seek(prefix)
         if file.read(2) != b"\x02\x00":
@@ -111,9 +110,9 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
         unpack = zlib.decompressobj(-zlib.MAX_WBITS)
         inflated = unpack.decompress(file.read(), MAX_INFLATED_BYTES)
         if unpack.unconsumed_tail:
-            raise Refused(f"{name} inflates to more than {MAX_INFLATED_BYTES:,} bytes")
+            raise RefusedError(f"{name} inflates to more than {MAX_INFLATED_BYTES:,} bytes")
         if not unpack.eof:
-            raise Refused(f"{name} is truncated")
+            raise RefusedError(f"{name} is truncated")
         yield BytesIO(inflated)
 
 
@@ -142,7 +141,7 @@ def _check_is_image(dataset: Any, length: int, name: str) -> None:
     ):
         kind = "an object without pixels"
     if kind is not None:
-        raise Refused(f"{name} is no image but {kind}" + (f" ({what})" if what else ""))
+        raise RefusedError(f"{name} is no image but {kind}" + (f" ({what})" if what else ""))
 
 
 def _check_sizes(dataset: Any, length: int, name: str) -> None:
@@ -152,11 +151,11 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
     rows, columns, frames = int(dataset.Rows), int(dataset.Columns), number_of_frames(dataset)
     samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.BitsAllocated)
     if min(rows, columns, frames) < 1 or samples not in (1, 3) or bits not in (1, 8, 16, 32, 64):
-        raise Refused(
+        raise RefusedError(
             f"{name} has a damaged header: {frames} frames of {rows} x {columns} pixels of {samples} x {bits} bits"
         )
     if rows * columns > MAX_IMAGE_PIXELS or frames > MAX_FRAMES:
-        raise Refused(
+        raise RefusedError(
             f"{name} claims {frames:,} frames of {rows:,} x {columns:,} pixels: at most {MAX_FRAMES:,} of "
             f"{MAX_IMAGE_PIXELS:,} in total are read"
         )
@@ -165,7 +164,7 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
     share = 2 / 3 if photometric_of(dataset) in ("YBR_FULL_422", "YBR_PARTIAL_422") else 1
     needed = 8 * frames if packed else math.ceil(rows * columns * samples * frames * bits * share / 8)
     if needed > length:
-        raise Refused(
+        raise RefusedError(
             f"{name} is truncated: its header claims {frames:,} frames of {rows:,} x {columns:,} pixels, which do not "
             f"fit into the {max(length, 0):,} bytes that follow it"
         )
@@ -195,15 +194,15 @@ def frame_offsets(dataset: Any) -> FrameOffsets | None:
     pixels = BytesIO(dataset.PixelData)
     if parse_basic_offsets(pixels):
         return None
-    fragments, places = parse_fragments(pixels)
+    fragments, offsets = parse_fragments(pixels)
     if fragments < frames:
         return None
     if fragments > frames:
         streams = list(islice(generate_frames(dataset.PixelData, number_of_frames=frames), frames))
         dataset.PixelData = encapsulate(streams, has_bot=False)
         return frame_offsets(dataset)
-    lengths = [int.from_bytes(dataset.PixelData[place + 4 : place + 8], "little") for place in places]
-    return [place - places[0] for place in places], lengths
+    lengths = [int.from_bytes(dataset.PixelData[offset + 4 : offset + 8], "little") for offset in offsets]
+    return [offset - offsets[0] for offset in offsets], lengths
 
 
 def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, name: str) -> None:
@@ -218,17 +217,17 @@ def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, nam
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise Refused(f"{name} is compressed as {syntax.name}, which pydicom cannot decode") from None
+        raise RefusedError(f"{name} is compressed as {syntax.name}, which pydicom cannot decode") from None
     if not decoder.is_available:
         package = missing_decoder(syntax) or "pylibjpeg-libjpeg"
-        raise Refused(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
+        raise RefusedError(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
     if syntax == RLELossless:
         return
     frames = number_of_frames(dataset)
     stream = get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
     size = codestream_size(stream)
     if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
-        raise Refused(f"{name} is damaged: its header and its compressed pixels claim different sizes")
+        raise RefusedError(f"{name} is damaged: its header and its compressed pixels claim different sizes")
 
 
 def missing_decoder(syntax: Any) -> str | None:

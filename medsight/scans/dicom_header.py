@@ -38,9 +38,9 @@ def numbers_of(value: Any, count: int | None) -> tuple[float, ...] | None:
 
 def group_of(dataset: Any, frame: int, name: str) -> Any:
     """A functional group of a frame of an enhanced object: its own, or the shared one; {} where there is none."""
-    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
     shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    for groups in (own[frame] if frame < len(own) else {}, shared[0] if len(shared) else {}):
+    for groups in (per_frame[frame] if frame < len(per_frame) else {}, shared[0] if len(shared) else {}):
         if group := groups.get(name):
             return group[0]
     return {}

@@ -11,28 +11,18 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS
+from processing_medsight.image_loading_medsight import GZIP_MAGIC, MAX_IMAGE_PIXELS, open_source
 
-from .file_kinds import GZIP_MAGIC, check_gzip_ratio
+from .file_kinds import check_gzip_ratio
 from .scan import MAX_VOXELS, Scan, warn_of_oblong_pixels
-from .windows import (
-    WINDOWS,
-    Window,
-    apply_window,
-    is_file_window,
-    looks_like_hounsfield,
-    no_file_window,
-    parse_window,
-    percentile_window,
-)
+from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, percentile_window
 
 
 logger = logging.get_logger(__name__)
@@ -81,24 +71,14 @@ class NiftiScan(Scan):
     def is_wide(self) -> bool:
         return not self._dtype.names
 
-    @property
-    def has_window(self) -> bool:
-        return self._own_window() is not None
-
-    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
-        index = self._index(index)
+    def _default_image(self, index: int) -> Image.Image:
+        if (levels := self._grey_levels(index)) is not None:
+            return Image.fromarray(apply_window(levels, self._default_window()))
         shown = self._displayed(self._raw(), index)
-        if self._dtype.names:
-            if window is not None:
-                raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
-            return Image.fromarray(np.stack([shown[channel] for channel in "RGB"], axis=2))
-        if is_file_window(window):
-            chosen = self._own_window()
-            if chosen is None:
-                raise ValueError(no_file_window(self.name))
-        else:
-            chosen = self._default_window() if window is None else parse_window(window)
-        return Image.fromarray(apply_window(self._scaled(shown), chosen))
+        return Image.fromarray(np.stack([shown[channel] for channel in "RGB"], axis=2))
+
+    def _grey_levels(self, index: int) -> np.ndarray | None:
+        return None if self._dtype.names else self._scaled(self._displayed(self._raw(), index))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         voxels = np.zeros(self._shape, dtype=bool)
@@ -109,8 +89,7 @@ class NiftiScan(Scan):
     @contextmanager
     def _open(self) -> Iterator[Any]:
         """The file, unpacked on the way if it is packed."""
-        file: BinaryIO = BytesIO(self._source) if isinstance(self._source, bytes) else self._source.open("rb")
-        with file:
+        with open_source(self._source) as file:
             self._packed = file.read(2) == GZIP_MAGIC
             file.seek(0)
             if not self._packed:
@@ -121,12 +100,10 @@ class NiftiScan(Scan):
 
     def _check_length(self) -> None:
         needed = self._offset + math.prod(self._shape) * self._dtype.itemsize
-        if self._packed:
-            packed = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
-            check_gzip_ratio(packed, needed, self.name)
-            return
         held = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
-        if held < needed:
+        if self._packed:
+            check_gzip_ratio(held, needed, self.name)
+        elif held < needed:
             raise ValueError(
                 f"{self.name} is truncated: its header claims {needed:,} bytes ({' x '.join(map(str, self._shape))} "
                 f"voxels of {self._dtype}), the file holds {held:,}"
@@ -204,7 +181,7 @@ class NiftiScan(Scan):
         with np.errstate(over="ignore", invalid="ignore"):
             return voxels.astype(np.float64) * slope + intercept
 
-    def _own_window(self) -> Window | None:
+    def _stated_window(self) -> Window | None:
         """From `cal_min` to `cal_max`, where they are set."""
         low, high = float(self._header["cal_min"]), float(self._header["cal_max"])
         stated = np.isfinite([low, high]).all() and high > low and not self._dtype.names

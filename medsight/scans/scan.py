@@ -1,43 +1,25 @@
-"""A picture, a DICOM file or series, or a NIfTI volume as slices to look at, and masks back onto its own grid.
+"""What every scan can do, whatever it was read from: slices to look at, and masks back onto its own grid.
 
-What a source is follows from its content, never from its name. Nothing is allocated before the size that a header
-claims was held against what is there. Messages name files and never quote what a header says about a person.
+Nothing is allocated before the size that a header claims was held against what is there. Messages name files and never
+quote what a header says about a person.
 """
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers.utils import logging
 
-from processing_medsight.image_loading_medsight import (
-    as_numpy,
-    black_is_zero,
-    bytes_of_text,
-    decode,
-    display_name,
-    grey_to_pillow,
-    is_volume,
-    is_wide,
-    load_array,
-    load_image,
-    to_array,
-)
+from processing_medsight.image_loading_medsight import black_is_zero, decode, grey_to_pillow, to_array
 
-from .file_kinds import recognise
-from .windows import apply_window, is_file_window, no_file_window, parse_window
+from .windows import Window, apply_window, is_file_window, no_file_window, parse_window
 
 
 logger = logging.get_logger(__name__)
-
-Source: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | torch.Tensor
 
 # 1024 x 1024 x 1024, or 512 x 512 x 4096: above what scanners make, below what exhausts a workstation.
 MAX_VOXELS = 2**30
@@ -47,6 +29,20 @@ _SQUARE = 1.02  # the largest ratio of a pixel's sides that counts as square
 
 class Scan(ABC):
     """Something of one or several slices; make one by [`open_scan`].
+
+    Example:
+
+    ```python
+    import numpy as np
+
+    from medsight import open_scan
+
+    scan = open_scan(np.random.default_rng(0).integers(-1000, 1000, (9, 64, 48)))
+    index = scan.choose_slices("middle")[0]
+    picture = scan.slice_image(index, window=(40, 400))
+    assert (scan.num_slices, index, picture.size) == (9, 4, (48, 64))
+    assert scan.to_source({index: np.asarray(picture) > 100}).shape == (9, 64, 48)
+    ```
 
     Attributes:
         name: how to call it in messages (no patient data).
@@ -90,12 +86,24 @@ class Scan(ABC):
 
     @property
     def has_window(self) -> bool:
-        return False
+        return self._stated_window() is not None
+
+    def facts(self) -> dict[str, Any]:
+        """What files and tables say of the scan, ready for JSON; nothing about a patient."""
+        return {
+            "kind": self.kind,
+            "slices": self.num_slices,
+            "plane": self.plane,
+            "width": self.width,
+            "height": self.height,
+            "modality": self.modality,
+            "pixel_spacing_mm": None if self.pixel_spacing is None else list(self.pixel_spacing),
+            "slice_spacing_mm": self.slice_spacing,
+        }
 
     def __repr__(self) -> str:
         return f"<{self.kind} scan {self.name}: {self.num_slices} x {self.height} x {self.width}, {self.modality}>"
 
-    @abstractmethod
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         """A slice as it is shown, and as the model sees it.
 
@@ -112,6 +120,13 @@ class Scan(ABC):
             ValueError: for a slice that is not there or damaged, or a window that the scan cannot have, or does not
                 state.
         """
+        index = self._index(index)
+        if window is None:
+            return self._default_image(index)
+        levels = self._grey_levels(index)
+        if levels is None:
+            raise ValueError(f"{self.name} is of 8 bits or in colour: it has no grey levels for a window to choose")
+        return Image.fromarray(apply_window(levels, self._chosen_window(window, self._stated_window(), self.name)))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         """Masks of displayed slices on the source's own grid.
@@ -172,6 +187,26 @@ class Scan(ABC):
         """A copy of the NIfTI header; `None` for what is not NIfTI."""
         return None
 
+    def _default_image(self, index: int) -> Image.Image:
+        """A slice as it is shown without a window."""
+        raise NotImplementedError
+
+    def _grey_levels(self, index: int) -> np.ndarray | None:
+        """(height, width) of a slice, for a window; `None` where there are none to choose from."""
+        raise NotImplementedError
+
+    def _stated_window(self) -> Window | None:
+        """The window that the file states for itself."""
+        return None
+
+    @staticmethod
+    def _chosen_window(window: str | Sequence[float], stated: Window | None, name: str) -> Window:
+        if not is_file_window(window):
+            return parse_window(window)
+        if stated is None:
+            raise ValueError(no_file_window(name))
+        return stated
+
     def _foreground(self, index: int) -> int:
         """Number of pixels of a slice that are brighter than a quarter of what is shown."""
         return int((np.asarray(self.slice_image(index).convert("L")) > 63).sum())
@@ -209,7 +244,6 @@ class Picture(Scan):
             image = black_is_zero(image)
         elif image.ndim == 2:
             image = grey_to_pillow(image, name)
-        self.original = image  # as it was read: of any mode or type
         self._values = np.asarray(image) if wide else None
         self._shown = to_picture(image, name)
         self.width, self.height = self._shown.size
@@ -218,18 +252,21 @@ class Picture(Scan):
     def is_wide(self) -> bool:
         return self._values is not None
 
-    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
-        self._index(index)
-        if window is None:
-            return self._shown.copy()
-        if self._values is None:
-            raise ValueError(f"{self.name} is of 8 bits or in colour: it has no grey levels for a window to choose")
-        if is_file_window(window):
-            raise ValueError(no_file_window(self.name))
-        return Image.fromarray(apply_window(self._values, parse_window(window)))
+    def _default_image(self, index: int) -> Image.Image:
+        return self._shown.copy()
+
+    def _grey_levels(self, index: int) -> np.ndarray | None:
+        return self._values
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         return self._checked(masks).get(0, np.zeros((self.height, self.width), dtype=bool)).copy()
+
+
+def is_wide(image: Image.Image | np.ndarray) -> bool:
+    """Whether an image has one channel of more than 8 bits, of which a window can choose."""
+    if isinstance(image, Image.Image):
+        return image.mode in ("I", "F") or image.mode.startswith("I;16")
+    return image.ndim == 2 and image.dtype not in (np.bool_, np.uint8)
 
 
 def to_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
@@ -245,86 +282,3 @@ def warn_of_oblong_pixels(scan: Scan) -> None:
         rows, columns = scan.pixel_spacing
         if max(rows, columns) > _SQUARE * min(rows, columns):
             logger.warning(f"{scan.name}: pixels are not square ({rows:.3g} mm high, {columns:.3g} mm wide)")
-
-
-def open_scan(source: Source, name: str | None = None, plane: str | None = None, volume: bool = False) -> Scan:
-    """Open what a caller names: one file, a folder that holds one DICOM series, its bytes, or an array.
-
-    Args:
-        source: path (also an http(s) address or base64, as [`load_image`]), bytes, a Pillow image, or an array or
-            tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
-            other one of three axes is a volume, its slices along the first.
-        name: what to call it, and files in it, in messages; the path by default.
-        plane: that a NIfTI volume is cut along, "axial" (the default), "coronal" or "sagittal".
-        volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
-            channels. Where the last axis has 1 to 4 entries, these are channels all the same.
-
-    Returns:
-        The scan: its header was read and checked, its pixels are decoded when they are asked for.
-
-    Raises:
-        ValueError: for what is missing, damaged, too large or no image, or a plane of anything but NIfTI, saying which
-            and what to do.
-    """
-    if plane is not None and plane not in PLANES:
-        raise ValueError(f"plane={plane!r}: expected one of {', '.join(PLANES)}")
-    scan = _open(source, name, plane, volume)
-    if plane is not None and scan.plane is None:
-        raise ValueError(f"{scan.name}: plane={plane!r} is for NIfTI volumes; anything else is shown as it is stored")
-    return scan
-
-
-def _open(source: Source, name: str | None, plane: str | None, volume: bool) -> Scan:
-    if isinstance(source, Image.Image):
-        return Picture(source, name or getattr(source, "filename", None) or "image")
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _open_array(as_numpy(source, name or "array"), name or "array", [], volume)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_bytes(bytes(source), name or "bytes", plane, volume)
-    if not isinstance(source, (str, os.PathLike)):
-        kind = type(source).__name__
-        raise ValueError(f"{name or 'source'}: expected a path, bytes, an image, an array or a tensor, got {kind}")
-    name = name or display_name(source)
-    if os.path.isdir(source):
-        from .dicom import DicomScan, series_files
-
-        return DicomScan(series_files(Path(source), name), name)
-    if not os.path.isfile(source):
-        return _open_bytes(bytes_of_text(source, name), name, plane, volume)
-    path = Path(source)
-    try:
-        with path.open("rb") as file:
-            kind = recognise(file, name)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read ({error.strerror})") from error
-    return _open_kind(kind, path, name, plane, volume)
-
-
-def _open_bytes(content: bytes, name: str, plane: str | None, volume: bool) -> Scan:
-    return _open_kind(recognise(BytesIO(content), name), content, name, plane, volume)
-
-
-def _open_kind(kind: str, source: Path | bytes, name: str, plane: str | None, volume: bool) -> Scan:
-    files = [source] if isinstance(source, Path) else []
-    if kind == "dicom":
-        from .dicom import DicomScan
-
-        return DicomScan([source], name)
-    if kind == "nifti":
-        from .nifti import NiftiScan
-
-        return NiftiScan(source, name, plane or PLANES[0])
-    if kind == "numpy":
-        return _open_array(load_array(source, name), name, files, volume)
-    from .stack import PageStack, tiff_pages
-
-    pages = tiff_pages(source, name)
-    return Picture(load_image(source, name), name, files) if pages is None else PageStack(pages, name, files)
-
-
-def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: bool) -> Scan:
-    if not is_volume(array, volume):
-        return Picture(array, name, files)
-    from .stack import ArrayStack
-
-    return ArrayStack(array, name, files)

@@ -7,27 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from processing_medsight.image_loading_medsight import (
-    MAX_IMAGE_PIXELS,
-    black_is_zero,
-    count_frames,
-    decode,
-    is_wide,
-    open_image,
-)
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, count_frames, decode_upright, open_image
 
-from .scan import MAX_VOXELS, Scan, to_picture
-from .windows import (
-    Window,
-    apply_window,
-    is_file_window,
-    no_file_window,
-    parse_window,
-    percentile_window,
-    sampled_slices,
-)
+from .scan import MAX_VOXELS, Scan, is_wide, to_picture
+from .windows import Window, apply_window, percentile_window, sampled_slices
 
 
 class Stack(Scan):
@@ -53,22 +38,19 @@ class Stack(Scan):
     def is_wide(self) -> bool:
         return is_wide(self._page(0))
 
-    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
-        page = self._page(self._index(index))
-        if window is None and not is_wide(page):
+    def _default_image(self, index: int) -> Image.Image:
+        page = self._page(index)
+        if not is_wide(page):
             return to_picture(page, self.name)
-        if isinstance(page, Image.Image) and page.mode != "L" and not is_wide(page):
-            raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
-        if is_file_window(window):
-            raise ValueError(no_file_window(self.name))
-        chosen = self._default_window() if window is None else parse_window(window)
-        return Image.fromarray(apply_window(np.asarray(page), chosen))
-
-    def _default_window(self) -> Window:
         if self._levels is None:
-            sample = np.stack([np.asarray(self._page(index)) for index in sampled_slices(self.num_slices)])
+            sample = np.stack([np.asarray(self._page(sampled)) for sampled in sampled_slices(self.num_slices)])
             self._levels = percentile_window(sample[np.isfinite(sample)])
-        return self._levels
+        return Image.fromarray(apply_window(np.asarray(page), self._levels))
+
+    def _grey_levels(self, index: int) -> np.ndarray | None:
+        page = self._page(index)
+        in_colour = isinstance(page, Image.Image) and page.mode != "L" and not is_wide(page)
+        return None if in_colour else np.asarray(page)
 
 
 class ArrayStack(Stack):
@@ -111,12 +93,7 @@ class PageStack(Stack):
                 self._opened.seek(index)
             except Exception as error:
                 raise ValueError(f"{name} is damaged or truncated ({error})") from error
-            decode(self._opened, name)
-            try:
-                ImageOps.exif_transpose(self._opened, in_place=True)
-            except Exception as error:
-                raise ValueError(f"{name} has a damaged EXIF header ({error})") from error
-            return black_is_zero(self._opened).copy()
+            return decode_upright(self._opened, name).copy()
 
 
 def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:

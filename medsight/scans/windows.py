@@ -41,17 +41,13 @@ def parse_window(window: str | Sequence[float]) -> Window:
     Raises:
         ValueError: for another name, not two numbers, or a width that is not above 0.
     """
-    if isinstance(window, str):
-        if window not in WINDOWS:
-            raise ValueError(
-                f"window={window!r}: expected one of {', '.join((*WINDOWS, FILE_WINDOW))}, or (centre, width)"
-            )
+    if isinstance(window, str) and window in WINDOWS:
         return WINDOWS[window]
     try:
         centre, width = (float(value) for value in window)
     except (TypeError, ValueError):
         names = ", ".join((*WINDOWS, FILE_WINDOW))
-        raise ValueError(f"window={window!r}: expected a name ({names}) or (centre, width)") from None
+        raise ValueError(f"window={window!r}: expected one of {names}, or (centre, width)") from None
     if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
         raise ValueError(f"window={window!r}: expected a finite centre and a width above 0")
     return Window(centre, width)

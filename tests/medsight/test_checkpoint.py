@@ -3,68 +3,54 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from medsight import Predictor
-from medsight.checkpoint import check_checkpoint, checkpoint_sha256, choose_device
+from medsight.checkpoint import check_checkpoint, checkpoint_sha256
+from medsight.loading import choose_device
 
 
-def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:
-    """A copy of a checkpoint with one thing wrong with it."""
-    if kind == "missing":
-        return folder
-    if kind == "a file":
-        shutil.copy(checkpoint / "config.json", folder)
-        return folder
-    shutil.copytree(checkpoint, folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if kind == "no config":
-        config.unlink()
-    elif kind == "broken config":
-        config.write_text(config.read_text("utf-8")[:50])
-    elif kind == "another model":
-        config.write_text('{"model_type": "llava"}')
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "pickled weights":
-        weights.rename(folder / "pytorch_model.bin")
-    elif kind == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind == "weights of another size":
-        config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
-    elif kind == "no tokenizer":
-        for path in folder.glob("tokenizer*"):
-            path.unlink()
-    return folder
+def shorten(path: Path, end: int) -> None:
+    path.write_bytes(path.read_bytes()[:end])
 
 
-@pytest.mark.parametrize(
-    ("kind", "culprit"),
-    [
-        ("missing", "does not exist"),
-        ("a file", "is a file"),
-        ("no config", "config.json"),
-        ("broken config", "config.json"),
-        ("another model", "llava"),
-        ("no weights", "no weights"),
-        ("pickled weights", "pytorch_model.bin"),
-        ("truncated weights", "model.safetensors"),
-        ("weights of another size", "region_queries"),
-        ("no tokenizer", "tokenizer"),
-    ],
-)
+# What is wrong with a copy of a checkpoint, and what the error names.
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (shutil.rmtree, "does not exist"),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), "is a file"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "broken config": (lambda folder: shorten(folder / "config.json", 50), "config.json"),
+    "another model": (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "llava"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "pickled weights": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "pytorch_model.bin",
+    ),
+    "truncated weights": (lambda folder: shorten(folder / "model.safetensors", -100), "model.safetensors"),
+    "weights of another size": (lambda folder: add_region_queries(folder / "config.json"), "region_queries"),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
+}
+
+
+def add_region_queries(config: Path) -> None:
+    config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_bad_model_folder_is_named_and_nothing_is_written(
     kind: str,
-    culprit: str,
     predict: Callable,
     tiny_checkpoint: Path,
     image_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = damaged(tiny_checkpoint, tmp_path / "model", kind)
+    damage, culprit = DAMAGES[kind]
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    damage(model)
     assert predict(image_file, "--output", str(tmp_path / "out"), model=model) == 1
     error = capsys.readouterr().err
     assert error.startswith("medsight: error: ") and error.count("\n") == 1

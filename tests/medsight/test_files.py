@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all, and nothing of another's is lost for it."""
+"""An output folder that appears whole or not at all, and nothing of another's is lost for it; a file of names."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medsight.files import check_empty, staged_folder
+from medsight.files import check_empty, read_names, staged_folder
 from tests.medsight.answers import contents
 
 
@@ -129,3 +129,29 @@ def test_a_mount_point_that_cannot_be_filled_stays_empty(
     with pytest.raises(OSError, match="No space left"), staged_folder(mount, False) as stage:
         fill(stage)
     assert list(tmp_path.iterdir()) == [mount] and not any(mount.iterdir())
+
+
+@pytest.mark.parametrize("text", ["CT\n\n MRI brain \r\n", '\ufeff["CT", "MRI brain"]'])
+def test_names_are_a_json_list_or_one_a_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "names"
+    path.write_bytes(text.encode())
+    assert read_names(path) == ["CT", "MRI brain"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n \n", "expected a JSON list of names or one name per line, none of them empty"),
+        (b"[]", "expected a JSON list"),
+        (b'["CT", ""]', "expected a JSON list"),
+        (b'["CT", 1]', "expected a JSON list"),
+        (b'["CT"', "begins like a JSON list but is none"),
+        (b"CT\nMRI\nCT\n", "gives the name 'CT' more than once"),
+        ("K\u00f6pfe".encode("latin-1"), "is not written in UTF-8"),
+    ],
+)
+def test_a_file_without_proper_names_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"names.txt.*{message}"):
+        read_names(path)

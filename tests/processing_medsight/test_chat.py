@@ -195,21 +195,19 @@ class TestTemplate:
             f"<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n{NO_THINKING}"
         )
 
-    def test_a_string_is_one_text_part(self, processor: MedSightProcessor) -> None:
+    def test_a_string_is_one_text_part_and_thinking_passes_through(self, processor: MedSightProcessor) -> None:
         for role in ("system", "user", "assistant"):
-            parts = [{"role": role, "content": [{"type": "text", "text": "a b"}]}]
-            assert processor.apply_chat_template(parts) == processor.apply_chat_template(
-                [{"role": role, "content": "a b"}]
-            )
-
-    def test_thinking_passes_through(self, processor: MedSightProcessor) -> None:
+            parts, text = ([{"role": role, "content": c}] for c in ([{"type": "text", "text": "a b"}], "a b"))
+            assert processor.apply_chat_template(parts) == processor.apply_chat_template(text)
         messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True)
         assert "<think>" not in prompt and prompt.endswith("<|im_start|>assistant\n")
         thought = [{"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}]
         assert processor.apply_chat_template(thought).count("<think>") == 1
 
-    def test_every_prompt_is_a_prefix_of_the_conversation(self, processor: MedSightProcessor) -> None:
+    def test_every_prompt_is_a_prefix_of_the_conversation_and_the_last_turn_can_be_continued(
+        self, processor: MedSightProcessor
+    ) -> None:
         messages = [
             {"role": "user", "content": "Segment the liver."},
             {"role": "assistant", "content": "liver [C0_1]"},
@@ -220,11 +218,9 @@ class TestTemplate:
         for turns in (1, 3):
             prompt = processor.apply_chat_template(messages[:turns], add_generation_prompt=True)
             assert whole.startswith(prompt + messages[turns]["content"])
-
-    def test_the_final_message_can_be_continued(self, processor: MedSightProcessor) -> None:
-        messages = [{"role": "user", "content": "Segment."}, {"role": "assistant", "content": "The liver"}]
-        prompt = processor.apply_chat_template(messages, continue_final_message=True)
-        assert prompt.endswith(f"assistant\n{NO_THINKING}The liver")
+        assert processor.apply_chat_template(messages, continue_final_message=True) == whole.removesuffix(
+            "<|im_end|>\n"
+        )
 
     @pytest.mark.parametrize(
         ("messages", "arguments", "message"),

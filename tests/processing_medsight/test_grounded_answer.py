@@ -218,18 +218,13 @@ def test_threshold_and_geometry_of_the_call_are_honoured(processor: MedSightProc
     assert none.regions[0].box is None
 
 
-def test_special_tokens_can_be_kept(processor: MedSightProcessor) -> None:
-    inputs = ask(processor, question(blank(5, 5)))
-    out = generated(processor, inputs, ["liver [C0_1]."], [[(0, 0, 1, 1)]])
-    (answer,) = processor.post_process_grounded_answer(out, inputs, skip_special_tokens=False)
-    assert answer.raw_text == "liver [C0_1].<|im_end|>"
-
-
-def test_an_answer_says_whether_it_came_to_its_end(processor: MedSightProcessor) -> None:
+def test_an_answer_says_whether_it_came_to_its_end_and_can_keep_special_tokens(processor: MedSightProcessor) -> None:
     inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
     out = generated(processor, inputs, ["A longer liver [C0_1].", "No."], [[(0, 0, 1, 1)], []])
     out["is_complete"] = torch.tensor([False, True])
     assert [a.is_complete for a in processor.post_process_grounded_answer(out, inputs)] == [False, True]
+    kept, _ = processor.post_process_grounded_answer(out, inputs, skip_special_tokens=False)
+    assert kept.raw_text == "A longer liver [C0_1].<|im_end|>"
     decoded = ModelOutput(mask_logits=[logits_of()] * 2, region_code_ids=[[]] * 2, region_scores=[torch.ones(0)] * 2)
     assert [a.is_complete for a in processor.post_process_grounded_answer(decoded, inputs)] == [None, None]
 
@@ -239,13 +234,14 @@ def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, 
     inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
     out = generated(processor, inputs, ["a [C0_1]", "b [C0_2] [C0_3]"], [[(0, 0, 1, 1)], [(0, 0, 1, 1)] * 2])
     message = {
-        "codes": "sequence 1.*region codes",
+        "codes": "sequence 0.*region codes",
         "masks": "sequence 1.*mask_logits",
         "rows": "3 sequences, no multiple",
-    }
+        "sizes": "original_sizes",
+        "tensor": "plain tensor",
+    }[fault]
     if fault == "codes":
         out["region_code_ids"] = out["region_code_ids"][::-1][:1] + out["region_code_ids"][:1]
-        message["codes"] = "sequence 0.*region codes"
     elif fault == "masks":
         out["mask_logits"] = [out["mask_logits"][0]] * 2
     elif fault == "rows":
@@ -254,7 +250,7 @@ def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, 
         inputs["original_sizes"] = inputs["original_sizes"][:1]
     else:
         out = out["sequences"]
-    with pytest.raises(ValueError, match=message.get(fault, "original_sizes" if fault == "sizes" else "plain tensor")):
+    with pytest.raises(ValueError, match=message):
         processor.post_process_grounded_answer(out, inputs)
 
 

@@ -226,8 +226,8 @@ class TestSaving:
         assert AutoProcessor.from_pretrained(tmp_path / "none").region_codes is None
         content = {"codes": {"[C0_1]": {"group": "CT", "n": 2, "structures": {"Übergröße": 1.0}}}, "images": 2}
         processor.region_codes = content
-        written = processor.save_pretrained(tmp_path / "some")
-        assert str(tmp_path / "some" / "region_codes.json") in written
+        processor.save_pretrained(tmp_path / "some")
+        assert (tmp_path / "some" / "region_codes.json").exists()
         again = AutoProcessor.from_pretrained(tmp_path / "some", local_files_only=True)
         assert again.region_codes == content and "region_codes" not in again.to_dict()
 
@@ -282,25 +282,9 @@ class TestSaving:
             float(np.asarray(expected["pixel_values"]).sum()),
         ]
         first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("first", "second"))
-        assert {name for name in first if name.endswith(".py")} == {name for name in second if name.endswith(".py")}
         same = ("processing_medsight.py", "image_processing_medsight.py", "processor_config.json", "region_codes.json")
         for name in same:
             assert first[name] == second[name], name
-
-    @pytest.mark.parametrize("part", ["processor", "image processor"])
-    def test_pushing_uploads_a_complete_folder(
-        self, part: str, processor: MedSightProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pushed = processor if part == "processor" else processor.image_processor
-        calls = []
-        monkeypatch.setattr(
-            type(pushed), "push_to_hub", lambda self, repo_id, **kwargs: calls.append((repo_id, kwargs))
-        )
-        pushed.save_pretrained(tmp_path / "medsight", push_to_hub=True, private=True)
-        pushed.save_pretrained(tmp_path / "medsight", push_to_hub=True, repo_id="me/other")
-        assert calls == [("medsight", {"private": True}), ("me/other", {})]
-        pushed.save_pretrained(tmp_path / "as push_to_hub does it", max_shard_size="50GB")
-        assert (tmp_path / "as push_to_hub does it" / "image_processing_medsight.py").exists()
 
     def test_other_code_counts_work(self, bare_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         first = add_region_codes(bare_tokenizer, 1, 1, use_region_codebook=False)

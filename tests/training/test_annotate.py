@@ -12,12 +12,11 @@ from PIL import Image
 
 from configuration_medsight import MedSightConfig
 from medsight.cli import main
-from medsight.data.groups import Groups
+from medsight.data.groups import Groups, load_groups, match_groups
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
+from medsight.inference.code_assignment import assign_codes
 from medsight.training import annotation_output
-from medsight.training.annotate import load_groups, match_groups
 from medsight.training.annotation import annotate, weights_sha256
-from medsight.training.region_codes import assign_codes
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import MedSightProcessor
 from processing_medsight.region_codes_medsight import parse_region_code
@@ -428,7 +427,7 @@ def test_a_groups_file_keeps_the_models_order_and_is_checked(tmp_path: Path) -> 
     groups = match_groups(config, pairs, told)
     assert groups.names == list(config.group_names) and [groups.index(*pair) for pair in pairs] == [1, 0, 1]
     path.write_text("CT tors: ['CT*/*']\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="groups.yaml.*'CT tors'; did you mean 'CT torso'"):
+    with pytest.raises(ValueError, match="groups.yaml.*'CT tors': did you mean 'CT torso'"):
         load_groups(path, ["MRI brain", "CT torso"])
     for wrong in ("- CT torso", "CT torso: CT/torso", "a: [1]", "a: ["):
         path.write_text(wrong, encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from medsight.cli import main as medsight
-from medsight.evaluation.items import NoRowsError
+from medsight.evaluation.readers import NoRowsError
 from medsight.training.baselines import unet
 from medsight.training.corpus import read_corpus
 from medsight.training.held_out import held_out_items
@@ -176,13 +176,13 @@ def test_a_failure_leaves_nothing(
 def test_an_unknown_target_is_refused_before_training(
     recipe_file: Path, benchmark: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    read = unet.read_items
+    read = unet.read_cases
 
     def with_spleen(*given: Any) -> Any:
         items, shards = read(*given)
         return [dataclasses.replace(items[0], target="spleen"), *items[1:]], shards
 
-    monkeypatch.setattr(unet, "read_items", with_spleen)
+    monkeypatch.setattr(unet, "read_cases", with_spleen)
     more = ["--steps", "3", "--benchmark", str(benchmark), "--data", str(drawn_data)]
     assert unet.main(arguments(recipe_file, tmp_path / "out", *more)) == 1
     assert "target 'spleen' is none of the 4 classes" in capsys.readouterr().err

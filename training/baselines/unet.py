@@ -30,8 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from medsight.evaluation.benchmarks import load_benchmark
-from medsight.evaluation.items import Item, read_items
-from medsight.evaluation.predictions import Prediction, PredictionWriter, encode_mask
+from medsight.evaluation.cases import Case
+from medsight.evaluation.predictions import Prediction, append_predictions, encode_mask
+from medsight.evaluation.readers import read_cases
 from medsight.files import staged_folder, write_json
 from medsight.text import note
 from modeling_medsight.loss_medsight import mask_bce, mask_dice
@@ -200,7 +201,7 @@ def classes_asked(target: str | None, names: Sequence[str], item: str) -> list[i
 
 
 @torch.inference_mode()
-def predict(network: UNet, canvas: Canvas, items: Sequence[Item]) -> list[Prediction]:
+def predict(network: UNet, canvas: Canvas, items: Sequence[Case]) -> list[Prediction]:
     """A mask, at the picture's own size, for the target of each item; none where no pixel reaches `THRESHOLD`."""
 
     network.eval()
@@ -308,7 +309,7 @@ def run(
         torch.set_num_threads(threads)
     recipe = load_recipe(recipe_name)
     corpus = read_corpus(recipe)
-    asked, _ = read_items(load_benchmark(benchmark), data) if benchmark and data else ([], 0)
+    asked, _ = read_cases(load_benchmark(benchmark), data) if benchmark and data else ([], 0)
     for item in asked:
         classes_asked(item.target, corpus.classes, item.id)
     with staged_folder(output, overwrite=False) as folder:
@@ -320,8 +321,7 @@ def run(
         setting |= {"device": device_name(), "threads": torch.get_num_threads(), "workers": workers}
         write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
         if asked:
-            with PredictionWriter(folder / PREDICTIONS) as writer:
-                writer.write(predict(network, canvas, asked))
+            append_predictions(folder / PREDICTIONS, predict(network, canvas, asked))
         files = sorted(file.name for file in folder.iterdir())
     print(f"{parameters:,} parameters; written to {output}/: {', '.join(files)}")
 

@@ -37,12 +37,12 @@ def normalize(text: str) -> str:
     """
     text = text.lower()
     counts_in_thousands = DIGIT_COMMA_DIGIT.search(text) is not None
-    kept = text
+    plain = text
     for mark in MARKS:
         deleted = counts_in_thousands or f"{mark} " in text or f" {mark}" in text
-        kept = kept.replace(mark, "" if deleted else " ")
-    kept = FULL_STOP.sub("", kept)
-    words = [NUMBERS.get(word, word) for word in kept.split()]
+        plain = plain.replace(mark, "" if deleted else " ")
+    plain = FULL_STOP.sub("", plain)
+    words = [NUMBERS.get(word, word) for word in plain.split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 

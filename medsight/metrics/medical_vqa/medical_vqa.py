@@ -47,7 +47,7 @@ CITATION = """\
 """
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """An item that its protocol cannot score; the message is the reason."""
 
 
@@ -80,11 +80,11 @@ def strict_open(prediction: str, reference: str) -> float:
     Repeating a word gains nothing.
 
     Raises:
-        Refused: the reference has no word.
+        RefusedError: the reference has no word.
     """
     predicted, wanted = Counter(strict_words(prediction)), Counter(strict_words(reference))
     if not wanted:
-        raise Refused("the reference has no word")
+        raise RefusedError("the reference has no word")
     return sum((predicted & wanted).values()) / sum(wanted.values())
 
 
@@ -92,13 +92,13 @@ def strict_closed(prediction: str, reference: str) -> float:
     """1 if the reference's words stand in the prediction as whole words, one after the other.
 
     Raises:
-        Refused: the reference is yes or no and the prediction holds both, or the reference has no word.
+        RefusedError: the reference is yes or no and the prediction holds both, or the reference has no word.
     """
     predicted, wanted = strict_words(prediction), strict_words(reference)
     if not wanted:
-        raise Refused("the reference has no word")
+        raise RefusedError("the reference has no word")
     if wanted in (["yes"], ["no"]) and "yes" in predicted and "no" in predicted:
-        raise Refused("the answer holds both yes and no")
+        raise RefusedError("the answer holds both yes and no")
     return float(any(predicted[i : i + len(wanted)] == wanted for i in range(len(predicted))))
 
 
@@ -108,13 +108,13 @@ def multiple_choice(prediction: str, reference: str, options: list[str] | None) 
     Case counts, the first option wins a tie, an answer like none of them is wrong (OmniMedVQA).
 
     Raises:
-        Refused: there are no options, or the reference is like none of them.
+        RefusedError: there are no options, or the reference is like none of them.
     """
     if not options:
-        raise Refused("no options to choose from")
+        raise RefusedError("no options to choose from")
     right = _most_similar(options, reference)
     if right is None:
-        raise Refused("the reference is like none of the options")
+        raise RefusedError("the reference is like none of the options")
     return float(_most_similar(options, prediction) == right)
 
 
@@ -125,15 +125,15 @@ def first_letter(prediction: str, reference: str, options: list[str] | None) -> 
     an answer without one is wrong.
 
     Raises:
-        Refused: there are no options, or the reference is neither an allowed letter nor an option.
+        RefusedError: there are no options, or the reference is neither an allowed letter nor an option.
     """
     if not options:
-        raise Refused("no options to choose from")
+        raise RefusedError("no options to choose from")
     allowed = LETTERS[: len(options)]
     right = reference.strip()
     if len(right) != 1 or right not in allowed:
         if reference not in options:
-            raise Refused("the reference is neither an allowed letter nor an option")
+            raise RefusedError("the reference is neither an allowed letter nor an option")
         right = LETTERS[options.index(reference)]
     words = "".join(character if character.isalnum() else " " for character in prediction).split()
     if len(words) == 1:
@@ -161,7 +161,7 @@ def score_answer(
     """The score of one answer, from 0 to 1.
 
     Raises:
-        Refused: the protocol cannot score it.
+        RefusedError: the protocol cannot score it.
         ValueError: the protocol or the answer type is unknown.
     """
     if answer_type not in (CLOSED, OPEN):
@@ -225,7 +225,7 @@ class MedicalVqa(evaluate.Metric):
             if len(column) != size:
                 raise ValueError(f"{name}: expected {size} items, as many as predictions, got {len(column)}")
         for name, column in {"predictions": predictions, **columns}.items():
-            wrong = [i for i, one in enumerate(column) if name != "options" and not isinstance(one, str)]
+            wrong = [i for i, value in enumerate(column) if name != "options" and not isinstance(value, str)]
             if wrong:
                 raise ValueError(f"{name}: expected str, got {column[wrong[0]]!r} in item {wrong[0]}")
         evaluate.Metric.add_batch(self, predictions=predictions, **columns, **kwargs)
@@ -259,7 +259,7 @@ class MedicalVqa(evaluate.Metric):
             try:
                 scores.append(score_answer(*row, protocol=protocol))
                 reasons.append(None)
-            except Refused as reason:
+            except RefusedError as reason:
                 scores.append(None)
                 reasons.append(str(reason))
             except ValueError as error:
@@ -267,9 +267,9 @@ class MedicalVqa(evaluate.Metric):
         scored = [(kind, score) for kind, score in zip(kinds, scores, strict=True) if score is not None]
         by_group: dict[str, dict[str, Any]] = {}
         for name in sorted(set(groups) - {""}):
-            own = [score for group, score in zip(groups, scores, strict=True) if group == name]
-            kept = [score for score in own if score is not None]
-            by_group[name] = {"n": len(own), "score": _mean(kept), "refused": len(own) - len(kept)}
+            inside = [score for group, score in zip(groups, scores, strict=True) if group == name]
+            known = [score for score in inside if score is not None]
+            by_group[name] = {"n": len(inside), "score": _mean(known), "refused": len(inside) - len(known)}
         return {
             "protocol": protocol,
             **_by_type(scored),

@@ -136,8 +136,8 @@ def _group_usage(
         raise ValueError(f"codes_per_group: {size} codes in group {name!r}, of which {len(codes)} are cited")
     meanings: dict[str, Any] = {}
     for code, n in _descending(codes):
-        own = Counter({structure: count for (other, structure), count in table.items() if other == code})
-        meanings[code] = {"n": n, "structures": {structure: count / n for structure, count in _descending(own)}}
+        cited = Counter({structure: count for (other, structure), count in table.items() if other == code})
+        meanings[code] = {"n": n, "structures": {structure: count / n for structure, count in _descending(cited)}}
     return {
         "citations": sum(table.values()),
         "purity": purity(table) if table else None,
@@ -213,7 +213,7 @@ def answer_rates(
         "no_code_rate": _mean([float(not codes) for codes in present]),
         "n_absent": len(false),
         "false_mask_rate": _mean(false),
-        "no_region_rate": _mean([1 - one for one in false]),
+        "no_region_rate": _mean([1 - rate for rate in false]),
         "n_counted": len(numbers),
         "codes_per_answer": _mean([n for n, _ in numbers]),
         "references_per_answer": _mean([n for _, n in numbers]),

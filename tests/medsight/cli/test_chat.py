@@ -11,7 +11,8 @@ from PIL import Image
 
 from medsight import Predictor, cli
 from medsight.cli.chat import Conversation
-from medsight.inference.predictor import AnswerSettings, read_slices
+from medsight.inference.predictor import read_slices
+from medsight.inference.settings import AnswerSettings
 
 
 PROMPTS = ["Segment the liver.", "And the spleen?", "Why?"]
@@ -106,17 +107,12 @@ def test_json_is_a_line_a_turn(chat: Callable, capsys: pytest.CaptureFixture[str
     assert [turn["output"] for turn in turns] == ["out/turn-01", "out/turn-02"]
 
 
-def test_a_format_that_cannot_be_written_is_refused_before_anything_is_asked(
-    chat: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_what_no_conversation_can_be_about_is_refused_before_anything_is_asked(
+    chat: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    monkeypatch.setattr("medsight.cli.chat.Predictor", None)
+    monkeypatch.setattr("medsight.inference.predictor.Predictor", None)
     assert chat("Where?\n", "--formats", "png,nifti") == 1
     assert "nifti needs an evenly spaced voxel grid" in capsys.readouterr().err
-
-
-def test_a_folder_of_several_images_is_refused(
-    chat: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     (tmp_path / "two").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "two" / name).write_bytes(image_file.read_bytes())

@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import struct
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from medsight import Predictor, cli
-from medsight.inference.answer_folder import save_answer
-from medsight.inference.prediction import describe, to_parts
+from medsight.inference.prediction import describe, save_answer, to_parts
 from tests.medsight.answers import SIZE, contents, same
-
-
-def png(width: int, height: int) -> bytes:
-    """A greyscale PNG whose header claims a size, with next to no pixels in it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+from tests.medsight.scans.scan_files import png_claiming
 
 
 def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
@@ -176,7 +164,7 @@ def test_a_finished_answer_is_shown_again_without_a_model(
     output = str(tmp_path / "out")
     assert predict(image_file, "--output", output, "--force-region") == 0
     first = capsys.readouterr().out
-    monkeypatch.setattr("medsight.cli.predict.Predictor", None)
+    monkeypatch.setattr("medsight.inference.predictor.Predictor", None)
     assert predict(image_file, "--output", output, "--force-region") == 0
     assert capsys.readouterr().out == first.replace("Written to", "Answered before:")
 
@@ -205,7 +193,7 @@ def test_a_failure_while_writing_leaves_the_earlier_answer_as_it_was(
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("medsight.export.overlay", fail)
+    monkeypatch.setattr("medsight.inference.prediction.overlay", fail)
     for output in (tmp_path / "out", tmp_path / "other"):
         with pytest.raises(OSError, match="disk full"):
             prediction.save(output, overwrite=True)
@@ -251,7 +239,7 @@ def study(tmp_path: Path) -> Path:
         ["b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png"]
     ):
         picture(folder / name, number)
-    (folder / "broken.png").write_bytes(png(400, 400))
+    (folder / "broken.png").write_bytes(png_claiming(400, 400))
     (folder / "notes.txt").write_text("not an image")
     (folder / ".DS_Store").write_bytes(b"x")
     return folder
@@ -287,7 +275,7 @@ def test_an_answer_that_cannot_be_written_does_not_stop_the_others(
             raise OSError(28, "No space left on device", str(folder))
         return save_answer(predictions, folder, *arguments)
 
-    monkeypatch.setattr("medsight.cli.predict.save_answer", full)
+    monkeypatch.setattr("medsight.inference.prediction.save_answer", full)
     assert predict(tmp_path / "study", str(tmp_path / "all"), "--output", str(tmp_path / "out")) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "2"}
     error = capsys.readouterr().err
@@ -397,27 +385,13 @@ def test_patterns_files_and_folders_add_up_without_earlier_answers(
     assert predict(tmp_path / "x*") == 1 and "nothing matches" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_is_refused_by_name_before_anything_is_answered(
-    predict: Callable,
-    image_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("medsight.cli.predict.Predictor", None)
-    for formats, culprit in (("gif", "gif"), ("nifti", str(image_file)), ("dicom-seg", str(image_file))):
-        output = tmp_path / "out"
-        assert predict(image_file, "--formats", formats, "--force-region", "--output", str(output)) == 1
-        assert culprit in capsys.readouterr().err and not output.exists()
-
-
 BAD_IMAGES = {
     "missing": None,
     "empty": b"",
     "text": b"no image at all\n",
-    "without-pixels": png(0, 10),
-    "huge": png(30_000, 30_000),
-    "truncated": png(400, 400),
+    "without-pixels": png_claiming(0, 10),
+    "huge": png_claiming(30_000, 30_000),
+    "truncated": png_claiming(400, 400),
 }
 
 
@@ -443,6 +417,10 @@ def test_a_bad_image_is_named_in_one_line_and_nothing_is_written(
     [
         ("--max-new-tokens", "0", "max_new_tokens 0"),
         ("--threshold", "1.5", "threshold 1.5"),
+        ("--plane", "sagittal", "plane='sagittal' is for NIfTI volumes"),
+        ("--formats", "gif", "gif"),
+        ("--formats", "nifti", "scan.png: nifti needs"),
+        ("--formats", "dicom-seg", "scan.png is not DICOM"),
         ("--device", "quantum", "quantum"),
         ("--allowed-groups", "spleen of a dragon", "spleen of a dragon"),
     ],
@@ -455,7 +433,10 @@ def test_a_bad_option_is_named_and_nothing_is_written(
     image_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if option not in ("--device", "--allowed-groups"):  # which are held against a model
+        monkeypatch.setattr("medsight.inference.predictor.Predictor", None)
     assert predict(image_file, option, value, "--output", str(tmp_path / "out")) == 1
     error = capsys.readouterr().err
     assert error.startswith("medsight: error: ") and culprit in error

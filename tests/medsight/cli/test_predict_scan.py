@@ -61,13 +61,6 @@ def test_a_volume_is_cut_along_the_plane_and_shown_with_its_own_window(
     assert "plane" in capsys.readouterr().err
 
 
-def test_a_plane_of_a_picture_is_refused_by_name(
-    predict: Callable, image_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert predict(image_file, "--plane", "sagittal") == 1
-    assert f"{image_file}: plane='sagittal' is for NIfTI volumes" in capsys.readouterr().err
-
-
 def test_one_slice_stands_for_a_volume_unless_several_are_asked_for(predictor: Predictor, volume: Path) -> None:
     settings = {"max_new_tokens": 4, "force_region": True}
     middle = predictor(volume, "Where?", **settings)

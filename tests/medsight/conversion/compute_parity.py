@@ -6,18 +6,9 @@ AutoModelForImageTextToText into OUTPUT.0, with AutoModel into OUTPUT.1.
 """
 
 import json
+import runpy
 import sys
-
-
-OWN = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
-
-
-class NotInstalled:
-    """Hides the packages of this repository, also where they are installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in OWN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+from pathlib import Path
 
 
 def compute(model, tokenizer, pixel_values, code_groups, meta):
@@ -49,17 +40,11 @@ def compute(model, tokenizer, pixel_values, code_groups, meta):
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, NotInstalled())
+    hiding = runpy.run_path(str(Path(__file__).parents[2] / "hide_packages.py"))
+    hiding["hide_packages"]()
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
-
-    try:
-        import modeling_medsight  # noqa: F401
-    except ModuleNotFoundError:
-        pass
-    else:
-        sys.exit("this process has the package")
 
     folder, inputs, output = sys.argv[1:]
     given = load_file(inputs)
@@ -72,3 +57,4 @@ if __name__ == "__main__":
             model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
             results = compute(model, tokenizer, given["pixel_values"], given["code_groups"], meta)
             save_file(results, f"{output}.{number}")
+    hiding["assert_hidden"]()

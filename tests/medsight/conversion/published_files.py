@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
 from configuration_medsight import MedSightConfig
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
+from tests.tiny_checkpoint import byte_tokenizer
 
 
 GROUPS, CODES = 3, 4
@@ -121,11 +120,8 @@ def random_model() -> MedSightForConditionalGeneration:
 
 
 def published_tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token=None)
-    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t, special in QWEN3_ADDED_TOKENS])
+    tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"[M{k}_{m}]" for k in range(GROUPS) for m in range(CODES)])
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     return tokenizer
 
 
@@ -177,14 +173,8 @@ def write_llm_config(folder: Path, model: MedSightForConditionalGeneration) -> N
     text = model.config.text_config
     names = (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-        *(
-            "head_dim",
-            "hidden_act",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "attention_bias",
-            "tie_word_embeddings",
-        ),
+        *("head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"),
+        "tie_word_embeddings",
     )
     content: dict[str, Any] = {name: getattr(text, name) for name in names}
     content |= {"model_type": "llava_qwen", "architectures": ["RegSegForCausalLM"], "torch_dtype": "float32"}

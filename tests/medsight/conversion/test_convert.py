@@ -51,35 +51,17 @@ def assert_refused(published: Any, output: Path, *expected: str, kinds: tuple[st
     assert siblings(output) == before
 
 
-def test_every_weight_survives_bit_for_bit(published: Any, tmp_path: Path) -> None:
-    run(published, tmp_path / "out")
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    ours, theirs = published.model.state_dict(), loaded.state_dict()
+def assert_same_weights(published: Any, output: Path) -> None:
+    """The converted model has every weight of the original, bit for bit."""
+    ours = AutoModelForImageTextToText.from_pretrained(output).state_dict()
+    theirs = published.model.state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_a_converted_model_computes_what_the_original_does(published: Any, tmp_path: Path) -> None:
+def test_every_weight_survives_bit_for_bit(published: Any, tmp_path: Path) -> None:
     run(published, tmp_path / "out")
-    loaded, model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval(), published.model
-    config = loaded.config
-    assert config.vision_config.num_attention_heads == 1
-    assert config.text_config.rope_parameters["rope_theta"] == 5000.0
-    block = [config.image_token_id] * config.image_seq_length
-    input_ids = torch.tensor([[7, *block, 8, config.region_code_start_id + 5, 9, config.region_code_start_id]])
-    pixels = torch.randn(1, 3, config.image_size, config.image_size)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(input_ids=input_ids, pixel_values=pixels).logits,
-            model(input_ids=input_ids, pixel_values=pixels).logits,
-        )
-        torch.testing.assert_close(
-            loaded.decode_regions(input_ids, pixels).mask_logits[0],
-            model.decode_regions(input_ids, pixels).mask_logits[0],
-        )
-        torch.testing.assert_close(
-            loaded.get_region_features(pixels).group_logits, model.get_region_features(pixels).group_logits
-        )
+    assert_same_weights(published, tmp_path / "out")
 
 
 def test_sizes_follow_from_the_files(published: Any, tmp_path: Path) -> None:
@@ -92,6 +74,8 @@ def test_sizes_follow_from_the_files(published: Any, tmp_path: Path) -> None:
     for name in names:
         assert getattr(config, name) == getattr(published.model.config, name), name
     assert config.text_config.vocab_size == published.model.config.text_config.vocab_size
+    assert config.text_config.rope_parameters["rope_theta"] == 5000.0
+    assert config.vision_config.num_attention_heads == 1
 
 
 @pytest.mark.parametrize("kinds", [(), ("region_perceiver",), ("image_encoder",), FILES])
@@ -100,8 +84,7 @@ def test_copies_in_the_llm_folder_stand_in_for_loose_files(
 ) -> None:
     paths = {name: path if name in (*kinds, "codebook") else None for name, path in published.loose().items()}
     convert(published.llm, **paths, output=tmp_path / "out")
-    ours = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in published.model.state_dict().items())
+    assert_same_weights(published, tmp_path / "out")
 
 
 def test_without_file_or_copy_the_missing_tensors_are_listed(published: Any, tmp_path: Path) -> None:
@@ -137,10 +120,6 @@ def test_files_beside_the_weights_are_kept_and_named(published: Any, tmp_path: P
     names.write_text("a", encoding="utf-8")
     with pytest.raises(ValueError, match=r"would replace the input .*groups\.txt"):
         run(published, output, groups=names, overwrite=True)
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("Köpfe".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not written in UTF-8"):
-        run(published, tmp_path / "other", groups=latin)
     assert names.is_file()
 
 
@@ -152,8 +131,7 @@ def test_a_less_precise_copy_is_no_difference(published_copy: Any, tmp_path: Pat
 
     edit(published_copy.llm / "model.safetensors", change)
     run(published_copy, tmp_path / "out")
-    ours = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in published_copy.model.state_dict().items())
+    assert_same_weights(published_copy, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -256,8 +234,7 @@ def shard(folder: Path) -> list[str]:
 def test_a_sharded_folder_converts_and_a_missing_shard_is_named(published_copy: Any, tmp_path: Path) -> None:
     files = shard(published_copy.llm)
     run(published_copy, tmp_path / "out")
-    ours = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in published_copy.model.state_dict().items())
+    assert_same_weights(published_copy, tmp_path / "out")
     (published_copy.llm / files[1]).unlink()
     assert_refused(published_copy, tmp_path / "other", files[1])
 
@@ -266,9 +243,7 @@ def test_a_large_model_is_written_in_shards(published: Any, tmp_path: Path, monk
     monkeypatch.setattr("medsight.conversion.convert.SHARD_SIZE", "100KB")
     run(published, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    theirs = loaded.state_dict()
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in published.model.state_dict().items())
+    assert_same_weights(published, tmp_path / "out")
 
 
 def test_codes_are_renamed_and_every_id_stays(published: Any, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from medsight.data.biomedparse import split_validation
 from medsight.data.pictures import read_mask, read_picture
 from medsight.data.sources import Source, iterate, load_source
 
@@ -146,39 +145,8 @@ def test_a_folder_that_is_no_such_layout_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "nowhere")
 
 
-def test_validation_holds_out_patients_or_the_last_slices_of_few(manifest_sets: Path) -> None:
-    rows = load_source(Source("biomedparse", str(manifest_sets)))
-    training, held = split_validation(rows, 0.2, seed=0)
-    assert len(training) + len(held) == len(rows)
-    patients = {"busi": set(), "torso": set()}
-    for row in held:
-        patients[row["dataset"]].add(row["patient"])
-    assert len(patients["busi"]) == 1 and not patients["busi"] & set(training["patient"])
-    slices = sorted(Path(row["image"]["path"]).name for row in held if row["dataset"] == "torso")
-    assert slices == ["a5_CT_torso.png", "b5_CT_torso.png"]
-    again = split_validation(rows.shuffle(seed=3), 0.2, seed=0)[1]
-    assert sorted(again["patient"]) == sorted(held["patient"])
-    everything, nothing = split_validation(rows, 0, seed=0)
-    assert everything[:] == rows[:] and len(nothing) == 0
-    assert len({tuple(split_validation(rows, 0.2, seed=seed)[1]["patient"]) for seed in range(8)}) > 1
-
-
-def test_a_fraction_that_cannot_be_held_out_is_refused(named_sets: Path) -> None:
-    rows = load_source(Source("biomedparse", str(named_sets / "hc")))
-    with pytest.raises(ValueError, match="0.5 cannot be held out"):
-        split_validation(rows, 0.5, seed=0)
-    with pytest.raises(ValueError, match="fraction is 1.5"):
-        split_validation(rows, 1.5, seed=0)
-
-
 def test_shared_data_has_a_row_an_image_and_each_patient_on_one_side(shared_data: Path) -> None:
     rows = load_source(Source("biomedparse", str(shared_data / "segmentation"), split=None))
     assert len(rows) == 1434
     counts = [(len(masks), len(absent)) for masks, absent in zip(rows["targets"], rows["absent"], strict=True)]
     assert sum(map(sum, counts)) == 2252 and sum(absent for _, absent in counts) == 40
-    training, held = split_validation(
-        load_source(Source("biomedparse", str(shared_data / "segmentation"))), 0.1, seed=0
-    )
-    shared = set(training["patient"]) & set(held["patient"])
-    few = {"totalsegmentator", "tcia_sts", "tcia_breast_dce", "mni152_nilearn", "pyradiomics"}
-    assert len(held) > 50 and {patient.split(":")[0] for patient in shared} <= few

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from medsight.cli import main
-from medsight.data.check import check, parse_condition, read_targets
+from medsight.data.check import check, parse_condition
 from medsight.data.sources import Source
+from medsight.files import read_names
 
 
 def of(path: Path, layout: str = "biomedparse", **settings) -> Source:
@@ -202,10 +203,10 @@ def test_conditions_and_targets_are_read(tmp_path: Path) -> None:
     assert parse_condition("tier=A=B") == ("tier", "A=B")
     (tmp_path / "lines.txt").write_text("liver\n\n left kidney \n", encoding="utf-8")
     (tmp_path / "list.json").write_text('["liver", "left kidney"]', encoding="utf-8")
-    assert read_targets(tmp_path / "lines.txt") == read_targets(tmp_path / "list.json") == ["liver", "left kidney"]
+    assert read_names(tmp_path / "lines.txt") == read_names(tmp_path / "list.json") == ["liver", "left kidney"]
     (tmp_path / "none.txt").write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"none\.txt"):
-        read_targets(tmp_path / "none.txt")
+        read_names(tmp_path / "none.txt")
 
 
 def test_help_does_not_load_heavy_libraries() -> None:

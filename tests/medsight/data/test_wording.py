@@ -321,7 +321,7 @@ def changed(tmp_path: Path, change) -> Path:
     [
         (lambda s: s.pop("answers"), "no section 'answers'"),
         (lambda s: s["prompts"].pop("where_is"), "prompts has no section 'where_is'"),
-        (lambda s: s["prompts"].update(segmentone=["x"]), "'segmentone'; did you mean 'segment_one'"),
+        (lambda s: s["prompts"].update(segmentone=["x"]), "'segmentone': did you mean 'segment_one'"),
         (lambda s: s["prompts"]["where_is"].append("Where is {targt}?"), r"prompts.where_is.*\{targt\}.*\{target\}"),
         (lambda s: s["prompts"]["where_is"].append("Where is {target?"), "prompts.where_is"),
         (lambda s: s["answers"].update(absent=[]), "answers.absent: expected a list of texts"),

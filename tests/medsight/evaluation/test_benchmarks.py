@@ -1,7 +1,8 @@
-"""Declarations, and the layouts that are read as items."""
+"""Declarations, and the layouts that are read as cases."""
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -13,15 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from medsight.data.sources import Source, iterate
 from medsight.evaluation.benchmarks import Benchmark, check_counts, load_benchmark, load_declarations
-from medsight.evaluation.items import Item, fingerprint, read_items
+from medsight.evaluation.cases import Case, fingerprint
+from medsight.evaluation.readers import held_out_wordings, read_cases
 
 
 EXPECTED_ROWS = {"vqa-rad": 451, "slake-en": 1061, "pathvqa": 6719, "mmmu-med": 150, "mecovqa-g": 4142}
 
 
-def read(name: str, path: Path, **options: Any) -> list[Item]:
-    return read_items(load_benchmark(name), path, **options)[0]
+def read(name: str, path: Path, **options: Any) -> list[Case]:
+    return read_cases(load_benchmark(name), path, **options)[0]
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -48,7 +51,7 @@ def test_a_set_that_is_not_there_gives_one_line_with_its_source_and_folder(name:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'vqarad' is unknown: segmentation, .*vqa-rad"):
+    with pytest.raises(ValueError, match="'vqarad' is unknown: did you mean 'vqa-rad'.*segmentation"):
         load_benchmark("vqarad")
 
 
@@ -56,7 +59,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     ("changed", "message"),
     [
         ({"task": "guess"}, "task 'guess', expected one of vqa, segment, diagnose"),
-        ({"layout": "dicom"}, "layout 'dicom', expected one of biomedparse"),
+        ({"layout": "dicom"}, "layout 'dicom': Known are annotated, biomedparse"),
         ({"protocol": {"masks": "medsight"}}, "a vqa task needs a protocol of answers"),
         ({"rows": 3}, "benchmark vqa-rad: unknown rows; the keys are title"),
     ],
@@ -68,49 +71,59 @@ def test_a_wrong_declaration_is_refused(declare: Callable[..., Path], changed: d
 
 def test_another_row_count_is_refused_unless_it_is_allowed(declare: Callable[..., Path], regions: Path) -> None:
     benchmark = load_benchmark(str(declare("segmentation", expected_rows=452)))
-    items, shards = read_items(benchmark, regions)
+    cases, shards = read_cases(benchmark, regions)
     with pytest.raises(ValueError, match="9 rows where 452 are expected.*--allow-row-count"):
-        check_counts(benchmark, items, shards, allow=False)
-    assert "not comparable" in str(check_counts(benchmark, items, shards, allow=True))
+        check_counts(benchmark, len(cases), shards, allow=False)
+    assert "not comparable" in str(check_counts(benchmark, len(cases), shards, allow=True))
 
 
 def test_segmentation_has_a_row_an_image_and_structure_and_absent_ones(regions: Path) -> None:
-    items = read("segmentation", regions)
-    assert len(items) == 9
-    assert [item.id for item in items if item.absent] == ["set/test/4.png#cyst", "set/test/6.png#breast tumor"]
-    first = items[0]
+    cases = read("segmentation", regions)
+    assert len(cases) == 9
+    assert [case.id for case in cases if case.absent] == ["set/test/4.png#cyst", "set/test/6.png#breast tumor"]
+    first = cases[0]
     assert (first.id, first.prompt) == ("set/test/0.png#liver", "<image>\nSegment the liver.")
     assert (len(first.masks), first.modality, first.patient, first.spacing_mm) == (1, "CT", "p0", (2.0, 2.0))
-    assert items[4].spacing_mm is None
+    assert cases[4].spacing_mm is None
+
+
+def test_rows_of_another_layout_are_asked_the_same(
+    declare: Callable[..., Path], regions: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(regions, tmp_path / "data")
+    rows = [entry.checked() for entry in iterate(Source("biomedparse", str(data), split="test"))]
+    write_parquet(data / "packed" / "rows.parquet", rows)
+    packed = read(str(declare("segmentation", layout="parquet", files=["packed/*.parquet"])), data)
+    assert packed == read("segmentation", data) and packed[0].spacing_mm == (2.0, 2.0)
 
 
 def test_one_set_of_a_folder_has_the_pixel_sizes_of_the_folder_s_manifest(regions: Path) -> None:
-    items = read("segmentation", regions / "set")
-    assert [item.spacing_mm for item in items] == [item.spacing_mm for item in read("segmentation", regions)]
-    assert items[0].spacing_mm == (2.0, 2.0)
+    cases = read("segmentation", regions / "set")
+    assert [case.spacing_mm for case in cases] == [case.spacing_mm for case in read("segmentation", regions)]
+    assert cases[0].spacing_mm == (2.0, 2.0)
 
 
 def test_diagnosis_comes_from_the_finding_or_an_abnormal_name(regions: Path) -> None:
-    items = read("diagnose-then-segment", regions)
-    assert [(item.answer, len(item.masks), item.absent) for item in items] == [
+    cases = read("diagnose-then-segment", regions)
+    assert [(case.answer, len(case.masks), case.absent) for case in cases] == [
         *[("malignant breast tumor", 1, False)] * 3,
         ("normal", 0, True),
     ]
 
 
 def test_several_structures_are_asked_for_by_name(regions: Path) -> None:
-    items = read("several-structures", regions)
-    assert [item.id for item in items] == ["set/test/0.png", "set/test/1.png"]
-    for item in items:
-        assert item.prompt == f"<image>\nSegment the {' and '.join(item.mask_targets)}."
-        assert sorted(item.mask_targets) == ["liver", "spleen"] and len(item.masks) == 2
-        assert [target in str(mask["path"]) for target, mask in zip(item.mask_targets, item.masks, strict=True)]
+    cases = read("several-structures", regions)
+    assert [case.id for case in cases] == ["set/test/0.png", "set/test/1.png"]
+    for case in cases:
+        assert case.prompt == f"<image>\nSegment the {' and '.join(case.mask_targets)}."
+        assert sorted(case.mask_targets) == ["liver", "spleen"] and len(case.masks) == 2
+        assert [target in str(mask["path"]) for target, mask in zip(case.mask_targets, case.masks, strict=True)]
     everything = read("all-structures", regions)
-    assert [item.mask_targets for item in everything] == [("liver", "spleen")] * 2 + [("malignant breast tumor",)] * 3
+    assert [case.mask_targets for case in everything] == [("liver", "spleen")] * 2 + [("malignant breast tumor",)] * 3
 
 
 def test_as_many_structures_are_absent_as_present(regions: Path) -> None:
-    asked = {(item.id, item.answer) for item in read("presence", regions)}
+    asked = {(case.id, case.answer) for case in read("presence", regions)}
     assert {name for name, answer in asked if answer == "yes"} == {
         *(f"set/test/{number}.png#{target}" for number in range(2) for target in ("liver", "spleen")),
         *(f"set/test/{number}.png#malignant breast tumor" for number in (2, 3, 4)),
@@ -118,11 +131,11 @@ def test_as_many_structures_are_absent_as_present(regions: Path) -> None:
     absent = {name for name, answer in asked if answer == "no"}
     # A CT of the torso may show a breast, so that only what the rows list is surely absent from one.
     assert absent == {"set/test/4.png#cyst", "set/test/6.png#breast tumor"}
-    assert not any(item.absent or item.masks for item in read("presence", regions))
+    assert not any(case.absent or case.masks for case in read("presence", regions))
 
 
 def test_what_only_unrelated_images_show_is_absent() -> None:
-    from medsight.evaluation.region_items import Present
+    from medsight.evaluation.region_cases import Present
 
     def row(modality: str, site: str, *targets: str, absent: Sequence[str] = ()) -> dict[str, Any]:
         return {"modality": modality, "site": site, "targets": list(targets), "absent": list(absent)}
@@ -138,19 +151,19 @@ def test_what_only_unrelated_images_show_is_absent() -> None:
 
 def test_questions_about_the_picture_are_answered_from_its_row(regions: Path) -> None:
     def answers(name: str) -> list[str | None]:
-        return [item.answer for item in read(name, regions)]
+        return [case.answer for case in read(name, regions)]
 
     assert answers("modality") == ["CT image"] * 2 + ["ultrasound image"] * 4
     assert answers("body-site") == ["torso"] * 2 + ["breast"] * 4
-    items = read("position", regions)
-    assert len(items) == 7 and {item.answer_type for item in items} == {"OPEN"}
-    for item in items:
-        image = next(one for one in read("segmentation", regions) if one.id == item.id)
+    cases = read("position", regions)
+    assert len(cases) == 7 and {case.answer_type for case in cases} == {"OPEN"}
+    for case in cases:
+        image = next(one for one in read("segmentation", regions) if one.id == case.id)
         mask = np.asarray(Image.open(image.masks[0]["path"]))
         height, width = (float(np.argwhere(mask)[:, axis].mean() + 0.5) / mask.shape[axis] for axis in (0, 1))
         if height < 0.4 and 0.4 < width < 0.6:
-            assert item.answer == "upper middle"
-        assert ("lower" in str(item.answer)) == (height > 0.6) and ("left" in str(item.answer)) == (width < 0.4)
+            assert case.answer == "upper middle"
+        assert ("lower" in str(case.answer)) == (height > 0.6) and ("left" in str(case.answer)) == (width < 0.4)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +171,9 @@ def test_questions_about_the_picture_are_answered_from_its_row(regions: Path) ->
 )
 def test_other_wordings_ask_the_same(regions: Path, name: str) -> None:
     plain, asked = read(name, regions), read(name, regions, held_out_prompts=True)
-    assert [item.prompt for item in plain] != [item.prompt for item in asked]
-    assert [dataclasses.replace(item, prompt="") for item in plain] == [
-        dataclasses.replace(item, prompt="") for item in asked
+    assert [case.prompt for case in plain] != [case.prompt for case in asked]
+    assert [dataclasses.replace(case, prompt="") for case in plain] == [
+        dataclasses.replace(case, prompt="") for case in asked
     ]
 
 
@@ -185,15 +198,15 @@ def test_an_intent_that_the_task_cannot_ask_is_refused(
 
 
 def test_segmentation_without_an_intent_asks_for_one_structure(declare: Callable[..., Path], regions: Path) -> None:
-    asked = read_items(load_benchmark(str(declare("segmentation", intent=None))), regions)[0]
-    assert [item.id for item in asked] == [item.id for item in read("segmentation", regions)]
+    asked = read_cases(load_benchmark(str(declare("segmentation", intent=None))), regions)[0]
+    assert [case.id for case in asked] == [case.id for case in read("segmentation", regions)]
 
 
 def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
     from medsight.data.templates import Wordings
 
     plain, asked = read("segmentation", regions), read("segmentation", regions, held_out_prompts=True, seed=1)
-    assert [item.id for item in plain] == [item.id for item in asked]
+    assert [case.id for case in plain] == [case.id for case in asked]
     trained = {
         prompt.format(**{"target": "liver", "modality": "CT image", "a_modality": "", "site": "torso"})
         for prompt in Wordings.load().prompts["segment_one"]
@@ -203,13 +216,10 @@ def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path
     assert asked == read("segmentation", regions, held_out_prompts=True, seed=1)
     assert asked != read("segmentation", regions, held_out_prompts=True, seed=2)
     with pytest.raises(ValueError, match="vqa-rad asks the data's own questions"):
-        from medsight.evaluation.items import held_out_wordings
-
         held_out_wordings(load_benchmark("vqa-rad"))
 
 
 def test_the_fingerprint_is_of_the_content_not_of_the_place(regions: Path, tmp_path: Path) -> None:
-    import shutil
 
     copied = shutil.copytree(regions, tmp_path / "elsewhere" / "sets")
     assert fingerprint(read("segmentation", copied)) == fingerprint(read("segmentation", regions))
@@ -231,9 +241,9 @@ def test_vqa_rad_tells_closed_from_open(tmp_path: Path, write_lines: Callable[..
         )
     ]
     write_lines(tmp_path / "questions.jsonl", rows)
-    items = read("vqa-rad", tmp_path)
-    assert [(item.id, item.answer_type) for item in items] == [("0", "CLOSED"), ("1", "OPEN"), ("2", "CLOSED")]
-    assert items[1].prompt == "<image>\nQ1?"
+    cases = read("vqa-rad", tmp_path)
+    assert [(case.id, case.answer_type) for case in cases] == [("0", "CLOSED"), ("1", "OPEN"), ("2", "CLOSED")]
+    assert cases[1].prompt == "<image>\nQ1?"
 
 
 def test_slake_takes_the_english_test_questions(tmp_path: Path) -> None:
@@ -252,17 +262,17 @@ def test_slake_takes_the_english_test_questions(tmp_path: Path) -> None:
     ]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    (item,) = read("slake-en", tmp_path)
-    assert (item.id, item.modality, item.site, item.answer_type) == ("0", "CT", "Lung", "OPEN")
+    (case,) = read("slake-en", tmp_path)
+    assert (case.id, case.modality, case.site, case.answer_type) == ("0", "CT", "Lung", "OPEN")
 
 
 def test_pathvqa_counts_yes_and_no_as_closed_and_names_rows_by_their_file(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": b"x", "path": None}, "question": "Q?", "answer": a} for a in ("yes", "liver")]
     write_parquet(tmp_path / "data" / "test-00000.parquet", rows)
-    items = read("pathvqa", tmp_path)
-    assert [item.answer_type for item in items] == ["CLOSED", "OPEN"]
-    assert items[0].id == "data/test-00000.parquet, row 1"
-    assert items[0].images[0]["bytes"] is items[1].images[0]["bytes"]  # a big set's images are held once
+    cases = read("pathvqa", tmp_path)
+    assert [case.answer_type for case in cases] == ["CLOSED", "OPEN"]
+    assert cases[0].id == "data/test-00000.parquet, row 1"
+    assert cases[0].images[0]["bytes"] is cases[1].images[0]["bytes"]  # a big set's images are held once
 
 
 def test_omnimedvqa_keeps_its_options(tmp_path: Path) -> None:
@@ -281,9 +291,9 @@ def test_omnimedvqa_keeps_its_options(tmp_path: Path) -> None:
     folder = tmp_path / "QA_information" / "Open-access"
     folder.mkdir(parents=True)
     (folder / "Brain.json").write_text(json.dumps(rows))
-    (item,) = read("omnimedvqa", tmp_path)
-    assert (item.options, item.answer, item.modality, item.dataset) == (("CT", "MRI"), "MRI", "MR", "Brain")
-    assert "A. CT\nB. MRI\nAnswer this question" in item.prompt
+    (case,) = read("omnimedvqa", tmp_path)
+    assert (case.options, case.answer, case.modality, case.dataset) == (("CT", "MRI"), "MRI", "MR", "Brain")
+    assert "A. CT\nB. MRI\nAnswer this question" in case.prompt
 
 
 def test_mmmu_puts_images_where_the_question_names_them(tmp_path: Path) -> None:
@@ -296,10 +306,10 @@ def test_mmmu_puts_images_where_the_question_names_them(tmp_path: Path) -> None:
         "image_2": {"bytes": b"two", "path": "2.png"},
     }
     write_parquet(tmp_path / "Pharmacy" / "validation-00000-of-00001.parquet", [row])
-    (item,) = read("mmmu-med", tmp_path)
-    assert item.prompt.startswith("Is <image> like <image>?\nA. yes\nB. it's not\n")
-    assert [image["bytes"] for image in item.images] == [b"two", b"one"]
-    assert (item.options, item.answer, item.dataset) == (("yes", "it's not"), "B", "Pharmacy")
+    (case,) = read("mmmu-med", tmp_path)
+    assert case.prompt.startswith("Is <image> like <image>?\nA. yes\nB. it's not\n")
+    assert [image["bytes"] for image in case.images] == [b"two", b"one"]
+    assert (case.options, case.answer, case.dataset) == (("yes", "it's not"), "B", "Pharmacy")
 
 
 def test_mecovqa_reads_the_mask_of_the_answer_and_the_modality_of_the_name(tmp_path: Path) -> None:
@@ -311,10 +321,10 @@ def test_mecovqa_reads_the_mask_of_the_answer_and_the_modality_of_the_name(tmp_p
         ],
     }
     (tmp_path / "test.json").write_text(json.dumps([row]))
-    (item,) = read("mecovqa-g", tmp_path)
-    assert item.prompt == "<image>\nSegment the liver."
-    assert (item.modality, item.dataset, len(item.masks)) == ("ct", "AMOS", 1)
-    assert item.masks[0]["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
+    (case,) = read("mecovqa-g", tmp_path)
+    assert case.prompt == "<image>\nSegment the liver."
+    assert (case.modality, case.dataset, len(case.masks)) == ("ct", "AMOS", 1)
+    assert case.masks[0]["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
@@ -343,8 +353,8 @@ def test_a_declaration_of_one_s_own_names_the_fields_anew(tmp_path: Path) -> Non
     declared.write_text("mine: {like: diagseg, fields: {answer: answer, image: img, masks: seg, patient: case}}")
     first, second, third = read(str(declared), tmp_path)
     assert (first.answer, first.images[0]["path"], first.patient) == ("a", str(tmp_path / "a.png"), "p1")
-    assert [len(item.masks) for item in (first, second, third)] == [2, 0, 1]
-    assert [item.absent for item in (first, second, third)] == [False, True, False]
+    assert [len(case.masks) for case in (first, second, third)] == [2, 0, 1]
+    assert [case.absent for case in (first, second, third)] == [False, True, False]
     assert load_benchmark(str(declared)).title == "DiagSeg"
     declared.write_text("mine: {like: diagseg, fields: {answer: answer, image: picture}}")
     with pytest.raises(ValueError, match="'fields: {NAME: FIELD}' of mine in its YAML file says what they are called"):
@@ -354,7 +364,7 @@ def test_a_declaration_of_one_s_own_names_the_fields_anew(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("x: {like: diagsec}", "benchmark x: like 'diagsec': choose one of segmentation"),
+        ("x: {like: diagsec}", "benchmark x: like 'diagsec': did you mean 'diagseg'"),
         ("x: {like: diagseg, fields: {mask: m}}", "fields: unknown mask; layout diagseg takes id, question, answer"),
         ("x: {like: vqa-rad, fields: {id: m}}", "fields: unknown id; layout vqa_rad takes none"),
         ("x: {title: T}", "benchmark x: missing files, get, layout, prompt, protocol, split, task"),

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from medsight import cli
-from medsight.evaluation.codes import code_masks
-from medsight.inference.overlay import HEAT, heat_map
+from medsight.export.drawing import HEAT, heat_map
 
 
 @pytest.fixture
@@ -78,22 +77,6 @@ def test_data_of_a_group_that_the_model_has_not_is_refused(
     manifest.write_text(manifest.read_text().replace('"torso"', '"knee"'))
     assert codes(checkpoint, copied) == 1
     assert "no code group of the model is called 'CT knee'" in capsys.readouterr().err
-
-
-def test_a_code_decodes_to_the_mask_of_a_region_that_took_it(checkpoint: Path) -> None:
-    import torch
-
-    from medsight.checkpoint import load_checkpoint
-
-    model, _ = load_checkpoint(checkpoint, "float32")
-    model.eval()
-    pixels = torch.randn(1, 3, model.config.image_size, model.config.image_size)
-    with torch.no_grad():
-        regions = model.get_region_features(pixels)
-        taken = model.quantize_regions(regions.region_embeddings, torch.tensor([1]))
-        logits = model.model.region_perceiver.segmentation_head(taken.reconstructed_regions, regions.image_features)[0]
-        masks = code_masks(model, regions.image_features[0], 1, taken.code_indices[0])
-    assert np.allclose(masks, logits[0].sigmoid().numpy(), atol=1e-5)
 
 
 def test_heat_is_the_picture_where_there_is_none_and_bright_where_it_is_sure() -> None:

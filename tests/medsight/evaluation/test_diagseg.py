@@ -10,8 +10,9 @@ import pytest
 
 from medsight import cli
 from medsight.evaluation.benchmarks import load_benchmark
-from medsight.evaluation.diagseg import Diagnosis, diagnosis_of, read_table
-from medsight.evaluation.items import read_items
+from medsight.evaluation.diagnosis import Diagnosis, diagnosis_of
+from medsight.evaluation.diagseg import read_table
+from medsight.evaluation.readers import read_cases
 
 
 @pytest.mark.parametrize(
@@ -42,13 +43,13 @@ def test_items_are_self_contained_and_can_be_evaluated(
     copied = shutil.copytree(regions, tmp_path / "data")
     assert build(copied, tmp_path / "out", "--question", "Diagnosis?") == 0
     shutil.rmtree(copied)
-    items, _ = read_items(load_benchmark("diagseg"), tmp_path / "out")
-    assert [(item.answer, len(item.masks), item.absent) for item in items] == [
+    cases, _ = read_cases(load_benchmark("diagseg"), tmp_path / "out")
+    assert [(case.answer, len(case.masks), case.absent) for case in cases] == [
         *[("malignant breast tumor", 1, False)] * 3,
         ("normal", 0, True),
     ]
-    assert {item.prompt for item in items} == {"<image>\nDiagnosis?"} and items[0].patient == "p2"
-    assert all(Path(entry["path"]).is_file() for item in items for entry in (*item.images, *item.masks))
+    assert {case.prompt for case in cases} == {"<image>\nDiagnosis?"} and cases[0].patient == "p2"
+    assert all(Path(entry["path"]).is_file() for case in cases for entry in (*case.images, *case.masks))
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "4 items" in card and "| no diagnosis | 2 |" in card and "| malignant breast tumor | 3 |" in card
     assert "left out, no diagnosis: 2" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from medsight.evaluation.predictions import encode_mask
 
 
 Evaluate = Callable[..., tuple[int, str]]
+Score = Callable[..., dict[str, Any]]
 
 
 def metrics_of(output: Path) -> dict[str, Any]:
@@ -45,6 +46,18 @@ def saved(regions: Path, tmp_path: Path, write_lines: Callable[..., Path]) -> Ca
         return write_lines(tmp_path / "saved" / "mine.jsonl", records)
 
     return write
+
+
+@pytest.fixture
+def score(evaluate: Evaluate, segmentation: Path, regions: Path, tmp_path: Path) -> Score:
+    """Scores saved predictions into the folder `out` of the test, and returns metrics.json."""
+
+    def run(saved: Path, *options: str, benchmark: Path | str = segmentation, data: Path = regions) -> dict[str, Any]:
+        status, printed = evaluate(benchmark, data, tmp_path / "out", "--predictions", str(saved), *options)
+        assert status == 0, printed
+        return {**metrics_of(tmp_path / "out"), "printed": printed}
+
+    return run
 
 
 def test_a_model_s_run_and_its_saved_predictions_give_the_same_figures(
@@ -99,14 +112,9 @@ def test_cited_codes_are_held_against_those_of_the_model_s_own_codebook(
     assert "the model&#39;s codebook for 7 rows" in (tmp_path / "b" / "report.html").read_text("utf-8")
 
 
-def test_figures_of_held_out_wordings_say_so(
-    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
-) -> None:
-    predictions = ("--predictions", str(saved()))
-    assert evaluate(segmentation, regions, tmp_path / "a", *predictions)[0] == 0
-    assert evaluate(segmentation, regions, tmp_path / "b", *predictions, "--held-out-prompts")[0] == 0
-    title = metrics_of(tmp_path / "a")["title"]
-    assert metrics_of(tmp_path / "b")["title"] == f"{title}, in wordings not trained on"
+def test_figures_of_held_out_wordings_say_so(score: Score, saved: Callable[..., Path]) -> None:
+    title = score(saved())["title"]
+    assert score(saved(), "--held-out-prompts", "--overwrite")["title"] == f"{title}, in wordings not trained on"
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +166,13 @@ def test_the_first_rows_of_saved_predictions_are_scored(
 
 
 def test_a_model_without_a_group_of_that_name_has_no_right_codes_and_says_so(
-    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
+    score: Score, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     def cite(records: list[dict[str, Any]]) -> None:
         for record in records:
             record.update(group="knee", codes=["[C0_0]"] * len(record["masks"]))
 
-    assert evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(saved(cite)))[0] == 0
-    metrics = metrics_of(tmp_path / "out")
+    metrics = score(saved(cite))
     assert "code_accuracy" not in metrics["scores"] and metrics["codes"]["answers"]["code_accuracy"] is None
     assert metrics["reference_codes"]["unknown_by_origin"] == {"CT torso": 4, "ultrasound breast": 3}
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
@@ -180,9 +187,10 @@ def test_a_model_without_a_group_of_that_name_has_no_right_codes_and_says_so(
         ({"reference_codes": "[C0_1]"}, "expected a list of region codes in 'reference_codes'"),
         ({"reference_codes": ["[C0_1]"], "codes": ["red"]}, "line 1: codes: 'red' is not a region code"),
         ({"group": 3}, "line 1: expected text in 'group', got 3"),
+        ({"is_complete": "yes"}, "expected true or false in 'is_complete'"),
     ],
 )
-def test_codes_that_are_none_are_refused(
+def test_a_field_that_cannot_be_is_refused(
     evaluate: Evaluate,
     segmentation: Path,
     regions: Path,
@@ -196,12 +204,8 @@ def test_codes_that_are_none_are_refused(
     assert status == 1 and message in printed
 
 
-def test_the_right_masks_score_full_marks(
-    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
-) -> None:
-    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(saved()))
-    assert status == 0, printed
-    metrics = metrics_of(tmp_path / "out")
+def test_the_right_masks_score_full_marks(score: Score, saved: Callable[..., Path]) -> None:
+    metrics = score(saved())
     assert {name: both["macro"]["value"] for name, both in metrics["scores"].items()} == {
         "dice": 1.0, "iou": 1.0, "hd95_mm": 0.0, "surface_dice": 1.0,
     }  # fmt: skip
@@ -223,7 +227,12 @@ def test_the_right_masks_score_full_marks(
     ],
 )
 def test_masks_of_several_structures_are_told_apart_by_name(
-    evaluate: Evaluate, regions: Path, tmp_path: Path, write_lines: Callable[..., Path], phrases: list, dice: float
+    score: Score,
+    regions: Path,
+    tmp_path: Path,
+    write_lines: Callable[..., Path],
+    phrases: list,
+    dice: float,
 ) -> None:
     manifest = [json.loads(line) for line in (regions / "manifest.jsonl").read_text().splitlines()]
     records = []
@@ -232,24 +241,19 @@ def test_masks_of_several_structures_are_told_apart_by_name(
         shown = [masks[str(phrase or "spleen").lower()] for phrase in phrases]
         encoded = [encode_mask(np.asarray(Image.open(mask), dtype=bool)) for mask in shown]
         records.append({"id": image, "answer": "", "masks": encoded, "phrases": phrases})
-    saved = write_lines(tmp_path / "saved.jsonl", records)
-    status, printed = evaluate("several-structures", regions, tmp_path / "out", "--predictions", str(saved))
-    assert status == 0, printed
+    metrics = score(write_lines(tmp_path / "saved.jsonl", records), benchmark="several-structures")
     assert [row["dice"] for row in rows_of(tmp_path / "out")] == pytest.approx([dice] * 2)
-    assert "multi order" in printed
+    assert "multi order" in metrics["printed"]
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_codes_of_several_structures_stand_each_for_its_own(
-    evaluate: Evaluate, regions: Path, tmp_path: Path, write_lines: Callable[..., Path], named: bool
+    score: Score, tmp_path: Path, write_lines: Callable[..., Path], named: bool
 ) -> None:
     empty = encode_mask(np.zeros((16, 20), dtype=bool))
     own = {"codes": ["[C0_0]", "[C0_1]"], "phrases": ["spleen", "Liver"] if named else [], "masks": [empty] * 2}
     records = [{"id": f"set/test/{number}.png", "answer": "", **own} for number in range(2)]
-    saved = write_lines(tmp_path / "saved.jsonl", records)
-    status, printed = evaluate("several-structures", regions, tmp_path / "out", "--predictions", str(saved))
-    assert status == 0, printed
-    usage = metrics_of(tmp_path / "out")["codes"]["usage"]
+    usage = score(write_lines(tmp_path / "saved.jsonl", records), benchmark="several-structures")["codes"]["usage"]
     if not named:
         assert usage["citations"] == 0  # whose each code is is not known
         return
@@ -272,7 +276,7 @@ def test_codes_of_several_structures_stand_each_for_its_own(
 )
 @pytest.mark.parametrize("united", [False, True])
 def test_a_structure_of_several_masks_is_compared_as_one(
-    evaluate: Evaluate,
+    score: Score,
     tmp_path: Path,
     write_lines: Callable[..., Path],
     draw_picture: Callable[..., Path],
@@ -299,8 +303,7 @@ def test_a_structure_of_several_masks_is_compared_as_one(
         shown = [(name, np.logical_or.reduce([mask for other, mask in shown if other == name])) for name in names]
     answer = {"masks": [encode_mask(mask) for _, mask in shown], "phrases": [name for name, _ in shown]}
     saved = write_lines(tmp_path / "saved.jsonl", [{"id": "set/test/a.png", "answer": "", **answer}])
-    status, printed = evaluate("all-structures", data, tmp_path / "out", "--predictions", str(saved))
-    assert status == 0, printed
+    score(saved, benchmark="all-structures", data=data)
     assert rows_of(tmp_path / "out")[0]["dice"] == pytest.approx(dice)
 
 
@@ -354,26 +357,15 @@ def test_predictions_that_do_not_fit_are_refused_unless_accepted(
     assert dices.count(0.0) == (1 if kind in ("missing", "masks") else 0)
 
 
-def test_an_empty_answer_is_scored_and_listed(
-    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
-) -> None:
-    path = saved(lambda records: records[0].update(answer=" ", masks=[]))
-    assert evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(path))[0] == 0
-    metrics = metrics_of(tmp_path / "out")
+def test_an_empty_answer_is_scored_and_listed(score: Score, saved: Callable[..., Path], tmp_path: Path) -> None:
+    metrics = score(saved(lambda records: records[0].update(answer=" ", masks=[])))
     assert metrics["problems"] == {"empty": {"count": 1, "rows": ["set/test/0.png#liver"]}}
     assert rows_of(tmp_path / "out")[0]["dice"] == 0.0
 
 
-def test_answers_that_were_cut_are_counted_and_told(
-    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
-) -> None:
-    path = saved(lambda records: [record.update(is_complete=place > 1) for place, record in enumerate(records)])
-    status, printed = evaluate(segmentation, regions, tmp_path / "out", "--predictions", str(path))
-    assert status == 0 and "2 answers were cut at the limit of length" in printed
-    assert metrics_of(tmp_path / "out")["counts"]["cut"] == 2
-    path = saved(lambda records: records[0].update(is_complete="yes"))
-    status, printed = evaluate(segmentation, regions, tmp_path / "bad", "--predictions", str(path))
-    assert status == 1 and "expected true or false in 'is_complete'" in printed
+def test_answers_that_were_cut_are_counted_and_told(score: Score, saved: Callable[..., Path]) -> None:
+    metrics = score(saved(lambda records: [record.update(is_complete=i > 1) for i, record in enumerate(records)]))
+    assert "2 answers were cut at the limit of length" in metrics["printed"] and metrics["counts"]["cut"] == 2
 
 
 def test_a_set_of_another_size_says_so_in_the_output(
@@ -402,7 +394,11 @@ def test_figures_by_another_protocol_are_not_replaced_unasked(
 
 
 def test_rows_of_absent_structures_alone_are_scored_and_reported(
-    evaluate: Evaluate, regions: Path, saved: Callable[..., Path], tmp_path: Path, write_lines: Callable[..., Path]
+    score: Score,
+    regions: Path,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    write_lines: Callable[..., Path],
 ) -> None:
     manifest = [json.loads(line) for line in (regions / "manifest.jsonl").read_text("utf-8").splitlines()]
     absent = [row for row in manifest if row["split"] == "test" and not row["mask"]]
@@ -414,9 +410,7 @@ def test_rows_of_absent_structures_alone_are_scored_and_reported(
         records[:] = [record for record in records if record["id"] in names]
         records[0] |= {"masks": [encode_mask(np.zeros((9, 9), dtype=bool))], "codes": ["[C0_1]"]}
 
-    status, printed = evaluate("segmentation", data, tmp_path / "out", "--predictions", str(saved(cite)))
-    assert status == 0, printed
-    metrics = metrics_of(tmp_path / "out")
+    metrics = score(saved(cite), benchmark="segmentation", data=data)
     assert metrics["negatives"]["no_region_rate"]["value"] == 1 - 1 / len(names)
     assert metrics["negatives"]["false_mask_rate"]["value"] == 0.0  # the mask is empty
     assert "false_mask_rate" not in metrics["codes"]["answers"]
@@ -459,12 +453,8 @@ def test_options_of_answering_are_refused_beside_saved_predictions(
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_in_place_of_a_preset_stand_in_the_protocol(
-    evaluate: Evaluate, segmentation: Path, regions: Path, saved: Callable[..., Path], tmp_path: Path
-) -> None:
-    options = ("--predictions", str(saved()), "--multi", "union", "--missing", "skip")
-    assert evaluate(segmentation, regions, tmp_path / "out", *options)[0] == 0
-    protocol = metrics_of(tmp_path / "out")["protocol"]
+def test_flags_in_place_of_a_preset_stand_in_the_protocol(score: Score, saved: Callable[..., Path]) -> None:
+    protocol = score(saved(), "--multi", "union", "--missing", "skip")["protocol"]
     assert protocol["masks"] == "flags"
     assert protocol["mask_flags"] == {
         "threshold": 0.5, "missing": "skip", "multi": "union", "formula": "plain", "average": "micro",

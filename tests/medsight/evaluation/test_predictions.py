@@ -9,8 +9,9 @@ import pytest
 
 from medsight.evaluation.predictions import (
     Prediction,
-    PredictionWriter,
+    append_predictions,
     decode_mask,
+    drop_partial_line,
     encode_mask,
     match_predictions,
     read_predictions,
@@ -67,13 +68,13 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
         decode_mask(encode_mask(np.ones((4, 4), dtype=bool)), "mask 1", (4, 5))
 
 
-def test_appending_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    with PredictionWriter(path) as writer:
-        writer.write([Prediction("a", "ä"), Prediction("b", "two")])
+    drop_partial_line(path)
+    append_predictions(path, [Prediction("a", "ä"), Prediction("b", "two")])
     path.write_bytes(path.read_bytes()[:-9])
-    with PredictionWriter(path) as writer:
-        writer.write([Prediction("c", "three")])
+    drop_partial_line(path)
+    append_predictions(path, [Prediction("c", "three")])
     assert [prediction.id for _, prediction in read_predictions(path)] == ["a", "c"]
 
 

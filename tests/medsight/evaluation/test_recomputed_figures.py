@@ -68,7 +68,7 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
     evaluate: Evaluate, declare: Callable[..., Path], tmp_path: Path, write_lines: Callable[..., Path]
 ) -> None:
     width, height, generator = 11, 7, random.Random(5)
-    items, predictions, expected = [], [], []
+    cases, predictions, expected = [], [], []
     picture = tmp_path / "data" / "image.png"
     picture.parent.mkdir()
     Image.new("L", (width, height)).save(picture)
@@ -88,7 +88,7 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
             set(generator.sample(range(width * height), generator.randint(0, 40)))
             for _ in range(generator.choice([0, 1, 1, 2, 3]))
         ]
-        items.append(
+        cases.append(
             {"qa_id": f"q{number}", "question": "What?", "short_answer": reference, "image_file": "image.png",
              "mask_files": [f"mask-{number}-{part}.png" for part in range(len(references))], "modality": modality,
              "patient": f"p{number % 250}"}
@@ -112,7 +112,7 @@ def test_a_thousand_made_up_predictions_are_scored_as_plain_python_scores_them(
                 "codes": plain_right_codes(cited, right),
             }
         )
-    (tmp_path / "data" / "items.json").write_text(json.dumps(items))
+    (tmp_path / "data" / "cases.json").write_text(json.dumps(cases))
     saved = write_lines(tmp_path / "saved.jsonl", predictions)
     declared = declare("diagseg")
     status, printed = evaluate(declared, tmp_path / "data", tmp_path / "out", "--predictions", str(saved))

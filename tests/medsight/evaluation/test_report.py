@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.evaluation.items import Item
+from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import encode_mask
 from medsight.evaluation.report_cases import PICTURE_SIDE, case_picture, varied
 from medsight.evaluation.report_codes import belongs, confusion
@@ -32,13 +32,13 @@ def report(
     from medsight import cli
 
     root, generator = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
-    items, predictions = [], []
+    cases, predictions = [], []
     for number in range(60):
         mask = draw_picture(root / "data" / f"mask-{number}.png", mask=True, seed=number)
         draw_picture(root / "data" / f"{number}.png", seed=number)
         modality = [*NAMES, *(f"modality {index}" for index in range(14))][number % 18]
         absent = number % 10 == 9
-        items.append(
+        cases.append(
             {
                 "qa_id": f"q{number}",
                 "question": "What is it? <image-like> " + "x" * 200,
@@ -60,7 +60,7 @@ def report(
                 "groups": [f"group {number % 5} of a long name"] * (number % 3),
             }
         )
-    (root / "data" / "items.json").write_text(json.dumps(items))
+    (root / "data" / "cases.json").write_text(json.dumps(cases))
     (root / "saved.jsonl").write_text("".join(json.dumps(record) + "\n" for record in predictions))
     arguments = ["--benchmark", declare("diagseg"), "--data", root / "data", "--output", root / "out"]
     assert cli.main(["evaluate", *map(str, arguments), "--predictions", str(root / "saved.jsonl")]) == 0
@@ -126,7 +126,7 @@ def test_a_case_is_the_whole_image_and_nothing_else(size: tuple[int, int], tmp_p
     image.save(tmp_path / "image.png")
     mask.save(tmp_path / "mask.png")
     entries = ({"path": str(tmp_path / name), "bytes": None} for name in ("image.png", "mask.png"))
-    picture = case_picture(Item("a", "Where?", (next(entries),), masks=tuple(entries)), None)
+    picture = case_picture(Case("a", "Where?", (next(entries),), masks=tuple(entries)), None)
     drawn = np.asarray(picture).astype(int)
     assert picture.size == (PICTURE_SIDE, round(PICTURE_SIDE * size[1] / size[0]))
     untouched = drawn[:, PICTURE_SIDE // 2 + 16 :]

@@ -1,4 +1,4 @@
-"""Answers to items: whatever the batch, the number of processes and the interruptions, the same file."""
+"""Answers to cases: whatever the batch, the number of processes and the interruptions, the same file."""
 
 import json
 import os
@@ -7,17 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from medsight.data.pictures import read_mask, read_picture
 from medsight.evaluation import runner
 from medsight.evaluation.benchmarks import load_benchmark
-from medsight.evaluation.items import Item, read_items
+from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import decode_mask, read_predictions
-from medsight.evaluation.runner import RunSettings, answer_items, load_for_evaluation, prepare_output
+from medsight.evaluation.readers import read_cases
+from medsight.evaluation.reference_codes import ReferenceCodes
+from medsight.evaluation.runner import RunSettings, answer_cases, load_for_evaluation, prepare_output
+from medsight.inference.code_assignment import assign_codes
+from processing_medsight.region_codes_medsight import parse_region_code
 from tests.shared import shared_folder
 
 
@@ -26,14 +33,13 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def items(regions: Path) -> list[Item]:
-    return read_items(load_benchmark("segmentation"), regions)[0]
+def cases(regions: Path) -> list[Case]:
+    return read_cases(load_benchmark("segmentation"), regions)[0]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path) -> tuple[Any, Any]:
     """The tiny model, led to begin every other answer with a region code: untrained, it would hardly cite one."""
-    import torch
 
     model, processor = load_for_evaluation(tiny_checkpoint, SETTINGS, "cpu")
     first = model.config.region_code_start_id
@@ -52,21 +58,21 @@ def checkpoint(tiny_checkpoint: Path) -> tuple[Any, Any]:
     return model, processor
 
 
-def answered(items: list[Item], checkpoint: tuple[Any, Any], output: Path, batch_size: int) -> bytes:
+def answered(cases: list[Case], checkpoint: tuple[Any, Any], output: Path, batch_size: int) -> bytes:
     prepare_output(output, {"run": 1}, overwrite=False)
-    return answer_items(items, *checkpoint, output, SETTINGS, batch_size, progress=False).read_bytes()
+    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size, progress=False).read_bytes()
 
 
-def test_the_batch_size_does_not_show(items: list[Item], checkpoint: tuple[Any, Any], tmp_path: Path) -> None:
-    alone = answered(items, checkpoint, tmp_path / "1", 1)
-    assert answered(items, checkpoint, tmp_path / "4", 4) == answered(items, checkpoint, tmp_path / "9", 9) == alone
+def test_the_batch_size_does_not_show(cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path) -> None:
+    alone = answered(cases, checkpoint, tmp_path / "1", 1)
+    assert answered(cases, checkpoint, tmp_path / "4", 4) == answered(cases, checkpoint, tmp_path / "9", 9) == alone
     records = [json.loads(line) for line in alone.splitlines()]
-    assert [record["id"] for record in records] == [item.id for item in items]
+    assert [record["id"] for record in records] == [case.id for case in cases]
     assert any(record["masks"] for record in records)
 
 
-def test_masks_are_at_the_size_of_the_image(items: list[Item], checkpoint: tuple[Any, Any], tmp_path: Path) -> None:
-    answered(items, checkpoint, tmp_path / "run", 4)
+def test_masks_are_at_the_size_of_the_image(cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path) -> None:
+    answered(cases, checkpoint, tmp_path / "run", 4)
     for _, prediction in read_predictions(tmp_path / "run" / "predictions.jsonl"):
         assert len(prediction.masks) == len(prediction.codes) == len(prediction.scores) == len(prediction.groups)
         for index, mask in enumerate(prediction.masks):
@@ -76,52 +82,44 @@ def test_masks_are_at_the_size_of_the_image(items: list[Item], checkpoint: tuple
 
 @pytest.mark.parametrize("size", [1, 3, 9])
 def test_reference_codes_are_those_of_all_masks_of_the_image_whatever_the_batch(
-    items: list[Item], named_checkpoint: Path, size: int
+    cases: list[Case], named_checkpoint: Path, size: int
 ) -> None:
-    import torch
-
-    from medsight.data.pictures import read_mask, read_picture
-    from medsight.evaluation.reference_codes import ReferenceCodes
-    from medsight.training.region_codes import assign_codes
 
     model, processor = load_for_evaluation(named_checkpoint, SETTINGS, "cpu")
     images = processor.image_processor
 
-    def see(some: list[Item]) -> Any:
-        pictures = [read_picture(item.images[0]) for item in some]
+    def see(some: list[Case]) -> Any:
+        pictures = [read_picture(case.images[0]) for case in some]
         return images(images=pictures, return_tensors="pt")["pixel_values"].to(model.dtype)
 
-    references, found = ReferenceCodes(items, model, processor), []
-    for start in range(0, len(items), size):
-        found += references.of(items[start : start + size], see(items[start : start + size]))
+    references, found = ReferenceCodes(cases, model, processor), []
+    for start in range(0, len(cases), size):
+        found += references.of(cases[start : start + size], see(cases[start : start + size]))
     by_image: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        by_image.setdefault(item.images[0]["path"], []).append(index)
+    for index, case in enumerate(cases):
+        by_image.setdefault(case.images[0]["path"], []).append(index)
     assert [len(places) for places in by_image.values()] == [2, 2, 1, 1, 2, 1]
     for places in by_image.values():
-        own = [items[index] for index in places if items[index].masks]
+        own = [cases[index] for index in places if cases[index].masks]
         with torch.no_grad():
-            regions = model.get_region_features(see([items[places[0]]]))
+            regions = model.get_region_features(see([cases[places[0]]]))
         group = model.config.group_names[int(regions.group_logits.argmax())]
         assert [found[index][0] for index in places] == [group] * len(places)
         if own:
             size_of_image = read_picture(own[0].images[0]).size
-            masks = np.stack([read_mask(item.masks[0], size_of_image) for item in own])
+            masks = np.stack([read_mask(case.masks[0], size_of_image) for case in own])
             placed = images.preprocess_masks(masks, output_size=(model.config.image_size,) * 2)
             k = 0 if own[0].modality == "CT" else 1
             (codes,) = assign_codes(model, regions, [placed], None, torch.tensor([k]))
             expected = [(model.config.region_code_token(k, code),) for code in codes.tolist()]
-            assert [found[index][1] for index in places if items[index].masks] == expected
-        assert [found[index][1] for index in places if not items[index].masks] == [()] * (len(places) - len(own))
+            assert [found[index][1] for index in places if cases[index].masks] == expected
+        assert [found[index][1] for index in places if not cases[index].masks] == [()] * (len(places) - len(own))
 
 
-def test_an_image_of_no_known_group_has_no_reference_codes(items: list[Item], named_checkpoint: Path) -> None:
-    from dataclasses import replace
-
-    from medsight.evaluation.reference_codes import ReferenceCodes
+def test_an_image_of_no_known_group_has_no_reference_codes(cases: list[Case], named_checkpoint: Path) -> None:
 
     model, processor = load_for_evaluation(named_checkpoint, SETTINGS, "cpu")
-    known, foreign = items[0], replace(items[0], modality="PET")
+    known, foreign = cases[0], replace(cases[0], modality="PET")
     pixels = processor.image_processor(images=[runner.content_of(known)[0]["image"]] * 2, return_tensors="pt")
     found = ReferenceCodes([known, foreign], model, processor).of(
         [known, foreign], pixels["pixel_values"].to(model.dtype)
@@ -130,15 +128,14 @@ def test_an_image_of_no_known_group_has_no_reference_codes(items: list[Item], na
 
 
 def test_a_mask_is_the_model_s_logits_resized_before_the_threshold(
-    items: list[Item], checkpoint: tuple[Any, Any], tmp_path: Path
+    cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    import torch
 
     model, processor = checkpoint
-    (prediction, *_) = [p for _, p in read_predictions_of(items, checkpoint, tmp_path) if p.masks]
-    item = next(item for item in items if item.id == prediction.id)
+    (prediction, *_) = [p for _, p in read_predictions_of(cases, checkpoint, tmp_path) if p.masks]
+    case = next(case for case in cases if case.id == prediction.id)
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": runner.content_of(item)}],
+        [{"role": "user", "content": runner.content_of(case)}],
         tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt",
     ).to(dtype=model.dtype)  # fmt: skip
     with torch.no_grad():
@@ -151,15 +148,57 @@ def test_a_mask_is_the_model_s_logits_resized_before_the_threshold(
     assert given.any() and not given.all() and (expected == given).mean() > 0.98
 
 
-def read_predictions_of(items: list[Item], checkpoint: tuple[Any, Any], folder: Path) -> list[Any]:
-    answered(items, checkpoint, folder / "all", 3)
+def test_masks_of_codes_alone_are_a_run_of_their_own(
+    cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, processor = checkpoint
+    from_states = [p for _, p in read_predictions_of(cases, checkpoint, tmp_path)]
+    settings = replace(SETTINGS, masks_from="codes")
+    alone, together = (
+        [
+            prediction
+            for start in range(0, len(cases), size)
+            for prediction in runner.answer_batch(
+                cases[start : start + size], model, processor, settings, ReferenceCodes(cases, model, processor)
+            )
+        ]
+        for size in (1, 4)
+    )
+    assert alone == together
+    for states, codes in zip(from_states, alone, strict=True):
+        assert (codes.id, codes.raw_text, list(codes.codes)) == (states.id, states.raw_text, list(states.codes))
+        assert len(codes.masks) == len(states.masks) and set(codes.scores) <= {None}
+    assert [p.masks for p in alone if p.masks] != [p.masks for p in from_states if p.masks]
+    prediction = next(prediction for prediction in alone if prediction.masks)
+    case = next(case for case in cases if case.id == prediction.id)
+    pixels = processor.image_processor(images=[runner.content_of(case)[0]["image"]], return_tensors="pt")
+    codes = torch.tensor([parse_region_code(code) for code in prediction.codes])
+    with torch.no_grad():
+        (logits,) = model.region_model.decode_codes(
+            code_indices=[codes], pixel_values=pixels["pixel_values"].to(model.dtype)
+        )
+    expected = processor.image_processor.post_process_masks([logits], [(16, 20)], 0.5)[0].numpy()
+    assert np.array_equal(np.stack([decode_mask(mask, "it") for mask in prediction.masks]), expected)
+
+
+def test_a_run_of_other_masks_is_not_resumed_but_one_of_an_earlier_version_is(tmp_path: Path) -> None:
+    states = asdict(SETTINGS)
+    earlier = {name: value for name, value in states.items() if name != "masks_from"}
+    prepare_output(tmp_path / "run", earlier, overwrite=False)
+    prepare_output(tmp_path / "run", states, overwrite=False)
+    with pytest.raises(FileExistsError, match="an evaluation with another masks_from"):
+        prepare_output(tmp_path / "run", asdict(replace(SETTINGS, masks_from="codes")), overwrite=False)
+
+
+def read_predictions_of(cases: list[Case], checkpoint: tuple[Any, Any], folder: Path) -> list[Any]:
+    answered(cases, checkpoint, folder / "all", 3)
     return list(read_predictions(folder / "all" / "predictions.jsonl"))
 
 
 def test_a_run_goes_on_where_it_stopped(
-    items: list[Item], checkpoint: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = answered(items, checkpoint, tmp_path / "whole", 2)
+    whole = answered(cases, checkpoint, tmp_path / "whole", 2)
     broken = tmp_path / "broken"
     prepare_output(broken, {"run": 1}, overwrite=False)
     lines = whole.splitlines(keepends=True)
@@ -168,13 +207,13 @@ def test_a_run_goes_on_where_it_stopped(
     asked = []
     answer_batch = runner.answer_batch
 
-    def spy(batch: list[Item], *rest: Any) -> Any:
-        asked.extend(item.id for item in batch)
+    def spy(batch: list[Case], *rest: Any) -> Any:
+        asked.extend(case.id for case in batch)
         return answer_batch(batch, *rest)
 
     monkeypatch.setattr(runner, "answer_batch", spy)
-    assert answered(items, checkpoint, broken, 2) == whole
-    assert asked == [items[index].id for index in (3, 4, 5, 7, 8)]
+    assert answered(cases, checkpoint, broken, 2) == whole
+    assert asked == [cases[index].id for index in (3, 4, 5, 7, 8)]
     assert [path.name for path in broken.iterdir() if "part" in path.name or path.name.startswith(".")] == []
 
 
@@ -197,6 +236,7 @@ def test_predictions_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0: expected at least 1"),
         ({"threshold": 1.0}, "threshold 1.0: expected a probability"),
+        ({"masks_from": "thin air"}, "masks_from 'thin air': expected one of states, codes"),
         ({"dtype": "int8"}, "dtype 'int8': expected one of float64"),
     ],
 )
@@ -206,13 +246,12 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str)
 
 
 def test_an_unreadable_image_is_named(
-    items: list[Item], checkpoint: tuple[Any, Any], tmp_path: Path, write_lines: Callable[..., Path]
+    cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path, write_lines: Callable[..., Path]
 ) -> None:
-    from dataclasses import replace
 
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    bad = replace(items[0], images=({"path": str(broken), "bytes": None},))
+    bad = replace(cases[0], images=({"path": str(broken), "bytes": None},))
     with pytest.raises(ValueError, match="broken.png is not an image"):
         answered([bad], checkpoint, tmp_path / "run", 1)
 
@@ -258,9 +297,9 @@ def test_the_shipped_model_gives_real_images_the_same_answers_in_any_batch(tmp_p
     from medsight.checkpoint import shipped_checkpoint
 
     data = shared_folder("data", "segmentation")
-    items, _ = read_items(load_benchmark("segmentation"), data)
+    cases, _ = read_cases(load_benchmark("segmentation"), data)
     checkpoint = load_for_evaluation(shipped_checkpoint(), SETTINGS, "cpu")
-    chosen = items[::19]
+    chosen = cases[::19]
     alone = answered(chosen, checkpoint, tmp_path / "1", 1)
     assert answered(chosen, checkpoint, tmp_path / "8", 8) == alone
     assert any(json.loads(line)["masks"] for line in alone.splitlines())

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from medsight.export import FoundRegion
-from medsight.scans.scan import Scan, open_scan
+from medsight.scans import Scan, open_scan
 from tests.shared import shared_folder
 
 from .scans import BRIGHT, bright_volume, write_dicom_series, write_nifti_volume

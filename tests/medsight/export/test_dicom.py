@@ -13,7 +13,7 @@ from PIL import Image
 
 from medsight.export import FoundRegion, write_masks
 from medsight.export.dicom_source import replaced_uid
-from medsight.scans.scan import open_scan
+from medsight.scans import open_scan
 
 from .scans import BRIGHT, SECRET_DATE, SENTINEL, bright_volume, fill, write_dicom_series, write_multi_frame
 

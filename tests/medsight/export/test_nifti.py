@@ -11,7 +11,7 @@ import pydicom
 import pytest
 
 from medsight.export import FoundRegion, write_masks
-from medsight.scans.scan import Scan, open_scan
+from medsight.scans import Scan, open_scan
 
 from .scans import BRIGHT, SENTINEL, bright_volume, write_dicom_series, write_nifti_volume
 

@@ -11,9 +11,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from medsight.export import FoundRegion, measure, mosaic, overlay, write_masks
+from medsight.export.drawing import PALETTE
 from medsight.export.outlines import outlines
-from medsight.inference.overlay import PALETTE
-from medsight.scans.scan import Scan, open_scan
+from medsight.scans import Scan, open_scan
 
 from .scans import decode_run_lengths, fill, fill_with_pil
 

@@ -102,7 +102,7 @@ def serve() -> Iterator[FakeHub]:
         thread.join()
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer that is an error."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **body: Any) -> None:
@@ -131,13 +131,13 @@ class HubHandler(BaseHTTPRequestHandler):
                 method, pattern, status = key
                 if left and method == self.command and re.search(pattern, self.path_only):
                     self.hub.failures[key] -= 1
-                    raise Refused(status, "told to fail")
+                    raise RefusedError(status, "told to fail")
             for method, pattern, name in ROUTES:
                 match = re.fullmatch(pattern, self.path_only)
                 if match and self.command in method:
                     return getattr(self, name)(**match.groupdict())
-            raise Refused(404, f"no route for {self.command} {self.path_only}")
-        except Refused as refused:
+            raise RefusedError(404, f"no route for {self.command} {self.path_only}")
+        except RefusedError as refused:
             headers = {"X-Error-Message": refused.message}
             headers |= {"X-Error-Code": refused.code} if refused.code else {}
             body = {"error": refused.message, **refused.body}
@@ -172,14 +172,14 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def require_write(self) -> None:
         if self.token() not in (WRITER, READER):
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         if self.token() == READER:
-            raise Refused(403, "You don't have the rights to write here")
+            raise RefusedError(403, "You don't have the rights to write here")
 
     def repo(self, repo_id: str) -> Repo:
         found = self.hub.repos.get(repo_id)
         if found is None or (found.private and self.token() is None):
-            raise Refused(401 if self.token() is None else 404, "Repository not found", "RepoNotFound")
+            raise RefusedError(401 if self.token() is None else 404, "Repository not found", "RepoNotFound")
         return found
 
     def head(self, repo_id: str, revision: str) -> Commit:
@@ -190,7 +190,7 @@ class HubHandler(BaseHTTPRequestHandler):
             for one in some:
                 if one.oid == revision:
                     return one
-        raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     # Repositories
 
@@ -200,7 +200,7 @@ class HubHandler(BaseHTTPRequestHandler):
         repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
-            raise Refused(409, "You already created this model repo", url=url)
+            raise RefusedError(409, "You already created this model repo", url=url)
         self.hub.create(repo_id, asked.get("visibility") == "private" or bool(asked.get("private")))
         self.reply({"url": url})
 
@@ -214,7 +214,7 @@ class HubHandler(BaseHTTPRequestHandler):
         files = self.head(repo_id, revision).files
         found = {name: content for name, content in files.items() if not path or name.startswith(f"{path}/")}
         if path and not found:
-            raise Refused(404, f"{path} does not exist", "EntryNotFound")
+            raise RefusedError(404, f"{path} does not exist", "EntryNotFound")
         entries = []
         for name, content in sorted(found.items()):
             entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
@@ -227,14 +227,9 @@ class HubHandler(BaseHTTPRequestHandler):
         self.require_write()
         branches = self.repo(repo_id).branches
         if name in branches:
-            raise Refused(409, "Reference already exists")
+            raise RefusedError(409, "Reference already exists")
         branches[name] = list(branches["main"])
         self.reply({})
-
-    def refs(self, repo_id: str) -> None:
-        found = self.repo(repo_id).branches.items()
-        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": some[-1].oid} for name, some in found]
-        self.reply({"branches": branches, "tags": [], "converts": []})
 
     def validate_yaml(self) -> None:
         front = re.match(r"---\n(.*?)\n---\n", json.loads(self.content)["content"], re.DOTALL)
@@ -243,7 +238,7 @@ class HubHandler(BaseHTTPRequestHandler):
         except yaml.YAMLError:
             good = False
         if not good:
-            raise Refused(400, "bad metadata", errors=[{"message": "no valid YAML header"}], warnings=[])
+            raise RefusedError(400, "bad metadata", errors=[{"message": "no valid YAML header"}], warnings=[])
         self.reply({"errors": [], "warnings": []})
 
     # Upload
@@ -265,28 +260,21 @@ class HubHandler(BaseHTTPRequestHandler):
         for asked in json.loads(self.content)["objects"]:
             entry = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.hub.large:
-                upload = {"href": f"{self.hub.url}/storage/{asked['oid']}", "header": {}}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify", "header": {}}}
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{asked['oid']}", "header": {}}}
             objects.append(entry)
         self.reply({"transfer": "basic", "objects": objects})
 
     def store(self, oid: str) -> None:
         if digest(self.content) != oid:
-            raise Refused(400, "the content has another sha256")
+            raise RefusedError(400, "the content has another sha256")
         self.hub.large[oid] = self.content
         self.send(200)
-
-    def verify(self) -> None:
-        asked = json.loads(self.content)
-        if len(self.hub.large.get(asked["oid"], b"")) != asked["size"]:
-            raise Refused(422, "not uploaded")
-        self.reply({})
 
     def commit(self, repo_id: str, revision: str) -> None:
         self.require_write()
         branch = self.repo(repo_id).branches.get(revision)
         if branch is None:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         lines = [json.loads(line) for line in self.content.splitlines()]
         files, changes, message = dict(branch[-1].files), [], ""
         for line in lines:
@@ -299,13 +287,13 @@ class HubHandler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.large:
-                    raise Refused(422, f"{value['path']} was not uploaded")
+                    raise RefusedError(422, f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
             elif key == "deletedFile":
                 if files.pop(value["path"], None) is None:
-                    raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+                    raise RefusedError(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
-                raise Refused(400, f"unknown operation {key}")
+                raise RefusedError(400, f"unknown operation {key}")
         branch.append(commit(branch, message, files, changes))
         url = f"{self.hub.url}/{repo_id}/commit/{branch[-1].oid}"
         self.reply({"success": True, "commitOid": branch[-1].oid, "commitUrl": url})
@@ -315,17 +303,12 @@ class HubHandler(BaseHTTPRequestHandler):
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         head = self.head(repo_id, revision)
         if path not in head.files:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise RefusedError(404, "Entry not found", "EntryNotFound")
         content = head.files[path]
-        headers = {"X-Repo-Commit": head.oid, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": head.oid}
         if path.endswith(LARGE):
             headers |= {"X-Linked-Etag": f'"{digest(content)}"', "X-Linked-Size": str(len(content))}
         headers["ETag"] = f'"{digest(content) if path.endswith(LARGE) else git_oid(content)}"'
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if span:
-            start, end = int(span[1]), int(span[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            return self.send(206, content[start : end + 1], headers)
         self.send(200, content, headers)
 
 
@@ -336,11 +319,9 @@ ROUTES = (
     (("POST",), f"/api/models/{REPO}/preupload/(?P<revision>.+)", "preupload"),
     (("POST",), f"/api/models/{REPO}/commit/(?P<revision>.+)", "commit"),
     (("POST",), f"/api/models/{REPO}/branch/(?P<name>.+)", "branch"),
-    (("GET",), f"/api/models/{REPO}/refs", "refs"),
     (("GET",), rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
     (("GET",), rf"/api/models/{REPO}(?:/revision/(?P<revision>.+))?", "info"),
     (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     (("PUT",), r"/storage/(?P<oid>\w+)", "store"),
-    (("POST",), "/verify", "verify"),
     (("GET", "HEAD"), f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )

@@ -5,6 +5,7 @@ Usage: roads.py push SOURCE OUTPUT: publishes one checkpoint on every road that 
 """
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 
-OWN = ("configuration_medsight", "modeling_medsight", "processing_medsight", "medsight", "training")
-
-
-class NotInstalled:
-    """Hides the packages of this repository, also where they are installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in OWN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+HIDING = runpy.run_path(str(Path(__file__).parents[2] / "hide_packages.py"))
 
 
 def logits_of(model, processor):
@@ -43,12 +36,15 @@ def push(source, output):
     model = AutoModelForImageTextToText.from_pretrained(source)
     processor = AutoProcessor.from_pretrained(source)
 
+    processor.region_codes = {"codes": {"[C0_1]": {"group": "CT", "n": 3, "structures": {"liver": 1.0}}}}
     model.push_to_hub("me/model", private=True)
     processor.push_to_hub("me/model")
 
     for part in (model, processor):
-        part.save_pretrained(str(output / "saving"), push_to_hub=True, repo_id="me/saving")
         part.save_pretrained(output / "saved")
+    for part in (processor, model):
+        part.save_pretrained(output / "saving")  # and again: what is in the folder already is uploaded too
+        part.save_pretrained(output / "saving", push_to_hub=True, repo_id="me/saving")
     push_folder(output / "saved", "me/folder")
 
     arguments = TrainingArguments(str(output / "plain"), hub_model_id="me/trainer", use_cpu=True, report_to="none")
@@ -61,10 +57,10 @@ def push(source, output):
 
 
 def load(repo, again):
-    sys.meta_path.insert(0, NotInstalled())
+    HIDING["hide_packages"]()
     model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    assert not any(name in sys.modules for name in OWN)
+    HIDING["assert_hidden"]()
     model.push_to_hub(again)
     processor.push_to_hub(again)
     return logits_of(model, processor)

@@ -13,15 +13,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from medsight import cli
-from medsight.evaluation.runner import checkpoint_fingerprint
+from medsight.checkpoint import weights_sha256
 from medsight.hub import CardFacts, push, render_card, write_card
 from tests.medsight.hub.fake_hub import FakeHub
-from tests.training.tiny_run import draw_data
-
-
-@pytest.fixture
-def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "run" / "model"))
 
 
 def figure(value: float, spread: float | None = 0.05, n: int = 40) -> dict[str, Any]:
@@ -50,7 +44,11 @@ def metrics_of(folder: Path, dice: float) -> dict[str, Any]:
         "negatives": {"n": 1, "no_region_rate": None, "false_mask_rate": None},
         "problems": {"missing": {"count": 1, "rows": ["patient Jane Doe"]}},
         "notes": ["Limited to the first 41 rows."],
-        "run": {"medsight_version": "0.1.0", "checkpoint": checkpoint_fingerprint(folder), "data": {"sha256": "ab"}},
+        "run": {
+            "medsight_version": "0.1.0",
+            "checkpoint": {"weights_sha256": weights_sha256(folder)},
+            "data": {"sha256": "ab"},
+        },
     }
 
 
@@ -140,111 +138,56 @@ def test_figures_of_other_weights_or_of_unknown_ones_are_refused(folder: Path, t
         render_card(folder, "me/tiny", CardFacts(metrics=(path, path)))
 
 
+RECORD = {
+    "datasets": ["busi", "tnbc"],
+    "emissions": {"emissions": 1250.0, "source": "codecarbon", "training_type": "training"},
+    "data": "40 training images.\n\n| set | licence |\n|---|---|\n| busi | CC-BY-9.9 |",
+    "training": "| 1_regions | 1:00 | device Some GPU |",
+}
+
+
 @pytest.fixture
-def run(folder: Path, tmp_path: Path) -> Path:
-    """The records of a finished run on drawn data, its result being the tiny checkpoint."""
-    import yaml
-
-    from medsight.training.corpus import fingerprint, read_corpus
-    from medsight.training.recipe import load_recipe
-
-    root = draw_data(tmp_path / "drawn")
-    manifest = root / "manifest.jsonl"
-    rows = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
-    for row in rows:
-        made = row["image"].startswith("totalsegmentator")
-        row |= {"label_origin": "model (a network)" if made else "expert", "licence": "CC-BY-9.9", "tier": "B"}
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe = {"model": {"preset": "tiny"}, "data": {"regions": [{"layout": "biomedparse", "path": str(root)}]}}
-    (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    corpus = read_corpus(load_recipe(folder.parent / "recipe.yaml"))
-    described = {
-        name: {"rows": len(corpus.split(name)), "sha256": fingerprint(corpus.split(name))}
-        for name in ("training", "validation")
-    }
-    save(folder.parent / "data.json", described)
-    save(folder.parent / "environment.json", {"device": "Some GPU", "processes": 2, "torch": "2.13.0"})
-    for stage, seconds in (("1_perceiver", 3600), ("4_unified", 1830)):
-        save(folder.parent / "stages" / stage / "finished.json", {"metrics": {"train_runtime": seconds}})
+def run(folder: Path) -> Path:
+    """The folder of a finished run, whose result is the tiny checkpoint."""
+    save(folder.parent / "training_record.json", RECORD)
     return folder.parent
 
 
-def test_a_run_gives_data_licences_counts_and_time(folder: Path, run: Path) -> None:
+def test_a_run_tells_of_its_data_and_of_its_training(folder: Path, run: Path) -> None:
     text = render_card(folder, "me/tiny")
-    data, training = section(text, "Training data and licences"), section(text, "Training, time and carbon")
-    rows = {line.split(" ")[1]: line for line in data.splitlines() if line.startswith("| ")}
-    counts = json.loads((run / "data.json").read_text("utf-8"))
-    assert f"{counts['training']['rows']} training images" in data
-    table = {name: [cell.strip() for cell in line.split("|")] for name, line in rows.items()}
-    images = {
-        name: int(cells[2]) for name, cells in table.items() if name in ("busi", "sunnybrook", "totalsegmentator")
-    }
-    assert sum(images.values()) == counts["training"]["rows"] and len(images) == 3
-    assert "CC-BY-9.9, not verified at the source" in rows["busi"] and "Al-Dhabyani" in rows["busi"]
-    assert "pseudo-labels" in rows["totalsegmentator"] and "pseudo" not in rows["busi"]
-    assert f"{images['totalsegmentator']} images are **pseudo-labels**" in data
-    for fact in ("Some GPU", "| 1_perceiver | 1:00 |", "| together | 1:30 |", "preset `tiny`", "not measured"):
-        assert fact in training, fact
+    assert RECORD["data"] in section(text, "Training data and licences")
+    assert RECORD["training"] in section(text, "Training, time and carbon")
+    data = ModelCard(text).data
+    assert data.datasets == RECORD["datasets"] and data["co2_eq_emissions"]["emissions"] == 1250.0
     assert str(run) not in text
-    assert ModelCard(text).data.datasets == sorted(images)
 
 
-@pytest.mark.parametrize("left", ["model", "stages/1_perceiver/model"])
-def test_a_run_from_another_run_tells_of_both(folder: Path, run: Path, tmp_path: Path, left: str) -> None:
-    import yaml
-
-    earlier = tmp_path / "earlier"
-    (earlier / left).mkdir(parents=True)
-    (earlier / "recipe.yaml").write_text(yaml.safe_dump({"model": {"preset": "tiny"}}), encoding="utf-8")
-    save(earlier / "environment.json", {"device": "Another GPU"})
-    for stage, seconds in (("1_perceiver", 7200), ("2_vision_to_text", 600)):
-        finished = {"metrics": {"train_runtime": seconds}, "environment": {"device": "A third GPU"}}
-        save(earlier / "stages" / stage / "finished.json", finished)
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
-    recipe["model"]["folder"] = str(earlier / left)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    training = section(render_card(folder, "me/tiny"), "Training, time and carbon")
-    for fact in ("Run 1 started from nothing", "Another GPU", "Run 2 started from run 1", "Some GPU"):
-        assert fact in training, fact
-    whole = left == "model"  # a stage after the one that was started from counts no time
-    assert ("run 1: 2_vision_to_text" in training) == whole
-    for row in (
-        "run 1: 1_perceiver | 2:00 | device A third GPU",
-        "run 2: 1_perceiver | 1:00",
-        "run 2: 4_unified | 0:30",
-        "together | 3:40" if whole else "together | 3:30",
-    ):
-        assert f"| {row} |" in training
-    assert str(tmp_path) not in training
+def test_an_adapter_has_a_run_too(adapter: Path, run: Path) -> None:
+    text = render_card(adapter, "me/adapter", CardFacts(base_model="me/tiny", run=run))
+    assert RECORD["training"] in text and ModelCard(text).data.datasets == RECORD["datasets"]
 
 
-def test_carbon_is_what_codecarbon_recorded(folder: Path, run: Path) -> None:
-    for stage, kilograms in (("1_perceiver", 0.25), ("4_unified", 1.0)):
-        table = f"timestamp,emissions\nnow,{kilograms}\n"
-        (run / "stages" / stage / "emissions.csv").write_text(table, encoding="utf-8")
-    text = render_card(folder, "me/tiny")
-    assert ModelCard(text).data["co2_eq_emissions"]["emissions"] == 1250.0 and "1,250.0 g of CO₂" in text
-    (run / "stages" / "4_unified" / "emissions.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"emissions\.csv is no record"):
+def test_a_run_without_emissions_or_known_sets_states_neither(folder: Path, run: Path) -> None:
+    save(run / "training_record.json", RECORD | {"datasets": [], "emissions": None})
+    data = ModelCard(render_card(folder, "me/tiny")).data.to_dict()
+    assert not {"datasets", "co2_eq_emissions"} & set(data)
+
+
+def test_a_run_whose_record_is_missing_or_damaged_is_named(folder: Path, run: Path) -> None:
+    path = save(run / "training_record.json", {"datasets": [], "emissions": None, "training": ""})
+    with pytest.raises(ValueError, match=r"training_record\.json has no 'data'"):
         render_card(folder, "me/tiny")
-
-
-def test_data_that_changed_or_went_away_is_not_described(folder: Path, run: Path) -> None:
-    manifest = run.parent / "drawn" / "manifest.jsonl"
-    lines = manifest.read_text("utf-8").splitlines(keepends=True)
-    first = json.loads(lines[0])["image"]
-    manifest.write_text("".join(line for line in lines if first not in line), encoding="utf-8")
-    assert "have changed since" in render_card(folder, "me/tiny")
-    manifest.parent.rename(run.parent / "elsewhere")
-    text = render_card(folder, "me/tiny")
-    assert "could not be read" in text and "| busi" not in text
+    path.unlink()
+    assert "Not recorded" in render_card(folder, "me/tiny")
+    with pytest.raises(FileNotFoundError, match=r"has no training_record\.json.*train on.*leave out --run"):
+        render_card(folder, "me/tiny", CardFacts(run=run))
 
 
 def test_a_run_that_ended_with_other_weights_is_refused(folder: Path, run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     facts = CardFacts(run=run)
-    assert "1_perceiver" in render_card(copy, "me/tiny", facts)
-    assert "1_perceiver" not in render_card(copy, "me/tiny")
+    assert RECORD["training"] in render_card(copy, "me/tiny", facts)
+    assert RECORD["training"] not in render_card(copy, "me/tiny")
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))

@@ -5,9 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from medsight.hub import files_to_push
 
@@ -25,6 +23,7 @@ STRAY = {
     ".env": "hidden",
     "notes.txt": "not a file of a checkpoint",
     "install.py": "own code",
+    "left_medsight.py": "does not use",
     "old.safetensors": "weights",
 }
 STRAY_FOLDERS = {
@@ -37,31 +36,15 @@ STRAY_FOLDERS = {
 }
 
 
-@pytest.fixture
-def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "tiny"))
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    path = tmp_path / "adapter"
-    path.mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": "me/base", "r": 8}
-    (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file({"base_model.model.lora_A.weight": torch.zeros(2, 2)}, path / "adapter_model.safetensors")
-    (path / "README.md").write_text("---\nlibrary_name: peft\n---\n[More Information Needed]\n", encoding="utf-8")
-    return path
-
-
 def paths(folder: Path, contact_sheets: Path | None = None) -> set[str]:
-    return {file.path for file in files_to_push(folder, contact_sheets).files}
+    return set(files_to_push(folder, contact_sheets).files)
 
 
 def test_a_saved_checkpoint_is_published_whole(folder: Path) -> None:
     upload = files_to_push(folder)
-    assert {file.path for file in upload.files} == {path.name for path in folder.iterdir()}
+    assert set(upload.files) == {path.name for path in folder.iterdir()}
     assert upload.kind == "model" and not upload.left_out
-    assert upload.size == sum(path.stat().st_size for path in folder.iterdir())
+    assert upload.sizes == {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
 def test_nothing_else_is_published_and_each_file_that_stays_has_its_reason(folder: Path) -> None:
@@ -72,11 +55,19 @@ def test_nothing_else_is_published_and_each_file_that_stays_has_its_reason(folde
         (folder / name).mkdir()
         (folder / name / "config.json").write_text("{}", encoding="utf-8")
     upload = files_to_push(folder)
-    assert {file.path for file in upload.files} == before
+    assert set(upload.files) == before
     expected = STRAY | {f"{name}/": reason for name, reason in STRAY_FOLDERS.items()}
     assert upload.left_out.keys() == expected.keys()
     for name, reason in upload.left_out.items():
         assert expected[name] in reason, (name, reason)
+
+
+def test_a_folder_without_code_is_published_with_the_packages(folder: Path) -> None:
+    code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    for name in code:
+        (folder / name).unlink()
+    files = files_to_push(folder).files
+    assert len(code) > 8 and {path: file for path, file in files.items() if path.endswith(".py")} == code
 
 
 def test_the_index_and_its_shards_go_and_other_shards_stay(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -88,7 +79,7 @@ def test_the_index_and_its_shards_go_and_other_shards_stay(tiny_checkpoint: Path
     shards = {path.name for path in (tmp_path / "sharded").glob("*.safetensors")}
     shutil.copy(tiny_checkpoint / "model.safetensors", tmp_path / "sharded" / "model-00009-of-00009.safetensors")
     upload = files_to_push(tmp_path / "sharded")
-    assert len(shards) > 1 and {*shards, "model.safetensors.index.json"} <= {file.path for file in upload.files}
+    assert len(shards) > 1 and {*shards, "model.safetensors.index.json"} <= set(upload.files)
     assert set(upload.left_out) == {"model-00009-of-00009.safetensors"}
 
 
@@ -107,7 +98,7 @@ def test_an_adapter_is_published_without_pefts_empty_card(adapter: Path) -> None
     (adapter / "optional.bin").write_bytes(b"x")
     upload = files_to_push(adapter)
     assert upload.kind == "adapter"
-    assert [file.path for file in upload.files] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert list(upload.files) == ["adapter_config.json", "adapter_model.safetensors"]
     assert set(upload.left_out) == {"README.md", "optional.bin"}
 
 

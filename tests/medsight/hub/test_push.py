@@ -1,31 +1,16 @@
 """An upload is one commit with the folder's bytes, and what the Hub answers is said plainly."""
 
 import json
-import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
-import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText
 
 from medsight.hub import CardFacts, push
 from tests.medsight.hub.fake_hub import READER, FakeHub
-
-
-@pytest.fixture
-def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "tiny"))
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    path = tmp_path / "adapter"
-    path.mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path), "r": 8}
-    (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file({"base_model.model.lora_A.weight": torch.ones(2, 2)}, path / "adapter_model.safetensors")
-    return path
 
 
 def test_a_push_is_one_commit_with_the_folders_bytes_and_a_card(hub: FakeHub, folder: Path) -> None:
@@ -40,7 +25,7 @@ def test_a_push_is_one_commit_with_the_folders_bytes_and_a_card(hub: FakeHub, fo
     assert (done.commit, done.url) == (commit.oid, f"{hub.url}/me/tiny/commit/{commit.oid}")
     assert done.files == {path: len(content) for path, content in hub.files("me/tiny").items()}
     assert list(done.left_out) == ["training_args.bin"]
-    json.dumps(done.to_dict())
+    json.dumps(asdict(done))
 
 
 def test_a_dry_run_says_the_same_and_asks_nobody(hub: FakeHub, folder: Path) -> None:
@@ -53,8 +38,6 @@ def test_a_dry_run_says_the_same_and_asks_nobody(hub: FakeHub, folder: Path) -> 
 def test_pushing_again_changes_what_changed_and_removes_what_would_be_loaded_in_its_place(
     hub: FakeHub, folder: Path
 ) -> None:
-    from transformers import AutoModelForImageTextToText
-
     push(folder, "me/tiny")
     model = AutoModelForImageTextToText.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -155,8 +138,6 @@ def test_a_commit_that_fails_leaves_nothing_and_is_not_repeated(
 
 
 def test_a_hub_that_is_not_there_is_said_to_be_so(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="cannot be reached"):
         push(folder, "me/tiny")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
 
 from tests.medsight.hub.fake_hub import FakeHub
 
@@ -31,7 +30,7 @@ def test_all_roads_publish_the_same_files_and_a_stranger_loads_them(
     expected = run("push", tiny_checkpoint, tmp_path)
     files = without_card(hub, "me/folder")
     on_disk = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
-    assert files == on_disk
+    assert files == on_disk and "region_codes.json" in files
     for repo in ("me/model", "me/saving", "me/stage"):
         assert without_card(hub, repo) == files, repo
     # transformers' own Trainer adds what it always adds: its arguments, and a card of its own making.
@@ -42,11 +41,11 @@ def test_all_roads_publish_the_same_files_and_a_stranger_loads_them(
     assert set(auto_map) >= {"AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"}
     assert all(re.fullmatch(r"\w+_medsight\.MedSight\w+", entry) for entry in auto_map.values())
     cards = {}
-    for repo in ("me/model", "me/saving", "me/folder", "me/stage"):
+    for repo in ("me/folder", "me/stage"):  # the others' is transformers' own
         text = hub.files(repo)["README.md"].decode()
         assert "Not a medical device" in text and repo in text and "None were measured" in text
         cards[repo] = text.replace(repo, "").replace(f"# {repo.split('/')[1]}\n", "")
-    assert cards["me/model"] == cards["me/saving"] and cards["me/folder"] == cards["me/stage"]
+    assert cards["me/folder"] == cards["me/stage"]
     assert [hub.repos[repo].private for repo in ("me/model", "me/folder")] == [True, False]
     assert len(hub.commits("me/folder")) == len(hub.commits("me/stage")) == 1
     assert hub.commits("me/stage")[0].message == "The last stage"
@@ -58,8 +57,6 @@ def test_all_roads_publish_the_same_files_and_a_stranger_loads_them(
     }
     assert json.loads(again["config.json"]) == json.loads(files["config.json"])
     assert again["model.safetensors"] == files["model.safetensors"]
-    card = ModelCard(hub.files("me/again")["README.md"].decode())
-    assert card.data.base_model == "me/folder" and "Not a medical device" in card.text
 
 
 def test_a_run_that_would_upload_its_logs_and_pictures_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from medsight.metrics import load
 from medsight.metrics.medical_vqa.answer_words import normalize, strict_words
-from medsight.metrics.medical_vqa.medical_vqa import Refused, score_answer
+from medsight.metrics.medical_vqa.medical_vqa import RefusedError, score_answer
 
 
 def closed(prediction: str, reference: str, protocol: str = "llava-med") -> float:
@@ -90,13 +90,13 @@ def test_strict_wants_whole_words() -> None:
 
 
 def test_strict_refuses_an_answer_that_holds_both() -> None:
-    with pytest.raises(Refused, match="both yes and no"):
+    with pytest.raises(RefusedError, match="both yes and no"):
         closed("Yes. No.", "yes", "strict")
 
 
 def test_strict_refuses_a_reference_without_a_word() -> None:
     for answer_type in ("OPEN", "CLOSED"):
-        with pytest.raises(Refused, match="no word"):
+        with pytest.raises(RefusedError, match="no word"):
             score_answer("left", "the", answer_type, protocol="strict")
 
 
@@ -153,13 +153,13 @@ def test_first_letter_takes_the_first_allowed_letter(prediction: str, expected: 
 
 def test_choices_are_refused_without_options_or_with_another_reference() -> None:
     for protocol in ("first-letter", "multiple-choice"):
-        with pytest.raises(Refused, match="no options"):
+        with pytest.raises(RefusedError, match="no options"):
             score_answer("B", "B", "CLOSED", None, protocol)
-        with pytest.raises(Refused, match="no options"):
+        with pytest.raises(RefusedError, match="no options"):
             score_answer("B", "B", "CLOSED", [], protocol)
-    with pytest.raises(Refused, match="neither an allowed letter nor an option"):
+    with pytest.raises(RefusedError, match="neither an allowed letter nor an option"):
         score_answer("B", "D", "CLOSED", ["x", "y"], "first-letter")
-    with pytest.raises(Refused, match="like none"):
+    with pytest.raises(RefusedError, match="like none"):
         score_answer("x", "z", "CLOSED", ["x", "y"], "multiple-choice")
 
 

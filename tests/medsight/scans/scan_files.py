@@ -1,6 +1,8 @@
 """Small scans of every kind for tests: drawn here, or shipped by pydicom."""
 
 import gzip
+import struct
+import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +23,14 @@ def picture_bytes(kind: str, mode: str = "RGB", size: tuple[int, int] = (12, 9),
     file = BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, with next to no pixels in it."""
+    content = bytearray(picture_bytes("PNG"))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
 
 
 def nifti_bytes(
@@ -86,6 +96,17 @@ def dicom_dataset(pixels: np.ndarray, **elements: object) -> object:
     return dataset
 
 
+def functional_group(sequence: str, **elements: object) -> object:
+    """The functional groups of a frame of an enhanced object: one sequence with one item."""
+    import pydicom
+
+    groups, item = pydicom.Dataset(), pydicom.Dataset()
+    for key, value in elements.items():
+        setattr(item, key, value)
+    setattr(groups, sequence, [item])
+    return groups
+
+
 def dicom_bytes(dataset: object) -> bytes:
     file = BytesIO()
     dataset.save_as(file, enforce_file_format=True)
@@ -109,3 +130,13 @@ def shipped_dicoms() -> Iterator[tuple[str, Path]]:
     for path in sorted((root / "test_files").rglob("*")):
         if path.is_file() and path.suffix in (".dcm", ".gz", "") and path.name != "README":
             yield path.relative_to(root / "test_files").as_posix(), path
+
+
+def soft_tissue(values: np.ndarray) -> np.ndarray:
+    """Grey levels of values in Hounsfield units, by the window of training."""
+    return ((values.astype(float) + 160) / 400 * 255).clip(0, 255)
+
+
+def shows(image: Image.Image, levels: np.ndarray) -> bool:
+    """Whether a picture has these grey levels, rounded."""
+    return bool(np.abs(np.asarray(image, dtype=float) - levels).max() <= 0.51)

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from medsight.scans import open_scan
 from medsight.scans.windows import Window, apply_window
-from processing_medsight import MedSightImageProcessor, open_scan
 from tests.medsight.scans.scan_files import (
     STORED,
     ct_volume,
     dicom_bytes,
     dicom_dataset,
+    functional_group,
     nifti_bytes,
     picture_bytes,
     shipped_dicoms,
@@ -25,17 +25,6 @@ nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
 MODALITIES = ("CT", "MR", "PT", "NM", "DX", "US", None)
-
-
-def enhanced(volume: np.ndarray, windows: list[tuple[float, float]]) -> bytes:
-    """Frames with a window each, in their functional groups."""
-    frames = []
-    for centre, width in windows:
-        frame, voi = pydicom.Dataset(), pydicom.Dataset()
-        voi.WindowCenter, voi.WindowWidth = centre, width
-        frame.FrameVOILUTSequence = [voi]
-        frames.append(frame)
-    return dicom_bytes(dicom_dataset(volume, Modality="MR", PerFrameFunctionalGroupsSequence=frames))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -84,7 +73,8 @@ def test_a_lookup_table_goes_before_a_window(modality: str | None) -> None:
 def test_frames_and_files_have_windows_of_their_own(tmp_path: Path) -> None:
     volume = np.stack([STORED, STORED, STORED])
     windows = [(1000, 500), (2000, 900), (50, 4000)]
-    scan = open_scan(enhanced(volume, windows))
+    groups = [functional_group("FrameVOILUTSequence", WindowCenter=c, WindowWidth=w) for c, w in windows]
+    scan = open_scan(dicom_bytes(dicom_dataset(volume, Modality="MR", PerFrameFunctionalGroupsSequence=groups)))
     write_series(tmp_path, volume, list("abc"), Modality="PT")
     for name, (centre, width) in zip("abc", windows, strict=True):
         dataset = pydicom.dcmread(tmp_path / name)
@@ -149,33 +139,6 @@ def test_the_one_slice_without_a_window_is_named(tmp_path: Path) -> None:
     scan.slice_image(0, "file")
     with pytest.raises(ValueError, match=r"series/b states no window"):
         scan.slice_image(1, "file")
-
-
-def test_colour_has_no_window_either() -> None:
-    colour = np.zeros((5, 8, 3), np.uint8)
-    for source in (dicom_bytes(dicom_dataset(colour, Modality="US", WindowCenter=9, WindowWidth=8)), colour):
-        scan = open_scan(source)
-        assert not scan.has_window
-        with pytest.raises(ValueError, match="in colour"):
-            scan.slice_image(0, "file")
-
-
-def test_an_unknown_window_of_a_dicom_is_told_as_such() -> None:
-    with pytest.raises(ValueError, match="abdomen, lung, bone, brain, soft tissue, file, or"):
-        open_scan(dicom_bytes(dicom_dataset(STORED))).slice_image(0, "liver")
-
-
-def test_the_processor_takes_it() -> None:
-    content = dicom_bytes(dicom_dataset(STORED, Modality="MR", WindowCenter=2000, WindowWidth=1000))
-    expected = MedSightImageProcessor(size=28)(open_scan(content).slice_image(0, "file"), return_tensors="pt")
-    for processor, arguments in [
-        (MedSightImageProcessor(size=28), {"window": "file"}),
-        (MedSightImageProcessor(size=28, window="file"), {}),
-    ]:
-        out = processor(content, return_tensors="pt", **arguments)
-        assert torch.equal(out["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ValueError, match="image 1 states no window"):
-        MedSightImageProcessor(size=28)([content, STORED], window="file")
 
 
 def test_windows_of_real_files(shared_data: Path) -> None:

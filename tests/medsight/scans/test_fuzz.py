@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.scans.scan import open_scan
+from medsight.scans import open_scan
 from tests.medsight.scans.scan_files import (
     ct_volume,
     dicom_bytes,

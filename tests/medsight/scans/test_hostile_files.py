@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.scans import dicom_file
+from medsight.scans import dicom_file, open_scan
 from medsight.scans.dicom_file import codestream_size
-from processing_medsight import open_scan
 from tests.medsight.scans.scan_files import (
     STORED,
     ct_volume,
@@ -22,6 +21,7 @@ from tests.medsight.scans.scan_files import (
     dicom_dataset,
     nifti_bytes,
     picture_bytes,
+    png_claiming,
     write_series,
 )
 
@@ -38,13 +38,6 @@ def nifti_claiming(field: str, value: object, at: int | None = None) -> bytes:
     else:
         header[field][at] = value
     return header.binaryblock + content[348:]
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    content = bytearray(picture_bytes("PNG"))
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
 
 
 def npy_claiming(shape: tuple, kind: str = "<u2") -> bytes:

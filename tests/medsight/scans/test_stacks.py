@@ -1,5 +1,6 @@
 """Arrays and TIFFs of several slices: what is a volume and what a picture, its grey levels, masks on its own grid."""
 
+import itertools
 import logging
 from io import BytesIO
 from pathlib import Path
@@ -9,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medsight.scans import stack
+from medsight.scans import open_scan, stack
 from medsight.scans.windows import WINDOWS, Window, apply_window, percentile_window
-from processing_medsight import MedSightImageProcessor, MedSightProcessor, open_scan
 from processing_medsight.image_loading_medsight import to_array
 from tests.medsight.scans.scan_files import npy_bytes
 
@@ -28,72 +28,30 @@ def tiff_bytes(pages: list[Image.Image], **options: object) -> bytes:
     return file.getvalue()
 
 
-def pixels_of(source: object, **arguments: object) -> torch.Tensor:
-    return MedSightImageProcessor(size=28)(source, return_tensors="pt", **arguments)["pixel_values"]
-
-
 SIZES = (1, 2, 3, 4, 5, 9)
 
 
-@pytest.mark.parametrize("last", SIZES)
-@pytest.mark.parametrize("first", SIZES)
-def test_an_array_that_can_be_a_picture_stays_one(first: int, last: int) -> None:
-    """What was a picture is one, bit by bit; what could be none has slices along the first axis."""
-    array = RNG.integers(0, 256, (first, 8, last)).astype(np.uint16)
-    scan = open_scan(array)
-    if first in (1, 2, 3, 4) or last in (1, 2, 3, 4):
-        assert (scan.kind, scan.num_slices) == ("image", 1)
-        expected = to_array(array, "x", convert_rgb=True, rescale=True)
-        assert np.array_equal(np.asarray(scan.slice_image(0).convert("RGB")), expected)
-        assert torch.equal(pixels_of(array), pixels_of(scan.slice_image(0)))
-    else:
-        assert (scan.kind, scan.num_slices, scan.height, scan.width) == ("array", first, 8, last)
-        assert torch.equal(pixels_of(array), pixels_of(scan.slice_image(first // 2)))
-
-
 @pytest.mark.parametrize("kind", ["array", "tensor", "path", "bytes"])
-@pytest.mark.parametrize("last", SIZES)
-@pytest.mark.parametrize("first", SIZES)
-def test_slices_of_a_call_make_a_volume_unless_the_last_axis_holds_channels(
-    first: int, last: int, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    array = RNG.integers(0, 256, (first, 8, last)).astype(np.int32)
-    (tmp_path / "array.npy").write_bytes(npy_bytes(array))
-    source = {
-        "array": array,
-        "tensor": torch.from_numpy(array),
-        "path": tmp_path / "array.npy",
-        "bytes": npy_bytes(array),
-    }[kind]
-    with caplog.at_level(logging.WARNING):
-        pixels = pixels_of(source, slices="all")
-    assert len(pixels) == (1 if last in (1, 2, 3, 4) else first)
-    scan = open_scan(source, volume=True)
-    assert scan.num_slices == len(pixels)
-    assert torch.equal(pixels, pixels_of([scan.slice_image(index) for index in range(len(pixels))]))
-    # What would have been a picture is told to be none.
-    told = "because slices= is given" in caplog.text
-    assert told == (len(pixels) == first and first <= 4 and last > 4)
-
-
-def test_the_slices_of_a_processor_leave_colour_planes_alone(tmp_path: Path) -> None:
-    planes = RNG.integers(0, 256, (3, 8, 9), dtype=np.uint8)
-    MedSightImageProcessor(size=28, slices="all").save_pretrained(tmp_path)
-    for processor in (
-        MedSightImageProcessor(size=28, slices="all"),
-        MedSightImageProcessor.from_pretrained(tmp_path),
-    ):
-        assert torch.equal(processor(planes, return_tensors="pt")["pixel_values"], pixels_of(planes))
-
-
-def test_a_stack_of_pictures_stays_one_whatever_slices_says(processor: MedSightProcessor) -> None:
-    batch = RNG.integers(0, 256, (2, 3, 8, 9), dtype=np.uint8)
-    expected = pixels_of([batch[0], batch[1]])
-    assert torch.equal(pixels_of(batch), expected) and torch.equal(pixels_of(batch, slices="all"), expected)
-    text = "<|image_pad|><|image_pad|>"
-    for arguments in ({}, {"slices": "all"}, {"images_kwargs": {"slices": "all"}}):
-        out = processor(text=text, images=batch, return_tensors="pt", **arguments)
-        assert torch.equal(out["pixel_values"], expected)
+@pytest.mark.parametrize("volume", [False, True])
+def test_the_last_axis_and_the_first_hold_channels_or_else_slices(kind: str, volume: bool, tmp_path: Path) -> None:
+    """What can be a picture is one, bit by bit, unless its first axis is said to hold slices."""
+    for first, last in itertools.product(SIZES, SIZES):
+        array = RNG.integers(0, 256, (first, 8, last)).astype(np.int32)
+        (tmp_path / "array.npy").write_bytes(npy_bytes(array))
+        source = {
+            "array": array,
+            "tensor": torch.from_numpy(array),
+            "path": tmp_path / "array.npy",
+            "bytes": npy_bytes(array),
+        }[kind]
+        scan = open_scan(source, volume=volume)
+        if last in (1, 2, 3, 4) or (first in (1, 2, 3, 4) and not volume):
+            assert (scan.kind, scan.num_slices) == ("image", 1)
+            expected = to_array(array, "x", convert_rgb=True, rescale=True)
+            assert np.array_equal(np.asarray(scan.slice_image(0).convert("RGB")), expected)
+        else:
+            assert (scan.kind, scan.num_slices, scan.height, scan.width) == ("array", first, 8, last)
+            assert np.array_equal(scan.slice_image(0, (128, 256)), apply_window(array[0], Window(128, 256)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +63,6 @@ def test_grey_levels_of_any_type_are_shown_by_percentiles_of_the_volume_or_a_win
         assert np.array_equal(scan.slice_image(index), apply_window(array[index], whole))
         assert np.array_equal(scan.slice_image(index, (100, 500)), apply_window(array[index], Window(100, 500)))
         assert np.array_equal(scan.slice_image(index, "lung"), apply_window(array[index], WINDOWS["lung"]))
-    assert torch.equal(pixels_of(array, window="lung", slices=2), pixels_of(scan.slice_image(2, "lung")))
 
 
 def test_8_bits_are_shown_as_they_are_or_with_a_window() -> None:
@@ -164,8 +121,6 @@ def test_pages_of_a_tiff_are_slices(mode: str, compression: str | None, tmp_path
         for index in (*reversed(range(len(pages))), 2, 0):  # in any order
             shown = np.asarray(scan.slice_image(index).convert("RGB" if expected[0].ndim == 3 else "L"))
             assert np.array_equal(shown, expected[index]), index
-    assert torch.equal(pixels_of(content), pixels_of(scan.slice_image(len(pages) // 2)))
-    assert len(pixels_of(tmp_path / "pages.tif", slices="all")) == len(pages)
     if mode in ("L", "I;16", "I", "F"):
         assert np.asarray(scan.slice_image(1, (100, 50))).max() == 255
     else:
@@ -192,12 +147,10 @@ def test_16_bits_of_a_tiff_whose_0_is_white_are_inverted_once(
             scan = open_scan(source)
             for index in (*range(pages), 0):
                 assert np.array_equal(scan.slice_image(index, window), expected.slice_image(index, window))
-            assert torch.equal(pixels_of(source, window=window), pixels_of(black, window=window))
         assert np.array_equal(scan.to_source({0: mask}), expected.to_source({0: mask}))
     with Image.open(BytesIO(white)) as held, Image.open(BytesIO(black)) as other:
         for window in (None, (500, 900), None):
             assert np.array_equal(open_scan(held).slice_image(0, window), open_scan(other).slice_image(0, window))
-            assert torch.equal(pixels_of(held, window=window), pixels_of(other, window=window))
 
 
 def test_turned_pages_are_shown_upright() -> None:
@@ -210,22 +163,24 @@ def test_turned_pages_are_shown_upright() -> None:
         assert np.array_equal(shown, np.rot90(np.asarray(PAGES[index]), -1))
 
 
-@pytest.mark.parametrize("other", [Image.new("RGB", (3, 4)), Image.new("L", (6, 9))])
-def test_pages_that_differ_are_no_slices_and_the_first_is_used_with_a_warning(
-    other: Image.Image, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("kind", "pages"),
+    [
+        ("TIFF", [PAGES[0], Image.new("RGB", (3, 4))]),
+        ("TIFF", [PAGES[0], Image.new("L", (6, 9))]),
+        ("PNG", PAGES[:2]),
+    ],
+    ids=["sizes", "modes", "moving picture"],
+)
+def test_what_is_no_volume_shows_its_first_frame_with_a_warning(
+    kind: str, pages: list, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        scan = open_scan(tiff_bytes([PAGES[0], other]), "pyramid")
-    assert scan.num_slices == 1 and np.array_equal(scan.slice_image(0), np.asarray(PAGES[0]))
-    assert "pyramid holds 2 frames" in caplog.text
-
-
-def test_a_moving_picture_is_no_volume(caplog: pytest.LogCaptureFixture) -> None:
     file = BytesIO()
-    PAGES[0].save(file, "GIF", save_all=True, append_images=PAGES[1:])
+    pages[0].save(file, kind, save_all=True, append_images=pages[1:])
     with caplog.at_level(logging.WARNING):
-        assert open_scan(file.getvalue()).num_slices == 1
-    assert "only the first is used" in caplog.text
+        scan = open_scan(file.getvalue(), "upload")
+    assert scan.num_slices == 1 and np.array_equal(scan.slice_image(0), np.asarray(PAGES[0]))
+    assert "upload holds 2 frames: only the first is used" in caplog.text
 
 
 def test_a_damaged_page_is_named() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from processing_medsight import open_scan
+from medsight.scans import open_scan
 from tests.medsight.scans.scan_files import dicom_bytes, dicom_dataset, shipped_dicoms
 
 

@@ -1,0 +1,75 @@
+"""Assembles a fresh model from pretrained parts: `medsight init`."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from medsight.cli.console import Json, results
+from medsight.cli.convert import Dtype, OverwriteCheckpoint
+
+
+def command(
+    llm: Annotated[str, typer.Option(metavar="DIR|NAME", help="A Qwen3, Qwen2 or Llama language model.")],
+    image_encoder: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|NAME|FILE",
+            help="A CLIP, SigLIP, DINOv2, ResNet or ConvNeXt model, or an OpenAI- or OpenCLIP-layout CLIP file (.pt).",
+        ),
+    ],
+    groups: Annotated[
+        str, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
+    ],
+    output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
+    codes_per_group: Annotated[int, typer.Option(metavar="M", help="Codes per group.")] = 32,
+    code_dim: Annotated[int, typer.Option(metavar="N", help="Width of a code.")] = 64,
+    num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
+    num_stages: Annotated[
+        int, typer.Option(metavar="L", help="Perceiver stages, each of which doubles the grid.")
+    ] = 3,
+    mask_classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of the mask classes, as in --groups.")
+    ] = None,
+    vision_feature_layer: Annotated[
+        int,
+        typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage."),
+    ] = -2,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PX", help="Side of the input  [default: the encoder's own].")
+    ] = None,
+    activation: Annotated[
+        Literal["quick_gelu", "gelu"],
+        typer.Option(help="Activation of an encoder read from a .pt file, which does not tell."),
+    ] = "quick_gelu",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random weights.")] = 0,
+    overwrite: OverwriteCheckpoint = False,
+    as_json: Json = False,
+) -> None:
+    """Assemble a fresh model from a language model, an image encoder and a groups file.
+
+    Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are
+    random.
+    """
+    from medsight.conversion.convert import describe, sizes
+    from medsight.conversion.init import init
+
+    with results(as_json) as out:
+        config = init(
+            llm,
+            image_encoder,
+            groups,
+            output,
+            mask_classes=mask_classes,
+            activation=activation,
+            dtype=dtype,
+            seed=seed,
+            overwrite=overwrite,
+            codes_per_group=codes_per_group,
+            code_dim=code_dim,
+            num_region_queries=num_queries,
+            perceiver_num_stages=num_stages,
+            vision_feature_layer=vision_feature_layer,
+            image_size=image_size,
+        )
+        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")

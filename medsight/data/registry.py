@@ -1,0 +1,249 @@
+"""Where data lies and how it is read: `Source`, an entry of a recipe's data list, and `Layout`, found by its name.
+
+A module in `medsight/data/layouts` registers its layouts. Another package brings one by an entry point of the group
+"medsight.layouts", whose name is the layout's and whose value is the `Layout`.
+"""
+
+import dataclasses
+import glob
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medsight.text import nearest
+
+from .splits import canonical_split, split_in_name
+
+
+ENTRY_POINTS = "medsight.layouts"
+
+
+class Entry(NamedTuple):
+    """One row of a source, or why there is none: the caller raises the error, or reports it.
+
+    Attributes:
+        place: file and record that it came from.
+        row: the row, by `medsight.data.schema`.
+        error: what is wrong with it; the row is None then.
+        known_leak: whether the source itself says that this patient or image is also in another split.
+
+    Example:
+        >>> Entry("a.json, item 1", error=ValueError("a.json, item 1: expected a field 'image'")).row is None
+        True
+    """
+
+    place: str
+    row: dict[str, Any] | None = None
+    error: ValueError | None = None
+    known_leak: bool = False
+
+    def checked(self) -> dict[str, Any]:
+        """The row; raises the error where there is one."""
+        if self.row is None:
+            raise self.error or ValueError(f"{self.place}: expected a row")
+        return self.row
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One entry of a recipe's data list.
+
+    Attributes:
+        layout: name of a `Layout`.
+        path: file, folder, or pattern of files, as the layout says.
+        split: which split's rows; None for all. A layout that tells no split has all its rows in this one.
+        images: folder that the paths of images and masks are relative to, where it is not the layout's own.
+        limit: at most so many rows, the first ones.
+        where: only rows with these values, by the names of the layout's own fields, e.g. {"image_in_test": False}.
+
+    Raises:
+        ValueError: a value is not of that kind.
+
+    Example:
+        >>> Source("llava", "answers.json", split="val").split
+        'validation'
+    """
+
+    layout: str
+    path: str
+    split: str | None = "train"
+    images: str | None = None
+    limit: int | None = None
+    where: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        find_layout(self.layout)
+        for name in ("path", "split", "images"):
+            value = getattr(self, name)
+            if not (isinstance(value, (str, os.PathLike)) and str(value)) and (value is not None or name == "path"):
+                raise ValueError(f"data {name}: expected text, got {value!r}")
+            object.__setattr__(self, name, None if value is None else os.path.expanduser(value))
+        if self.split is not None:
+            object.__setattr__(self, "split", canonical_split(self.split))
+        if self.limit is not None and (
+            not isinstance(self.limit, int) or isinstance(self.limit, bool) or self.limit < 1
+        ):
+            raise ValueError(f"data limit: expected a count of at least 1, got {self.limit!r}")
+        if self.where is not None and not isinstance(self.where, Mapping):
+            raise ValueError(f"data where: expected {{field: value}}, got {self.where!r}")
+
+    @classmethod
+    def from_mapping(cls, entry: Mapping[str, Any]) -> "Source":
+        """The source that an entry of a recipe describes.
+
+        Raises:
+            ValueError: a key is unknown (the nearest known one is named), a key is missing, or a value is bad.
+        """
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"data entry: expected a mapping with layout and path, got {entry!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in entry:
+            if key not in known:
+                raise ValueError(f"data entry: unknown key {key!r}: {nearest(key, known)}")
+        for key in ("layout", "path"):
+            if key not in entry:
+                raise ValueError(f"data entry {dict(entry)}: expected a key {key!r}")
+        return cls(**entry)
+
+    @property
+    def name(self) -> str:
+        """What the data set is called where neither its rows nor its layout say: the file's or folder's name."""
+        return Path(self.path).absolute().stem
+
+    def takes(self, record: Mapping[str, Any], split: str | None) -> bool:
+        """Whether a record of this split (None where the layout does not tell) is wanted."""
+        if self.split is not None and split is not None and canonical_split(split) != self.split:
+            return False
+        return all(record.get(key) == value for key, value in (self.where or {}).items())
+
+    def files(self, suffixes: tuple[str, ...], recursive: bool = False) -> list[str]:
+        """The files at a path that is a file, a folder or a pattern of files, in order.
+
+        In a folder, and of those that match a pattern, files named after a split (`train.json`,
+        `data/test-00000.parquet`, `val/x.tar`) are of that split. A file that is named itself is read whatever it is
+        called.
+
+        Raises:
+            FileNotFoundError: there is no such file or folder.
+            ValueError: no file has one of the suffixes or is of the split, or just some are named after a split.
+        """
+        path = Path(self.path)
+        wanted = " or ".join(suffixes)
+        if path.is_file():
+            return [str(path)]
+        if path.is_dir():
+            found = sorted(str(file) for file in path.glob("**/*" if recursive else "*"))
+            missing = f"{path}: expected {wanted} files in this folder, found none"
+        elif glob.has_magic(self.path):
+            found = sorted(glob.glob(self.path, recursive=True))
+            missing = f"{path}: no {wanted} file matches"
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        splits = {file: self.split_of(file) for file in found if file.endswith(suffixes)}
+        if not splits:
+            raise ValueError(missing)
+        unnamed = [file for file, split in splits.items() if split is None]
+        if len(unnamed) == len(splits):
+            return unnamed
+        if unnamed:
+            raise ValueError(
+                f"{unnamed[0]}: its name tells no split, while {len(splits) - len(unnamed)} other files of {path} are "
+                "named after one; name a file as the path, or a pattern that leaves the one or the other out"
+            )
+        chosen = [file for file, split in splits.items() if self.split in (None, split)]
+        if not chosen:
+            raise ValueError(
+                f"{path}: no file of the split {self.split!r}, only of {sorted(set(map(str, splits.values())))}"
+            )
+        return chosen
+
+    def split_of(self, file: str) -> str | None:
+        """The split that a file of the folder or pattern is named after, in what the path leaves open."""
+        if os.path.isfile(self.path):
+            return None
+        fixed = takewhile(lambda part: os.path.isdir(self.path) or not glob.has_magic(part), Path(self.path).parts)
+        return split_in_name(Path(file).relative_to(Path(*fixed)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the files of one layout are found and read.
+
+    Attributes:
+        name: what recipes, benchmarks and `--layout` call it.
+        kind: "regions" or "conversations", the rows that it has; or a function that tells which a shard has.
+        shards: the files, or folders, of a source, each read by itself; raises OSError or ValueError, naming it, where
+            there are none.
+        rows: the entries of a shard, in order, each row by `medsight.data.schema`.
+        looks_like: whether a folder, or a file with this first record (None where it holds no records), has this
+            layout; for those who name none.
+
+    Example:
+        >>> from medsight.data.schema import conversation_row
+        >>> def rows(shard, source):
+        ...     for number, line in enumerate(open(shard), 1):
+        ...         messages = [{"role": "user", "content": line}, {"role": "assistant", "content": "Yes."}]
+        ...         yield Entry(f"{shard}, line {number}", conversation_row(str(number), [], messages, "train"))
+        >>> Layout("mine", "conversations", lambda source: source.files((".mine",)), rows).name
+        'mine'
+    """
+
+    name: str
+    kind: str | Callable[[str], str]
+    shards: Callable[[Source], list[str]]
+    rows: Callable[[str, Source], Iterator[Entry]]
+    looks_like: Callable[[Path, Mapping[str, Any] | None], bool] | None = None
+
+
+LAYOUTS: dict[str, Layout] = {}  # those registered so far; `find_layout` looks further
+
+
+def register(layout: Layout) -> Layout:
+    """Make a layout known by its name.
+
+    Raises:
+        ValueError: another one has the name.
+    """
+    if LAYOUTS.setdefault(layout.name, layout) is not layout:
+        raise ValueError(f"data layout {layout.name!r} is registered already")
+    return layout
+
+
+@cache
+def _register_shipped() -> None:
+    for module in pkgutil.iter_modules([str(Path(__file__).with_name("layouts"))]):
+        importlib.import_module(f"{__package__}.layouts.{module.name}")
+
+
+def find_layout(name: str) -> Layout:
+    """The layout of a name: a shipped one, or one that an installed package brings.
+
+    Raises:
+        ValueError: there is none (the nearest name is named), or an entry point cannot be loaded or leads to something
+            else.
+    """
+    _register_shipped()
+    if name not in LAYOUTS:
+        entry = next((entry for entry in entry_points(group=ENTRY_POINTS) if entry.name == name), None)
+        if entry is None:
+            raise ValueError(f"data layout {name!r} is unknown: {nearest(name, layout_names())}")
+        try:
+            layout = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"entry point {name} = {entry.value}: it cannot be loaded ({error})") from error
+        if not isinstance(layout, Layout) or layout.name != name:
+            raise ValueError(f"entry point {name} = {entry.value}: expected a Layout of that name, got {layout!r}")
+        LAYOUTS[name] = layout
+    return LAYOUTS[name]
+
+
+def layout_names() -> list[str]:
+    """The names of all layouts, those of installed packages too."""
+    _register_shipped()
+    return sorted({*LAYOUTS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})

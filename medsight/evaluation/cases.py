@@ -1,0 +1,132 @@
+"""Rows of data sets as cases of a benchmark: prompt, pictures, reference answer, reference masks."""
+
+import functools
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medsight.data.schema import IMAGE_MARKER
+from medsight.data.templates import Wordings
+
+
+CLOSED, OPEN = "CLOSED", "OPEN"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a benchmark.
+
+    Attributes:
+        id: unique in its benchmark, and the same wherever the data lies.
+        prompt: the user's words; "<image>" stands for the next of the images.
+        images: pictures, `{"path", "bytes"}`.
+        answer: the reference answer, for questions and diagnoses.
+        answer_type: "CLOSED" or "OPEN", for questions and diagnoses.
+        options: what can be chosen from, in multiple choice, else empty.
+        target: the structure asked for, or that shows the diagnosis; several structures in words.
+        absent: whether the right answer has no mask.
+        masks: reference masks of the target, pictures; several where it has several parts.
+        mask_targets: what each mask shows, where an answer's masks are told apart by what it calls them; else empty.
+        codes: the region codes that the data set itself gives to them, as `medsight data annotate` does; None where it
+            gives none. They mean something within the codebook that wrote them alone.
+        spacing_mm: (row, column) size of a pixel in millimetres, where known.
+        dataset, modality, site: where the image comes from, where known.
+        patient: whom it comes from; the image itself where the data name no patient, None where they name neither.
+        label_origin: "expert", "model", ..., where known.
+
+    Example:
+        >>> picture = {"path": "a.png", "bytes": None}
+        >>> case = Case("a.png#liver", "<image>\\nSegment the liver.", (picture,), target="liver")
+        >>> case.absent, case.masks
+        (False, ())
+    """
+
+    id: str
+    prompt: str
+    images: tuple[dict[str, Any], ...]
+    answer: str | None = None
+    answer_type: str | None = None
+    options: tuple[str, ...] = ()
+    target: str | None = None
+    absent: bool = False
+    masks: tuple[dict[str, Any], ...] = ()
+    mask_targets: tuple[str, ...] = ()
+    codes: tuple[str, ...] | None = None
+    spacing_mm: tuple[float, float] | None = None
+    dataset: str = "-"
+    modality: str = "-"
+    site: str = "-"
+    patient: str | None = None
+    label_origin: str | None = None
+
+
+class Words(NamedTuple):
+    """How prompts are made: the declaration's template, or a held-out wording drawn by the row's id.
+
+    Attributes:
+        template: with {target}, {modality}, {site} or {question} in braces.
+        held_out: other templates, of which each row gets one; none uses the declaration's.
+        seed: of that choice.
+
+    Example:
+        >>> Words("Segment the {target}.").prompt("a.png#liver", {"target": "liver"})
+        '<image>\\nSegment the liver.'
+    """
+
+    template: str
+    held_out: tuple[str, ...] = ()
+    seed: int = 0
+
+    def prompt(self, identity: str, fields: Mapping[str, str], images: int = 1) -> str:
+        """The prompt of a row with so many images, which come first unless the fields place them."""
+        template = self.template
+        if self.held_out:
+            template = random.Random(f"{self.seed}:{identity}").choice(self.held_out)
+        text = template.format(**fields)
+        placed = text.count(IMAGE_MARKER)
+        return "".join([f"{IMAGE_MARKER}\n"] * (images - placed)) + text
+
+
+def fingerprint(cases: Sequence[Case]) -> str:
+    """A sha256 of all that cases say and of the files they name, wherever these lie."""
+    digest = hashlib.sha256()
+    for case in cases:
+        described = {
+            name: [_picture(entry) for entry in value] if name in ("images", "masks") else value
+            for name, value in vars(case).items()
+        }
+        digest.update(json.dumps(described, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _picture(entry: Mapping[str, Any]) -> Any:
+    if entry.get("bytes") is not None:
+        return hashlib.sha256(entry["bytes"]).hexdigest()
+    file = Path(entry["path"])
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else file.name
+
+
+def relative(path: str | Path, root: Path) -> str:
+    """A path below the data's folder as ids name it, with slashes; others by their last three parts; without ".."."""
+    root = Path(os.path.abspath(root if root.is_dir() else root.parent))
+    absolute = Path(os.path.abspath(path))
+    if absolute.is_relative_to(root):
+        return absolute.relative_to(root).as_posix()
+    return "/".join(absolute.parts[1:][-3:])
+
+
+def origin_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a case that say where its row comes from; "-" for data set, modality or site that is unknown."""
+    known = {name: row.get(name) or "-" for name in ("dataset", "modality", "site")}
+    return {**known, "patient": row.get("patient"), "label_origin": row.get("label_origin")}
+
+
+@functools.cache
+def wordings() -> Wordings:
+    """The shipped wordings, read once."""
+    return Wordings.load()

@@ -1,0 +1,94 @@
+"""Opens whatever a caller names as a scan: its kind follows from its content, never from its name."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from processing_medsight.image_loading_medsight import as_numpy, display_name, find_file, load_array, load_image
+
+from .dicom import DicomScan, series_files
+from .file_kinds import recognise
+from .nifti import NiftiScan
+from .scan import PLANES, Picture, Scan
+from .stack import ArrayStack, PageStack, tiff_pages
+
+
+class SupportsArray(Protocol):
+    """An array, or what NumPy can make one of, such as a tensor."""
+
+    def __array__(self) -> Any: ...
+
+
+Source: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray | SupportsArray
+
+_CHANNELS = (1, 2, 3, 4)
+
+
+def open_scan(source: Source, name: str | None = None, plane: str | None = None, volume: bool = False) -> Scan:
+    """Open what a caller names: one file, a folder that holds one DICOM series, its bytes, or an array.
+
+    Args:
+        source: path (also an http(s) address or base64, as [`load_image`]), bytes, a Pillow image, or an array or
+            tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
+            other one of three axes is a volume, its slices along the first.
+        name: what to call it, and files in it, in messages; the path by default.
+        plane: that a NIfTI volume is cut along, "axial" (the default), "coronal" or "sagittal".
+        volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
+            channels. Where the last axis has 1 to 4 entries, these are channels all the same.
+
+    Returns:
+        The scan: its header was read and checked, its pixels are decoded when they are asked for.
+
+    Raises:
+        ValueError: for what is missing, damaged, too large or no image, or a plane of anything but NIfTI, saying which
+            and what to do.
+    """
+    if plane is not None and plane not in PLANES:
+        raise ValueError(f"plane={plane!r}: expected one of {', '.join(PLANES)}")
+    scan = _open(source, name, plane or PLANES[0], volume)
+    if plane is not None and scan.plane is None:
+        raise ValueError(f"{scan.name}: plane={plane!r} is for NIfTI volumes; anything else is shown as it is stored")
+    return scan
+
+
+def _open(source: Source, name: str | None, plane: str, volume: bool) -> Scan:
+    if isinstance(source, Image.Image):
+        return Picture(source, name or getattr(source, "filename", None) or "image")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_file(bytes(source), name or "bytes", plane, volume)
+    if isinstance(source, (str, os.PathLike)):
+        name = name or display_name(source)
+        if os.path.isdir(source):
+            return DicomScan(series_files(Path(source), name), name)
+        return _open_file(find_file(source, name), name, plane, volume)
+    if hasattr(source, "__array__"):
+        return _open_array(as_numpy(source, name or "array"), name or "array", [], volume)
+    kind = type(source).__name__
+    raise ValueError(f"{name or 'source'}: expected a path, bytes, an image, an array or a tensor, got {kind}")
+
+
+def _open_file(source: Path | bytes, name: str, plane: str, volume: bool) -> Scan:
+    files = [source] if isinstance(source, Path) else []
+    kind = recognise(source, name)
+    if kind == "dicom":
+        return DicomScan([source], name)
+    if kind == "nifti":
+        return NiftiScan(source, name, plane)
+    if kind == "npy":
+        return _open_array(load_array(source, name), name, files, volume)
+    pages = tiff_pages(source, name)
+    return Picture(load_image(source, name), name, files) if pages is None else PageStack(pages, name, files)
+
+
+def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: bool) -> Scan:
+    """Of three axes, the last one never holds slices; the first does not hold 1 to 4 of them, unless told so."""
+    is_volume = (
+        array.ndim == 3
+        and array.shape[2] not in (0, *_CHANNELS)
+        and array.shape[0] not in ((0,) if volume else (0, *_CHANNELS))
+    )
+    return ArrayStack(array, name, files) if is_volume else Picture(array, name, files)

@@ -1,0 +1,275 @@
+"""Which conversations are held out: with their images and patients, and with the masks of these."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features
+from PIL import Image
+
+from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
+from medsight.data.sources import Source, load_source
+from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
+from tests.medsight.data.conftest import ANSWERED, ASKED
+
+
+def split(rows: Dataset, fraction: float, seed: int, *beside: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
+    return divide(rows, hold_out_conversations(rows, fraction, seed, beside))
+
+
+def split_regions(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    return divide(rows, hold_out_regions(rows, fraction, seed))
+
+
+def test_validation_holds_out_patients_or_the_last_slices_of_few(manifest_sets: Path) -> None:
+    rows = load_source(Source("biomedparse", str(manifest_sets)))
+    training, held = split_regions(rows, 0.2, seed=0)
+    assert len(training) + len(held) == len(rows)
+    patients = {"busi": set(), "torso": set()}
+    for row in held:
+        patients[row["dataset"]].add(row["patient"])
+    assert len(patients["busi"]) == 1 and not patients["busi"] & set(training["patient"])
+    slices = sorted(Path(row["image"]["path"]).name for row in held if row["dataset"] == "torso")
+    assert slices == ["a5_CT_torso.png", "b5_CT_torso.png"]
+    again = split_regions(rows.shuffle(seed=3), 0.2, seed=0)[1]
+    assert sorted(again["patient"]) == sorted(held["patient"])
+    everything, nothing = split_regions(rows, 0, seed=0)
+    assert everything[:] == rows[:] and len(nothing) == 0
+    assert len({tuple(split_regions(rows, 0.2, seed=seed)[1]["patient"]) for seed in range(8)}) > 1
+
+
+def test_a_fraction_that_cannot_be_held_out_is_refused(named_sets: Path) -> None:
+    rows = load_source(Source("biomedparse", str(named_sets / "hc")))
+    with pytest.raises(ValueError, match="0.5 cannot be held out"):
+        split_regions(rows, 0.5, seed=0)
+    with pytest.raises(ValueError, match="fraction is 1.5"):
+        split_regions(rows, 1.5, seed=0)
+
+
+def test_shared_data_has_each_patient_on_one_side(shared_data: Path) -> None:
+    rows = load_source(Source("biomedparse", str(shared_data / "segmentation")))
+    training, held = split_regions(rows, 0.1, seed=0)
+    shared = set(training["patient"]) & set(held["patient"])
+    few = {"totalsegmentator", "tcia_sts", "tcia_breast_dce", "mni152_nilearn", "pyradiomics"}
+    assert len(held) > 50 and {patient.split(":")[0] for patient in shared} <= few
+
+
+def test_all_conversations_of_an_image_come_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
+    turns = [ASKED, ANSWERED]
+    # Five patients of two images and two conversations each; p4's second shares an image with p3.
+    items = [
+        {"id": f"{p}.{n}", "image": [f"{p}-{n}.png", "3-0.png"][: 1 + (p == 4)], "conversations": turns}
+        for p in range(6)
+        for n in (0, 1, 0)
+    ]
+    for item in items:
+        item["patient"] = f"p{item['id'][0]}"
+    read_items(items)
+    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+    for seed in range(12):
+        training, held = split(rows, 0.2, seed)
+        assert len(training) + len(held) == len(rows) and len(held) in (3, 6)
+        sides = [{path["path"] for row in side for path in row["images"]} for side in (training, held)]
+        assert not sides[0] & sides[1]
+        assert len(held) == (6 if {"p3", "p4"} & set(held["patient"]) else 3)
+    assert len(split(rows, 0, 0)[1]) == 0
+
+
+def test_an_image_of_two_sets_is_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
+    turns = [ASKED, ANSWERED]
+    items = [
+        {"id": f"{name} {p}", "image": f"{p}.png", "conversations": turns, "dataset": name, "patient": f"{name} {p}"}
+        for name in ("one", "two")
+        for p in range(10)
+    ]
+    read_items(items)
+    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+    for seed in range(4):
+        training, held = split(rows, 0.2, seed)
+        sides = [{row["images"][0]["path"] for row in side} for side in (training, held)]
+        assert not sides[0] & sides[1]
+        assert len(training) + len(held) == len(rows)
+
+
+def test_images_and_patients_are_on_the_side_of_their_masks(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
+) -> None:
+    """Conversations about images that have masks, others of the same patients, and about ones of neither."""
+    regions = load_source(Source("biomedparse", str(manifest_sets)))
+    told = [
+        {"image": row["image"]["path"], "dataset": "questions", "patient": f"q{number}"}
+        for number, row in enumerate(regions)
+    ]
+    told += [
+        {"image": f"{number}.png", "dataset": "busi", "patient": row["patient"]}
+        for number, row in enumerate(regions)
+        if row["dataset"] == "busi"
+    ]
+    free = [{"image": f"free {number}.png", "dataset": "questions", "patient": f"f{number}"} for number in range(40)]
+    for some in (told + free, told):
+        read_items([{"id": str(n), "conversations": [ASKED, ANSWERED], **one} for n, one in enumerate(some)])
+        rows = load_source(Source("llava", str(tmp_path / "items.json")))
+        for seed in range(4):
+            both = split_regions(regions, 0.3, seed + 10)
+            training, held = split(rows, 0.2, seed, both)
+            assert len(training) + len(held) == len(rows) and len(held)
+            for side, other in ((training, both[1]), (held, both[0])):
+                paths, patients = {row["image"]["path"] for row in other}, set(other["patient"])
+                assert not {row["images"][0]["path"] for row in side} & paths
+                assert not {row["patient"] for row in side if row["dataset"] == "busi"} & patients
+            assert len(some) == len(told) or any("free" in row["images"][0]["path"] for row in held)
+
+
+def sides_of(tmp_path: Path, read_items: Callable[..., list[dict]], items: list[dict], seed: int, *beside: Any) -> Any:
+    """The items that are trained on and those that are held out."""
+    read_items([{"id": str(n), "conversations": [ASKED, ANSWERED], **item} for n, item in enumerate(items)])
+    both = split(load_source(Source("llava", str(tmp_path / "items.json"))), 0.3, seed, *beside)
+    return [[items[int(n)] for n in some["id"]] for some in both]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_patients_of_masks_are_known_whatever_source_comes_first(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, turned: bool
+) -> None:
+    regions = load_source(Source("biomedparse", str(manifest_sets)))
+    both = split_regions(regions, 0.3, 0)
+    patients = sorted(set(both[1].filter(lambda row: row["dataset"] == "busi")["patient"]))
+    assert patients
+    asked = [{"image": f"other {p}.png", "dataset": "busi", "patient": p} for p in sorted({*regions["patient"]})]
+    captions = [{"image": item["image"]} for item in asked]
+    items = captions + asked if turned else asked + captions
+    for seed in range(3):
+        training, held = sides_of(tmp_path, read_items, items, seed, both)
+        assert {f"other {p}.png" for p in patients} <= {item["image"] for item in held}
+        assert not {item["image"] for item in held} & {item["image"] for item in training}
+
+
+def test_a_patient_of_two_sources_is_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
+    items = [{"image": f"{p}-x.png", "dataset": "one", "patient": f"{p}"} for p in range(10)]
+    items += [
+        {"image": f"{p}-{part}.png", "dataset": "two", "patient": f"of two {p}"} for p in range(10) for part in "xy"
+    ]
+    items += [{"image": f"unlike {p}.png", "dataset": "three", "patient": f"{p}"} for p in range(10)]
+    told = set()
+    for seed in range(6):
+        training, held = sides_of(tmp_path, read_items, items, seed)
+        sides = [
+            {item["image"].split("-")[0] for item in some if item["dataset"] != "three"} for some in (training, held)
+        ]
+        assert sides[1] and not sides[0] & sides[1]
+        # patients of one name in data sets that share no image are not one
+        told.add({i["image"] for i in held if i["dataset"] == "three"} == {f"unlike {p}.png" for p in sides[1]})
+    assert told == {False}
+
+
+def test_embedded_images_are_told_apart_by_their_content(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
+) -> None:
+    root = tmp_path / "listed"
+    for number, path in enumerate(sorted(root.glob("*/train/*.png"))):  # no two alike
+        Image.fromarray(np.full((12, 16), number, dtype=np.uint8)).save(path)
+    regions = load_source(Source("biomedparse", str(manifest_sets)))
+    both = split_regions(regions, 0.3, 0)
+    rows = [
+        {
+            "id": f"{turn}",
+            "images": [{"path": "picture.png", "bytes": Path(row["image"]["path"]).read_bytes()}],
+            "messages": [{"role": "user", "content": "<image>Hm?"}, {"role": "assistant", "content": "Yes."}],
+            **{name: row[name] for name in ("dataset", "modality", "site", "split", "patient")},
+            "masks": [],
+            "targets": [],
+        }
+        for row in regions
+        for turn in range(3)
+    ]
+    conversations = Dataset.from_list(rows, features=CONVERSATION_FEATURES)
+    for regions_beside in ([both], []):
+        training, held = split(conversations, 0.3, 0, *regions_beside)
+        sides = [{row["images"][0]["bytes"] for row in some} for some in (training, held)]
+        assert len(held) and not sides[0] & sides[1] and len(training) + len(held) == len(rows)
+        if regions_beside:
+            assert sides[1] == {Path(row["image"]["path"]).read_bytes() for row in both[1]}
+
+
+def test_what_cannot_be_validated_on_is_said(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = split_regions(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
+    items = [{"id": str(n), "image": row["image"]["path"], "patient": str(n)} for n, row in enumerate(both[0])]
+    read_items([{**item, "conversations": [ASKED, ANSWERED]} for item in items])
+    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+    training, held = split(rows, 0.2, 0, both)
+    assert len(training) == len(items) and not len(held) and "none is held out" in caplog.text
+
+
+def test_patients_may_be_numbered_from_0(read_items: Callable[..., list[dict]]) -> None:
+    found = read_items([{"id": "a", "image": "a.png", "conversations": [ASKED, ANSWERED], "patient": 0}])
+    assert found[0]["patient"] == "0"
+
+
+def test_the_same_patients_are_held_out_as_from_the_images(
+    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
+) -> None:
+    regions = load_source(Source("biomedparse", str(manifest_sets)))
+    items = [
+        {
+            "id": f"{turn}",
+            "image": row["image"]["path"],
+            "conversations": [ASKED, ANSWERED],
+            **{name: row[name] for name in ("dataset", "modality", "patient")},
+        }
+        for row in regions
+        for turn in range(2)
+    ]
+    read_items(items)
+    conversations = load_source(Source("llava", str(tmp_path / "items.json")))
+    for seed in range(3):
+        held = {row["image"]["path"] for row in split_regions(regions, 0.3, seed)[1]}
+        assert {row["images"][0]["path"] for row in split(conversations, 0.3, seed)[1]} == held
+
+
+def drawn_rows() -> tuple[Dataset, Dataset]:
+    """Images of three sets with masks (many patients, one volume, too few to hold any out), and conversations."""
+    draw = random.Random(5)
+    regions = [("many", f"p{i % 23}", draw.choice(["CT", "MRI"]), f"/data/many/{i}.png") for i in range(90)]
+    regions += [("volume", "v", "CT", f"/data/volume/{i:02}.png") for i in range(30)]
+    regions += [("few", None, "OCT", f"/data/few/{i}.png") for i in range(3)]
+    images = [
+        {"image": {"path": path, "bytes": None}, "dataset": name, "patient": patient, "modality": modality}
+        for name, patient, modality, path in regions
+    ]
+    asked = [
+        (draw.choice(["many", "asked"]), f"p{i % 31}", f"/data/many/{draw.randrange(130)}.png") for i in range(120)
+    ]
+    conversations = [
+        {
+            "images": [{"path": path, "bytes": None}, {"path": f"/data/other/{i % 40}.png", "bytes": None}][
+                : 1 + i % 2
+            ],
+            **{"dataset": name, "patient": patient, "modality": None},
+        }
+        for i, (name, patient, path) in enumerate(asked)
+    ]
+    conversations += [{"images": [], "dataset": "words", "patient": None, "modality": None}] * 7
+    return (
+        Dataset.from_list(images, features=Features({name: REGION_FEATURES[name] for name in images[0]})),
+        Dataset.from_list(
+            conversations, features=Features({name: CONVERSATION_FEATURES[name] for name in conversations[0]})
+        ),
+    )
+
+
+@pytest.mark.parametrize(("fraction", "seed", "digest"), [(0.1, 0, "85e7b1f188590d41"), (0.2, 3, "d8a9556fabee09eb")])
+def test_the_rows_that_a_seed_holds_out_stay_the_same(fraction: float, seed: int, digest: str) -> None:
+    """What a published checkpoint was validated on must not be trained on by a later version."""
+    regions, conversations = drawn_rows()
+    held = hold_out_regions(regions, fraction, seed)
+    alone = hold_out_conversations(conversations, fraction, seed)
+    beside = hold_out_conversations(conversations, fraction, seed, [divide(regions, held)])
+    found = json.dumps([sorted(held), sorted(alone), sorted(beside)])
+    assert hashlib.sha256(found.encode()).hexdigest()[:16] == digest
