@@ -1,15 +1,6 @@
-"""Bring your own masks: gives each mask its region code and writes grounded conversations about the images.
+"""What an annotation made, for a terminal: `medsight data annotate`."""
 
-medsight data annotate my-masks --model my-model --output my-conversations
-"""
-
-from medsight.data.groups import load_groups, match_groups
-
-from .annotation import annotate
 from .annotation_output import AnnotationCounts
-
-
-__all__ = ["annotate", "load_groups", "match_groups", "summary"]
 
 
 def summary(counts: AnnotationCounts) -> str:
