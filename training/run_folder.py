@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import GenerationConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, GenerationConfig, TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.checkpoint import read_json
@@ -247,8 +247,6 @@ def load_folder(
 
 def in_four_bits(dtype: torch.dtype) -> dict[str, Any]:
     """Loading options for QLoRA: 4 bits, which the model applies to its language model's linear layers alone."""
-    from transformers import BitsAndBytesConfig
-
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
