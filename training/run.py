@@ -116,12 +116,13 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
         if not is_finished(output, name):
             on_main(lambda: outdate_result(output / "model"))
             run_stage(stage, recipe, corpus, previous, output)
+            on_main(lambda: write_record(output, recipe, corpus))
         elif state.is_main_process:
             print(f"stage {name} is finished: {stage_folder(output, name) / 'model'}", flush=True)
-        on_main(lambda: write_record(output, recipe, corpus))
         previous = stage_folder(output, name) / "model"
         if name == only:
             return previous
+    on_main(lambda: write_record(output, recipe, corpus))  # a kill may have come between a stage's end and its record
     on_main(lambda: save_result(previous, output / "model", recipe))
     return output / "model"
 
