@@ -54,12 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device, dtype = measuring.prepare(chosen)
     if chosen.recipe:
         from medsight.training.recipe import load_recipe
-        from medsight.training.run import STAGES
 
         with tempfile.TemporaryDirectory() as folder:
-            before = itertools.takewhile(lambda key: key != chosen.stage, STAGES)
+            names = [entry["name"] for entry in load_recipe(chosen.recipe).stages]
+            before = itertools.takewhile(lambda name: name != chosen.stage, names)
             overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}"]
-            overrides += [*(f"stages.{key}=null" for key in before), *chosen.set]
+            overrides += [*(f"stages.{name}=null" for name in before), *chosen.set]
             row = time_run(load_recipe(chosen.recipe, overrides), chosen.stage)
         return measuring.report(chosen, device, [row], waiting_share=row["waiting_share"])
     measured = chosen.peak_tflops is None
@@ -80,16 +80,18 @@ def unified_row(
     chosen: Any, device: torch.device, dtype: torch.dtype, size: int, method: str, option: str, rate: float
 ) -> dict[str, Any]:
     """A step of stage 4 and one of plain fine-tuning, with options or none."""
-    from medsight.training.stage import train_only
-    from medsight.training.stage_4_unified import PROJECTORS, UnifiedSettings, add_adapters
+    from medsight.training.adapters import add_adapters
+    from medsight.training.stage import PARTS, train_only
+    from medsight.training.stage_conversations import ConversationSettings
 
+    parts = ["language_model", "vision_to_text", "text_to_vision"]
     row: dict[str, Any] = {"what": " + ".join(filter(None, ("stage 4", method, option))), "batch_size": size}
     model = random_inputs.random_model(chosen.preset, device, dtype)
     config = model.config
     if method == "lora":
-        trained = add_adapters(model, UnifiedSettings(method="lora"))
+        trained = add_adapters(model, ConversationSettings(trains=parts, method="lora"))
     else:
-        train_only(model, ("model.language_model.", "lm_head.", *(f"model.{name}." for name in PROJECTORS)))
+        train_only(model, [prefix for part in parts for prefix in PARTS[part]])
         trained = model
     trained.train()
     plain = random_inputs.plain_language_model(model)

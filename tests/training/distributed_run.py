@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from medsight.training import run, run_folder, stage_3a_codebook
+from medsight.training import run, run_folder, stage_codebook
 from medsight.training.recipe import load_recipe
 from medsight.training.trainer import StageTrainer
 
@@ -64,7 +64,7 @@ if __name__ == "__main__":
         (run, "save_folder"),
         (run_folder, "save_folder"),
         (run_folder, "write_text"),
-        (stage_3a_codebook, "kmeans"),
+        (stage_codebook, "kmeans"),
     ):
         write_calls(module, name, path.with_suffix(".calls"))
     if "--leave" in sys.argv[2:]:
