@@ -17,9 +17,9 @@ PACKAGES = [
 # `training/` stands at the top of the repository and is installed as `medsight.training`, so as not to take that name.
 TRAINING = ["medsight.training", "medsight.training.baselines"]
 
-version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/__init__.py").read_text("utf-8"), re.MULTILINE)
+version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/version.py").read_text("utf-8"), re.MULTILINE)
 if version is None:
-    raise ValueError('medsight/__init__.py: expected a line `__version__ = "..."`, found none')
+    raise ValueError('medsight/version.py: expected a line `__version__ = "..."`, found none')
 readme = ROOT / "README.md"
 
 # The ranges were tested together; nothing here may require torchvision or timm, which pull the CUDA builds.

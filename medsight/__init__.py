@@ -12,12 +12,13 @@ Names are imported on first use, so `import medsight` and `medsight --help` load
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 
 if TYPE_CHECKING:
     from .inference.prediction import Prediction
     from .inference.predictor import Predictor
 
-__version__ = "0.1.0"
 __all__ = ["Prediction", "Predictor", "__version__"]
 
 

@@ -16,8 +16,8 @@ import typer
 import typer.core
 import typer.main
 
-from medsight import __version__
 from medsight.text import printable
+from medsight.version import __version__
 
 
 class Verb(NamedTuple):
@@ -45,10 +45,10 @@ VERBS = {
 }
 # Packages of the extras: one of them missing is an installation to complete, any other missing module a defect.
 OPTIONAL_PACKAGES = frozenset(
-    """
-    accelerate datasets evaluate gradio highdicom jinja2 nibabel peft pyarrow pycocotools pydicom segmentationmetrics
-    tensorboard tqdm trl yaml
-    """.split()
+    [
+        *("accelerate", "datasets", "evaluate", "gradio", "highdicom", "jinja2", "nibabel", "peft", "pyarrow"),
+        *("pycocotools", "pydicom", "segmentationmetrics", "tensorboard", "tqdm", "trl", "yaml"),
+    ]
 )
 
 
