@@ -60,7 +60,7 @@ extras = {
     "demo": ["mahotas>=1.4.13"],
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"),
-        *("import-linter>=2", "pre-commit>=3", "SimpleITK>=2.4", "playwright>=1.50"),
+        *("SimpleITK>=2.4", "playwright>=1.50", "import-linter>=2.1", "grimp>=3"),
     ],
 }
 
