@@ -82,17 +82,18 @@ def test_only_the_command_line_imports_our_modules_late() -> None:
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 late += [f"{name}:{node.lineno}" for node in own_imports(function)]
-    assert sorted(set(late)) == []
+    assert not late, "\n".join(sorted(set(late)))
 
 
 def test_no_file_is_longer_than_a_reader_takes_in() -> None:
     lines = {path: len(path.read_text("utf-8").splitlines()) for path in python_files(*SOURCES, "tests")}
-    long = {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MOST_LINES}
-    assert long == {}
+    long = [f"{path.relative_to(ROOT)}: {count}" for path, count in lines.items() if count > MOST_LINES]
+    assert not long, "\n".join(long)
 
 
 def test_a_checkpoint_folder_carries_what_the_model_needs_and_no_scanner(tiny_checkpoint: Path) -> None:
     files = sorted(tiny_checkpoint.glob("*.py"))
     assert 0 < len(files) <= MOST_CHECKPOINT_FILES, [path.name for path in files]
     texts = {path.name: path.read_text("utf-8") for path in files}
-    assert [name for name, text in texts.items() if any(module in text for module in SCANNER_MODULES)] == []
+    reading = [name for name, text in texts.items() if any(module in text for module in SCANNER_MODULES)]
+    assert not reading, ", ".join(reading)

@@ -2,10 +2,11 @@
 
 import logging
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import gradio as gr
 
@@ -24,9 +25,25 @@ from .session import Finding, Session, Turn, Window
 
 logger = logging.getLogger(__name__)
 
-NOTHING_OPEN = "open an image first"
 ARCHIVE = "medsight-masks.zip"
 Updates = dict[Any, Any]
+P = ParamSpec("P")
+
+
+def event(
+    method: Callable[Concatenate["Page", Session, P], Updates],
+) -> Callable[Concatenate["Page", Session | None, P], Updates]:
+    """An event of the page. What it refuses becomes a warning, and the page stays as it is."""
+
+    @wraps(method)
+    def handle(page: "Page", session: Session | None, *args: P.args, **kwargs: P.kwargs) -> Updates:
+        session = session or Session(page.folder)
+        try:
+            return method(page, session, *args, **kwargs)
+        except (ValueError, OSError) as error:
+            return _warn(error, session)
+
+    return handle
 
 
 class Page(Controls):
@@ -35,6 +52,10 @@ class Page(Controls):
     Args:
         predictor: a `Predictor`.
         folder: where sessions keep uploaded files; the system's temporary folder by default.
+
+    Example:
+        >>> from medsight import Predictor
+        >>> Page(Predictor()).blocks.launch()  # doctest: +SKIP
     """
 
     def __init__(self, predictor: Any, folder: Path | None = None) -> None:
@@ -45,9 +66,9 @@ class Page(Controls):
             self._connect()
 
     def _connect(self) -> None:
-        def on(trigger: Any, event: Any, inputs: Sequence[Any] = (), **kwargs: Any) -> None:
+        def on(trigger: Any, method: Any, inputs: Sequence[Any] = (), **kwargs: Any) -> None:
             trigger(
-                event,
+                method,
                 inputs=[self.session, *inputs],
                 outputs=self.outputs,
                 show_progress="hidden",
@@ -73,16 +94,16 @@ class Page(Controls):
         on(self.back.click, self.show_masks, [self.threshold])
         on(self.save_button.click, self.save, [self.formats, self.deidentify, self.threshold])
 
-    def open_upload(self, session: Session | None, files: list[str] | None, threshold: float) -> Updates:
+    @event
+    def open_upload(self, session: Session, files: list[str] | None, threshold: float) -> Updates:
         """Opens what was uploaded; the files move into the session's folder."""
-        session = session or Session(self.folder)
         with _warnings(session):
             session.open_files([Path(file) for file in files or []])
         return self._opened(session, threshold)
 
-    def open_example(self, session: Session | None, number: int, threshold: float) -> Updates:
+    @event
+    def open_example(self, session: Session, number: int, threshold: float) -> Updates:
         """Opens an example, and puts its prompt into the field."""
-        session = session or Session(self.folder)
         with _warnings(session):
             session.open_example(self.examples[number].load())
         return {**self._opened(session, threshold), self.question: _asking(False, self.examples[number].prompt)}
@@ -114,26 +135,25 @@ class Page(Controls):
             **self._view(session, threshold),
         }
 
-    def show_slice(self, session: Session | None, number: float, threshold: float) -> Updates:
+    @event
+    def show_slice(self, session: Session, number: float, threshold: float) -> Updates:
         """Shows the slice of that number, counted from 1, with its own masks."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
-        session.slice_index = min(max(int(number), 1), session.scan.num_slices) - 1
+        session.slice_index = min(max(int(number), 1), _opened_scan(session).num_slices) - 1
         session.heat = None
         return self._view(session, threshold)
 
-    def show_plane(self, session: Session | None, plane: str, threshold: float) -> Updates:
+    @event
+    def show_plane(self, session: Session, plane: str, threshold: float) -> Updates:
         """Cuts a NIfTI volume along another plane, and begins the conversation anew."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
+        _opened_scan(session)
         with _warnings(session):
             session.cut_along(plane)
         return self._opened(session, threshold)
 
-    def show_window(self, session: Session | None, text: str | None, threshold: float) -> Updates:
+    @event
+    def show_window(self, session: Session, text: str | None, threshold: float) -> Updates:
         """Shows the slices under another window: a name, the file's own, centre/width, or the default."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
+        _opened_scan(session)
         before = session.window
         try:
             session.window = parse_window_text(text or "")
@@ -154,7 +174,7 @@ class Page(Controls):
     ) -> Iterator[Updates]:
         """Answers a question about the slice that is shown: the text as it comes, then words, codes and masks."""
         if session is None or session.scan is None:
-            yield _warn(NOTHING_OPEN)
+            yield _warn("open an image first")
             return
         if len(question) > QUESTION_LENGTH:  # the browser keeps to it by itself
             yield _warn(
@@ -198,28 +218,22 @@ class Page(Controls):
             self.question: _asking(False, question) if failed else _asking(False),
         }
 
-    def stop(self, session: Session | None) -> Updates:
+    @event
+    def stop(self, session: Session) -> Updates:
         """Ends the answer that is being generated; what is there of it stays, with its masks."""
-        if session is not None:
-            session.stop.set()
+        session.stop.set()
         return gr.skip()
 
-    def begin_anew(self, session: Session | None, threshold: float) -> Updates:
+    @event
+    def begin_anew(self, session: Session, threshold: float) -> Updates:
         """Takes away the conversation and its masks; the image stays."""
-        if session is None:
-            return gr.skip()
         session.forget_conversation()
         return {**self._talk(session), **self._view(session, threshold)}
 
-    def show_heat_map(self, session: Session | None, threshold: float, event: gr.EventData) -> Updates:
+    @event
+    def show_heat_map(self, session: Session, threshold: float, click: gr.EventData) -> Updates:
         """Shows where the mask of a clicked code is how probable, on its slice, and what the code usually means."""
-        number = event._data.get("finding") if isinstance(event._data, dict) else None
-        if session is None or session.scan is None or number is None:
-            return gr.skip()
-        try:
-            finding = session.finding(int(number))
-        except ValueError as error:
-            return _warn(error)
+        finding = session.finding(int(click._data["finding"]))
         turn = next(turn for turn in session.turns if finding in turn.findings)
         session.slice_index, session.window, session.heat = finding.slice_index, turn.window, finding.number
         return {
@@ -228,37 +242,33 @@ class Page(Controls):
             **self._view(session, threshold),
         }
 
-    def show_masks(self, session: Session | None, threshold: float) -> Updates:
+    @event
+    def show_masks(self, session: Session, threshold: float) -> Updates:
         """Back from a heat map."""
-        if session is None or session.scan is None:
-            return gr.skip()
         session.heat = None
         return self._view(session, threshold)
 
-    def show_layer(self, session: Session | None, threshold: float, event: gr.EventData) -> Updates:
+    @event
+    def show_layer(self, session: Session, threshold: float, click: gr.EventData) -> Updates:
         """Switches the mask of a region on or off."""
-        if session is None or session.scan is None or not isinstance(event._data, dict):
-            return gr.skip()
-        number, shown = int(event._data["finding"]), bool(event._data["shown"])
+        number, shown = int(click._data["finding"]), bool(click._data["shown"])
         session.hidden = session.hidden - {number} if shown else session.hidden | {number}
         session.heat = None
         return self._view(session, threshold)
 
-    def redraw(self, session: Session | None, threshold: float) -> Updates:
+    @event
+    def redraw(self, session: Session, threshold: float) -> Updates:
         """Draws the masks anew, as after a change of the threshold."""
-        if session is None or session.scan is None:
-            return gr.skip()
         return {**self._view(session, threshold), self.archive: gr.update(value=None, visible=False)}
 
-    def save(self, session: Session | None, formats: list[str], deidentify: bool, threshold: float) -> Updates:
+    @event
+    def save(self, session: Session, formats: list[str], deidentify: bool, threshold: float) -> Updates:
         """Writes all regions of the conversation, and a picture of them, into an archive to download."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
+        scan = _opened_scan(session)
         if not session.findings:
-            return _warn("no answer has cited a region yet: there is no mask to download")
+            raise ValueError("no answer has cited a region yet: there is no mask to download")
         if not formats:
-            return _warn("choose at least one format")
-        scan = session.scan
+            raise ValueError("choose at least one format")
         regions = [
             FoundRegion(
                 each.slice_index, self._mask(scan, each, threshold), each.label, each.region.code, each.region.score
@@ -266,13 +276,9 @@ class Page(Controls):
             for each in session.findings
         ]
         folder = session.new_folder()
-        picture = folder / "overview.png"
-        try:
-            files = write_masks(scan, regions, folder / "masks", formats, deidentify=deidentify)
-            several = scan.num_slices > 1
-            shown = mosaic(scan, regions, session.window) if several else overlay(session.image(), regions)
-        except (ValueError, OSError) as error:
-            return _warn(error, session)
+        files = write_masks(scan, regions, folder / "masks", formats, deidentify=deidentify)
+        several, picture = scan.num_slices > 1, folder / "overview.png"
+        shown = mosaic(scan, regions, session.window) if several else overlay(session.image(), regions)
         shown.save(picture)
         with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in [*files, picture]:
@@ -371,6 +377,13 @@ def _warnings(session: Session) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         _warn(error, session)
+
+
+def _opened_scan(session: Session) -> Scan:
+    """The scan of a session; raises ValueError if none is open."""
+    if session.scan is None:
+        raise ValueError("open an image first")
+    return session.scan
 
 
 def _slices(session: Session) -> int:

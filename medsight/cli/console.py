@@ -18,7 +18,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the o
 
 
 class Results:
-    """Prints results; made by `results`."""
+    """Prints results.
+
+    Example:
+        >>> with results(as_json=False) as out:
+        ...     out.show({"codes": 2}, [["code", "group"], ["[C0_1]", "CT torso"]])
+        code    group
+        [C0_1]  CT torso
+    """
 
     def __init__(self, stream: TextIO, as_json: bool) -> None:
         self.stream = stream
