@@ -16,7 +16,6 @@ checkpointing), peak_bytes (of a step above the weights), images_per_s, why (wha
     python -m benchmarks.training --recipe nano --stage perceiver --steps 50 --output loader.json
 """
 
-import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +26,11 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from medsight.training.adapters import add_adapters
 from medsight.training.recipe import load_recipe
-from medsight.training.run import STAGES, train
-from medsight.training.stage import train_only
-from medsight.training.stage_4_unified import PROJECTORS, UnifiedSettings, add_adapters
+from medsight.training.run import train
+from medsight.training.stage import PARTS, train_only
+from medsight.training.stage_conversations import ConversationSettings
 from medsight.training.trainer import StageTrainer
 
 from . import measuring, random_inputs
@@ -38,6 +38,7 @@ from . import measuring, random_inputs
 
 OPTIONS = ("checkpointing", "adamw-8bit")
 METHODS = ("full", "lora")
+TRAINED = ["language_model", "vision_to_text", "text_to_vision"]  # by stage 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--codes", type=int, default=2, help="cited in each")
     options.add_argument("--peak-tflops", type=float, help="of the device in this dtype, by its data sheet")
     options.add_argument("--recipe", help="time a real run by this recipe instead")
-    options.add_argument("--stage", default="perceiver", help="with --recipe: the stage; those before it are left out")
+    options.add_argument("--stage", default="perceiver", help="with --recipe: the stage; the others are left out")
     options.add_argument("--steps", type=int, default=50, help="with --recipe")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="with --recipe: overrides")
     chosen = options.parse_args(arguments)
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device, dtype = measuring.prepare(chosen)
     if chosen.recipe:
         with tempfile.TemporaryDirectory() as folder:
-            before = itertools.takewhile(lambda key: key != chosen.stage, STAGES)
-            overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}"]
-            overrides += [*(f"stages.{key}=null" for key in before), *chosen.set]
-            row = time_run(load_recipe(chosen.recipe, overrides), chosen.stage)
+            overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}", *chosen.set]
+            recipe = load_recipe(chosen.recipe, overrides)
+            recipe.stages = [entry for entry in recipe.stages if entry["name"] == chosen.stage]
+            row = time_run(recipe, chosen.stage)
         return measuring.report(chosen, device, [row], waiting_share=row["waiting_share"])
     rate = chosen.peak_tflops * 1e12 if chosen.peak_tflops else measuring.matmul_rate(device, dtype)
     rows = [
@@ -83,9 +84,9 @@ def unified_row(
     model = random_inputs.random_model(chosen.preset, device, dtype)
     config = model.config
     if chosen.method == "lora":
-        trained = add_adapters(model, UnifiedSettings(method="lora"))
+        trained = add_adapters(model, ConversationSettings(method="lora", trains=TRAINED))
     else:
-        train_only(model, ("model.language_model.", "lm_head.", *(f"model.{name}." for name in PROJECTORS)))
+        train_only(model, [prefix for part in TRAINED for prefix in PARTS[part]])
         trained = model
     trained.train()
     plain = random_inputs.plain_language_model(model)
