@@ -54,8 +54,13 @@ class Page(Controls):
         folder: where sessions keep uploaded files; the system's temporary folder by default.
 
     Example:
-        >>> from medsight import Predictor
-        >>> Page(Predictor()).blocks.launch()  # doctest: +SKIP
+
+    ```python
+    from medsight import Predictor
+    from medsight.app import build
+
+    blocks = build(Predictor(device="cpu"))  # blocks.launch() serves it
+    ```
     """
 
     def __init__(self, predictor: Any, folder: Path | None = None) -> None:

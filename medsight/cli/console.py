@@ -21,10 +21,13 @@ class Results:
     """Prints results.
 
     Example:
-        >>> with results(as_json=False) as out:
-        ...     out.show({"codes": 2}, [["code", "group"], ["[C0_1]", "CT torso"]])
-        code    group
-        [C0_1]  CT torso
+
+    ```python
+    from medsight.cli.console import results
+
+    with results(as_json=False) as out:
+        out.show({"codes": 1}, [["code", "group"], ["[C0_1]", "CT torso"]])
+    ```
     """
 
     def __init__(self, stream: TextIO, as_json: bool) -> None:

@@ -277,10 +277,6 @@ def test_a_files_own_window_is_offered_where_it_has_one(
 def test_arrays_and_pages_are_volumes_with_slices_and_masks_to_download(
     kind: str, page: Any, upload: Callable[..., str]
 ) -> None:
-    import io
-
-    from PIL import Image
-
     volume, file = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16), io.BytesIO()
     if kind == "array":
         np.save(file, volume)
@@ -327,12 +323,6 @@ def test_the_threshold_redraws_and_only_shrinks_masks(page: Any, session: Any) -
     assert archive["value"] is None and not archive["visible"]
 
 
-def test_a_question_that_is_too_long_is_not_asked(page: Any, session: Any) -> None:
-    with pytest.warns(UserWarning, match="2,001 characters"):
-        asked(page, session, "x" * 2001)
-    assert session.turns == []
-
-
 @pytest.mark.parametrize("kind", ["picture", "volume", "dicom"])
 def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
     page: Any, upload: Callable[..., str], picture_file: bytes, volume_file: bytes, kind: str
@@ -374,19 +364,24 @@ def test_nothing_happens_without_an_image(page: Any) -> None:
         assert not unchanged[page.picture]["visible"] and not unchanged[page.layers]["visible"]
 
 
-def test_an_empty_question_is_refused_and_kept_out_of_the_conversation(page: Any, session: Any) -> None:
-    with pytest.warns(UserWarning, match="prompt is empty"):
-        last = asked(page, session, "  ")[-1]
-    assert session.turns == [] and "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
-
-
-def test_a_conversation_too_long_for_the_model_is_refused(
-    page: Any, session: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("question", "positions", "message"),
+    [
+        ("  ", 4096, "prompt is empty"),
+        ("x" * 2001, 4096, "2,001 characters"),
+        ("What is it?", 20, "begin a new conversation"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
+    question: str, positions: int, message: str, page: Any, session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page.predictor.model.config.text_config, "max_position_embeddings", 20)
-    with pytest.warns(UserWarning, match="begin a new conversation"):
-        last = asked(page, session, "What is it?")[-1]
-    assert session.turns == [] and last[page.question]["value"] == "What is it?"
+    monkeypatch.setattr(page.predictor.model.config.text_config, "max_position_embeddings", positions)
+    with pytest.warns(UserWarning, match=message):
+        last = asked(page, session, question)[-1]
+    assert session.turns == []
+    if len(question) <= 2000:
+        assert "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
+        assert last[page.question]["value"] == question
 
 
 def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
