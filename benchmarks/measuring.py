@@ -20,7 +20,7 @@ from medsight.text import align
 
 
 NOT_MEASURED = "not measured"
-PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "peft", "bitsandbytes", "liger-kernel")
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "peft", "bitsandbytes")
 
 
 def parser(module: str, description: str | None, repeats: int = 7) -> argparse.ArgumentParser:
