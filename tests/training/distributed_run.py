@@ -20,7 +20,7 @@ from medsight.training.recipe import load_recipe
 from medsight.training.trainer import StageTrainer
 
 
-class Left(Exception):
+class LeftError(Exception):
     """The run is left."""
 
 
@@ -30,7 +30,7 @@ def train_and_leave(recipe: Path) -> None:
 
     def save_and_leave(self: Any, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
-        raise Left
+        raise LeftError
 
     StageTrainer._save_checkpoint = save_and_leave
     while True:
@@ -38,7 +38,7 @@ def train_and_leave(recipe: Path) -> None:
         try:
             run.train(load_recipe(recipe))
             return
-        except Left:
+        except LeftError:
             continue
 
 

@@ -86,7 +86,7 @@ def test_a_batch_asks_one_class_a_picture_and_absent_ones_have_an_empty_mask(dra
     for _ in range(12):
         pixels, asked, masks = next(drawn)
         assert pixels.shape == (unet.BATCH_SIZE, 3, SIZE, SIZE) and masks.shape == (unet.BATCH_SIZE, SIZE, SIZE)
-        assert 0 <= masks.min() and masks.max() <= 1
+        assert masks.min() >= 0 and masks.max() <= 1
         assert all(torch.equal(*pair) for pair in zip((pixels, asked, masks), next(again), strict=True))
         empty |= {corpus.classes[wanted] for wanted, mask in zip(asked, masks, strict=True) if not mask.any()}
     assert empty == {"benign breast tumor"}  # of the normal picture, which has no breast tumor

@@ -1,0 +1,430 @@
+"""What sees: image encoder, region perceiver, region codebook, group classifier (paper arXiv 2606.06760, section 3).
+
+[`MedSightRegionModel`] is this part as a model of its own: it finds regions in images and decodes region codes to
+masks without a language model, and it is what the perceiver's and the codebook's stages train.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers.utils import can_return_tuple
+
+from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
+from .configuration_medsight import MedSightConfig
+from .loss_medsight import (
+    RegionPerceiverLoss,
+    mask_bce,
+    mask_dice,
+    masks_of_classes,
+    refuse_uneven_labels,
+    refuse_useless,
+    require,
+    resize_masks,
+)
+from .outputs_medsight import MedSightRegionOutput
+from .pretrained_medsight import MedSightPreTrainedModel, has_attention
+from .region_codes_in_text_medsight import QueryLayout, codes_to_indices
+from .region_perceiver_medsight import RegionPerceiver
+from .unet_encoder_medsight import MedSightUNetEncoder
+
+
+# Numbers in the perceiver's last map that are worked on at once where masks are decoded without gradients.
+MAP_NUMBERS_AT_ONCE = 2**26
+
+
+class SeesRegions:
+    """What [`MedSightRegionModel`] and [`MedSightModel`] have in common: the modules that see, under the names of the
+    published files, and how they are run."""
+
+    config: Any
+    vision_tower: Any
+    region_perceiver: RegionPerceiver
+    codebook: RegionCodebook
+    group_classifier: nn.Linear
+
+    def add_region_modules(self, config: MedSightConfig) -> None:
+        """Make encoder, perceiver, codebook and group classifier."""
+        config.refuse_contradictions()  # `from_pretrained(folder, image_size=...)` sets them after the construction
+        if not has_attention(config.vision_config):
+            config.vision_config._attn_implementation = "eager"
+        # By name: a checkpoint folder's own code may know the configuration's class twice, and AutoModel one of them.
+        is_unet = config.vision_config.model_type == MedSightUNetEncoder.config_class.model_type
+        make_encoder = MedSightUNetEncoder._from_config if is_unet else AutoModel.from_config
+        self.vision_tower = make_encoder(config.vision_config)
+        self.region_perceiver = RegionPerceiver(config)
+        self.codebook = RegionCodebook(config)
+        self.group_classifier = nn.Linear(config.vision_hidden_size, config.num_groups)
+
+    @can_return_tuple
+    def get_region_features(
+        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
+    ) -> MedSightRegionOutput:
+        """Look at images: patches, regions, masks and classes of regions, the group of each image.
+
+        Args:
+            pixel_values: (images, 3, image_size, image_size).
+            with_masks: false leaves out the masks and classes of regions and the map that they are read from.
+        """
+        return self._see(pixel_values, with_masks, **kwargs)[1]
+
+    def quantize_regions(self, region_embeddings: torch.Tensor, groups: torch.Tensor) -> RegionQuantizerOutput:
+        """Nearest code of each region in its image's group: see [`RegionCodebook`]."""
+        return self.codebook(region_embeddings, groups)
+
+    def decode_queries(
+        self, queries: torch.Tensor, layout: QueryLayout, regions: MedSightRegionOutput
+    ) -> torch.Tensor:
+        """Mask logits (n, H, W) of queries (n, d) that take the place of the perceiver's own (paper: text-to-vision).
+
+        All queries of an entry are decoded together: the map attends to each of them. Without gradients, entries go
+        through the perceiver a few at a time, so that memory does not grow with their number.
+
+        Args:
+            layout: which image each query is about, and which queries share a pass.
+            regions: features of the images that `layout.images` counts.
+        """
+        if self.config.mask_decoder == "head":
+            projected = self.region_perceiver.segmentation_head.mask_projection(queries)
+            return torch.einsum("nd,nhwd->nhw", projected, regions.image_features[layout.images])
+
+        num_entries = layout.num_entries if layout.num_entries is not None else len(regions.patch_features)
+        shape, place = (num_entries, layout.max_slots), (layout.entries, layout.slots)
+        padded = queries.new_zeros(*shape, queries.shape[-1]).index_put(place, queries)
+        known = None
+        if len(queries) < num_entries * layout.max_slots:
+            known = torch.zeros(shape, dtype=torch.bool, device=queries.device)
+            known = known.index_put(place, torch.ones_like(layout.slots, dtype=torch.bool))
+        images = torch.zeros(num_entries, dtype=torch.long, device=queries.device)
+        images = images.index_put((layout.entries,), layout.images)
+
+        masks = []
+        height, width = self.config.mask_size
+        at_once = max(1, MAP_NUMBERS_AT_ONCE // (height * width * self.config.vision_hidden_size))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            at_once = num_entries
+        for start in range(0, num_entries, at_once):
+            part = slice(start, start + at_once)
+            output = self.region_perceiver(
+                regions.patch_features[images[part]].unflatten(1, self.config.patch_grid),
+                queries=padded[part],
+                query_mask=None if known is None else known[part],
+                upsampled_features=None
+                if regions.upsampled_features is None
+                else regions.upsampled_features[images[part]],
+            )
+            masks.append(output.masks_queries_logits)
+        return torch.cat(masks)[place]
+
+    def _see(
+        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
+    ) -> tuple[Any, MedSightRegionOutput]:
+        """The encoder's own output, and what is seen."""
+        encoder_output, grid, summary = self._encode(pixel_values, **kwargs)
+        return encoder_output, self._perceive(grid, summary, with_masks)
+
+    def _perceive(self, grid: torch.Tensor, summary: torch.Tensor, with_masks: bool = True) -> MedSightRegionOutput:
+        """What the region queries and the group classifier find in what `_encode` gives."""
+        return MedSightRegionOutput(
+            patch_features=grid.flatten(1, 2),
+            group_logits=self.group_classifier(summary),
+            **self.region_perceiver(grid, with_masks=with_masks),
+        )
+
+    def _encode(
+        self, pixel_values: torch.Tensor, any_size: bool = False, **kwargs: Any
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """Run the encoder and take hidden state `config.vision_feature_layer`.
+
+        Args:
+            pixel_values: (images, 3, H, W), H = W = `config.image_size`.
+            any_size: take another H = W too, a multiple of the encoder's stride, as a convolutional encoder can.
+
+        Returns:
+            The encoder's own output, the feature grid (images, h, w, d), and a summary (images, d): the CLS row, or
+            the mean of the grid where the encoder has none.
+
+        Raises:
+            ValueError: for pixel values of another shape, or an encoder whose features make no such grid.
+        """
+        config = self.config
+        side = pixel_values.shape[-1] if any_size else config.image_size
+        expected = (3, side, side)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; "
+                f"expected (images, {', '.join(map(str, expected))})"
+            )
+        height, width = (cells * side // config.image_size for cells in config.patch_grid)
+        kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        hidden = outputs.hidden_states[config.vision_feature_layer]
+        images, dim = len(pixel_values), config.vision_hidden_size
+        if hidden.ndim == 4 and hidden.shape == (images, dim, height, width):
+            grid = hidden.permute(0, 2, 3, 1)
+            return outputs, grid, grid.mean(dim=(1, 2))
+        prefix = hidden.shape[1] - height * width
+        if hidden.ndim != 3 or prefix < 0 or (len(hidden), hidden.shape[2]) != (images, dim):
+            raise ValueError(
+                f"vision_config.model_type={config.vision_config.model_type!r} gives features of shape "
+                f"{tuple(hidden.shape)} where a grid ({images}, {dim}, {height}, {width}), or its cells as rows, is "
+                "needed: use another encoder"
+            )
+        grid = hidden[:, prefix:].unflatten(1, (height, width))
+        return outputs, grid, hidden[:, 0] if prefix else hidden.mean(dim=1)
+
+
+class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
+    """Finds regions in images, names their codes, and decodes region codes to masks, without a language model.
+
+    `from_pretrained` takes the folder of a whole model as well, and reads its own tensors alone:
+
+    ```python
+    >>> from modeling_medsight import MedSightRegionModel
+    >>> from processing_medsight import MedSightProcessor
+
+    >>> model = MedSightRegionModel.from_pretrained("medsight/medsight-nano")
+    >>> processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
+    >>> pixel_values = processor.image_processor("scan.png", return_tensors="pt")["pixel_values"]
+    >>> regions = model.get_region_features(pixel_values)
+    >>> codes = model.quantize_regions(regions.region_embeddings, regions.group_logits.argmax(-1)).code_indices
+    >>> masks = model.decode_codes(code_indices=[[(0, 3), (0, 5)]], features=regions)  # of [C0_3] and [C0_5]
+    ```
+    """
+
+    input_modalities = ("image",)
+    # A whole model's folder holds these besides.
+    _keys_to_ignore_on_load_unexpected = [r"language_model\.", r"lm_head\.", r"_to_(text|vision)_projector\."]
+
+    def __init__(self, config: MedSightConfig) -> None:
+        super().__init__(config)
+        self.add_region_modules(config)
+        self.perceiver_loss = RegionPerceiverLoss(config)
+        self.post_init()
+
+    @classmethod
+    def sharing_modules_of(cls, model: SeesRegions) -> "MedSightRegionModel":
+        """The region model inside a larger one, over the very same modules: to train it trains the larger one."""
+        with torch.device("meta"):
+            region_model = cls(model.config)
+        for name, _ in list(region_model.named_children()):
+            if hasattr(model, name):
+                setattr(region_model, name, getattr(model, name))
+        region_model.training = model.training  # type: ignore[attr-defined]
+        return region_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_tower.get_input_embeddings()
+
+    @torch.no_grad()
+    def decode_codes(
+        self,
+        region_code_ids: torch.Tensor | Sequence[Any] | None = None,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        code_indices: torch.Tensor | Sequence[Any] | None = None,
+        features: MedSightRegionOutput | None = None,
+    ) -> list[torch.Tensor]:
+        """Masks of region codes from the codebook alone: W_m(code) is the query, in place of the state that a language
+        model has where it writes the code.
+
+        These are not quite the masks of [`MedSightForConditionalGeneration.decode_regions`], which knows the words
+        around a code.
+
+        Args:
+            region_code_ids: for each image the token ids (n_i,) of its codes, as `generate` returns them.
+            pixel_values: (images, 3, image_size, image_size).
+            code_indices: in place of token ids, for each image pairs (n_i, 2) of group k and index m.
+            features: in place of pixel values, what [`get_region_features`] gave for them.
+
+        Returns:
+            Mask logits (n_i, H, W) for each image, before the sigmoid.
+
+        Raises:
+            ValueError: if not exactly one of each pair is given, a code does not exist, or codes and images are not of
+                the same number.
+        """
+        if (region_code_ids is None) == (code_indices is None):
+            raise ValueError("give exactly one of region_code_ids and code_indices")
+        if (pixel_values is None) == (features is None):
+            raise ValueError("give exactly one of pixel_values and features")
+        if features is None:
+            features = self.get_region_features(pixel_values, self.config.mask_decoder == "head", return_dict=True)
+        as_pairs = region_code_ids is None
+        indices = codes_to_indices(code_indices if as_pairs else region_code_ids, self.config, as_pairs)
+        if len(indices) != len(features.patch_features):
+            raise ValueError(
+                f"codes for {len(indices)} images, but {len(features.patch_features)} images: give one entry an image"
+            )
+        counts = [len(pairs) for pairs in indices]
+        if not sum(counts):
+            return [self.codebook.codes.new_zeros(0, *self.config.mask_size) for _ in counts]
+        groups, places = torch.cat(indices).to(self.codebook.codes.device).unbind(dim=1)
+        queries = self.codebook.decode(self.codebook.code_table()[groups, places])
+        layout = QueryLayout.of_counts(counts, queries.device)
+        return list(self.decode_queries(queries, layout, features).split(counts))
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        mask_labels: list[torch.Tensor] | None = None,
+        class_labels: list[torch.LongTensor] | None = None,
+        group_labels: torch.LongTensor | None = None,
+        asked_classes: list[torch.LongTensor] | None = None,
+        matched_images: torch.LongTensor | None = None,
+        loss_counts: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> MedSightRegionOutput:
+        """
+        What is seen in images; with labels, the losses of the perceiver, and with `group_labels` of the codebook too.
+
+        Every loss is an average over a number of things: masks, images or asked classes. `loss_counts` gives these
+        numbers for the whole batch where a call sees a part of it (gradient accumulation, several processes), so that
+        the sum over all parts is the loss of the whole, however unevenly they are filled.
+
+        Args:
+            pixel_values: (images, 3, H, W), H = W = `config.image_size`; with labels and a convolutional encoder, of
+                any size that its stride divides.
+            mask_labels: a tensor (n_i, H, W) an image, boolean or in [0, 1], of any size: its regions.
+            class_labels: a tensor (n_i,) an image, the class of each region.
+            group_labels: (images,), the code group of each image.
+            asked_classes: with class queries: the classes that are asked of each image, those of its regions by
+                default; one that it has no region of has an empty mask.
+            matched_images: indices of the images whose regions are found by region queries; all by default.
+            loss_counts: `masks`, `images` and `asked` classes that the losses are averages over; by default those of
+                this call.
+
+        Raises:
+            ValueError: if labels do not match the images or each other, or one of `mask_labels`, `class_labels` is
+                missing.
+        """
+        if mask_labels is None and class_labels is None:
+            refuse_useless(
+                "without mask_labels and class_labels", group_labels=group_labels, asked_classes=asked_classes
+            )
+            return self._see(pixel_values, **kwargs)[1]
+        require(mask_labels=mask_labels, class_labels=class_labels)
+        refuse_uneven_labels(pixel_values, mask_labels, class_labels)
+        counts = loss_counts or {}
+        _, grid, summary = self._encode(pixel_values, any_size=True, **kwargs)
+        class_query_loss = None
+        if self.config.use_class_queries and group_labels is None:
+            class_query_loss = self._class_query_loss(grid, mask_labels, class_labels, asked_classes, counts)
+        if matched_images is not None:
+            chosen = matched_images.tolist()
+            grid, summary = grid[matched_images], summary[matched_images]
+            mask_labels, class_labels = [mask_labels[i] for i in chosen], [class_labels[i] for i in chosen]
+            group_labels = group_labels[matched_images] if group_labels is not None else None
+        regions = self._perceive(grid, summary)
+        regions.perceiver_loss, pairs = self._perceiver_loss(regions, mask_labels, class_labels, counts)
+        regions.class_query_loss = class_query_loss
+        if group_labels is not None:
+            group_loss = F.cross_entropy(regions.group_logits.float(), group_labels, reduction="sum")
+            regions.group_loss = group_loss / counts.get("images", len(group_labels))
+            if self.training:
+                self._add_codebook_losses(regions, mask_labels, class_labels, group_labels, pairs, counts)
+        losses = (regions.perceiver_loss, class_query_loss, regions.codebook_loss, regions.group_loss)
+        regions.loss = sum(loss for loss in losses if loss is not None)
+        return regions
+
+    def _perceiver_loss(
+        self,
+        regions: MedSightRegionOutput,
+        mask_labels: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+        loss_counts: dict[str, float],
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The perceiver's loss, averaged over its supervised stages, and the pairs that the last stage matched.
+
+        Earlier stages keep these pairs: a query has one target.
+        """
+        counts = {"num_masks": loss_counts.get("masks"), "num_images": loss_counts.get("images")}
+        last, pairs = self.perceiver_loss(
+            regions.masks_queries_logits, regions.class_queries_logits, mask_labels, class_labels, **counts
+        )
+        earlier = [
+            self.perceiver_loss(**stage, mask_labels=mask_labels, class_labels=class_labels, pairs=pairs, **counts)[0]
+            for stage in regions.auxiliary_logits or []
+        ]
+        return sum(earlier, last) / (1 + len(earlier)), pairs
+
+    def _class_query_loss(
+        self,
+        grid: torch.Tensor,
+        mask_labels: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+        asked_classes: list[torch.Tensor] | None,
+        loss_counts: dict[str, float],
+    ) -> torch.Tensor:
+        """BCE + Dice of the masks that the classes' own queries give, averaged over supervised stages."""
+        if asked_classes is None:
+            asked_classes = class_labels
+        device, width = grid.device, max(1, *(len(asked) for asked in asked_classes))
+        ids = torch.zeros(len(grid), width, dtype=torch.long, device=device)
+        known = torch.zeros(len(grid), width, dtype=torch.bool, device=device)
+        for row, asked in enumerate(asked_classes):
+            ids[row, : len(asked)] = asked
+            known[row, : len(asked)] = True
+        perceiver = self.region_perceiver
+        output = perceiver(grid, queries=perceiver.class_queries[ids], query_mask=known)
+        stages = [*(stage["masks_queries_logits"] for stage in output.auxiliary_logits or [])]
+        stages.append(output.masks_queries_logits)
+        wanted = [
+            masks_of_classes(masks.to(device), classes.to(device), asked.to(device))
+            for masks, classes, asked in zip(mask_labels, class_labels, asked_classes, strict=True)
+        ]
+        losses = []
+        for logits in stages:
+            size = tuple(logits.shape[-2:])
+            targets = torch.cat([resize_masks(masks, size) for masks in wanted])
+            given = logits[known]
+            total = (mask_bce(given, targets) + mask_dice(given, targets)).sum() + 0 * logits.float().sum()
+            losses.append(total / max(1, loss_counts.get("asked", len(targets))))
+        return sum(losses) / len(losses)
+
+    def _add_codebook_losses(
+        self,
+        regions: MedSightRegionOutput,
+        mask_labels: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+        group_labels: torch.Tensor,
+        pairs: list[tuple[torch.Tensor, torch.Tensor]],
+        loss_counts: dict[str, float],
+    ) -> None:
+        """Put into `regions` the codes that regions took, the VQ and reconstruction losses, and with the perceiver's
+        loss on the reconstructed regions, for the same pairs, the codebook's."""
+        embeddings = regions.region_embeddings
+        if self.config.quantize_unmatched_regions:
+            rows = torch.arange(len(embeddings)).repeat_interleave(embeddings.shape[1])
+            queries = torch.arange(embeddings.shape[1]).repeat(len(embeddings))
+            total = loss_counts.get("images", len(embeddings)) * embeddings.shape[1]
+        else:
+            rows = torch.cat([torch.full_like(found, row) for row, (found, _) in enumerate(pairs)])
+            queries = torch.cat([found for found, _ in pairs])
+            total = loss_counts.get("masks", len(queries))
+        rows, queries = rows.to(embeddings.device), queries.to(embeddings.device)
+        if len(rows):
+            quantized = self.codebook(embeddings[rows, queries][:, None], group_labels[rows])
+            regions_of_codes = quantized.reconstructed_regions[:, 0].to(embeddings.dtype)  # bf16 under CPU's autocast
+            reconstructed = embeddings.index_put((rows, queries), regions_of_codes)
+            share = len(rows) / max(1, total)
+            vq_loss, reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share
+            indices = quantized.code_indices[:, 0]
+        else:
+            vq_loss = reconstruction_loss = 0 * sum(p.sum() for p in self.codebook.parameters()).float()
+            reconstructed, indices = embeddings, queries
+        through_codes, _ = self.perceiver_loss(
+            *self.region_perceiver.segmentation_head(reconstructed, regions.image_features),
+            mask_labels,
+            class_labels,
+            pairs,
+            loss_counts.get("masks"),
+            loss_counts.get("images"),
+        )
+        regions.vq_loss, regions.reconstruction_loss = vq_loss, reconstruction_loss
+        regions.codebook_loss = vq_loss + reconstruction_loss + through_codes
+        regions.quantized_codes = torch.stack((group_labels[rows], indices), dim=1)
