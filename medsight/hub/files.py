@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from processing_medsight.region_codes_medsight import find_region_codes, is_regi
 CARD, CODE = "README.md", "*_medsight.py"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DOCUMENTS = (CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "example.png")
-TEMPLATES, SHEETS = "additional_chat_templates", "region_codes"
+SHEETS = "region_codes"
 UNFINISHED = [".saving-*", ".*.partial", "*.incomplete", ".*.new"]
 RESUMABLE = ["optimizer*", "scheduler.*", "rng_state*", "scaler.*", "stage_state.safetensors"]
 # Why a file stays: the first reason with a pattern that fits. None needs to fit: only what is known to belong goes.
@@ -65,7 +65,7 @@ class Upload:
 
     kind: str
     files: dict[str, Path | bytes]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -113,8 +113,6 @@ def files_to_push(folder: Path, contact_sheets: Path | None = None) -> Upload:
             left_out[CARD] = f"has {_PLACEHOLDER} in it; another is rendered"
         elif path.is_file() and path.name in allowed:
             files[path.name] = path
-        elif path.is_dir() and path.name == TEMPLATES and kind == "model":
-            files |= {f"{TEMPLATES}/{file.name}": file for file in path.glob("*.jinja")}
         else:
             name = f"{path.name}/" if path.is_dir() else path.name
             left_out[name] = next(why for why, patterns in REASONS.items() if _fits(path.name, patterns))
@@ -122,11 +120,7 @@ def files_to_push(folder: Path, contact_sheets: Path | None = None) -> Upload:
         files |= _package_code()
     if contact_sheets is not None:
         files |= _sheets(contact_sheets)
-    upload = Upload(kind, files, left_out)
-    empty = [name for name, size in upload.sizes.items() if size == 0]
-    if empty:
-        raise ValueError(f"{folder / empty[0]} is empty: save the checkpoint again")
-    return upload
+    return Upload(kind, files, left_out)
 
 
 def _package_code() -> dict[str, Path | bytes]:

@@ -13,13 +13,13 @@ from medsight import __version__
 from medsight.checkpoint import CODES_FILE, INDEX_FILE, OPTIONAL, read_json
 
 from .card import CardFacts, base_model_of_adapter, render_card
-from .files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, check_repo_id, files_to_push
+from .files import ADAPTER_CONFIG, CARD, CODE, Upload, check_repo_id, files_to_push
 
 
 # What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
 STALE = [
     *("model*.safetensors", INDEX_FILE, CODE, ADAPTER_CONFIG, "adapter_model*", CODES_FILE),
-    *("chat_template.*", f"{TEMPLATES}/*", *OPTIONAL),
+    *("chat_template.*", "additional_chat_templates/*", *OPTIONAL),
 ]
 MESSAGES = {
     401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",

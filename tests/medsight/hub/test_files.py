@@ -119,7 +119,6 @@ def set_auto_map(folder: Path, entry: str) -> None:
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
         (lambda folder: (folder / "processor_config.json").unlink(), "save the processor"),
         (lambda folder: (folder / "tokenizer.json").write_text("{", encoding="utf-8"), "not valid JSON"),
-        (lambda folder: (folder / "chat_template.jinja").write_bytes(b""), "is empty"),
         (lambda folder: (folder / "loss_medsight.py").unlink(), r"lacks loss_medsight\.py"),
         (lambda folder: set_auto_map(folder, "org/other--modeling_medsight.MedSightModel"), "org/other--modeling"),
         (lambda folder: set_auto_map(folder, "evil.Model"), r"evil\.Model"),
