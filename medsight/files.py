@@ -20,22 +20,18 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     for path in inputs:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"output {output} would replace the input {path}; name another folder")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output {output} is a file; name a folder")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
     if not overwrite:
-        raise FileExistsError(f"output folder {output} is not empty; name another one, or add --overwrite")
-    if not (output / "config.json").is_file():
-        raise FileExistsError(f"output folder {output} holds something else than a checkpoint; name another one")
+        check_empty(output, hint=", or add --overwrite")
+    elif not (output / "config.json").is_file():
+        check_empty(output, hint=": this one holds something else than a checkpoint")
 
 
-def check_empty(output: Path, overwrite: bool = False) -> None:
+def check_empty(output: Path, overwrite: bool = False, hint: str = "") -> None:
     """Raises OSError, naming it, if the output is anything but a new or empty folder."""
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"output folder {output} is not empty; name another one")
+        raise FileExistsError(f"output folder {output} is not empty; name another one{hint}")
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def push(
     check_repo_id(repo_id)
     upload = files_to_push(folder, None if contact_sheets is None else Path(contact_sheets))
     upload = replace(upload, files={**upload.files, **_rendered(folder, repo_id, upload, facts or CardFacts())})
-    planned = Push(repo_id, branch, upload.kind, dict(sorted(upload.sizes.items())), upload.left_out, deleted=[])
+    planned = Push(repo_id, branch, upload.kind, upload.sizes, upload.left_out, deleted=[])
     if dry_run:
         return planned
     try:

@@ -113,15 +113,6 @@ def test_a_token_that_may_not_is_told_so(
     assert not hub.files("other/there") and "other/new" not in hub.repos
 
 
-@pytest.mark.parametrize(("method", "pattern"), [("POST", "preupload"), ("POST", "objects/batch"), ("PUT", "storage")])
-def test_a_failure_that_passes_is_tried_again(hub: FakeHub, folder: Path, method: str, pattern: str) -> None:
-    hub.fail(method, pattern, 500)
-    push(folder, "me/tiny")
-    assert [status for sent, path, status in hub.log if pattern in path and sent == method][:2] == [500, 200]
-    assert hub.files("me/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert len(hub.commits("me/tiny")) == 1
-
-
 @pytest.mark.parametrize(
     ("status", "message"), [(500, "the Hub failed: push again"), (409, "somebody else"), (429, "wait"), (413, "large")]
 )
