@@ -38,8 +38,8 @@ def check_empty(output: Path, overwrite: bool = False, hint: str = "") -> None:
 def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], None] = check_output) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.
 
-    Of an output that is a link, the folder that it leads to is written. An empty folder that is there, which may be a
-    mount point or the one that the process runs in, is filled and not replaced.
+    Of an output that is a link, the folder that it leads to is written. An empty mount point, or the folder that the
+    process runs in, is filled and not replaced.
 
     Args:
         output, overwrite: for `check`, which raises where the folder may not be written: before the work and after it,
@@ -60,16 +60,25 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
         try:
             if overwrite and output.is_dir() and any(output.iterdir()):
                 output.rename(replaced)
-            if output.is_dir():
-                fill(folder, output)
-            else:
-                folder.rename(output)
+            _put(folder, output)
         except BaseException:  # an interrupt too: with the stage goes what was replaced
             if replaced.exists() and not output.exists():
                 replaced.rename(output)
             raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put(folder: Path, output: Path) -> None:
+    """Moves a folder to where there is nothing or an empty folder."""
+    if not Path.cwd().is_relative_to(output):
+        try:
+            folder.rename(output)
+            return
+        except OSError:  # a mount point, if it is an empty folder
+            if not output.is_dir() or any(output.iterdir()):
+                raise
+    fill(folder, output)
 
 
 def fill(folder: Path, output: Path) -> None:
