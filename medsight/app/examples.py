@@ -13,13 +13,7 @@ from scipy import ndimage
 
 @dataclass(frozen=True)
 class Example:
-    """An image to try.
-
-    Attributes:
-        title: what it is, as the button says.
-        prompt: a question that suits it.
-        load: gives the content of its file.
-    """
+    """An image to try: what its button says, a question that suits it, and what gives the content of its file."""
 
     title: str
     prompt: str
@@ -93,5 +87,4 @@ def _nuclei() -> bytes:
 def _ct_slice() -> bytes:
     from pydicom.data import get_testdata_file
 
-    path = get_testdata_file("CT_small.dcm", download=False)
-    return Path(str(path)).read_bytes()
+    return Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes()

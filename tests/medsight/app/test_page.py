@@ -226,8 +226,6 @@ def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
     assert page._mask(session.scan, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
     picture = page.open_upload(session, [upload(picture_file, "a.png")], 0.5)
     assert not picture[page.plane]["visible"] and not picture[page.window]["visible"]
-    with pytest.warns(UserWarning, match="is for NIfTI volumes"):
-        assert page.show_plane(session, "coronal", 0.5)[page.picture]["visible"]
 
 
 def test_a_window_is_offered_where_there_are_grey_levels_to_choose(page: Any, upload: Callable[..., str]) -> None:
@@ -368,7 +366,6 @@ def test_nothing_happens_without_an_image(page: Any) -> None:
     ("question", "positions", "message"),
     [
         ("  ", 4096, "prompt is empty"),
-        ("x" * 2001, 4096, "2,001 characters"),
         ("What is it?", 20, "begin a new conversation"),
     ],
 )
@@ -379,9 +376,8 @@ def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
     with pytest.warns(UserWarning, match=message):
         last = asked(page, session, question)[-1]
     assert session.turns == []
-    if len(question) <= 2000:
-        assert "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
-        assert last[page.question]["value"] == question
+    assert "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
+    assert last[page.question]["value"] == question
 
 
 def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
