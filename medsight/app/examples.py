@@ -22,14 +22,13 @@ class Example:
 
 def examples() -> list[Example]:
     """The examples that can be had here: those of packages that are not installed are left out."""
-    found = [Example("Fetal head (drawn)", "Segment the fetal head.", draw_fetal_head)]
-    if find_spec("mahotas") is not None:
-        found.append(Example("Cell nuclei", "Segment the nucleus.", _nuclei))
-    if find_spec("pydicom") is not None:
-        found.append(Example("CT slice (DICOM)", "What is in this image?", _ct_slice))
-    if find_spec("nibabel") is not None:
-        found.append(Example("Heart volume (NIfTI, drawn)", "Segment the left ventricle.", draw_heart_volume))
-    return found
+    needed = {
+        "numpy": Example("Fetal head (drawn)", "Segment the fetal head.", draw_fetal_head),
+        "mahotas": Example("Cell nuclei", "Segment the nucleus.", _nuclei),
+        "pydicom": Example("CT slice (DICOM)", "What is in this image?", _ct_slice),
+        "nibabel": Example("Heart volume (NIfTI, drawn)", "Segment the left ventricle.", draw_heart_volume),
+    }
+    return [example for package, example in needed.items() if find_spec(package)]
 
 
 def draw_fetal_head() -> bytes:

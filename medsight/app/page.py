@@ -113,21 +113,25 @@ class Page(Controls):
 
     def _opened(self, session: Session, threshold: float) -> Updates:
         scan, slices = session.scan, session.num_slices
-        is_open = scan is not None
-        plane = None if scan is None else scan.plane
+        controls = [self.facts, self.plane, self.window, self.deidentify]
+        updates = dict.fromkeys(controls, gr.update(visible=False))
+        if scan is not None:
+            windows = [DEFAULT_WINDOW, *([FILE_WINDOW] if scan.has_window else [])]
+            windows += WINDOWS if scan.modality == "CT" else []
+            updates = {
+                self.facts: gr.update(value=markup.scan_facts(scan), visible=True),
+                self.plane: gr.update(visible=scan.plane is not None, choices=list(PLANES), value=scan.plane),
+                self.window: gr.update(visible=scan.is_wide, choices=windows, value=DEFAULT_WINDOW),
+                self.deidentify: gr.update(visible=scan.kind == "dicom"),
+                self.formats: gr.update(choices=_formats(scan), value=["png"]),
+            }
         return {
             self.session: session,
             self.upload: None,
-            self.facts: gr.update(value="" if scan is None else markup.scan_facts(scan), visible=is_open),
             self.slice: gr.update(
                 visible=slices > 1, maximum=max(2, slices), value=session.slice_index + 1, label=f"Slice (of {slices})"
             ),
-            self.plane: gr.update(visible=plane is not None, choices=list(PLANES), value=plane),
-            self.window: gr.update(
-                visible=scan is not None and scan.is_wide, choices=_windows(scan), value=DEFAULT_WINDOW
-            ),
-            self.formats: gr.update(choices=_formats(scan), value=["png"]),
-            self.deidentify: gr.update(visible=scan is not None and scan.kind == "dicom"),
+            **updates,
             **self._talk(session),
             **self._view(session, threshold),
         }
@@ -350,17 +354,8 @@ def _warn(problem: Exception | str, session: Session | None = None) -> Updates:
     return gr.skip()
 
 
-def _windows(scan: Scan | None) -> list[str]:
-    """The windows that are offered for a scan by name."""
-    if scan is None:
-        return [DEFAULT_WINDOW]
-    return [DEFAULT_WINDOW, *([FILE_WINDOW] if scan.has_window else []), *(WINDOWS if scan.modality == "CT" else [])]
-
-
-def _formats(scan: Scan | None) -> list[str]:
+def _formats(scan: Scan) -> list[str]:
     """The formats that masks on a scan can be written in."""
-    if scan is None:
-        return ["png", "coco"]
     possible = {"dicom-seg": scan.kind == "dicom", "rtstruct": scan.kind == "dicom"}
     possible["nifti"] = scan.affine is not None or scan.kind == "nifti"
     return [name for name in FORMATS if possible.get(name, True)]

@@ -27,11 +27,7 @@ def launch(
     open_browser: bool = False,
     block: bool = True,
 ) -> Any:
-    """Loads a checkpoint and serves the page, until interrupted.
-
-    Uploaded files lie in a folder of this process that only its user can read, are deleted with the visitor's session
-    (an hour after its page was closed), and all of them when this stops. There are no accounts: whoever reaches the
-    address can use the page.
+    """Loads a checkpoint and serves the page, until interrupted. docs/serve.md says what becomes of uploads.
 
     Args:
         model, device, dtype: as `Predictor` takes them.
@@ -65,7 +61,8 @@ def launch(
         folder.cleanup()
 
     blocks.close = close_and_clean
-    _need_no_proxy(host)
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own server whether it is up, which no proxy can answer
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host, "localhost", "127.0.0.1", "::1")))
     fonts = ["system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono)
@@ -101,12 +98,6 @@ def _stop_on_termination() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.default_int_handler)
-
-
-def _need_no_proxy(host: str) -> None:
-    """gradio asks its own server whether it is up, which no proxy can answer."""
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host, "localhost", "127.0.0.1", "::1")))
 
 
 def _check_port(host: str, port: int) -> None:
