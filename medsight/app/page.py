@@ -282,7 +282,7 @@ class Page(Controls):
     def _view(self, session: Session, threshold: float) -> Updates:
         scan, image, picture, alt, layers, card = session.scan, None, None, "", "", ""
         try:  # pixels are decoded when they are to be shown
-            image = scan and session.image()
+            image = None if scan is None else session.image()
         except (ValueError, OSError) as error:
             _warn(error, session)
         if scan is not None and image is not None:
