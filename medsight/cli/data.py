@@ -30,7 +30,7 @@ def check(
     targets: Annotated[
         str | None, typer.Option(metavar="FILE", help="Names of all targets: a JSON list, or one name per line.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes  [default: by cores and rows].")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Threads  [default: a core each].")] = None,
     as_json: Json = False,
 ) -> None:
     """Read training data once, report all that is wrong with it, and count.
