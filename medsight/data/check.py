@@ -161,7 +161,7 @@ def _images_and_owners(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], li
 
 
 def _look(path: str, content: bytes | None, what: str, size: Size | None) -> tuple[Size | None, Finding | None]:
-    """The size of an image, and what is wrong with it; or with a mask, given the size of its image if that is known."""
+    """The size of an image, and what is wrong with it; or with a mask, given its image's size if known."""
     entry = {"path": path, "bytes": content}
     try:
         image_size = size or read_picture(entry).size
