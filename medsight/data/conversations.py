@@ -8,7 +8,6 @@ from processing_medsight.region_codes_medsight import find_codes
 from .records import as_text, patient_of, required
 from .registry import Source
 from .schema import IMAGE_MARKER, conversation_row
-from .splits import canonical_split
 
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
@@ -26,7 +25,7 @@ def conversation(
     images: list[dict[str, Any]],
     masks: list[dict[str, Any]],
     source: Source,
-    split: str | None = None,
+    split: str,
 ) -> dict[str, Any]:
     """A row of conversations from a record of the LLaVA type and its pictures.
 
@@ -37,7 +36,8 @@ def conversation(
         place: file and record, for errors.
         images: in the order of their markers; where the text has no marker they go before the first user's turn.
         masks: in the order of the codes in the answers.
-        source, split: say what the record does not.
+        source: names the data set where the record does not.
+        split: of the row.
 
     Raises:
         ValueError: turns are missing or of unknown roles, or markers and images, or codes and masks, do not match.
@@ -63,7 +63,7 @@ def conversation(
         str(record.get("id", place)),
         images,
         messages,
-        canonical_split(record.get("split") or split or source.split or "train"),
+        split,
         masks=masks,
         targets=record.get("targets") or [""] * len(masks),
         dataset=str(record.get("dataset") or source.name),
@@ -73,11 +73,6 @@ def conversation(
     )
     check_conversation(row, place)
     return row
-
-
-def count_codes(text: str) -> int:
-    """How many region codes a text cites."""
-    return len(find_codes(text))
 
 
 def cited_codes(messages: list[dict[str, str]]) -> list[str]:
@@ -90,7 +85,7 @@ def code_images(messages: list[dict[str, str]]) -> list[int]:
     owners, image = [], -1
     for message in messages:
         if message["role"] == "assistant":
-            owners += [image] * count_codes(message["content"])
+            owners += [image] * len(find_codes(message["content"]))
         image += message["content"].count(IMAGE_MARKER)
     return owners
 

@@ -181,7 +181,7 @@ class Layout:
         shards: the files, or folders, of a source, each read by itself; raises OSError or ValueError, naming it, where
             there are none.
         rows: the entries of a shard, in order, each row by `medsight.data.schema`.
-        looks_like: whether a folder, or a file with this first record (None where it holds no records), has this
+        looks_like: whether a folder, or a file with this first record (empty where it holds no records), has this
             layout; for those who name none.
 
     Example:
@@ -198,7 +198,7 @@ class Layout:
     kind: str | Callable[[str], str]
     shards: Callable[[Source], list[str]]
     rows: Callable[[str, Source], Iterator[Entry]]
-    looks_like: Callable[[Path, Mapping[str, Any] | None], bool] | None = None
+    looks_like: Callable[[Path, Mapping[str, Any]], bool] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {}  # those registered so far; `find_layout` looks further

@@ -157,23 +157,22 @@ def detect_layout(path: str | Path) -> str:
         for pattern in ("*.json", "*.jsonl", "**/*.parquet", "**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.pkl"):
             for file in sorted(file for file in path.glob(pattern) if file.name not in _NO_DATA):
                 return detect_layout(file)
-    if record is not None:
+    if record:
         raise ValueError(f"{place}: a record of fields {sorted(record)} fits none of the layouts; name its layout")
     raise ValueError(f"{path}: it looks like none of the layouts {', '.join(names)}; name its layout")
 
 
-def _first_record(path: Path) -> tuple[str, dict[str, Any] | None]:
-    """The first record of a JSON or parquet file, and its place; none of other files and of folders.
+def _first_record(path: Path) -> tuple[str, dict[str, Any]]:
+    """The first record of a JSON or parquet file, and its place; an empty one of other files and of folders.
 
     Raises:
-        ValueError: it is a JSON file that is damaged or empty.
+        ValueError: the file is damaged, or a JSON file is empty.
     """
+    place, record = str(path), {}
     if path.is_file() and path.suffix in JSON_SUFFIXES:
-        place, first = next(json_records(path), (str(path), ValueError(f"{path}: an empty file")))
-        if isinstance(first, ValueError):
-            raise first
-        return place, first
-    if path.is_file() and path.suffix == ".parquet":
-        place, record = next(parquet_records(path), (str(path), {}))
-        return place, {} if isinstance(record, ValueError) else record  # what is wrong is said when it is read
-    return str(path), None
+        place, record = next(json_records(path), (place, ValueError(f"{path}: an empty file")))
+    elif path.is_file() and path.suffix == ".parquet":
+        place, record = next(parquet_records(path), (place, {}))
+    if isinstance(record, ValueError):
+        raise record
+    return place, record

@@ -10,7 +10,6 @@ from medsight.data.conversations import (
     check_conversation,
     cited_codes,
     code_images,
-    count_codes,
 )
 from medsight.data.sources import Source, iterate, load_source
 from tests.medsight.data.conftest import ANSWERED, ASKED
@@ -27,16 +26,6 @@ def test_an_array_and_lines_give_the_same_rows(read_items: Callable[..., list[di
     assert rows[3]["id"] == "p3" and rows[3]["masks"] == [] and rows[3]["split"] == "train"
     elsewhere = read_items(items, images=str(tmp_path / "pictures"))
     assert elsewhere[0]["images"][0]["path"] == str(tmp_path / "pictures" / "a0.jpg")
-
-
-def test_an_item_longer_than_what_is_read_at_once_is_whole(
-    read_items: Callable[..., list[dict]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medsight.data.records._CHUNK", 7)
-    items = [{"id": n, "conversations": [ASKED, {**ANSWERED, "value": "so, [it] is " * 40}]} for n in range(3)]
-    rows = read_items(items)
-    assert [row["id"] for row in rows] == ["0", "1", "2"]
-    assert rows[2]["messages"][1]["content"] == "so, [it] is " * 40
 
 
 def test_missing_markers_go_before_the_first_question(read_items: Callable[..., list[dict]]) -> None:
@@ -152,7 +141,7 @@ def test_a_code_belongs_to_the_last_image_before_it() -> None:
         {"role": "assistant", "content": "[C1_12]"},
     ]
     assert code_images(messages) == [1, 1, 2]
-    assert count_codes(messages[1]["content"]) == 2 and cited_codes(messages) == ["[C0_1]", "[SEG]", "[C1_12]"]
+    assert cited_codes(messages) == ["[C0_1]", "[SEG]", "[C1_12]"]
     row = {"messages": messages, "images": [{}] * 3, "masks": [{}] * 3, "targets": ["a"]}
     with pytest.raises(ValueError, match="here: 1 target.*3 mask"):
         check_conversation(row, "here")

@@ -181,7 +181,7 @@ def test_conversations_in_a_tar_shard(write_shard: Callable[..., Path], region_m
         ({"a/2.mask.0.png": b""}, r"1 mask\(s\) for 0 target"),
         ({"a/3.png": b""}, r"sample a/3: expected a member \.json"),
         ({"a/3.json": {"modality": "CT", "site": "torso"}}, "expected one image, got 0"),
-        ({"a/3.json": b"{", "a/3.png": b""}, "3.json: not JSON"),
+        ({"a/3.json": b"{", "a/3.png": b""}, "3.json: not a JSON object"),
         ({"a/3.json": {"site": "torso"}, "a/3.png": b""}, "'modality'"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, layout: str, name: str) -> None
 
 def test_parquet_of_other_columns_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"other\.parquet: expected columns.*\['a'\]"):
+    with pytest.raises(ValueError, match=r"other\.parquet, row 1: expected columns.*\['a'\]"):
         load_source(Source("parquet", str(tmp_path / "other.parquet")))
     with pytest.raises(ValueError, match="either kind"):
         kind_of("parquet")
