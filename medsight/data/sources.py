@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import conversations, records, registry, schema, splits
 from .records import JSON_SUFFIXES, json_records, parquet_records
 from .registry import Entry, Source, find_layout, layout_names
 from .schema import CONVERSATION_FEATURES, REGION_FEATURES
@@ -25,22 +24,16 @@ __all__ = ["Source", "detect_layout", "find_layout", "iterate", "kind_of", "load
 logger = logging.getLogger(__name__)
 
 _NO_DATA = ("annotation.json",)  # what `medsight data annotate` says of the parquet files beside it
-_READERS = (conversations, records, registry, schema, splits)
 
 
-def kind_of(layout: str | Source) -> str:
-    """Which kind of rows a layout, or a source, has: "regions" or "conversations".
+def kind_of(source: Source) -> str:
+    """Which kind of rows a source has, "regions" or "conversations"; a file is opened where its layout holds either.
 
     Raises:
-        OSError, ValueError: the layout is unknown; or it holds either kind, as parquet does, and no source says which
-            file to look into; or that file is missing or damaged.
+        OSError, ValueError: that file is missing or damaged.
     """
-    found = find_layout(layout.layout if isinstance(layout, Source) else layout)
-    if isinstance(found.kind, str):
-        return found.kind
-    if not isinstance(layout, Source):
-        raise ValueError(f"data layout {found.name!r} holds either kind of rows: ask of a source, whose files tell")
-    return found.kind(found.shards(layout)[0])
+    layout = find_layout(source.layout)
+    return layout.kind if isinstance(layout.kind, str) else layout.kind(layout.shards(source)[0])
 
 
 def iterate(source: Source) -> Iterator[Entry]:
@@ -112,14 +105,13 @@ def _rows(
 
 
 def _stamp(shards: list[str], source: Source) -> str:
+    """A digest of the readers' code, and of the names, sizes and times of the shards' files or folders."""
     digest = hashlib.sha256()
-    for module in (*_READERS, inspect.getmodule(find_layout(source.layout).rows)):
-        if file := getattr(module, "__file__", None):
-            digest.update(Path(file).read_bytes())
+    code = {*Path(__file__).parent.rglob("*.py"), Path(inspect.getfile(find_layout(source.layout).rows))}
+    for file in filter(Path.is_file, sorted(code)):
+        digest.update(file.read_bytes())
     for shard in map(Path, shards):
-        for file in (
-            (shard, *sorted(child for child in shard.iterdir() if child.is_dir())) if shard.is_dir() else (shard,)
-        ):
+        for file in (shard, *sorted(filter(Path.is_dir, shard.glob("*")))):
             status = file.stat()
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -166,13 +158,12 @@ def _first_record(path: Path) -> tuple[str, dict[str, Any]]:
     """The first record of a JSON or parquet file, and its place; an empty one of other files and of folders.
 
     Raises:
-        ValueError: the file is damaged, or a JSON file is empty.
+        ValueError: the file is damaged or empty.
     """
-    place, record = str(path), {}
-    if path.is_file() and path.suffix in JSON_SUFFIXES:
-        place, record = next(json_records(path), (place, ValueError(f"{path}: an empty file")))
-    elif path.is_file() and path.suffix == ".parquet":
-        place, record = next(parquet_records(path), (place, {}))
+    if not path.is_file() or path.suffix not in (*JSON_SUFFIXES, ".parquet"):
+        return str(path), {}
+    read = parquet_records if path.suffix == ".parquet" else json_records
+    place, record = next(read(path), (str(path), ValueError(f"{path}: an empty file")))
     if isinstance(record, ValueError):
         raise record
     return place, record

@@ -170,8 +170,8 @@ def hold_out_conversations(
         for row, shown in part:
             for image in map(images.first, shown):
                 of_images[image].add(is_held)
-            if patient := _patient(row):
-                of_patients[patients.first(patient)].add(is_held)
+            if owner := _patient(row):
+                of_patients[patients.first(owner)].add(is_held)
     sides: dict[str, set[bool]] = defaultdict(set)  # by image
     for member in members:
         sides[member.image] |= of_images[member.image]

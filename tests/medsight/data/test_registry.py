@@ -45,7 +45,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_another_package_brings_a_layout_by_an_entry_point(plugins: Path) -> None:
     source = Source("lines", str(plugins / "asked.lines"))
-    assert kind_of("lines") == "conversations"
+    assert kind_of(source) == "conversations"
     rows = load_source(source)
     assert [messages[0]["content"] for messages in rows["messages"]] == ["Is it big?", "Is it small?"]
     assert list(load_source(source, streaming=True)) == list(rows)

@@ -82,8 +82,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
         Source.from_mapping({"layout": "llava", "path": "a.json", "splitt": "train"})
     with pytest.raises(ValueError, match="'biomedparce'.*did you mean 'biomedparse'"):
         Source("biomedparce", "a")
-    with pytest.raises(ValueError, match="'biomedparce'.*did you mean 'biomedparse'"):
-        kind_of("biomedparce")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +91,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
         ({"path": "a"}, "'layout'"),
         ({"layout": "llava", "path": 3}, "path.*3"),
         ({"layout": "llava", "path": "a", "limit": 0}, "limit.*0"),
-        ({"layout": "llava", "path": "a", "limit": True}, "limit.*True"),
         ({"layout": "llava", "path": "a", "where": ["x"]}, "where"),
         ("a.json", "mapping"),
     ],
@@ -204,8 +201,6 @@ def test_parquet_of_other_columns_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet, row 1: expected columns.*\['a'\]"):
         load_source(Source("parquet", str(tmp_path / "other.parquet")))
-    with pytest.raises(ValueError, match="either kind"):
-        kind_of("parquet")
 
 
 def test_limit_takes_the_first_rows(region_parquet: Path, manifest_sets: Path) -> None:
@@ -225,7 +220,7 @@ def test_no_row_is_an_error_that_says_what_there_is(manifest_sets: Path, tmp_pat
             load_source(Source("biomedparse", str(manifest_sets), where={"tier": "A"}), streaming=streaming)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_source(Source("llava", str(tmp_path / "nowhere.json")))
-    with pytest.raises(ValueError, match="no .json or .jsonl file matches"):
+    with pytest.raises(FileNotFoundError, match="no .json or .jsonl file"):
         load_source(Source("llava", str(tmp_path / "*.json")))
 
 
