@@ -151,7 +151,9 @@ class Source:
             )
         chosen = [file for file, split in splits.items() if self.split in (None, split)]
         if not chosen:
-            raise ValueError(f"{path}: no file of the split {self.split!r}, only of {sorted(map(str, {*splits.values()}))}")
+            raise ValueError(
+                f"{path}: no file of the split {self.split!r}, only of {sorted(map(str, {*splits.values()}))}"
+            )
         return chosen
 
     def split_of(self, file: str) -> str | None:
@@ -216,22 +218,18 @@ def find_layout(name: str) -> Layout:
     """The layout of a name: a shipped one, or one that an installed package brings.
 
     Raises:
-        ValueError: there is none (the nearest name is named), or an entry point cannot be loaded or leads to something
-            else.
+        ValueError: there is none (the nearest name is named), or an entry point leads to no `Layout`.
     """
     _register_shipped()
-    if name not in LAYOUTS:
-        entry = next((entry for entry in entry_points(group=ENTRY_POINTS) if entry.name == name), None)
-        if entry is None:
-            raise ValueError(f"data layout {name!r} is unknown: {nearest(name, layout_names())}")
-        try:
-            layout = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"entry point {name} = {entry.value}: it cannot be loaded ({error})") from error
-        if not isinstance(layout, Layout) or layout.name != name:
-            raise ValueError(f"entry point {name} = {entry.value}: expected a Layout of that name, got {layout!r}")
-        LAYOUTS[name] = layout
-    return LAYOUTS[name]
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name == name:
+            try:
+                return register(entry.load())
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"entry point {name} = {entry.value}: expected a Layout ({error})") from error
+    raise ValueError(f"data layout {name!r} is unknown: {nearest(name, layout_names())}")
 
 
 def layout_names() -> list[str]:

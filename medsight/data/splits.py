@@ -20,17 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SPELLINGS = {
-    "training": "train",
-    "train": "train",
-    "validation": "validation",
-    "validate": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "testing": "test",
-    "test": "test",
-}
+_SPELLINGS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPELLINGS |= dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation")
 _ORIGIN = ["dataset", "patient", "modality"]
 _NAMED = re.compile(rf"(?:^|[_.\s-])({'|'.join(_SPELLINGS)})(?![a-z])")
 

@@ -18,36 +18,23 @@ from medsight.text import nearest
 TEMPLATES = Path(__file__).with_name("templates.yaml")
 ALTERNATIVES = re.compile(r"\[([^][]*\|[^][]*)\]")  # "[Find|Locate] the lung[, please|]."
 
-_PICTURE = frozenset({"modality", "a_modality", "A_modality", "site"})
-_TARGET = _PICTURE | {"target", "a_target"}
+_PICTURE = {"modality", "a_modality", "A_modality", "site"}
 # What a wording of each intent may name in braces.
 PROMPT_WORDS = {
-    "segment_one": _TARGET,
+    **dict.fromkeys(("segment_one", "where_is", "is_there"), _PICTURE | {"target", "a_target"}),
     "segment_several": _PICTURE | {"targets"},
-    "segment_all": _PICTURE,
-    "where_is": _TARGET,
-    "is_there": _TARGET,
-    "diagnose": _PICTURE,
-    "caption": _PICTURE,
-    "modality": _PICTURE,
-    "site": _PICTURE,
+    **dict.fromkeys(("segment_all", "diagnose", "caption", "modality", "site"), _PICTURE),
 }
 ANSWER_WORDS = {
-    "segment_one": _PICTURE | {"cited"},
-    "segment_several": _PICTURE | {"cited"},
-    "segment_all": _PICTURE | {"cited"},
+    **dict.fromkeys(("segment_one", "segment_several", "segment_all", "is_there"), _PICTURE | {"cited"}),
     "where_is": _PICTURE | {"cited", "place"},
-    "is_there": _PICTURE | {"cited"},
     "diagnose": _PICTURE | {"finding", "codes"},
     "diagnose_by_target": _PICTURE | {"finding", "cited"},
     "diagnose_without_mask": _PICTURE | {"finding"},
     "diagnose_normal": _PICTURE | {"finding", "target"},
     "absent": _PICTURE | {"target"},
-    "modality": _PICTURE,
-    "site": _PICTURE,
-    "caption": _PICTURE | {"targets"},
-    "caption_without_targets": _PICTURE | {"targets"},
-    "caption_bare": _PICTURE,
+    **dict.fromkeys(("caption", "caption_without_targets"), _PICTURE | {"targets"}),
+    **dict.fromkeys(("modality", "site", "caption_bare"), _PICTURE),
 }
 INTENTS = {
     "grounded": ("segment_one", "segment_several", "segment_all", "where_is", "is_there", "diagnose", "absent"),

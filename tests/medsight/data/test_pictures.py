@@ -22,7 +22,7 @@ GREY = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
 def test_a_path_and_bytes_give_the_same_pixels(tmp_path: Path) -> None:
     path = tmp_path / "grey.png"
     path.write_bytes(encoded(GREY))
-    for entry in (path, str(path), {"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
+    for entry in ({"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
         assert np.array_equal(np.asarray(read_picture(entry)), np.asarray(GREY))
 
 
@@ -32,7 +32,7 @@ def test_a_16_bit_scan_stays_16_bit_and_exif_turns_it_upright(tmp_path: Path) ->
     exif = Image.Exif()
     exif[0x0112] = 6
     GREY.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").size == (6, 8)
+    assert read_picture({"path": tmp_path / "turned.jpg"}).size == (6, 8)
     assert read_picture({"bytes": (tmp_path / "turned.jpg").read_bytes()}).size == (6, 8)
 
 
@@ -41,7 +41,7 @@ def test_a_turned_tiff_is_the_same_by_path_and_by_bytes(tmp_path: Path) -> None:
     upright = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
     for orientation, expected in upright.items():
         GREY.save(tmp_path / "turned.tiff", tiffinfo={274: orientation})
-        for entry in (tmp_path / "turned.tiff", {"bytes": (tmp_path / "turned.tiff").read_bytes()}):
+        for entry in ({"path": tmp_path / "turned.tiff"}, {"bytes": (tmp_path / "turned.tiff").read_bytes()}):
             assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
 
 
@@ -49,7 +49,7 @@ def test_a_tiff_whose_0_is_white_is_inverted_by_path_and_by_bytes(tmp_path: Path
     white = np.full((6, 8), 2**16 - 1, dtype=np.uint16)
     white[2:4, 3:5] = 0
     Image.fromarray(white).save(tmp_path / "white.tiff", tiffinfo={262: 0})
-    for entry in (tmp_path / "white.tiff", {"bytes": (tmp_path / "white.tiff").read_bytes()}):
+    for entry in ({"path": tmp_path / "white.tiff"}, {"bytes": (tmp_path / "white.tiff").read_bytes()}):
         assert np.array_equal(read_mask(entry, (8, 6)), white == 0)
 
 
@@ -83,8 +83,6 @@ def test_a_bad_image_is_refused_by_name(tmp_path: Path, content: bytes, embedded
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"scan-17\.png"):
         read_picture({"path": str(path), "bytes": content if embedded else None})
-    with pytest.raises(ValueError, match="shard 3, row 5"):
-        read_picture({"path": None, "bytes": content}, name="shard 3, row 5")
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +95,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, mo
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     missing = tmp_path / ("x" * 80)  # as long as a base64 image might be
-    with pytest.raises(FileNotFoundError, match="x{80}"):
-        read_picture(missing)
     with pytest.raises(FileNotFoundError, match="x{80}"):
         read_mask({"path": str(missing), "bytes": None}, (8, 6))
     with pytest.raises(ValueError, match="neither"):
@@ -127,6 +123,6 @@ def test_a_mask_of_another_size_and_an_empty_one_are_refused_by_name(tmp_path: P
     path = tmp_path / "liver.png"
     Image.fromarray(np.zeros((6, 8), dtype=bool)).save(path)
     with pytest.raises(EmptyMaskError, match=r"liver\.png.*empty"):
-        read_mask(path, (8, 6))
+        read_mask({"path": path}, (8, 6))
     with pytest.raises(MaskSizeError, match=r"liver\.png.*8x6.*6x8"):
-        read_mask(path, (6, 8))
+        read_mask({"path": path}, (6, 8))
