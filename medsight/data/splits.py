@@ -14,6 +14,8 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from scipy.cluster.hierarchy import DisjointSet
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,28 +143,31 @@ def hold_out_conversations(
         ValueError: see `hold_out`; `beside` others, nothing need be left to hold out.
     """
     asked, *elsewhere = _named_rows([rows, *chain(*beside)])
-    images, patients = _Union(), _Union()
-    owners: dict[str, str] = {}  # image -> one of its patients
-    members = []
+    images = DisjointSet(name for _, shown in chain(asked, *elsewhere) for name in shown)
     for _, shown in asked:
         for name in shown:
-            images.join(shown[0], name)
+            images.merge(shown[0], name)
+    image_of, patients = _first_names(images), DisjointSet()
+    owners: dict[str, str] = {}  # image -> one of its patients
+    members = []
     for position, (row, shown) in enumerate(asked):
-        image = images.first(shown[0]) if shown else f"row {position:09d}"
+        image = image_of[shown[0]] if shown else f"row {position:09d}"
         patient = _patient(row) or image
-        patients.join(owners.setdefault(image, patient), patient)
+        patients.add(patient)
+        patients.merge(owners.setdefault(image, patient), patient)
         members.append(Member(row["dataset"] or "", patient, row["modality"] or "", image))
-    members = [member._replace(patient=patients.first(member.patient)) for member in members]
+    patient_of = _first_names(patients)
+    members = [member._replace(patient=patient_of[member.patient]) for member in members]
 
     # On which sides, True for held out, images and patients are elsewhere.
     of_images: dict[str, set[bool]] = defaultdict(set)
     of_patients: dict[str, set[bool]] = defaultdict(set)
     for part, is_held in zip(elsewhere, cycle([False, True]), strict=False):
         for row, shown in part:
-            for image in map(images.first, shown):
-                of_images[image].add(is_held)
+            for name in shown:
+                of_images[image_of[name]].add(is_held)
             if owner := _patient(row):
-                of_patients[patients.first(owner)].add(is_held)
+                of_patients[patient_of.get(owner, owner)].add(is_held)
     sides: dict[str, set[bool]] = defaultdict(set)  # by image
     for member in members:
         sides[member.image] |= of_images[member.image]
@@ -185,21 +190,9 @@ def _patient(row: dict[str, Any]) -> str | None:
     return f"{row['dataset'] or ''}\0{row['patient']}" if row["patient"] else None
 
 
-class _Union:
-    """Names joined into sets; a set is called by the first of its names, whatever the order of joining."""
-
-    def __init__(self) -> None:
-        self._parents: dict[str, str] = {}
-
-    def first(self, name: str) -> str:
-        while (parent := self._parents.get(name, name)) != name:
-            self._parents[name] = self._parents.get(parent, parent)
-            name = parent
-        return name
-
-    def join(self, name: str, other: str) -> None:
-        low, high = sorted((self.first(name), self.first(other)))
-        self._parents[high] = low
+def _first_names(joined: DisjointSet) -> dict[str, str]:
+    """For each name the first of those that it is joined with: a name of their set."""
+    return {name: first for names in joined.subsets() for first in [min(names)] for name in names}
 
 
 def _named_rows(sets: Sequence["Dataset"]) -> list[list[tuple[dict[str, Any], list[str]]]]:
