@@ -158,7 +158,9 @@ class ConversationMaker:
             regions = {target: masks for target, masks in regions.items() if len(masks) == 1}
         if intent in ("segment_one", "where_is", "is_there"):
             return self._one_structure(intent, row, regions, places)
-        return getattr(self, f"_{intent}")(row, regions)
+        if intent == "segment_all":
+            return self._turn(row, intent, intent, cited=regions)
+        return self._diagnose(row, regions) if intent == "diagnose" else self._segment_several(row, regions)
 
     def plain(self, row: Mapping[str, Any]) -> Turn:
         """A question whose answer needs no region: caption, modality, body site, an absent structure."""
@@ -169,12 +171,11 @@ class ConversationMaker:
         if intent == "absent":
             return self._absent(row, absent)
         if intent != "caption":
-            return self._turn(row, intent, intent, {})
+            return self._turn(row, intent, intent)
         for answer, targets in (("caption", row["targets"]), ("caption_without_targets", row["absent"])):
             if targets:
-                words = _literal(enumerate_words(sorted(set(targets))))
-                return self._turn(row, "caption", answer, {"targets": words})
-        return self._turn(row, "caption", "caption_bare", {})
+                return self._turn(row, "caption", answer, words={"targets": enumerate_words(sorted(set(targets)))})
+        return self._turn(row, "caption", "caption_bare")
 
     def _citable(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """The masks of each target that an answer may cite, by target in alphabetical order."""
@@ -222,17 +223,24 @@ class ConversationMaker:
         row: Mapping[str, Any],
         prompt: str,
         answer: str,
-        words: Mapping[str, str],
+        *,
+        cited: Mapping[str, Sequence[int]] | None = None,
         asked: Mapping[str, str] | None = None,
+        words: Mapping[str, str] | None = None,
         **rest: Any,
     ) -> Turn:
-        """Fill in a prompt with `asked`, and an answer with `words`, in which only slots have single braces."""
+        """Fill in a prompt with `asked`, and an answer with `words` and the masks `cited`, by their targets."""
         picture = picture_words(row, self.wordings)
         drawn = draw_alternatives(self.generator.choice(self.wordings.prompts[prompt]), self.generator)
         question = self._rough(drawn).format(**picture, **(asked or {}))
-        literal = {name: _literal(word) for name, word in picture.items()}
-        reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, **words)
-        return Turn(**{"intent": prompt, "prompt": question, "answer": reply, **rest})
+        literal = {name: _literal(word) for name, word in {**picture, **(words or {})}.items()}
+        masks = [(target, mask) for target, indices in (cited or {}).items() for mask in indices]
+        slots = [f"{{{slot}}}" for slot in range(len(masks))]
+        named = ", ".join(f"{_literal(target)} {slot}" for (target, _), slot in zip(masks, slots, strict=True))
+        codes = enumerate_words(slots) if slots else ""
+        reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, cited=named, codes=codes)
+        regions = tuple(mask for _, mask in masks)
+        return Turn(**{"intent": prompt, "prompt": question, "answer": reply, "regions": regions, **rest})
 
     def _rough(self, prompt: str) -> str:
         """A prompt as somebody in a hurry writes it: see `noise`."""
@@ -252,9 +260,8 @@ class ConversationMaker:
         self, intent: str, row: Mapping[str, Any], regions: Mapping[str, list[int]], places: Sequence[str]
     ) -> Turn:
         target = self.generator.choice(list(regions))
-        cited, masks = _cite(regions, [target])
-        words = {"cited": cited, "place": places[masks[0]]}
-        return self._turn(row, intent, intent, words, _asked(self._called(target, row)), regions=masks)
+        asked, words = _asked(self._called(target, row)), {"place": places[regions[target][0]]}
+        return self._turn(row, intent, intent, cited={target: regions[target]}, asked=asked, words=words)
 
     def _segment_several(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
         wanted = self.generator.randint(2, min(MAX_NAMED, self.max_regions, len(regions)))
@@ -263,9 +270,8 @@ class ConversationMaker:
             chosen = self._fitting(sorted(regions, key=lambda target: len(regions[target])), regions)[:2]
         names = [self._called(target, row) if self.generator.random() < 0.5 else target for target in chosen]
         joined = enumerate_words(names) if self.generator.random() < 0.7 else ", ".join(names)
-        cited, masks = _cite(regions, chosen)
-        asked = {"targets": joined}
-        return self._turn(row, "segment_several", "segment_several", {"cited": cited}, asked, regions=masks)
+        cited = {target: regions[target] for target in chosen}
+        return self._turn(row, "segment_several", "segment_several", cited=cited, asked={"targets": joined})
 
     def _fitting(self, targets: Sequence[str], regions: Mapping[str, list[int]]) -> list[str]:
         """Those of the targets, in order, whose masks can be cited together."""
@@ -276,36 +282,28 @@ class ConversationMaker:
                 count += len(regions[target])
         return chosen
 
-    def _segment_all(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
-        cited, masks = _cite(regions, regions)
-        return self._turn(row, "segment_all", "segment_all", {"cited": cited}, regions=masks)
-
     def _diagnose(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
-        finding = row["finding"]
+        finding, signs = row["finding"], self._signs(row, regions)
         if self._is_normal(row):
             target = self.generator.choice(row["absent"])
-            words = {"finding": _literal(finding), "target": _literal(target)}
-            return self._turn(row, "diagnose", "diagnose_normal", words, absent=target)
-        signs = self._signs(row, regions)
+            words = {"finding": finding, "target": target}
+            return self._turn(row, "diagnose", "diagnose_normal", words=words, absent=target)
         if not signs:
-            return self._turn(row, "diagnose", "diagnose_without_mask", {"finding": _literal(finding)})
-        cited, masks = _cite(regions, signs)
-        finding = finding or enumerate_words(signs)
+            return self._turn(row, "diagnose", "diagnose_without_mask", words={"finding": finding})
+        finding, answer = finding or enumerate_words(signs), "diagnose_by_target"
         if len(signs) == 1 and names_finding(signs[0], finding):
-            codes = enumerate_words([f"{{{slot}}}" for slot in range(len(masks))])
-            words = {"finding": _literal(signs[0]), "codes": codes}
-            return self._turn(row, "diagnose", "diagnose", words, regions=masks)
-        words = {"finding": _literal(finding), "cited": cited}
-        return self._turn(row, "diagnose", "diagnose_by_target", words, regions=masks)
+            finding, answer = signs[0], "diagnose"
+        cited = {target: regions[target] for target in signs}
+        return self._turn(row, "diagnose", answer, cited=cited, words={"finding": finding})
 
     def _absent(self, row: Mapping[str, Any], absent: Sequence[Sequence[str]]) -> Turn:
         # A group first: else one group of many organs would teach that organs are absent.
         target = self.generator.choice(self.generator.choice(absent))
         # A synonym such as "lesion" may be said of something else in the image, unless the row rules that out.
-        name = self._called(target, row) if target in row["absent"] else target
+        asked = _asked(self._called(target, row) if target in row["absent"] else target)
         prompt = self._draw(self.wordings.weights["absent"])
-        words = {"target": _literal(target)}
-        return self._turn(row, prompt, "absent", words, _asked(name), intent="absent", absent=target)
+        words = {"target": target}
+        return self._turn(row, prompt, "absent", asked=asked, words=words, intent="absent", absent=target)
 
 
 def signs_of(finding: str | None, targets: Sequence[str], abnormal: Collection[str], only: bool) -> list[str]:
@@ -398,10 +396,3 @@ def _literal(text: str) -> str:
 
 def _asked(name: str) -> dict[str, str]:
     return {"target": name, "a_target": with_article(name)}
-
-
-def _cite(regions: Mapping[str, Sequence[int]], targets: Iterable[str]) -> tuple[str, tuple[int, ...]]:
-    """ "liver {0}, spleen {1}", and the masks in the order of their slots."""
-    masks = [(target, index) for target in targets for index in regions[target]]
-    cited = ", ".join(f"{_literal(target)} {{{slot}}}" for slot, (target, _) in enumerate(masks))
-    return cited, tuple(index for _, index in masks)

@@ -371,9 +371,8 @@ def test_rough_prompts_keep_their_names_and_answers(wordings: Wordings) -> None:
                     TORSO,
                     "segment_one",
                     "segment_one",
-                    {"cited": "liver {0}"},
-                    {"target": "left kidney", "a_target": "a left kidney"},
-                    regions=(0,),
+                    cited={"left kidney": [1]},
+                    asked={"target": "left kidney", "a_target": "a left kidney"},
                 )
             )
         assert all("left kidney" in turn.prompt for turn in turns)
