@@ -189,7 +189,6 @@ class _Gathering:
         self.known_leaks: set[tuple[str, str]] = set()
         self.patients: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # -> split -> a file
         self.first: dict[tuple[str, str], str] = {}  # target and split -> a file
-        self.bare: Counter[str] = Counter()  # by data set, images with neither a mask nor an absent structure
         self.pictures: set[str] = set()
 
     def rows_of(self, source: Source) -> Iterator[dict[str, Any]]:
@@ -213,12 +212,13 @@ class _Gathering:
         counted = (1, len(new), len(row["masks"]), len(absent or ()), int(absent is None))
         for name, count in zip(COUNTED, counted, strict=True):
             report.counts[name][split] += count
-        if not row["masks"] and absent == []:
-            self.bare[row["dataset"]] += 1
         report.origins[f"{row['modality'] or '-'} / {row['site'] or '-'}"][split] += 1
-        for target, mask in zip(row["targets"], row["masks"], strict=True):
+        for target, file in zip(row["targets"], map(picture_name, row["masks"]), strict=True):
             if target:
-                self._target(target, split, picture_name(mask))
+                self.first.setdefault((target, split), file)
+            if target and self.allowed is not None and target not in self.allowed:
+                problem = f"is none of the {len(self.allowed)} targets: {nearest(target, self.allowed)}"
+                report.problems.append(Finding("unknown target", file, f"{file}: {target!r} {problem}"))
         for target in sorted({*row["targets"]} - {""}):
             report.targets[target][split] += 1
         if row["patient"]:
@@ -226,12 +226,6 @@ class _Gathering:
             self.patients[key].setdefault(split, picture_name(images[0]) if images else entry.place)
             if entry.known_leak:
                 self.known_leaks.add(key)
-
-    def _target(self, target: str, split: str, file: str) -> None:
-        self.first.setdefault((target, split), file)
-        if self.allowed is not None and target not in self.allowed:
-            message = f"{file}: {target!r} is none of the {len(self.allowed)} targets: {nearest(target, self.allowed)}"
-            self.report.problems.append(Finding("unknown target", file, message))
 
     def finished(self) -> Report:
         """The report, with what follows from all rows together."""
@@ -247,9 +241,6 @@ class _Gathering:
             if 0 < counts["train"] < FEW_IMAGES:
                 message = f"{target!r} is in {counts['train']} training image(s)"
                 report.warnings.append(Finding("few images", self.first[target, "train"], message))
-        for dataset, count in sorted(self.bare.items()):
-            message = f"{dataset}: {count:,} image(s) with neither a mask nor a structure said to be absent"
-            report.warnings.append(Finding("no mask", dataset, message))
         return report
 
     def _compare_splits(self) -> None:

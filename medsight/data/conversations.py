@@ -48,15 +48,14 @@ def conversation(
         raise ValueError(f"{place}: expected conversations as a list of turns, got {turns!r}")
     messages = []
     for turn in turns:
-        role = _ROLES.get(required(turn, place, "from", "role"))
-        if role is None:
-            raise ValueError(f"{place}: a turn is from {turn.get('from')!r}: expected 'human', 'gpt' or 'system'")
+        role = required(turn, place, "from", "role")
+        if role not in _ROLES:
+            raise ValueError(f"{place}: a turn is from {role!r}: expected 'human', 'gpt' or 'system'")
         content = as_text(turn.get("value", turn.get("content")), place, "value")
-        messages.append({"role": role, "content": _RELEASED_CODE.sub(r"[C\1]", content)})
-    if images and not any(IMAGE_MARKER in message["content"] for message in messages):
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is not None:
-            first["content"] = f"{IMAGE_MARKER}\n" * len(images) + first["content"]
+        messages.append({"role": _ROLES[role], "content": _RELEASED_CODE.sub(r"[C\1]", content)})
+    asked = [message for message in messages if message["role"] == "user"]
+    if asked and not any(IMAGE_MARKER in message["content"] for message in messages):
+        asked[0]["content"] = f"{IMAGE_MARKER}\n" * len(images) + asked[0]["content"]
     domain = record.get("domain")
     pictured = " ".join(sorted(key for key, value in domain.items() if value)) if isinstance(domain, dict) else None
     row = conversation_row(
@@ -92,27 +91,22 @@ def code_images(messages: list[dict[str, str]]) -> list[int]:
 
 def check_conversation(row: dict[str, Any], place: str) -> None:
     """Raises ValueError naming `place` if a row's turns, markers, codes, masks and targets do not belong together."""
-    messages = row["messages"]
+    messages, masks = row["messages"], row["masks"]
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(f"{place}: expected turns of user and assistant by turns, user first, got {roles}")
-    markers = dict.fromkeys(roles, 0)
-    for message in messages:
-        markers[message["role"]] += message["content"].count(IMAGE_MARKER)
-    if sum(markers.values()) != markers["user"]:
+    markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
+    if markers != sum(message["content"].count(IMAGE_MARKER) for message in messages if message["role"] == "user"):
         raise ValueError(f"{place}: {IMAGE_MARKER} stands outside the user's turns")
-    if markers["user"] != len(row["images"]):
-        raise ValueError(
-            f"{place}: {markers['user']} {IMAGE_MARKER} marker(s) in the text, {len(row['images'])} image(s)"
-        )
-    owners = code_images(messages)
-    if len(owners) != len(row["masks"]):
+    if markers != len(row["images"]):
+        raise ValueError(f"{place}: {markers} {IMAGE_MARKER} marker(s) in the text, {len(row['images'])} image(s)")
+    codes, owners = cited_codes(messages), code_images(messages)
+    if len(codes) != len(masks):
         raise CodeMaskError(
-            f"{place}: the answers cite {len(owners)} region code(s) {cited_codes(messages)}, but there are "
-            f"{len(row['masks'])} mask(s)"
+            f"{place}: the answers cite {len(codes)} region code(s) {codes}, but there are {len(masks)} mask(s)"
         )
     if -1 in owners:
-        raise CodeMaskError(f"{place}: the code {cited_codes(messages)[owners.index(-1)]} stands before any image")
-    if len(row["targets"]) != len(row["masks"]):
-        raise ValueError(f"{place}: {len(row['targets'])} target(s) for {len(row['masks'])} mask(s)")
+        raise CodeMaskError(f"{place}: the code {codes[owners.index(-1)]} stands before any image")
+    if len(row["targets"]) != len(masks):
+        raise ValueError(f"{place}: {len(row['targets'])} target(s) for {len(masks)} mask(s)")

@@ -155,11 +155,7 @@ def detect_layout(path: str | Path) -> str:
 
 
 def _first_record(path: Path) -> tuple[str, dict[str, Any]]:
-    """The first record of a JSON or parquet file, and its place; an empty one of other files and of folders.
-
-    Raises:
-        ValueError: the file is damaged or empty.
-    """
+    """The first record of a JSON or parquet file, and its place; an empty one of other files and of folders."""
     if not path.is_file() or path.suffix not in (*JSON_SUFFIXES, ".parquet"):
         return str(path), {}
     read = parquet_records if path.suffix == ".parquet" else json_records

@@ -64,6 +64,7 @@ def hold_out(members: Sequence[Member], fraction: float, seed: int, required: bo
     All rows of one image come on one side.
 
     Args:
+        fraction: 0 holds out none.
         required: whether to refuse where nothing can be held out, though `fraction` is above 0.
 
     Raises:
@@ -108,11 +109,6 @@ def hold_out_regions(rows: "Dataset", fraction: float, seed: int) -> set[int]:
 
     Args:
         rows: of `schema.REGION_FEATURES`, map-style.
-        fraction: of every data set's patients; 0 holds out none.
-        seed: of the choice.
-
-    Raises:
-        ValueError: see `hold_out`.
     """
     members = []
     texts = rows.select_columns([*_ORIGIN, "image"]).flatten().select_columns([*_ORIGIN, "image.path"])
@@ -134,13 +130,11 @@ def hold_out_conversations(
 
     Args:
         rows: of `schema.CONVERSATION_FEATURES`, map-style.
-        fraction: of every data set's patients; 0 draws none.
-        seed: of the choice.
         beside: training and validation rows of other data, of either kind: conversations about an image, or a patient
             of a data set, that is on one side there come on the same.
 
     Raises:
-        ValueError: see `hold_out`; `beside` others, nothing need be left to hold out.
+        ValueError: as `hold_out`; `beside` others, nothing need be left to hold out.
     """
     asked, *elsewhere = _named_rows([rows, *chain(*beside)])
     images = DisjointSet(name for _, shown in chain(asked, *elsewhere) for name in shown)

@@ -6,6 +6,7 @@ of the i-th region code in the answers.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,7 @@ def _looks_like_grounded(path: Path, record: Mapping[str, Any]) -> bool:
     return "mask_files" in record
 
 
-def _shards(source: Source) -> list[str]:
-    return source.files(JSON_SUFFIXES)
-
-
+_shards = partial(Source.files, suffixes=JSON_SUFFIXES)
 # One reader; the second name is for those who want to say what the answers have.
 register(Layout("llava", "conversations", _shards, llava_rows, _looks_like_llava))
 register(Layout("grounded", "conversations", _shards, llava_rows, _looks_like_grounded))

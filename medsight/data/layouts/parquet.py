@@ -1,6 +1,7 @@
 """Rows in parquet files of this package's own schema, as `medsight data annotate` and `datasets` write them."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,9 @@ def _picture(entry: Any, base: Path, place: str) -> dict[str, Any]:
     raise ValueError(f"{place}: expected the path or the bytes of a picture, got {entry!r}")
 
 
-def _shards(source: Source) -> list[str]:
-    return source.files((".parquet",), recursive=True)
-
-
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
     return path.suffix == ".parquet" and not {"image", "question", "answer"} <= record.keys()
 
 
+_shards = partial(Source.files, suffixes=(".parquet",), recursive=True)
 register(Layout("parquet", parquet_kind, _shards, parquet_rows, _looks_like))

@@ -11,6 +11,7 @@ shards are read here.
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,9 @@ def _images_and_masks(pictures: dict[str, Any], place: str) -> tuple[list[dict[s
     return images, masks
 
 
-def _shards(source: Source) -> list[str]:
-    return source.files(_TAR_SUFFIXES, recursive=True)
-
-
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
     return path.name.endswith(_TAR_SUFFIXES)
 
 
+_shards = partial(Source.files, suffixes=_TAR_SUFFIXES, recursive=True)
 register(Layout("webdataset", webdataset_kind, _shards, webdataset_rows, _looks_like))
