@@ -75,7 +75,7 @@ def annotate(
     """Give masks their region codes and write grounded conversations about the images.
 
     Each mask gets the region code that the model's region queries match it with, and conversations that cite the codes
-    are drawn from templates. The output folder (parquet files, README.md, annotation.json) appears whole or not at all.
+    are drawn from templates. The output folder (parquet files, README.md, annotation.json) appears whole or not.
     """
     from medsight.checkpoint import check_checkpoint
     from medsight.data.groups import Groups, load_groups, match_groups
