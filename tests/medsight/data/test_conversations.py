@@ -51,13 +51,13 @@ def test_origins_are_taken_from_the_published_fields(read_items: Callable[..., l
         [
             {"id": 1, "image": "a.png", "conversations": turns, "modality": "CT", "body_part": "Chest"},
             {"id": 2, "image": "a.png", "conversatons": turns, "domain": {"mri": True, "gross": False}},
-            {"id": 3, "image": "a.png", "conversations": turns, "patient": "p", "dataset": "d", "split": "val"},
+            {"id": 3, "image": "a.png", "conversations": turns, "patient": 0, "dataset": "d", "split": "val"},
         ],
         split=None,
     )
     assert (rows[0]["modality"], rows[0]["site"], rows[1]["modality"]) == ("CT", "Chest", "mri")
     assert rows[0]["patient"] == rows[1]["patient"] == str(tmp_path / "a.png")
-    assert (rows[2]["patient"], rows[2]["dataset"], rows[2]["split"]) == ("p", "d", "validation")
+    assert (rows[2]["patient"], rows[2]["dataset"], rows[2]["split"]) == ("0", "d", "validation")
 
 
 def test_masks_follow_the_codes_through_mask_orders(grounded_file: Path) -> None:

@@ -207,11 +207,6 @@ def test_what_cannot_be_validated_on_is_said(
     assert len(training) == len(items) and not len(held) and "none is held out" in caplog.text
 
 
-def test_patients_may_be_numbered_from_0(read_items: Callable[..., list[dict]]) -> None:
-    found = read_items([{"id": "a", "image": "a.png", "conversations": [ASKED, ANSWERED], "patient": 0}])
-    assert found[0]["patient"] == "0"
-
-
 def test_the_same_patients_are_held_out_as_from_the_images(
     manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
 ) -> None:
