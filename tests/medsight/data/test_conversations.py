@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from medsight.data.conversations import (
     CodeMaskError,
@@ -15,20 +16,20 @@ from medsight.data.sources import Source, iterate, load_source
 from tests.medsight.data.conftest import ANSWERED, ASKED
 
 
-def test_an_array_and_lines_give_the_same_rows(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
+def test_an_array_and_lines_give_the_same_rows(read_items: Callable[..., Dataset], tmp_path: Path) -> None:
     items = [
         {"id": f"p{number}", "image": [f"a{number}.jpg", f"b{number}.jpg"], "conversations": [ASKED, ANSWERED]}
         for number in range(5)
     ]
     rows = read_items(items)
-    assert rows == [{**row, "dataset": "items"} for row in read_items(items, "items.jsonl")]
+    assert list(rows) == list(read_items(items, "items.jsonl"))
     assert [image["path"] for image in rows[3]["images"]] == [str(tmp_path / "a3.jpg"), str(tmp_path / "b3.jpg")]
     assert rows[3]["id"] == "p3" and rows[3]["masks"] == [] and rows[3]["split"] == "train"
     elsewhere = read_items(items, images=str(tmp_path / "pictures"))
     assert elsewhere[0]["images"][0]["path"] == str(tmp_path / "pictures" / "a0.jpg")
 
 
-def test_missing_markers_go_before_the_first_question(read_items: Callable[..., list[dict]]) -> None:
+def test_missing_markers_go_before_the_first_question(read_items: Callable[..., Dataset]) -> None:
     system = {"from": "system", "value": "Be brief."}
     kept = {"from": "human", "value": "What is this?\n<image>"}
     rows = read_items(
@@ -45,7 +46,7 @@ def test_missing_markers_go_before_the_first_question(read_items: Callable[..., 
     assert [message["role"] for message in rows[0]["messages"]][:3] == ["system", "user", "assistant"]
 
 
-def test_origins_are_taken_from_the_published_fields(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
+def test_origins_are_taken_from_the_published_fields(read_items: Callable[..., Dataset], tmp_path: Path) -> None:
     turns = [ASKED, ANSWERED]
     rows = read_items(
         [
@@ -102,7 +103,7 @@ BAD_ITEMS = {
 
 @pytest.mark.parametrize(("item", "message"), BAD_ITEMS.values(), ids=BAD_ITEMS.keys())
 def test_a_bad_item_is_named_by_file_and_id(
-    read_items: Callable[..., list[dict]], tmp_path: Path, item: dict, message: str
+    read_items: Callable[..., Dataset], tmp_path: Path, item: dict, message: str
 ) -> None:
     good = {"id": "first", "conversations": [ASKED, ANSWERED]}
     if "conversations" in item:
