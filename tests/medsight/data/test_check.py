@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from medsight.cli import main
 from medsight.data.check import check, parse_condition
-from medsight.data.sources import Source
-from medsight.files import read_names
+from medsight.data.schema import REGION_FEATURES
+from medsight.data.sources import Source, load_source
 
 
 def of(path: Path, layout: str = "biomedparse", **settings) -> Source:
@@ -151,11 +152,6 @@ def test_an_image_asked_about_in_two_splits_leaks(
 
 
 def test_embedded_pictures_are_read_too(manifest_sets: Path, tmp_path: Path) -> None:
-    import datasets
-
-    from medsight.data.schema import REGION_FEATURES
-    from medsight.data.sources import load_source
-
     row = load_source(of(manifest_sets, where={"target": "liver"}))[0]
     good = {"path": None, "bytes": Path(row["image"]["path"]).read_bytes()}
     rows = [{**row, "image": good, "masks": [{"path": None, "bytes": b"broken"}]}, {**row, "image": {"bytes": b""}}]
@@ -197,15 +193,9 @@ def test_wrong_usage_is_refused(named_sets: Path, tmp_path: Path, capsys: pytest
     assert main(["data"]) == 2
 
 
-def test_conditions_and_targets_are_read(tmp_path: Path) -> None:
+def test_conditions_are_read() -> None:
     assert parse_condition("image_in_test=false") == ("image_in_test", False)
     assert parse_condition("tier=A=B") == ("tier", "A=B")
-    (tmp_path / "lines.txt").write_text("liver\n\n left kidney \n", encoding="utf-8")
-    (tmp_path / "list.json").write_text('["liver", "left kidney"]', encoding="utf-8")
-    assert read_names(tmp_path / "lines.txt") == read_names(tmp_path / "list.json") == ["liver", "left kidney"]
-    (tmp_path / "none.txt").write_text("\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"none\.txt"):
-        read_names(tmp_path / "none.txt")
 
 
 def test_help_does_not_load_heavy_libraries() -> None:

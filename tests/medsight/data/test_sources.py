@@ -14,6 +14,7 @@ import pytest
 from medsight.data.pictures import read_mask, read_picture
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.data.sources import Source, detect_layout, kind_of, load_source
+from tests.medsight.data.conftest import ANSWERED, ASKED
 
 
 def names(row: dict) -> list[str]:
@@ -77,16 +78,11 @@ def region_members(draw_picture: Callable[..., Path], tmp_path: Path) -> dict[st
     return members | {"a/2.png": image, "a/2.json": {**meta, "absent": ["liver"]}}
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
-    with pytest.raises(ValueError, match="'splitt'.*did you mean 'split'"):
-        Source.from_mapping({"layout": "llava", "path": "a.json", "splitt": "train"})
-    with pytest.raises(ValueError, match="'biomedparce'.*did you mean 'biomedparse'"):
-        Source("biomedparce", "a")
-
-
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ({"layout": "llava", "path": "a.json", "splitt": "train"}, "'splitt'.*did you mean 'split'"),
+        ({"layout": "biomedparce", "path": "a"}, "'biomedparce'.*did you mean 'biomedparse'"),
         ({"layout": "llava"}, "'path'"),
         ({"path": "a"}, "'layout'"),
         ({"layout": "llava", "path": 3}, "path.*3"),
@@ -227,7 +223,7 @@ def test_no_row_is_an_error_that_says_what_there_is(manifest_sets: Path, tmp_pat
 def test_files_of_a_folder_are_told_apart_by_the_split_in_their_names(
     tmp_path: Path, write_json: Callable[..., Path]
 ) -> None:
-    turns = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Yes."}]
+    turns = [ASKED, ANSWERED]
     for name in ("train_a.json", "train-b.jsonl", "val.json"):
         write_json(tmp_path / name, [{"id": name, "conversations": turns}])
     rows = load_source(Source("llava", str(tmp_path)))
@@ -268,8 +264,8 @@ def test_bad_rows_are_left_out_on_request(
     assert "manifest.jsonl, line" in caplog.text and "left out" in caplog.text
 
 
-def test_changed_files_are_read_again_and_nothing_is_left_beside_them(
-    manifest_sets: Path, own_datasets_cache: Path
+def test_new_and_changed_files_are_read_again_and_nothing_is_left_beside_them(
+    manifest_sets: Path, named_sets: Path, draw_picture: Callable[..., Path], own_datasets_cache: Path
 ) -> None:
     before = sorted(manifest_sets.rglob("*"))
     source = Source("biomedparse", str(manifest_sets))
@@ -280,11 +276,6 @@ def test_changed_files_are_read_again_and_nothing_is_left_beside_them(
     kept = [line for line in manifest.read_text("utf-8").splitlines() if "torso:b" not in line]
     manifest.write_text("\n".join(kept), "utf-8")
     assert len(load_source(source)) == 11
-
-
-def test_new_files_of_a_folder_without_a_manifest_are_seen(
-    named_sets: Path, draw_picture: Callable[..., Path]
-) -> None:
     source = Source("biomedparse", str(named_sets))
     assert len(load_source(source)) == 6
     draw_picture(named_sets / "amos" / "train" / "case_8_CT_abdomen.png")
