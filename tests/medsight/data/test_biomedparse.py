@@ -125,10 +125,3 @@ def test_a_folder_that_is_no_such_layout_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read(tmp_path / "nowhere")
-
-
-def test_shared_data_has_a_row_an_image_and_each_patient_on_one_side(shared_data: Path) -> None:
-    rows = load_source(Source("biomedparse", str(shared_data / "segmentation"), split=None))
-    assert len(rows) == 1434
-    counts = [(len(masks), len(absent)) for masks, absent in zip(rows["targets"], rows["absent"], strict=True)]
-    assert sum(map(sum, counts)) == 2252 and sum(absent for _, absent in counts) == 40

@@ -1,7 +1,6 @@
 """VQA sets in the layouts in which they are distributed."""
 
 import pickle
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,12 +149,3 @@ def test_a_question_without_a_field_is_named(tmp_path: Path, write_json: Callabl
     write_json(tmp_path / "questions.jsonl", [row, {key: row[key] for key in row if key != missing}])
     with pytest.raises(ValueError, match=rf"questions\.jsonl, line 2.*'{missing}'"):
         read("vqa_rad", tmp_path)
-
-
-def test_the_real_vqa_rad(shared_data: Path) -> None:
-    folder = shared_data / "vqa_rad"
-    rows = load_source(Source("vqa_rad", str(folder), split=None))
-    assert Counter(rows["split"]) == {"train": 1797, "test": 451} and len(set(rows["patient"])) == 314
-    alone = load_source(Source("vqa_rad", str(folder), where={"image_in_test": False}))
-    test = load_source(Source("vqa_rad", str(folder), split="test"))
-    assert len(alone) == 734 and not set(alone["patient"]) & set(test["patient"])
