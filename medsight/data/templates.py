@@ -56,6 +56,14 @@ SECTIONS: dict[str, Mapping[str, Collection[str]] | None] = {
 }
 
 
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises ValueError, naming it, if it is damaged."""
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+
+
 @dataclass(frozen=True)
 class Wordings:
     """What a file of wordings says; `templates.yaml` tells what each section is for.
@@ -89,14 +97,10 @@ class Wordings:
                 not know; the message names the file and the place.
         """
         path = TEMPLATES if path is None else Path(path)
-        content = path.read_bytes()
-        try:
-            sections = yaml.safe_load(content)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        sections = read_yaml(path)
         if problem := next(_problems(sections), None):
             raise ValueError(f"{path}: {problem}")
-        return cls(path=str(path), sha256=hashlib.sha256(content).hexdigest(), **sections)
+        return cls(path=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **sections)
 
     def modality(self, name: str) -> str:
         """A modality in words, by the first pattern in section `modalities` that matches.
