@@ -66,6 +66,7 @@ def test_the_folder_that_the_process_runs_in_is_filled_and_not_replaced(
 def test_a_folder_that_cannot_be_filled_stays_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, move = tmp_path / "out", shutil.move
     output.mkdir()
+    monkeypatch.chdir(output)  # which is why it is filled and not replaced
 
     def full(path: Path, target: Path) -> Path:
         if path.name == "deep":
