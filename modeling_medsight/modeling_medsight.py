@@ -80,11 +80,11 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
         kwargs.pop("original_sizes", None)  # the processor's, which serving engines pass on with the pixels
-        encoder_output, regions = self._see(pixel_values, with_masks=False, **kwargs)
+        encoder_output, grid, summary = self._encode(pixel_values, **kwargs)
         all_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoder_output.last_hidden_state,
-            pooler_output=self.project_regions(regions),
+            pooler_output=self.project_regions(self._perceive(grid, summary, with_masks=False)),
             hidden_states=encoder_output.hidden_states if all_layers else None,
             attentions=getattr(encoder_output, "attentions", None),
         )
@@ -123,10 +123,8 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is
                 given.
         """
-        if input_ids is None and inputs_embeds is None and pixel_values is not None:
-            raise ValueError("pixel_values without input_ids: images alone are for region_model")
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("give exactly one of input_ids and inputs_embeds; images alone are for region_model")
         for name in UNREAD:
             kwargs.pop(name, None)
         if inputs_embeds is None:
@@ -138,7 +136,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
 
         regions = None
         if image_embeds is None and pixel_values is not None:
-            regions = self._see(pixel_values, with_masks=self.config.mask_decoder == "head")[1]
+            regions = self.get_region_features(pixel_values, self.config.mask_decoder == "head", return_dict=True)
             image_embeds = self.project_regions(regions)
         if image_embeds is not None:
             expected = image_embeds.shape[0] * image_embeds.shape[1]
@@ -154,7 +152,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         elif input_ids is not None and input_ids.shape[1] > 1:
             torch_compilable_check(~placeholders.any(), "the text has image placeholders but no images were given")
             if self.training:
-                # Every trained parameter stays in the graph, as in `_mask_loss`, also where a batch has no images.
+                # Every trained parameter stays in the graph, as in `decode_queries`, also where a batch has no images.
                 nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size, dtype=self.vision_tower.dtype)
                 inputs_embeds = inputs_embeds + 0 * self.vision_to_text_projector(nothing).sum()
 
@@ -178,7 +176,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         self,
         last_hidden_state: torch.Tensor,
         codes: CodeLocations,
-        regions: MedSightRegionOutput,
+        regions: MedSightRegionOutput | None,
         first_position: int = 0,
     ) -> torch.Tensor:
         """Mask logits (codes, H, W) of region codes, from the language model's states (paper: text-to-vision).
@@ -188,11 +186,12 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         Args:
             last_hidden_state: (rows, length, hidden), after the final norm.
             codes: where the codes stand.
-            regions: features of the images that `codes.layout` counts.
+            regions: features of the images that `codes.images` counts; not needed where there are no codes.
             first_position: column of the sequence that `last_hidden_state` begins with.
         """
         states = last_hidden_state[codes.rows, codes.positions + self.config.region_state_offset - first_position]
-        return self.decode_queries(self.text_to_vision_projector(states), codes.layout, regions)
+        queries = self.text_to_vision_projector(states)
+        return self.decode_queries(queries, codes.images, codes.entries, max(codes.counts), regions)
 
 
 class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerationMixin):
@@ -363,11 +362,9 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
                 f"{len(mask_labels)} mask_labels for {len(input_ids)} samples: "
                 "give one entry a sample, empty if it cites no code"
             )
-        left_out = [masks is None for masks in mask_labels]
+        left_out = torch.tensor([masks is None for masks in mask_labels], device=input_ids.device)[:, None]
+        input_ids = input_ids.masked_fill(left_out & is_region_code(input_ids, self.config), -1)
         given = [hidden.new_zeros(0, 1, 1) if masks is None else masks for masks in mask_labels]
-        if any(left_out):
-            rows = torch.tensor(left_out, device=input_ids.device)[:, None]
-            input_ids = input_ids.masked_fill(rows & is_region_code(input_ids, self.config), -1)
         counts = [len(masks) for masks in given]
         cited = is_region_code(input_ids, self.config).sum(dim=1)
         torch_compilable_check(
@@ -379,12 +376,6 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             ),
         )
         codes = locate_codes(input_ids, self.config, counts=counts)
-        if not sum(counts):
-            # Every trained parameter stays in the graph, so that data-parallel training need not search for unused
-            # ones.
-            empty = hidden.new_zeros(0, *self.config.mask_size)
-            return [empty for _ in counts], 0 * self.model.text_to_vision_projector(hidden[:, -1]).float().sum()
-        require(pixel_values=regions)
         decoded = list(self.model.decode_states(hidden, codes, regions).split(counts))
         return decoded, code_mask_loss(decoded, given, loss_counts.get("masks"))
 
@@ -456,8 +447,6 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         first_position: int = 0,
     ) -> MedSightDecodedRegions:
         """Masks, ids and scores of located codes, split by row; `hidden` begins at column `first_position`."""
-        if not sum(codes.counts):
-            return self._no_regions(len(sequences))
         masks = self.model.decode_states(hidden, codes, regions, first_position)
         ids = sequences[codes.rows, codes.positions]
         logits = self.lm_head(hidden[codes.rows, codes.positions - 1 - first_position])
@@ -469,12 +458,4 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             mask_logits=list(masks.split(codes.counts)),
             region_code_ids=list(ids.split(codes.counts)),
             region_scores=list((likelihood * certainty).split(codes.counts)),
-        )
-
-    def _no_regions(self, rows: int) -> MedSightDecodedRegions:
-        empty = torch.empty(0, device=self.device)
-        return MedSightDecodedRegions(
-            mask_logits=[empty.to(self.dtype).reshape(0, *self.config.mask_size) for _ in range(rows)],
-            region_code_ids=[empty.long() for _ in range(rows)],
-            region_scores=[empty.float() for _ in range(rows)],
         )

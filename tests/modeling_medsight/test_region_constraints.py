@@ -59,11 +59,8 @@ def test_codes_keep_to_the_allowed_groups(model: Any, config: MedSightConfig, mo
 def test_the_predicted_group_is_that_of_each_rows_last_image(config: MedSightConfig) -> None:
     model, batch = make_model(config), make_batch(config, ["tIItt", "Itt"])
     batch["pixel_values"] = batch["pixel_values"].mul(torch.tensor([0.0, 0.5, 1.0])[:, None, None, None])
-    with torch.no_grad():
-        model.model.group_classifier.weight.zero_()
-    groups = iter([0, 2, 1])
-    logits = torch.stack([torch.eye(3)[next(groups)] for _ in range(3)])
-    model.model.group_classifier.register_forward_hook(lambda *_: logits)
+    of_all, of_last = torch.eye(3)[[0, 2, 1]], torch.eye(3)[[2, 1]]
+    model.model.group_classifier.register_forward_hook(lambda _, seen, __: of_all if len(seen[0]) == 3 else of_last)
     out = generate(model, batch, allowed_groups="predicted", max_new_tokens=16)
     used = [{(c - config.region_code_start_id) // 4 for c in codes.tolist()} for codes in out.region_code_ids]
     assert used == [{2}, {1}]
@@ -181,7 +178,7 @@ def refusals(config: MedSightConfig) -> list[tuple[dict[str, Any], str]]:
     return [
         ({**good, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 42"),
         ({**good, "pixel_values": torch.cat([pixels] * 2)}, "4 images need 84"),
-        ({**good, "pixel_values": None}, "placeholders but no images"),
+        ({**good, "pixel_values": None}, "0 images need 0 image placeholders .* the prompt has 42"),
         ({**words, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 0"),
         ({"pixel_values": pixels}, "images need input_ids"),
         ({**good, "pixel_values": None, "image_embeds": torch.zeros(2, 21, 32)}, "image_embeds: no mask can be drawn"),
