@@ -35,9 +35,9 @@ class GroundingState:
     views: Optional["_Views"]
     states: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, hidden: torch.Tensor, num_new_tokens: int) -> None:
+    def add(self, hidden: torch.Tensor) -> None:
         """Take a step's states (rows, columns that gave logits, d), of which the last gave the new token."""
-        self.collect = self.collect and num_new_tokens == hidden.shape[1] == 1
+        self.collect = self.collect and hidden.shape[1] == 1
         if self.collect:
             self.states.append(hidden[:, -1:].clone())  # a compiled step writes the next one's over it
 
@@ -176,15 +176,11 @@ class MedSightGenerationMixin(GenerationMixin):
         )
 
     def _update_model_kwargs_for_generation(
-        self,
-        outputs: Any,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         if model_kwargs.get("grounding") is not None:
-            model_kwargs["grounding"].add(outputs.last_hidden_state, num_new_tokens)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+            model_kwargs["grounding"].add(outputs.last_hidden_state)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _refuse_wrong_inputs(
         self,

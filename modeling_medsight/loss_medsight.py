@@ -1,5 +1,4 @@
-"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3), and
-what labels they refuse."""
+"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3)."""
 
 from typing import Any
 
@@ -150,17 +149,3 @@ def masks_of_classes(masks: torch.Tensor, classes: torch.Tensor, asked: torch.Te
         return torch.zeros(len(asked), *masks.shape[1:], device=masks.device)
     of_class = (asked[:, None] == classes)[:, :, None, None]
     return (masks.float() * of_class).amax(dim=1)  # no look at what is on a GPU, which would wait for it
-
-
-def require(**inputs: Any) -> None:
-    """Refuse inputs that are `None`, naming them."""
-    missing = [name for name, value in inputs.items() if value is None]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}: this loss needs it")
-
-
-def refuse_useless(where: str, **inputs: Any) -> None:
-    """Refuse inputs that are there and would be passed over."""
-    given = [name for name, value in inputs.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)}: of no use {where}")

@@ -15,7 +15,7 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionQuantizerOutput
 from .generation_medsight import UNREAD, MedSightGenerationMixin, positions_of
-from .loss_medsight import code_mask_loss, refuse_useless, require
+from .loss_medsight import code_mask_loss
 from .outputs_medsight import (
     CACHE_NAME,
     MedSightCausalLMOutputWithPast,
@@ -138,6 +138,12 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         if image_embeds is None and pixel_values is not None:
             regions = self.get_region_features(pixel_values, self.config.mask_decoder == "head", return_dict=True)
             image_embeds = self.project_regions(regions)
+        elif image_embeds is None and input_ids is not None and input_ids.shape[1] > 1:
+            # No blocks, in the graph all the same: data-parallel training need not search for unused parameters.
+            nothing = (0, self.config.image_seq_length, self.config.vision_hidden_size)
+            image_embeds = self.vision_to_text_projector(
+                inputs_embeds.new_zeros(nothing, dtype=self.vision_tower.dtype)
+            )
         if image_embeds is not None:
             expected = image_embeds.shape[0] * image_embeds.shape[1]
             torch_compilable_check(
@@ -149,12 +155,6 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             )
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], image_embeds)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            torch_compilable_check(~placeholders.any(), "the text has image placeholders but no images were given")
-            if self.training:
-                # Every trained parameter stays in the graph, as in `decode_queries`, also where a batch has no images.
-                nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size, dtype=self.vision_tower.dtype)
-                inputs_embeds = inputs_embeds + 0 * self.vision_to_text_projector(nothing).sum()
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -184,10 +184,8 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         P_{t→v} of a code's state takes the place of the perceiver's learnable queries.
 
         Args:
-            last_hidden_state: (rows, length, hidden), after the final norm.
-            codes: where the codes stand.
+            last_hidden_state: (rows, length, hidden), after the final norm, from column `first_position` on.
             regions: features of the images that `codes.images` counts; not needed where there are no codes.
-            first_position: column of the sequence that `last_hidden_state` begins with.
         """
         states = last_hidden_state[codes.rows, codes.positions + self.config.region_state_offset - first_position]
         queries = self.text_to_vision_projector(states)
@@ -301,10 +299,16 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         Raises:
             ValueError: if the mask labels of a row do not match its codes, or a needed input is missing.
         """
-        of_regions = {name: kwargs.pop(name, None) for name in REGION_LABELS}
-        refuse_useless("with text: they are for region_model", **of_regions)
-        if not self.config.use_class_queries:
-            refuse_useless("without class queries", code_class_labels=code_class_labels)
+        useless = [name for name in REGION_LABELS if kwargs.pop(name, None) is not None]
+        if code_class_labels is not None and not self.config.use_class_queries:
+            useless.append("code_class_labels")
+        if useless:
+            raise ValueError(
+                f"{', '.join(useless)}: of no use here; region_model takes the labels of regions, and a model with "
+                "class queries code_class_labels"
+            )
+        if input_ids is None and not (mask_labels is None and code_class_labels is None):
+            raise ValueError("mask_labels and code_class_labels need input_ids, where the codes stand")
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -349,14 +353,13 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
 
     def _mask_loss(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         hidden: torch.Tensor,
         regions: MedSightRegionOutput | None,
         mask_labels: list[torch.Tensor | None],
         loss_counts: dict[str, float],
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Masks of the cited codes, a tensor a row, and their loss."""
-        require(input_ids=input_ids)
         if len(mask_labels) != len(input_ids):
             raise ValueError(
                 f"{len(mask_labels)} mask_labels for {len(input_ids)} samples: "
@@ -381,14 +384,13 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
 
     def _alignment_loss(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         hidden: torch.Tensor,
         code_class_labels: list[torch.Tensor],
         loss_counts: dict[str, float],
     ) -> torch.Tensor:
         """Squared distance of a code's projected state to the query of its class, in units of these queries'
         variance."""
-        require(input_ids=input_ids)
         codes = locate_codes(input_ids, self.config)
         wanted = torch.cat(code_class_labels).to(hidden.device)
         if len(wanted) != len(codes.rows):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 from transformers.utils import can_return_tuple
 
@@ -21,7 +22,6 @@ from .loss_medsight import (
     mask_bce,
     mask_dice,
     masks_of_classes,
-    require,
     resize_masks,
 )
 from .outputs_medsight import MedSightRegionOutput
@@ -140,18 +140,10 @@ class SeesRegions:
     def _encode(
         self, pixel_values: torch.Tensor, any_size: bool = False, **kwargs: Any
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """Run the encoder and take hidden state `config.vision_feature_layer`.
+        """Run the encoder: its own output, hidden state `config.vision_feature_layer` as a grid (images, h, w, d), and
+        a summary (images, d), which is the CLS row, or the mean of the grid where the encoder has none.
 
-        Args:
-            pixel_values: (images, 3, H, W), H = W = `config.image_size`.
-            any_size: take another H = W too, a multiple of the encoder's stride, as a convolutional encoder can.
-
-        Returns:
-            The encoder's own output, the feature grid (images, h, w, d), and a summary (images, d): the CLS row, or
-            the mean of the grid where the encoder has none.
-
-        Raises:
-            ValueError: for pixel values of another shape, or an encoder whose features make no such grid.
+        With `any_size` images may be of another size than `config.image_size`, as a convolutional encoder can take.
         """
         config = self.config
         side = pixel_values.shape[-1] if any_size else config.image_size
@@ -303,10 +295,10 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             ValueError: if labels do not match the images or each other, or one of `mask_labels`, `class_labels` is
                 missing.
         """
-        labels = (mask_labels, class_labels, group_labels, asked_classes)
-        if all(given is None for given in labels):
+        if all(given is None for given in (mask_labels, class_labels, group_labels, asked_classes)):
             return self.get_region_features(pixel_values, return_dict=True, **kwargs)
-        require(mask_labels=mask_labels, class_labels=class_labels)
+        if mask_labels is None or class_labels is None:
+            raise ValueError("give mask_labels and class_labels together: every loss needs both")
         masks, classes = [len(masks) for masks in mask_labels], [len(classes) for classes in class_labels]
         if masks != classes or len(masks) != len(pixel_values):
             raise ValueError(
@@ -324,32 +316,24 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             mask_labels, class_labels = [mask_labels[i] for i in chosen], [class_labels[i] for i in chosen]
             group_labels = group_labels[matched_images] if group_labels is not None else None
         regions = self._perceive(grid, summary)
-        regions.perceiver_loss, pairs = self._perceiver_loss(regions, mask_labels, class_labels, counts)
+        labels: dict[str, Any] = {
+            "mask_labels": mask_labels,
+            "class_labels": class_labels,
+            "loss_counts": counts,
+        }
+        last, pairs = self.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, **labels)
+        # Earlier stages keep the pairs of the last: a query has one target.
+        earlier = [self.perceiver_loss(**stage, pairs=pairs, **labels)[0] for stage in regions.auxiliary_logits or []]
+        regions.perceiver_loss = sum(earlier, last) / (1 + len(earlier))
         regions.class_query_loss = class_query_loss
         if group_labels is not None:
             group_loss = F.cross_entropy(regions.group_logits.float(), group_labels, reduction="sum")
             regions.group_loss = group_loss / counts.get("images", len(group_labels))
             if self.training:
-                self._add_codebook_losses(regions, mask_labels, class_labels, group_labels, pairs, counts)
+                self._add_codebook_losses(regions, group_labels, pairs=pairs, **labels)
         losses = (regions.perceiver_loss, class_query_loss, regions.codebook_loss, regions.group_loss)
         regions.loss = sum(loss for loss in losses if loss is not None)
         return regions
-
-    def _perceiver_loss(
-        self,
-        regions: MedSightRegionOutput,
-        mask_labels: list[torch.Tensor],
-        class_labels: list[torch.Tensor],
-        loss_counts: dict[str, float],
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """The perceiver's loss, averaged over its supervised stages, and the pairs that the last stage matched.
-
-        Earlier stages keep these pairs: a query has one target.
-        """
-        labels = {"mask_labels": mask_labels, "class_labels": class_labels, "loss_counts": loss_counts}
-        last, pairs = self.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, **labels)
-        earlier = [self.perceiver_loss(**stage, pairs=pairs, **labels)[0] for stage in regions.auxiliary_logits or []]
-        return sum(earlier, last) / (1 + len(earlier)), pairs
 
     def _class_query_loss(
         self,
@@ -360,20 +344,17 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         loss_counts: dict[str, float],
     ) -> torch.Tensor:
         """BCE + Dice of the masks that the classes' own queries give, averaged over supervised stages."""
-        if asked_classes is None:
-            asked_classes = class_labels
-        device, width = grid.device, max(1, *(len(asked) for asked in asked_classes))
-        ids = torch.zeros(len(grid), width, dtype=torch.long, device=device)
-        known = torch.zeros(len(grid), width, dtype=torch.bool, device=device)
-        for row, asked in enumerate(asked_classes):
-            ids[row, : len(asked)] = asked
-            known[row, : len(asked)] = True
+        device = grid.device
+        asked = [classes.to(device) for classes in (class_labels if asked_classes is None else asked_classes)]
+        nothing = asked[0].new_full((1,), -1)  # so that there is a column also where no class is asked of any image
+        ids = pad_sequence([*asked, nothing], batch_first=True, padding_value=-1)[:-1]
+        known = ids >= 0
         perceiver = self.region_perceiver
-        output = perceiver(grid, queries=perceiver.class_queries[ids], query_mask=known)
+        output = perceiver(grid, queries=perceiver.class_queries[ids.clamp(min=0)], query_mask=known)
         stages = [stage["masks_queries_logits"] for stage in (*(output.auxiliary_logits or []), output)]
         wanted = [
-            masks_of_classes(masks.to(device), classes.to(device), asked.to(device))
-            for masks, classes, asked in zip(mask_labels, class_labels, asked_classes, strict=True)
+            masks_of_classes(masks.to(device), classes.to(device), wanted_classes)
+            for masks, classes, wanted_classes in zip(mask_labels, class_labels, asked, strict=True)
         ]
         losses = []
         for logits in stages:
@@ -386,11 +367,10 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
     def _add_codebook_losses(
         self,
         regions: MedSightRegionOutput,
-        mask_labels: list[torch.Tensor],
-        class_labels: list[torch.Tensor],
         group_labels: torch.Tensor,
         pairs: list[tuple[torch.Tensor, torch.Tensor]],
         loss_counts: dict[str, float],
+        **labels: Any,
     ) -> None:
         """Put into `regions` the codes that regions took, the VQ and reconstruction losses, and with the perceiver's
         loss on the reconstructed regions, for the same pairs, the codebook's."""
@@ -409,10 +389,9 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         reconstructed = embeddings.index_put((rows, queries), regions_of_codes)
         through_codes, _ = self.perceiver_loss(
             *self.region_perceiver.segmentation_head(reconstructed, regions.image_features),
-            mask_labels,
-            class_labels,
-            pairs,
-            loss_counts,
+            pairs=pairs,
+            loss_counts=loss_counts,
+            **labels,
         )
         share = len(rows) / max(1, total)
         regions.vq_loss, regions.reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share

@@ -155,7 +155,7 @@ def test_labels_that_would_be_passed_over_are_refused() -> None:
     config = make_config("clip-qwen3")
     model, batch = make_model(config), make_batch(config, ["tIttC"])
     for name in ("class_labels", "group_labels"):
-        with pytest.raises(ValueError, match=f"{name}: of no use with text: they are for region_model"):
+        with pytest.raises(ValueError, match=f"{name}: of no use here; region_model takes"):
             model(**batch, labels=batch["input_ids"], **{name: torch.tensor([0])})
     shifted = torch.nn.functional.pad(batch["input_ids"], (0, 1), value=-100)[:, 1:]
     by_labels = model(**batch, labels=batch["input_ids"]).lm_loss

@@ -452,7 +452,7 @@ def test_what_is_missing_or_does_not_match_is_named(model: Any, config: MedSight
     for change in (inputs["pixel_values"][:3], torch.cat([inputs["pixel_values"]] * 2)):
         with pytest.raises(ValueError, match=rf"{len(change)} images need {len(change) * config.image_seq_length}"):
             model(**{**inputs, "pixel_values": change})
-    with pytest.raises(ValueError, match="placeholders but no images"):
+    with pytest.raises(ValueError, match="0 images need 0 image placeholders"):
         model(**{**inputs, "pixel_values": None})
     with pytest.raises(ValueError, match=r"pixel_values has shape \(4, 3, 9, 9\); expected"):
         model(**{**inputs, "pixel_values": torch.zeros(4, 3, 9, 9)})
@@ -465,9 +465,9 @@ def test_what_is_missing_or_does_not_match_is_named(model: Any, config: MedSight
         region_model(**{**seen, "class_labels": [*seen["class_labels"][:2], torch.zeros(3, dtype=torch.long)]})
     with pytest.raises(ValueError, match=r"3 images have \[2, 0\] mask_labels and \[2, 0\] class_labels"):
         region_model(**{**seen, "class_labels": seen["class_labels"][:2], "mask_labels": seen["mask_labels"][:2]})
-    with pytest.raises(ValueError, match="missing class_labels"):
+    with pytest.raises(ValueError, match="mask_labels and class_labels together"):
         region_model(**{**seen, "class_labels": None})
-    with pytest.raises(ValueError, match="missing mask_labels, class_labels"):
+    with pytest.raises(ValueError, match="mask_labels and class_labels together"):
         region_model(seen["pixel_values"], group_labels=seen["group_labels"])
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds; images alone are for region_model"):
         model(pixel_values=seen["pixel_values"])

@@ -141,7 +141,7 @@ def test_a_model_without_class_queries_has_neither_weights_nor_losses_of_them() 
     assert output.class_query_loss is None
     batch = grounded(model.config)
     assert model(**batch).alignment_loss is None
-    with pytest.raises(ValueError, match="code_class_labels: of no use without class queries"):
+    with pytest.raises(ValueError, match="code_class_labels: of no use here"):
         model(**batch, code_class_labels=[torch.tensor([3, -1]), torch.tensor([2]), torch.tensor([])])
 
 
