@@ -66,13 +66,13 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
     @property
     def region_model(self) -> MedSightRegionModel:
         """What sees, as a model of its own over the same modules: to train it trains this model."""
-        return MedSightRegionModel.sharing_modules_of(self)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        with torch.device("meta"):
+            region_model = MedSightRegionModel(self.config)
+        for name, module in self.named_children():
+            if hasattr(region_model, name):
+                setattr(region_model, name, module)
+        region_model.training = self.training
+        return region_model
 
     @can_return_tuple
     def get_image_features(
@@ -234,27 +234,13 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         """See [`MedSightModel.region_model`]."""
         return self.model.region_model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def get_region_features(
         self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
     ) -> MedSightRegionOutput:
         """See [`MedSightRegionModel.get_region_features`]."""
         return self.model.get_region_features(pixel_values, with_masks, **kwargs)
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`MedSightModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -397,9 +383,9 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             raise ValueError(f"{len(wanted)} code_class_labels for {len(codes.rows)} cited region codes")
         known = wanted >= 0
         states = hidden[codes.rows, codes.positions + self.config.region_state_offset]
-        states = self.model.text_to_vision_projector(torch.cat((states[known], hidden[:1, -1]))).float()
+        states = self.model.text_to_vision_projector(states[known]).float()
         aims = self.model.region_perceiver.class_queries.detach().float()
-        distance = (states[:-1] - aims[wanted[known]]).square().mean(-1).sum() / aims.var() + 0 * states.sum()
+        distance = (states - aims[wanted[known]]).square().mean(-1).sum() / aims.var()
         return self.config.alignment_loss_weight * distance / max(1, loss_counts.get("codes", int(known.sum())))
 
     @torch.no_grad()

@@ -44,8 +44,7 @@ class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     @classmethod
     def is_custom_code(cls) -> bool:
         """False, so that transformers also initialises modules without parameters of their own (projectors, CLIP's
-        blocks); it may, since `_init_weights` leaves loaded weights alone.
-        """
+        blocks); it may, since `_init_weights` leaves loaded weights alone."""
         return False
 
     @classmethod

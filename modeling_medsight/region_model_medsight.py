@@ -147,11 +147,9 @@ class SeesRegions:
         """
         config = self.config
         side = pixel_values.shape[-1] if any_size else config.image_size
-        expected = (3, side, side)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; "
-                f"expected (images, {', '.join(map(str, expected))})"
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, {side}, {side})"
             )
         height, width = (cells * side // config.image_size for cells in config.patch_grid)
         kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
@@ -199,17 +197,6 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         self.add_region_modules(config)
         self.perceiver_loss = RegionPerceiverLoss(config)
         self.post_init()
-
-    @classmethod
-    def sharing_modules_of(cls, model: SeesRegions) -> "MedSightRegionModel":
-        """The region model inside a larger one, over the very same modules: to train it trains the larger one."""
-        with torch.device("meta"):
-            region_model = cls(model.config)
-        for name, _ in list(region_model.named_children()):
-            if hasattr(model, name):
-                setattr(region_model, name, getattr(model, name))
-        region_model.training = model.training  # type: ignore[attr-defined]
-        return region_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_tower.get_input_embeddings()
@@ -316,11 +303,7 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             mask_labels, class_labels = [mask_labels[i] for i in chosen], [class_labels[i] for i in chosen]
             group_labels = group_labels[matched_images] if group_labels is not None else None
         regions = self._perceive(grid, summary)
-        labels: dict[str, Any] = {
-            "mask_labels": mask_labels,
-            "class_labels": class_labels,
-            "loss_counts": counts,
-        }
+        labels: dict[str, Any] = {"mask_labels": mask_labels, "class_labels": class_labels, "loss_counts": counts}
         last, pairs = self.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, **labels)
         # Earlier stages keep the pairs of the last: a query has one target.
         earlier = [self.perceiver_loss(**stage, pairs=pairs, **labels)[0] for stage in regions.auxiliary_logits or []]

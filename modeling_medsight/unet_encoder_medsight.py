@@ -1,8 +1,5 @@
-"""An image encoder to train from scratch on little data: a residual U-Net that yields one fine grid of features.
-
-Convolutions bring what a transformer would have to learn from far more images, and the way back up gives every cell of
-the grid the sharpness of early layers and the context of late ones (Ronneberger et al., 2015; He et al., 2016).
-"""
+"""An image encoder to train from scratch on little data: a residual U-Net that yields one fine grid of features, with
+the sharpness of early layers and the context of late ones (Ronneberger et al., 2015; He et al., 2016)."""
 
 from typing import Any
 
