@@ -116,8 +116,10 @@ def test_eager_attention_and_sdpa_agree(model: Any, tmp_path: Path) -> None:
     assert model.model.language_model.config._attn_implementation == "sdpa"
     assert_attention_agrees(model, tmp_path, ("eager", "sdpa"))
     switched = copy.deepcopy(model)
-    switched.set_attn_implementation("eager")
-    assert switched.model.language_model.config._attn_implementation == "eager"
+    for attention in ("eager", "sdpa"):
+        switched.set_attn_implementation(attention)
+        assert switched.config._attn_implementation == attention
+        assert switched.model.language_model.config._attn_implementation == attention
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_medsight import MedSightConfig
 from modeling_medsight import MedSightModel
-from modeling_medsight.region_perceiver_medsight import CrossAttention, RegionPerceiver, sine_position_encoding
+from modeling_medsight.region_perceiver_medsight import CrossAttention, RegionPerceiver
 
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -115,12 +115,6 @@ def slow_perceiver(w: Weights, patches: torch.Tensor, queries: torch.Tensor, sta
     return steps
 
 
-@pytest.mark.parametrize(("height", "width", "dim"), [(1, 1, 4), (3, 5, 8), (4, 4, 16)])
-def test_the_position_encoding_is_the_formula(height: int, width: int, dim: int) -> None:
-    table = sine_position_encoding(torch.zeros(1, height, width, dim, dtype=torch.float64))
-    torch.testing.assert_close(table, slow_position(height, width, dim), rtol=0, atol=2e-6)
-
-
 @pytest.mark.parametrize("own_queries", [True, False])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("seed", "stages"), [(0, 1), (1, 2)])
@@ -191,18 +185,6 @@ def test_queries_that_only_pad_a_batch_change_nothing(implementation: str) -> No
     assert not torch.allclose(unmasked.image_features[1], batch.image_features[1])
 
 
-def test_a_second_pass_takes_what_no_query_touched() -> None:
-    perceiver = make_perceiver()
-    patches, queries, convolved = some(2, 3, 3, 16), some(2, 2, 16, seed=1), []
-    first = perceiver(patches)
-    perceiver.stages[0].adapter.register_forward_hook(lambda *_: convolved.append(0))
-    second = perceiver(patches, queries=queries, upsampled_features=first.upsampled_features)
-    assert not convolved and torch.equal(second.upsampled_features, first.upsampled_features)
-    torch.testing.assert_close(second.masks_queries_logits, perceiver(patches, queries=queries).masks_queries_logits)
-    other = perceiver(patches, queries=queries, upsampled_features=first.upsampled_features.flip(1))
-    assert not torch.allclose(other.masks_queries_logits, second.masks_queries_logits)
-
-
 @torch.no_grad()
 def test_every_layer_is_called_so_that_hooks_and_adapters_have_their_say() -> None:
     perceiver, called = make_perceiver(), set()
@@ -220,14 +202,6 @@ def test_no_gradient_flows_through_the_attention_mask() -> None:
     # The head only makes the mask here: its own outputs are not in the sum.
     assert perceiver.segmentation_head.mask_projection.weight.grad is None
     assert perceiver.region_queries.grad.abs().sum() > 0
-
-
-def test_every_weight_that_a_mask_and_a_class_need_gets_a_gradient() -> None:
-    perceiver = make_perceiver()
-    output = perceiver(some(2, 3, 3, 16))
-    (output.masks_queries_logits.pow(2).sum() + output.class_queries_logits.pow(2).sum()).backward()
-    without = [name for name, weight in perceiver.named_parameters() if weight.grad is None or not weight.grad.any()]
-    assert without == []
 
 
 def test_a_pixel_of_exactly_one_half_is_seen() -> None:

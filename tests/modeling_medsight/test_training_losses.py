@@ -1,5 +1,4 @@
-"""The losses of training: what they are, their gradients, parts of a batch that add up to the whole, and what each switch
-leaves in or out."""
+"""The losses of training: formulas and gradients, parts of a batch that add up to the whole, and the switches."""
 
 from typing import Any
 
@@ -97,16 +96,10 @@ def test_text_losses_are_what_they_say(model: Any, config: MedSightConfig) -> No
     torch.testing.assert_close(output.mask_logits, decoded.mask_logits, **CLOSE)
     torch.testing.assert_close(output.mask_loss, code_mask_loss(decoded.mask_logits, inputs["mask_labels"]))
     torch.testing.assert_close(output.loss, output.lm_loss + output.mask_loss)
+    in_place = {**inputs, "labels": None, "shift_labels": F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)}
+    torch.testing.assert_close(model(**in_place).lm_loss, expected)
     averaged = model(**inputs, num_items_in_batch=torch.tensor(100))
     torch.testing.assert_close(averaged.lm_loss, expected * (shifted != -100).sum() / 100)
-
-
-def test_labels_already_shifted_take_the_place_of_labels(model: Any, config: MedSightConfig) -> None:
-    inputs = labelled(config, ["tItt"])
-    shifted = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    expected = model(**inputs).lm_loss
-    inputs["labels"] = torch.zeros_like(inputs["labels"])
-    torch.testing.assert_close(model(**inputs, shift_labels=shifted).lm_loss, expected)
 
 
 def test_perceiver_losses_are_what_they_say(config: MedSightConfig) -> None:
