@@ -165,6 +165,10 @@ def random_masks(counts: list[int], size: tuple[int, int], seed: int = 0) -> lis
     return [torch.rand(n, *size, generator=generator) > 0.6 for n in counts]
 
 
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def make_pixels(config: MedSightConfig, images: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(images, 3, *[config.image_size] * 2, generator=torch.Generator().manual_seed(seed))
 

@@ -9,20 +9,18 @@ from configuration_medsight import MedSightConfig
 from modeling_medsight import MedSightModel
 from modeling_medsight.codebook_medsight import RegionCodebook
 
+from .configurations import noise
+
 
 def make_codebook(seed: int = 0, **overrides: Any) -> RegionCodebook:
     torch.manual_seed(seed)
     return MedSightModel(MedSightConfig.from_preset("tiny", **overrides)).codebook.double().eval()
 
 
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_each_region_gets_the_nearest_code_of_its_images_group(seed: int) -> None:
     codebook = make_codebook(seed)
-    regions, groups = some(3, 5, 16, seed=seed), torch.tensor([2, 0, 1])
+    regions, groups = noise(3, 5, 16, seed=seed), torch.tensor([2, 0, 1])
     output = codebook(regions, groups)
     for b, group in enumerate(groups.tolist()):
         codes = [code / code.pow(2).sum().sqrt() for code in codebook.codes[group]]
@@ -52,7 +50,7 @@ def test_the_nearest_code_is_not_a_rounded_one_under_autocast() -> None:
 @pytest.mark.parametrize("weight", [0.25, 2.0])
 def test_the_losses_are_their_formulas(weight: float) -> None:
     codebook = make_codebook(commitment_loss_weight=weight).train()
-    regions, groups = some(2, 5, 16), torch.tensor([0, 2])
+    regions, groups = noise(2, 5, 16), torch.tensor([0, 2])
     output = codebook(regions, groups)
     vectors, nearest = codebook.encode(regions).double(), output.code_vectors.double()
     distance = sum((v - c).pow(2).sum() for v, c in zip(vectors.flatten(0, 1), nearest.flatten(0, 1), strict=True))
@@ -63,7 +61,7 @@ def test_the_losses_are_their_formulas(weight: float) -> None:
 
 def test_codes_are_drawn_to_regions_and_regions_to_codes_with_the_commitment_weight() -> None:
     codebook = make_codebook().train()
-    regions, groups = some(1, 3, 16), torch.tensor([1])
+    regions, groups = noise(1, 3, 16), torch.tensor([1])
     output = codebook(regions, groups)
     gradients = torch.autograd.grad(output.vq_loss, [codebook.codes, *codebook.to_code.parameters()])
     assert [bool(gradient.any()) for gradient in gradients[0]] == [False, True, False]
@@ -77,7 +75,7 @@ def test_codes_are_drawn_to_regions_and_regions_to_codes_with_the_commitment_wei
 
 def test_the_gradient_passes_straight_through_the_choice_of_a_code() -> None:
     codebook = make_codebook().train()
-    regions, groups = some(1, 3, 16), torch.tensor([1])
+    regions, groups = noise(1, 3, 16), torch.tensor([1])
     output = codebook(regions, groups)
     through = torch.autograd.grad(output.reconstructed_regions.pow(2).sum(), list(codebook.to_code.parameters()))
     vectors = codebook.encode(regions)
@@ -92,4 +90,4 @@ def test_the_gradient_passes_straight_through_the_choice_of_a_code() -> None:
 @pytest.mark.parametrize("groups", [[3], [-1], [0, 1], []])
 def test_groups_that_do_not_fit_the_images_are_refused(groups: list[int]) -> None:
     with pytest.raises(ValueError, match="groups"):
-        make_codebook()(some(1, 2, 16), torch.tensor(groups, dtype=torch.long))
+        make_codebook()(noise(1, 2, 16), torch.tensor(groups, dtype=torch.long))

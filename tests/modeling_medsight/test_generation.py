@@ -1,10 +1,11 @@
 """generate(): whatever the decoding, each returned sequence comes with the masks of the codes in it."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
@@ -37,7 +38,7 @@ def config() -> MedSightConfig:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_decoding_gives_the_masks_of_its_text(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, taken = make_config(name), []
+    config, taken, looked = make_config(name), [], []
     model, settings = make_model(config), dict(MODES[mode])
     if settings.get("assistant_model") == "tiny":
         settings["assistant_model"] = make_model(make_config("clip-qwen3-patches-only" if "only" in name else name), 1)
@@ -52,14 +53,16 @@ def test_every_decoding_gives_the_masks_of_its_text(name: str, mode: str, monkey
         taken.append("whole text" if cache is None else "cache")
         return cache
 
+    model.model.vision_tower.register_forward_hook(lambda _, inputs, __: looked.append(len(inputs[0])))
     monkeypatch.setattr(generation_medsight, "_beginning_of_cache", note_cut)
     for rows in [[row] for row in ROWS] if mode in ONE_ROW else [ROWS]:
         batch = make_batch(config, rows)
         often = LogitsProcessorList([CitesOften(config, last_column=batch["input_ids"].shape[1] + 7)])
-        taken.clear()
+        taken.clear(), looked.clear()
         out = generate(model, batch, **settings, logits_processor=often)
         cites = any(len(codes) for codes in out.region_code_ids)
         assert taken == ([WAYS[mode]] if cites and WAYS[mode] != "steps" else [])
+        assert looked == [len(batch["pixel_values"])] or "assistant_model" in settings
         assert len(out.sequences) == len(rows) * settings.get("num_return_sequences", 1)
         assert isinstance(out, kind)
         seen += assert_masks_are_those_of_decode_regions(model, batch, out)
@@ -79,22 +82,12 @@ def test_answers_that_end_at_different_times(model: Any, config: MedSightConfig,
     assert len(lengths) > 1 and seen > 0
 
 
-class StopsAt(StoppingCriteria):
-    """A stop of the caller's own, row by row."""
-
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return input_ids[:, -1] == self.token
-
-
 def test_an_answer_is_complete_where_it_came_to_an_end_alone_and_in_a_batch(
     model: Any, config: MedSightConfig
 ) -> None:
     batch = make_batch(config, ["tIt", "Ittt", "It", "t"])
     scripts = [[5, 7, END, 256, 256], [5, 9, 256, 256, 256], [5, 5, 5, 5, END], [5, 5, 5, 5, 5]]
-    stops = StoppingCriteriaList([StopsAt(9)])
+    stops = StoppingCriteriaList([lambda ids, scores, **_: ids[:, -1] == 9])
     assert say(model, batch, scripts, stopping_criteria=stops).is_complete.tolist() == [True, False, True, False]
     for row, expected in enumerate([True, False, True, False]):
         alone = say(model, row_of_batch(config, batch, row), [scripts[row]], stopping_criteria=stops)
@@ -194,47 +187,21 @@ def test_a_second_turn_goes_on_from_the_cache_of_the_first(
     columns = len(second) + images * (config.image_seq_length - 1)
     beginning = {name: conversation[name][:, :-columns] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        cache = model(**beginning, pixel_values=conversation["pixel_values"][:: 1 + images], use_cache=True)[
-            CACHE_NAME
-        ]
-    cached = generate(model, conversation, past_key_values=cache)
+        first = model(**beginning, pixel_values=conversation["pixel_values"][:: 1 + images], use_cache=True)
+    cached = generate(model, conversation, past_key_values=first[CACHE_NAME])
     assert torch.equal(afresh.sequences, cached.sequences)
     assert_masks_are_those_of_decode_regions(model, conversation, cached)
-
-
-class Collector(BaseStreamer):
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.given += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
 
 
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"cache_implementation": "static"}])
 def test_streaming_gives_the_text_as_it_comes_and_the_masks_at_the_end(
     model: Any, config: MedSightConfig, settings: dict[str, Any]
 ) -> None:
-    batch, streamer = make_batch(config, ["tItt"]), Collector()
+    batch, streamer = make_batch(config, ["tItt"]), Mock(spec=BaseStreamer)
     out = generate(model, batch, streamer=streamer, **settings)
-    assert streamer.given == out.sequences[0].tolist() and streamer.ended
+    given = torch.cat([call.args[0].flatten() for call in streamer.put.call_args_list])
+    assert torch.equal(given, out.sequences[0]) and streamer.end.call_count == 1
     assert assert_masks_are_those_of_decode_regions(model, batch, out) > 0
-
-
-def test_the_image_is_encoded_once(model: Any, config: MedSightConfig) -> None:
-    seen: list[int] = []
-    hook = model.model.vision_tower.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    for settings in ({}, {"num_beams": 3}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}):
-        seen.clear()
-        out = generate(model, make_batch(config, ROWS), **settings)
-        assert sum(len(codes) for codes in out.region_code_ids) > 0
-        assert seen == [6]
-    hook.remove()
 
 
 def test_an_assistant_looks_once_and_draws_no_masks(model: Any, config: MedSightConfig) -> None:

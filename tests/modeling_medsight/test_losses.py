@@ -18,13 +18,11 @@ from modeling_medsight.loss_medsight import (
     resize_masks,
 )
 
+from .configurations import noise
+
 
 def tiny(**overrides: Any) -> MedSightConfig:
     return MedSightConfig.from_preset("tiny", **overrides)
-
-
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sigmoid(x: float) -> float:
@@ -54,7 +52,7 @@ def slow_cross_entropy(logits: torch.Tensor, classes: list[int], weights: list[f
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mask_losses_are_their_formulas_mask_by_mask(seed: int) -> None:
-    logits, target = 3 * some(4, 3, 5, seed=seed), (some(4, 3, 5, seed=seed + 9) > 0).float()
+    logits, target = 3 * noise(4, 3, 5, seed=seed), (noise(4, 3, 5, seed=seed + 9) > 0).float()
     assert mask_bce(logits, target).tolist() == pytest.approx(list(map(slow_bce, logits, target)), rel=1e-5)
     assert mask_dice(logits, target).tolist() == pytest.approx(list(map(slow_dice, logits, target)), rel=1e-5)
 
@@ -87,8 +85,8 @@ def test_the_matcher_finds_the_cheapest_pairs_of_all(
     queries: int, counts: list[int], weights: tuple[float, float, float]
 ) -> None:
     config = tiny(bce_loss_weight=weights[0], dice_loss_weight=weights[1], class_loss_weight=weights[2])
-    masks, classes = 2 * some(3, queries, 4, 4), some(3, queries, 8, seed=1)
-    targets = [(some(n, 4, 4, seed=n) > 0).float() for n in counts]
+    masks, classes = 2 * noise(3, queries, 4, 4), noise(3, queries, 8, seed=1)
+    targets = [(noise(n, 4, 4, seed=n) > 0).float() for n in counts]
     labels = [torch.arange(n) % 7 for n in counts]
     pairs = HungarianMatcher(config)(masks, classes, targets, labels)
     for i, (n, (found, regions)) in enumerate(zip(counts, pairs, strict=True)):
@@ -109,8 +107,8 @@ def test_the_matcher_counts_in_full_precision_under_autocast() -> None:
     matcher = HungarianMatcher(tiny(class_loss_weight=0.0))
     different = 0
     for seed in range(20):
-        masks, targets = 2 * some(1, 6, 16, 16, seed=seed), [(some(4, 16, 16, seed=seed + 50) > 0).float()]
-        arguments = masks, some(1, 6, 8, seed=1), targets, [torch.arange(4)]
+        masks, targets = 2 * noise(1, 6, 16, 16, seed=seed), [(noise(4, 16, 16, seed=seed + 50) > 0).float()]
+        arguments = masks, noise(1, 6, 8, seed=1), targets, [torch.arange(4)]
         ((expected, _),) = matcher(*arguments)
         with torch.autocast("cpu", torch.bfloat16):
             ((given, _),) = matcher(*arguments)
@@ -129,8 +127,8 @@ def test_the_matcher_counts_in_full_precision_under_autocast() -> None:
 def test_the_perceiver_loss_is_its_formula(counts: tuple[int, int], weights: tuple[float, ...]) -> None:
     names = ("bce_loss_weight", "dice_loss_weight", "class_loss_weight", "no_object_weight")
     config = tiny(**dict(zip(names, weights, strict=True)))
-    masks, classes = 2 * some(2, 5, 4, 4), some(2, 5, 8, seed=1)
-    targets = [(some(n, 4, 4, seed=n) > 0).float() for n in counts]
+    masks, classes = 2 * noise(2, 5, 4, 4), noise(2, 5, 8, seed=1)
+    targets = [(noise(n, 4, 4, seed=n) > 0).float() for n in counts]
     labels = [torch.arange(n) % 7 for n in counts]
     loss, pairs = RegionPerceiverLoss(config)(masks, classes, targets, labels)
 
@@ -147,8 +145,8 @@ def test_the_perceiver_loss_is_its_formula(counts: tuple[int, int], weights: tup
 
 
 def test_images_without_regions_only_teach_no_object() -> None:
-    masks = some(1, 3, 4, 4).requires_grad_()
-    classes = some(1, 3, 8, seed=1).requires_grad_()
+    masks = noise(1, 3, 4, 4).requires_grad_()
+    classes = noise(1, 3, 8, seed=1).requires_grad_()
     loss, _ = RegionPerceiverLoss(tiny())(masks, classes, [torch.zeros(0, 4, 4)], [torch.zeros(0, dtype=torch.long)])
     loss.backward()
     assert loss.item() == pytest.approx(slow_cross_entropy(classes[0], [7] * 3, [1.0] * 8), rel=1e-5)
@@ -160,8 +158,8 @@ def test_images_without_regions_only_teach_no_object() -> None:
 
 def test_given_pairs_are_used_instead_of_matching_anew() -> None:
     loss = RegionPerceiverLoss(tiny())
-    masks, classes = 3 * some(1, 4, 4, 4), some(1, 4, 8, seed=1)
-    targets, labels = [(some(2, 4, 4, seed=2) > 0).float()], [torch.tensor([1, 2])]
+    masks, classes = 3 * noise(1, 4, 4, 4), noise(1, 4, 8, seed=1)
+    targets, labels = [(noise(2, 4, 4, seed=2) > 0).float()], [torch.tensor([1, 2])]
     best, pairs = loss(masks, classes, targets, labels)
     swapped = [(pairs[0][0].flip(0), pairs[0][1])]
     other, used = loss(masks, classes, targets, labels, swapped)
@@ -170,11 +168,11 @@ def test_given_pairs_are_used_instead_of_matching_anew() -> None:
 
 def test_gradients_of_the_matched_loss_are_differences_of_the_loss() -> None:
     loss = RegionPerceiverLoss(tiny())
-    arguments = some(2, 5, 4, 4).requires_grad_(), some(2, 5, 8, seed=1).requires_grad_()
-    targets, labels = [(some(n, 4, 4, seed=n) > 0).float() for n in (2, 1)], [torch.tensor([1, 4]), torch.tensor([0])]
+    arguments = noise(2, 5, 4, 4).requires_grad_(), noise(2, 5, 8, seed=1).requires_grad_()
+    targets, labels = [(noise(n, 4, 4, seed=n) > 0).float() for n in (2, 1)], [torch.tensor([1, 4]), torch.tensor([0])]
     value, pairs = loss(*arguments, targets, labels)
     for tensor, gradient in zip(arguments, torch.autograd.grad(value, arguments), strict=True):
-        direction = some(*tensor.shape, seed=3)
+        direction = noise(*tensor.shape, seed=3)
         ends = [
             loss(*(t + step * direction if t is tensor else t for t in arguments), targets, labels, pairs)[0]
             for step in (1e-2, -1e-2)
@@ -184,8 +182,8 @@ def test_gradients_of_the_matched_loss_are_differences_of_the_loss() -> None:
 
 @pytest.mark.parametrize("counts", [(2, 0, 3), (1,), (0, 1)])
 def test_the_loss_of_cited_masks_is_the_mean_over_masks_not_samples(counts: tuple[int, ...]) -> None:
-    logits = [2 * some(n, 4, 4, seed=n) for n in counts]
-    targets = [some(n, 4, 4, seed=n + 7) > 0 for n in counts]
+    logits = [2 * noise(n, 4, 4, seed=n) for n in counts]
+    targets = [noise(n, 4, 4, seed=n + 7) > 0 for n in counts]
     each = [
         slow_bce(x, g.float()) + slow_dice(x, g.float())
         for sample, masks in zip(logits, targets, strict=True)

@@ -14,6 +14,8 @@ from configuration_medsight import MedSightConfig
 from modeling_medsight import MedSightModel
 from modeling_medsight.region_perceiver_medsight import CrossAttention, RegionPerceiver
 
+from .configurations import noise
+
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 Weights = dict[str, torch.Tensor]
@@ -29,10 +31,6 @@ def make_perceiver(seed: int = 0, implementation: str = "eager", **overrides: An
                 weight.add_(0.2 * torch.randn_like(weight))
             assert weight.isfinite().all(), name
     return perceiver
-
-
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def slow_position(height: int, width: int, dim: int) -> torch.Tensor:
@@ -121,8 +119,8 @@ def slow_perceiver(w: Weights, patches: torch.Tensor, queries: torch.Tensor, sta
 def test_the_perceiver_is_its_formulas(seed: int, stages: int, implementation: str, own_queries: bool) -> None:
     perceiver = make_perceiver(seed, implementation, perceiver_num_stages=stages, auxiliary_loss=True)
     weights = dict(perceiver.named_parameters())
-    patches = some(2, 2, 3, 16, seed=seed)
-    queries = None if own_queries else some(2, 3, 16, seed=seed + 1)
+    patches = noise(2, 2, 3, 16, seed=seed)
+    queries = None if own_queries else noise(2, 3, 16, seed=seed + 1)
     output = perceiver(patches, queries=queries)
     for b in range(2):
         asked = weights["region_queries"][0] if queries is None else queries[b]
@@ -140,7 +138,7 @@ def test_the_perceiver_is_its_formulas(seed: int, stages: int, implementation: s
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_query_that_sees_nothing_attends_uniformly(implementation: str) -> None:
     attention: CrossAttention = make_perceiver(implementation=implementation).stages[0].region_to_image.attention
-    queries, context = some(2, 3, 16), some(2, 7, 16, seed=1)
+    queries, context = noise(2, 3, 16), noise(2, 7, 16, seed=1)
     visible = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(2)) > 0.5
     visible[0, 1] = visible[1, 2] = False
     output = attention(queries, context, visible)
@@ -157,7 +155,7 @@ def test_a_query_that_sees_nothing_attends_uniformly(implementation: str) -> Non
 def test_hidden_pixels_have_no_say_in_any_dtype(implementation: str, dtype: torch.dtype) -> None:
     attention: CrossAttention = make_perceiver(implementation=implementation).stages[0].region_to_image.attention
     attention = attention.to(dtype)
-    queries, context = some(1, 2, 16).to(dtype), some(1, 6, 16, seed=1).to(dtype)
+    queries, context = noise(1, 2, 16).to(dtype), noise(1, 6, 16, seed=1).to(dtype)
     visible = torch.tensor([[[True, False, True, False, True, False], [False, False, True, False, False, False]]])
     changed = context.clone()
     changed[:, [1, 3, 5]] = 30
@@ -170,7 +168,7 @@ def test_hidden_pixels_have_no_say_in_any_dtype(implementation: str, dtype: torc
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_queries_that_only_pad_a_batch_change_nothing(implementation: str) -> None:
     perceiver = make_perceiver(implementation=implementation)
-    patches, queries = some(3, 4, 4, 16), some(3, 4, 16, seed=1)
+    patches, queries = noise(3, 4, 4, 16), noise(3, 4, 16, seed=1)
     counts = (4, 1, 2)
     known = torch.arange(4) < torch.tensor(counts)[:, None]
     batch = perceiver(patches, queries=queries, query_mask=known)
@@ -191,13 +189,13 @@ def test_every_layer_is_called_so_that_hooks_and_adapters_have_their_say() -> No
     layers = {name: module for name, module in perceiver.named_modules() if not list(module.children())}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *_, name=name: called.add(name))
-    perceiver(some(1, 3, 3, 16))
+    perceiver(noise(1, 3, 3, 16))
     assert called == set(layers)
 
 
 def test_no_gradient_flows_through_the_attention_mask() -> None:
     perceiver = make_perceiver(perceiver_num_stages=1)
-    patches = some(1, 3, 3, 16)
+    patches = noise(1, 3, 3, 16)
     perceiver(patches).region_embeddings.sum().backward()
     # The head only makes the mask here: its own outputs are not in the sum.
     assert perceiver.segmentation_head.mask_projection.weight.grad is None
@@ -209,7 +207,7 @@ def test_a_pixel_of_exactly_one_half_is_seen() -> None:
     with torch.no_grad():
         perceiver.segmentation_head.mask_projection.weight.zero_()
         perceiver.segmentation_head.mask_projection.bias.zero_()
-    patches, asked = some(1, 2, 2, 16), some(1, 3, 16, seed=1)
+    patches, asked = noise(1, 2, 2, 16), noise(1, 3, 16, seed=1)
     seen: list[torch.Tensor] = []
     perceiver.stages[0].region_to_image.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     perceiver(patches, queries=asked)
@@ -230,11 +228,11 @@ def test_attention_goes_through_the_attention_interface(monkeypatch: pytest.Monk
     for name in ("sdpa", "maskless_kernel"):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, spy_of(name))
     perceiver = make_perceiver(implementation="sdpa", perceiver_num_stages=1)
-    reference = perceiver(some(1, 3, 3, 16)).masks_queries_logits
+    reference = perceiver(noise(1, 3, 3, 16)).masks_queries_logits
     assert calls == [("sdpa", False), ("sdpa", True), ("sdpa", False)]
     calls.clear()
     for module in perceiver.modules():
         if isinstance(module, CrossAttention):
             module.config._attn_implementation = "maskless_kernel"
-    torch.testing.assert_close(perceiver(some(1, 3, 3, 16)).masks_queries_logits, reference)
+    torch.testing.assert_close(perceiver(noise(1, 3, 3, 16)).masks_queries_logits, reference)
     assert calls == [("maskless_kernel", False), ("sdpa", True), ("maskless_kernel", False)]

@@ -9,16 +9,7 @@ import torch.nn.functional as F
 from configuration_medsight import MedSightConfig
 from modeling_medsight.loss_medsight import code_mask_loss, masks_of_classes
 
-from .configurations import (
-    CLASS_QUERIES,
-    CLOSE,
-    ROWS,
-    gradients,
-    labelled,
-    make_config,
-    make_model,
-    perceiving,
-)
+from .configurations import CLASS_QUERIES, CLOSE, ROWS, gradients, labelled, make_config, make_model, perceiving
 
 
 COUNTS = (2, 0, 3, 1)
