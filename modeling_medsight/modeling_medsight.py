@@ -167,7 +167,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             image_hidden_states=image_embeds,
             region_features=regions,
         )
@@ -334,7 +334,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             region_features=outputs.region_features,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _mask_loss(
