@@ -69,17 +69,12 @@ class RegionCodebook(nn.Module):
         Raises:
             ValueError: if `groups` does not name one existing group for each image.
         """
-        if groups.shape != region_embeddings.shape[:1]:
+        exists = torch.compiler.is_compiling() or bool(((groups >= 0) & (groups < len(self.codes))).all())
+        if groups.shape != region_embeddings.shape[:1] or not exists:
             raise ValueError(
-                f"groups has shape {tuple(groups.shape)}; "
-                f"expected one group for each of {len(region_embeddings)} images"
+                f"groups {groups.tolist()} for {len(region_embeddings)} images: give each one between 0 and "
+                f"{len(self.codes) - 1}"
             )
-        if (
-            not torch.compiler.is_compiling()
-            and len(groups)
-            and not 0 <= int(groups.min()) <= int(groups.max()) < len(self.codes)
-        ):
-            raise ValueError(f"groups {groups.tolist()} must lie between 0 and {len(self.codes) - 1}")
         vectors = self.encode(region_embeddings)
         codes = self.code_table()[groups]
         # Both are of unit length, so the nearest code is the one with the largest product; not a rounded one.
@@ -90,10 +85,12 @@ class RegionCodebook(nn.Module):
         reconstructed = self.decode(straight_through if self.training else nearest)
         vq_loss = reconstruction_loss = None
         if self.training:
-            vq_loss = F.mse_loss(nearest, vectors.detach()) + self.commitment_weight * F.mse_loss(
-                vectors, nearest.detach()
-            )
-            reconstruction_loss = F.mse_loss(reconstructed.float(), region_embeddings.detach().float())
+            numbers = max(1, vectors.numel())  # there may be no regions
+            to_regions = F.mse_loss(nearest, vectors.detach(), reduction="sum") / numbers
+            to_codes = F.mse_loss(vectors, nearest.detach(), reduction="sum") / numbers
+            vq_loss = to_regions + self.commitment_weight * to_codes
+            error = F.mse_loss(reconstructed.float(), region_embeddings.detach().float(), reduction="sum")
+            reconstruction_loss = error / max(1, region_embeddings.numel())
         return RegionQuantizerOutput(
             code_indices=indices,
             code_vectors=nearest,

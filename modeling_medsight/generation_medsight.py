@@ -1,11 +1,13 @@
 """`generate()` with masks: text from transformers' own generation, then a mask for every region code in it."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
@@ -15,6 +17,7 @@ from .region_codes_in_text_medsight import RegionCodeConstraint, count_images, i
 UNREAD = ("original_sizes", "mm_token_type_ids")  # what the processor gives beside what the model reads
 
 
+@dataclass
 class GroundingState:
     """What one call of `generate()` knows of regions while it runs.
 
@@ -23,17 +26,18 @@ class GroundingState:
         force_region: let no answer end without a code.
         collect: keep the language model's last state of every step. Only a search that gives every row one token a
             step, and never changes the order of rows, can use them.
+        views: the prompt's images, in place of `pixel_values`.
     """
 
-    def __init__(self, allowed_groups: torch.Tensor, force_region: bool, collect: bool) -> None:
-        self.allowed_groups = allowed_groups
-        self.force_region = force_region
-        self.collect = collect
-        self.states: list[torch.Tensor] = []
+    allowed_groups: torch.Tensor
+    force_region: bool
+    collect: bool
+    views: Optional["_Views"]
+    states: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, hidden: torch.Tensor, num_new_tokens: int) -> None:
+    def add(self, hidden: torch.Tensor) -> None:
         """Take a step's states (rows, columns that gave logits, d), of which the last gave the new token."""
-        self.collect = self.collect and num_new_tokens == hidden.shape[1] == 1
+        self.collect = self.collect and hidden.shape[1] == 1
         if self.collect:
             self.states.append(hidden[:, -1:].clone())  # a compiled step writes the next one's over it
 
@@ -89,9 +93,6 @@ class MedSightGenerationMixin(GenerationMixin):
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
         if kwargs.get("image_embeds") is not None:
             raise ValueError("image_embeds: no mask can be drawn from them; give generate the pixel_values")
-        if kwargs.get("synced_gpus") is None and self._is_sharded():
-            kwargs["synced_gpus"] = True
-
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.get("pixel_values")
         self._prepare_special_tokens(settings, True, device=self.device)
@@ -103,22 +104,19 @@ class MedSightGenerationMixin(GenerationMixin):
             allowed_groups = getattr(settings, "allowed_groups", None)
         if force_region is None:
             force_region = bool(getattr(settings, "force_region", False))
-        views = None
-        if pixel_values is not None:
-            by_last_image = isinstance(allowed_groups, str) and allowed_groups == "predicted"
-            views = _Views(self, prompt, pixel_values, _columns_in_cache(kwargs), by_last_image)
-            if kwargs.get("assistant_model") is None:  # an assistant looks at the pixels with its own encoder
-                kwargs["image_embeds"] = views.image_embeds()
-                del kwargs["pixel_values"]
+        views = None if pixel_values is None else _Views(self, prompt, pixel_values)
         allowed = self._allowed_groups(prompt, views, allowed_groups)
         if force_region and not bool(allowed.any(dim=1).all()):
             raise ValueError("force_region=True needs an image in every row of the prompt")
 
         # Processes that wait for each other must all make the same passes, whatever each has cited; an assistant,
-        # which gets all that this model gets, need not know this; and beams change their rows.
-        synced, assisted = bool(kwargs.get("synced_gpus")), kwargs.get("assistant_model") is not None
+        # which gets all that this model gets, looks at the pixels with its own encoder; and beams change their rows.
+        synced = kwargs.setdefault("synced_gpus", is_fsdp_managed_module(self))
+        assisted = kwargs.get("assistant_model") is not None
+        if not assisted:
+            kwargs.pop("pixel_values", None)
         collect = views is not None and not synced and not assisted and (settings.num_beams or 1) == 1
-        grounding = GroundingState(allowed, force_region, collect)
+        grounding = GroundingState(allowed, force_region, collect, None if assisted else views)
         outputs = super().generate(inputs, generation_config, logits_processor, grounding=grounding, **kwargs)
         if not hasattr(outputs, "sequences"):
             return outputs
@@ -137,18 +135,20 @@ class MedSightGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Images go into the step that reads their placeholders, and into no other."""
+        pixel_values = kwargs.pop("pixel_values", None)
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        images = {name: kwargs[name] for name in ("pixel_values", "image_embeds") if kwargs.get(name) is not None}
-        for name in images:
-            model_inputs.pop(name, None)
-        read = (
-            model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
-        )
-        if images and (read.shape[1] > 1 or kwargs.get("is_first_iteration", False)):
+        views = None if grounding is None else grounding.views
+        if pixel_values is None and views is None:
+            return model_inputs
+        read = model_inputs["inputs_embeds" if model_inputs.get("input_ids") is None else "input_ids"].shape[1]
+        if read > 1:
             # A cache may hold the beginning of the conversation: only images after it are read now.
-            index = torch.cat(_images_of_rows(input_ids, self.config, input_ids.shape[1] - read.shape[1]))
-            if len(index):
-                model_inputs.update({name: value[index.to(value.device)] for name, value in images.items()})
+            start = input_ids.shape[1] - read
+            if views is not None:
+                model_inputs["image_embeds"] = views.image_embeds(input_ids, start)
+            else:
+                images = _images_of(input_ids, self.config, start)
+                model_inputs["pixel_values"] = pixel_values[images] if len(images) else None
         return model_inputs
 
     def _get_logits_processor(
@@ -176,33 +176,11 @@ class MedSightGenerationMixin(GenerationMixin):
         )
 
     def _update_model_kwargs_for_generation(
-        self,
-        outputs: Any,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         if model_kwargs.get("grounding") is not None:
-            model_kwargs["grounding"].add(outputs.last_hidden_state, num_new_tokens)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat each row's images as a block: rows may have different numbers of them."""
-        names = [name for name in ("pixel_values", "image_embeds") if model_kwargs.get(name) is not None]
-        images = {name: model_kwargs.pop(name) for name in names}
-        if images and expand_size > 1 and input_ids is not None:
-            index = torch.cat([block.repeat(expand_size) for block in _images_of_rows(input_ids, self.config)])
-            images = {name: value[index] for name, value in images.items()}
-        expanded, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return expanded, {**model_kwargs, **images}
+            model_kwargs["grounding"].add(outputs.last_hidden_state)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _refuse_wrong_inputs(
         self,
@@ -211,27 +189,26 @@ class MedSightGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None,
         settings: Any,
     ) -> None:
-        if prompt is not None and attention_mask is not None and attention_mask.shape == prompt.shape:
-            right = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
-            if right:
-                raise ValueError(
-                    f"row {right[0]} of the prompt is padded on the right, where its answer would begin: pad on the "
-                    'left (tokenizer.padding_side = "left")'
-                )
-        if pixel_values is None:
-            if prompt is not None and bool((prompt == self.config.image_token_id).any()):
-                raise ValueError("the prompt has image placeholders but no images were given (pixel_values)")
-            return
         if prompt is None:
-            raise ValueError("images need input_ids: without them nothing says where the images stand in the prompt")
-        placeholders, rows = int((prompt == self.config.image_token_id).sum()), self.config.image_seq_length
-        if placeholders != len(pixel_values) * rows:
-            count = len(pixel_values)
+            if pixel_values is not None:
+                raise ValueError("images need input_ids: nothing else says where they stand in the prompt")
+            return
+        if attention_mask.shape == prompt.shape and not bool(attention_mask[:, -1].all()):
+            row = attention_mask[:, -1].tolist().index(0)
             raise ValueError(
-                f"Image features and image tokens do not match: {count} images need {count * rows} image "
+                f"row {row} of the prompt is padded on the right, where its answer would begin: pad on the left "
+                '(tokenizer.padding_side = "left")'
+            )
+        images = 0 if pixel_values is None else len(pixel_values)
+        placeholders, rows = int((prompt == self.config.image_token_id).sum()), self.config.image_seq_length
+        if placeholders != images * rows:
+            raise ValueError(
+                f"Image features and image tokens do not match: {images} images need {images * rows} image "
                 f"placeholders ({rows} each), the prompt has {placeholders}"
             )
-        if attention_mask is not None and attention_mask.shape != prompt.shape:
+        if not images:
+            return
+        if attention_mask.shape != prompt.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} but the prompt {tuple(prompt.shape)}: with "
                 "images, give the whole conversation, also where past_key_values holds its beginning"
@@ -243,38 +220,32 @@ class MedSightGenerationMixin(GenerationMixin):
                     "read, and masks would not belong to the text"
                 )
 
-    def _is_sharded(self) -> bool:
-        """Whether parameters are spread over processes by FSDP2, which then must all make the same passes."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return False
-        from torch.distributed.fsdp import FSDPModule
-
-        return any(isinstance(module, FSDPModule) for module in self.modules())
-
     def _allowed_groups(
         self, prompt: torch.Tensor | None, views: "_Views | None", allowed_groups: str | Sequence[int | str] | None
     ) -> torch.Tensor:
         """(batch, K) boolean: groups whose codes each row may use; none for a row without an image."""
         num_groups, names = self.config.num_groups, list(self.config.group_names)
-        if prompt is None or views is None:
+        if views is None:
             if allowed_groups is not None:
                 raise ValueError(f"allowed_groups={allowed_groups!r} needs an image in the prompt (pixel_values)")
             return torch.zeros(1, num_groups, dtype=torch.bool)
         images = count_images(prompt, self.config)
-        if allowed_groups is None:
-            allowed = torch.ones(len(prompt), num_groups, dtype=torch.bool, device=prompt.device)
-        elif isinstance(allowed_groups, str) and allowed_groups == "predicted":
-            allowed = torch.nn.functional.one_hot(views.predicted_groups().to(prompt.device), num_groups).bool()
-        else:
+        has_image = images > 0
+        allowed = has_image[:, None].repeat(1, num_groups)
+        if isinstance(allowed_groups, str) and allowed_groups == "predicted":
+            places, regions = views.features((images.cumsum(0) - 1)[has_image])
+            predicted = regions.group_logits.argmax(-1)[places.to(regions.group_logits.device)]
+            allowed[has_image] = torch.nn.functional.one_hot(predicted.to(prompt.device), num_groups).bool()
+        elif allowed_groups is not None:
             given = allowed_groups.tolist() if hasattr(allowed_groups, "tolist") else allowed_groups
             given = list(given) if isinstance(given, (list, tuple, set, range)) else [given]
             known = {**{k: k for k in range(num_groups)}, **{name: k for k, name in enumerate(names)}}
             unknown = [group for group in given if isinstance(group, bool) or group not in known]
             if unknown or not given:
                 raise ValueError(f"allowed_groups={allowed_groups!r}: unknown {unknown}; the groups are {names}")
-            allowed = torch.zeros(len(prompt), num_groups, dtype=torch.bool, device=prompt.device)
-            allowed[:, [known[group] for group in given]] = True
-        return allowed & (images > 0)[:, None]
+            chosen = {known[group] for group in given}
+            allowed[:, [k for k in range(num_groups) if k not in chosen]] = False
+        return allowed
 
     def _decode_generated(
         self,
@@ -294,23 +265,22 @@ class MedSightGenerationMixin(GenerationMixin):
         sequences = outputs.sequences
         length = 0 if prompt is None else prompt.shape[1]
         new_tokens = sequences[:, length:]
-        cited = is_region_code(new_tokens, self.config)
-        if prompt is None or views is None or not bool(cited.any()):
+        codes = locate_codes(sequences, self.config, start=length)
+        if views is None or not sum(codes.counts):
+            states = torch.empty(len(sequences), 0, self.lm_head.in_features, dtype=self.dtype, device=self.device)
             if synced:
-                self.lm_head(self.model(input_ids=sequences[:, -1:], use_cache=False).last_hidden_state)
-            return self._no_regions(len(sequences))
+                states = self.model(input_ids=sequences[:, -1:], use_cache=False).last_hidden_state
+            return self._decoded_regions(sequences, codes, states, None)
 
-        copies = len(sequences) // len(prompt)
-        images = count_images(prompt, self.config)
-        first_image = (images.cumsum(0) - images).repeat_interleave(copies)
-        codes = locate_codes(sequences, self.config, first_image=first_image, start=length)
-        codes.layout.images, regions = views.features_of(codes.layout.images)
+        images = views.images_of(sequences).to(codes.images.device)[codes.images]
+        codes.images, regions = views.features(images)
         states, start = grounding.states_before(new_tokens), length - 1
         if states is not None:
-            if not bool(cited[:, -1].any()):
+            if not bool(is_region_code(new_tokens[:, -1], self.config).any()):
                 return self._decoded_regions(sequences, codes, states, regions, first_position=start)
             start = sequences.shape[1] - 1  # of the last column alone no step needed the state
 
+        copies = len(sequences) // len(prompt)
         attention_mask = attention_mask.repeat_interleave(copies, dim=0)
         attention_mask = torch.cat((attention_mask, torch.ones_like(new_tokens)), dim=1)
         cache = None
@@ -320,8 +290,7 @@ class MedSightGenerationMixin(GenerationMixin):
             passed = {CACHE_NAME: cache, "use_cache": True}
         else:
             states, start = None, 0
-            index = torch.cat([block.repeat(copies) for block in _images_of_rows(prompt, self.config)])
-            passed = {"image_embeds": views.image_embeds(all_images=True)[index], "use_cache": False}
+            passed = {"image_embeds": views.image_embeds(sequences), "use_cache": False}
         hidden = self.model(
             input_ids=sequences[:, start:],
             attention_mask=attention_mask,
@@ -334,55 +303,38 @@ class MedSightGenerationMixin(GenerationMixin):
 
 
 class _Views:
-    """The images of one call of `generate()`, looked at once each, and only where this is needed.
+    """The images of one call of `generate()`, looked at once each, and only where this is needed."""
 
-    Args:
-        columns_in_cache: columns of the prompt that a given cache holds; images in these need no look.
-        last_too: look also at the last image of each row, wherever it stands.
-    """
-
-    def __init__(
-        self, model: Any, prompt: torch.Tensor, pixel_values: torch.Tensor, columns_in_cache: int, last_too: bool
-    ) -> None:
+    def __init__(self, model: Any, prompt: torch.Tensor, pixel_values: torch.Tensor) -> None:
         self.model = model.model
+        self.rows = len(prompt)
         self.pixel_values = pixel_values
-        # Masks are drawn for what is cited, which only the cheaper decoder takes from the regions' own pass.
-        self.with_masks = model.config.mask_decoder == "head"
-        blocks = _images_of_rows(prompt, model.config)
-        self.last = torch.tensor([int(block[-1]) if len(block) else 0 for block in blocks])
-        wanted = torch.cat(_images_of_rows(prompt, model.config, columns_in_cache))
-        self.known = torch.cat((wanted, self.last)).unique() if last_too else wanted
-        self.regions = self._look(self.known) if len(self.known) else None
+        self.known, self.regions = torch.arange(0), None
 
-    def _look(self, images: torch.Tensor) -> Any:
-        pixels = self.pixel_values[images.to(self.pixel_values.device)]
-        return self.model.get_region_features(pixels, self.with_masks, return_dict=True)
+    def images_of(self, sequences: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Indices of the images in `sequences`, one or several for each row of the prompt, from column `start` on."""
+        return _images_of(sequences, self.model.config, start, copies=len(sequences) // self.rows)
 
-    def image_embeds(self, all_images: bool = False) -> torch.Tensor:
-        """Blocks for the language model; of images that were not looked at, zeros, unless all are asked for."""
-        if all_images and len(self.known) < len(self.pixel_values):
-            self.known = torch.arange(len(self.pixel_values))
-            self.regions = self._look(self.known)
-        config, reference = self.model.config, self.model.group_classifier.weight
-        shape = (len(self.pixel_values), config.image_seq_length, config.text_config.hidden_size)
-        if self.regions is None:
-            return reference.new_zeros(shape)
-        embeds = self.model.project_regions(self.regions)
-        if len(self.known) == len(embeds) == shape[0]:
-            return embeds
-        return embeds.new_zeros(shape).index_copy(0, self.known.to(embeds.device), embeds)
+    def image_embeds(self, sequences: torch.Tensor, start: int = 0) -> torch.Tensor | None:
+        """Blocks of these images for the language model; `None` where there are none."""
+        images = self.images_of(sequences, start)
+        if not len(images):
+            return None
+        places, regions = self.features(images)
+        return self.model.project_regions(regions)[places]
 
-    def predicted_groups(self) -> torch.Tensor:
-        """(rows,) the group that the classifier gives to the last image of each row."""
-        places = torch.searchsorted(self.known, self.last)
-        return self.regions.group_logits.argmax(-1)[places.to(self.regions.group_logits.device)]
-
-    def features_of(self, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Features of cited images, and for each of `images` (n,) its place in them."""
+    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """For each of `images` (n,) its place in the features that come with it; all are looked at unless they were
+        last time."""
         asked = images.cpu()
-        if not bool(torch.isin(asked, self.known).all()):
+        if self.regions is None or not bool(torch.isin(asked, self.known).all()):
             self.known = asked.unique()
-            self.regions = self._look(self.known)
+            # Masks are drawn for what is cited, which only the cheaper decoder takes from the regions' own pass.
+            self.regions = self.model.get_region_features(
+                self.pixel_values[self.known.to(self.pixel_values.device)],
+                with_masks=self.model.config.mask_decoder == "head",
+                return_dict=True,
+            )
         return torch.searchsorted(self.known, asked).to(images.device), self.regions
 
 
@@ -399,26 +351,19 @@ def _as_list(token_ids: torch.Tensor | None) -> list[int]:
 def _is_complete(new_tokens: torch.Tensor, end_ids: torch.Tensor | None, pad_id: torch.Tensor | None) -> torch.Tensor:
     """(rows,) boolean: whether each row of `new_tokens` (rows, length) came to an end token, before its padding."""
     ends = torch.isin(new_tokens, torch.tensor(_as_list(end_ids), device=new_tokens.device))
-    if not new_tokens.shape[1]:
-        return ends.any(dim=1)
     if pad_id is None or int(pad_id) in _as_list(end_ids):
         return ends[:, -1]
     last = (new_tokens != int(pad_id)).cumsum(dim=1).argmax(dim=1)  # the first place of the highest count
     return ends.gather(1, last[:, None])[:, 0]
 
 
-def _images_of_rows(input_ids: torch.Tensor, config: Any, start: int = 0) -> tuple[torch.Tensor, ...]:
-    """For each row of `input_ids`, the indices among all images of the batch of its images from column `start` on."""
-    counts = count_images(input_ids, config).tolist()
-    later = count_images(input_ids[:, start:], config).tolist()
+def _images_of(input_ids: torch.Tensor, config: Any, start: int, copies: int = 1) -> torch.Tensor:
+    """Indices, among all images of a batch, of those in `input_ids` from column `start` on; `copies` rows in a
+    sequence are of one row of the batch."""
+    counts = count_images(input_ids[::copies], config).tolist()
+    later = count_images(input_ids[::copies, start:], config).tolist()
     blocks = torch.arange(sum(counts)).split(counts)
-    return tuple(block[len(block) - n :] for block, n in zip(blocks, later, strict=True))
-
-
-def _columns_in_cache(kwargs: dict[str, Any]) -> int:
-    """Columns that a cache given to `generate` holds already."""
-    cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    return torch.cat([block[len(block) - n :].repeat(copies) for block, n in zip(blocks, later, strict=True)])
 
 
 def _beginning_of_cache(cache: Any, prompts: int, copies: int, length: int, shared: bool) -> DynamicCache | None:
@@ -430,11 +375,9 @@ def _beginning_of_cache(cache: Any, prompts: int, copies: int, length: int, shar
         shared: the columns are the prompt's: beams share them, so any row of a prompt serves. Else the rows of the
             cache are the sequences.
     """
-    if not isinstance(cache, Cache) or not cache.layers or getattr(cache, "offloading", False):
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return None
     if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in cache.layers):
-        return None
-    if cache.get_seq_length() < length or length == 0:
         return None
     rows_each = cache.layers[0].keys.shape[0] // prompts
     rows = torch.arange(prompts * copies)

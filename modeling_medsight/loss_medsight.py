@@ -1,5 +1,4 @@
-"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3), and
-what labels they refuse."""
+"""Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3)."""
 
 from typing import Any
 
@@ -24,7 +23,7 @@ def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Masks (n, H, W), boolean or in [0, 1], to (n, *size) float32, by bilinear interpolation with antialiasing."""
     masks = masks.float()
-    if masks.shape[-2:] == size or len(masks) == 0:
+    if masks.shape[-2:] == tuple(size) or len(masks) == 0:
         return masks.reshape(len(masks), *size)
     return F.interpolate(masks[:, None], size=size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
 
@@ -34,9 +33,7 @@ class HungarianMatcher(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.bce_weight = config.bce_loss_weight
-        self.dice_weight = config.dice_loss_weight
-        self.class_weight = config.class_loss_weight
+        self.config = config
 
     @torch.no_grad()
     def forward(
@@ -69,7 +66,8 @@ class HungarianMatcher(nn.Module):
                 overlap = probabilities @ targets.T
             dice = 1 - (2 * overlap + 1) / (probabilities.sum(1)[:, None] + targets.sum(1)[None] + 1)
             likelihood = classes.float().softmax(-1)[:, labels]
-            cost = self.bce_weight * bce + self.dice_weight * dice - self.class_weight * likelihood
+            cost = self.config.bce_loss_weight * bce + self.config.dice_loss_weight * dice
+            cost = cost - self.config.class_loss_weight * likelihood
             # Where logits are not finite any pairs will do: the loss says so.
             query_index, region_index = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
             pairs.append((torch.as_tensor(query_index), torch.as_tensor(region_index)))
@@ -81,12 +79,8 @@ class RegionPerceiverLoss(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.config = config
         self.matcher = HungarianMatcher(config)
-        self.bce_weight = config.bce_loss_weight
-        self.dice_weight = config.dice_loss_weight
-        self.class_weight = config.class_loss_weight
-        self.no_object = config.num_mask_classes
-        self.no_object_weight = config.no_object_weight
 
     def forward(
         self,
@@ -95,24 +89,22 @@ class RegionPerceiverLoss(nn.Module):
         mask_labels: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-        num_masks: float | None = None,
-        num_images: float | None = None,
+        loss_counts: dict[str, float] | None = None,
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Loss (scalar, float32) and the pairs used; arguments as for [`HungarianMatcher`], masks of any size.
 
         Args:
             pairs: take these instead of matching anew.
-            num_masks, num_images: matched masks and images to average over, where this call sees a part of a batch;
-                its own by default.
+            loss_counts: `masks` that are matched and `images` to average over, where this call sees a part of a
+                batch; its own by default.
         """
-        device = masks_queries_logits.device
-        size = tuple(masks_queries_logits.shape[-2:])
-        mask_labels = [resize_masks(masks.to(device), size) for masks in mask_labels]
+        config, device, counts = self.config, masks_queries_logits.device, loss_counts or {}
+        mask_labels = [resize_masks(masks.to(device), masks_queries_logits.shape[-2:]) for masks in mask_labels]
         class_labels = [labels.to(device) for labels in class_labels]
         if pairs is None:
             pairs = self.matcher(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
 
-        classes = torch.full(class_queries_logits.shape[:2], self.no_object, device=device)
+        classes = torch.full(class_queries_logits.shape[:2], config.num_mask_classes, device=device)
         chosen_logits, chosen_targets = [], []
         for i, (queries, regions) in enumerate(pairs):
             queries, regions = queries.to(device), regions.to(device)
@@ -120,19 +112,18 @@ class RegionPerceiverLoss(nn.Module):
             chosen_logits.append(masks_queries_logits[i, queries])
             chosen_targets.append(mask_labels[i][regions])
         logits, targets = torch.cat(chosen_logits), torch.cat(chosen_targets)
-        num_masks = len(logits) if num_masks is None else num_masks
-        num_queries = classes.shape[1] * (len(classes) if num_images is None else num_images)
-        weights = torch.ones(self.no_object + 1, device=device)
-        weights[self.no_object] = self.no_object_weight
+        num_masks = counts.get("masks", len(logits))
+        num_queries = classes.shape[1] * counts.get("images", len(classes))
+        weights = torch.ones(config.num_mask_classes + 1, device=device)
+        weights[-1] = config.no_object_weight
         class_loss = F.cross_entropy(
             class_queries_logits.float().transpose(1, 2), classes, weight=weights, reduction="sum"
         )
-        weight = num_masks + self.no_object_weight * (num_queries - num_masks)
-        loss = self.class_weight * class_loss / (weight or 1)  # without any weight there is no loss
-        if len(logits) == 0:
-            return loss + 0 * masks_queries_logits.float().sum(), pairs
-        mask_loss = self.bce_weight * mask_bce(logits, targets) + self.dice_weight * mask_dice(logits, targets)
-        return loss + mask_loss.sum() / num_masks, pairs
+        weight = num_masks + config.no_object_weight * (num_queries - num_masks)
+        loss = config.class_loss_weight * class_loss / (weight or 1)  # without any weight there is no loss
+        mask_loss = config.bce_loss_weight * mask_bce(logits, targets)
+        mask_loss = mask_loss + config.dice_loss_weight * mask_dice(logits, targets)
+        return loss + mask_loss.sum() / max(1, num_masks), pairs
 
 
 def code_mask_loss(
@@ -141,15 +132,14 @@ def code_mask_loss(
     """BCE + Dice of decoded codes, mask i the target of code i, averaged over all real masks of the batch.
 
     Args:
-        mask_logits: a tensor (codes, H, W) a sample, at least one code in all.
+        mask_logits: a tensor (codes, H, W) a sample.
         mask_labels: a tensor (codes, h, w) in [0, 1] a sample, of any size.
         num_masks: masks to average over, where this call sees a part of a batch; its own by default.
     """
-    size = tuple(mask_logits[0].shape[-2:])
-    targets = torch.cat([resize_masks(masks.to(mask_logits[0].device), size) for masks in mask_labels])
     logits = torch.cat(mask_logits)
+    targets = torch.cat([resize_masks(masks.to(logits.device), logits.shape[-2:]) for masks in mask_labels])
     losses = mask_bce(logits, targets) + mask_dice(logits, targets)
-    return losses.sum() / (len(losses) if num_masks is None else num_masks)
+    return losses.sum() / max(1, len(losses) if num_masks is None else num_masks)
 
 
 def masks_of_classes(masks: torch.Tensor, classes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -159,31 +149,3 @@ def masks_of_classes(masks: torch.Tensor, classes: torch.Tensor, asked: torch.Te
         return torch.zeros(len(asked), *masks.shape[1:], device=masks.device)
     of_class = (asked[:, None] == classes)[:, :, None, None]
     return (masks.float() * of_class).amax(dim=1)  # no look at what is on a GPU, which would wait for it
-
-
-def require(**inputs: Any) -> None:
-    """Refuse inputs that are `None`, naming them."""
-    missing = [name for name, value in inputs.items() if value is None]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}: this loss needs it")
-
-
-def refuse_useless(where: str, **inputs: Any) -> None:
-    """Refuse inputs that are there and would be passed over."""
-    given = [name for name, value in inputs.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)}: of no use {where}")
-
-
-def refuse_uneven_labels(
-    pixel_values: torch.Tensor, mask_labels: list[torch.Tensor], class_labels: list[torch.Tensor]
-) -> None:
-    """Refuse labels that are not one entry an image, with a class a mask."""
-    if len(mask_labels) != len(pixel_values) or len(class_labels) != len(pixel_values):
-        raise ValueError(
-            f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {len(pixel_values)} images: "
-            "give one entry an image"
-        )
-    for i, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
-        if len(masks) != len(classes):
-            raise ValueError(f"image {i} has {len(masks)} mask_labels but {len(classes)} class_labels")

@@ -15,7 +15,7 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionQuantizerOutput
 from .generation_medsight import UNREAD, MedSightGenerationMixin, positions_of
-from .loss_medsight import code_mask_loss, refuse_useless, require
+from .loss_medsight import code_mask_loss
 from .outputs_medsight import (
     CACHE_NAME,
     MedSightCausalLMOutputWithPast,
@@ -66,13 +66,13 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
     @property
     def region_model(self) -> MedSightRegionModel:
         """What sees, as a model of its own over the same modules: to train it trains this model."""
-        return MedSightRegionModel.sharing_modules_of(self)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        with torch.device("meta"):
+            region_model = MedSightRegionModel(self.config)
+        for name, module in self.named_children():
+            if hasattr(region_model, name):
+                setattr(region_model, name, module)
+        region_model.training = self.training
+        return region_model
 
     @can_return_tuple
     def get_image_features(
@@ -80,11 +80,11 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
         kwargs.pop("original_sizes", None)  # the processor's, which serving engines pass on with the pixels
-        encoder_output, regions = self._see(pixel_values, with_masks=False, **kwargs)
+        encoder_output, grid, summary = self._encode(pixel_values, **kwargs)
         all_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoder_output.last_hidden_state,
-            pooler_output=self.project_regions(regions),
+            pooler_output=self.project_regions(self._perceive(grid, summary, with_masks=False)),
             hidden_states=encoder_output.hidden_states if all_layers else None,
             attentions=getattr(encoder_output, "attentions", None),
         )
@@ -123,10 +123,8 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is
                 given.
         """
-        if input_ids is None and inputs_embeds is None and pixel_values is not None:
-            raise ValueError("pixel_values without input_ids: images alone are for region_model")
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("give exactly one of input_ids and inputs_embeds; images alone are for region_model")
         for name in UNREAD:
             kwargs.pop(name, None)
         if inputs_embeds is None:
@@ -138,8 +136,14 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
 
         regions = None
         if image_embeds is None and pixel_values is not None:
-            regions = self._see(pixel_values, with_masks=self.config.mask_decoder == "head")[1]
+            regions = self.get_region_features(pixel_values, self.config.mask_decoder == "head", return_dict=True)
             image_embeds = self.project_regions(regions)
+        elif image_embeds is None and input_ids is not None and input_ids.shape[1] > 1:
+            # No blocks, in the graph all the same: data-parallel training need not search for unused parameters.
+            nothing = (0, self.config.image_seq_length, self.config.vision_hidden_size)
+            image_embeds = self.vision_to_text_projector(
+                inputs_embeds.new_zeros(nothing, dtype=self.vision_tower.dtype)
+            )
         if image_embeds is not None:
             expected = image_embeds.shape[0] * image_embeds.shape[1]
             torch_compilable_check(
@@ -151,12 +155,6 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             )
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], image_embeds)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            torch_compilable_check(~placeholders.any(), "the text has image placeholders but no images were given")
-            if self.training:
-                # Every trained parameter stays in the graph, as in `_mask_loss`, also where a batch has no images.
-                nothing = inputs_embeds.new_zeros(1, self.config.vision_hidden_size, dtype=self.vision_tower.dtype)
-                inputs_embeds = inputs_embeds + 0 * self.vision_to_text_projector(nothing).sum()
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -169,7 +167,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             image_hidden_states=image_embeds,
             region_features=regions,
         )
@@ -178,7 +176,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         self,
         last_hidden_state: torch.Tensor,
         codes: CodeLocations,
-        regions: MedSightRegionOutput,
+        regions: MedSightRegionOutput | None,
         first_position: int = 0,
     ) -> torch.Tensor:
         """Mask logits (codes, H, W) of region codes, from the language model's states (paper: text-to-vision).
@@ -186,13 +184,12 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         P_{t→v} of a code's state takes the place of the perceiver's learnable queries.
 
         Args:
-            last_hidden_state: (rows, length, hidden), after the final norm.
-            codes: where the codes stand.
-            regions: features of the images that `codes.layout` counts.
-            first_position: column of the sequence that `last_hidden_state` begins with.
+            last_hidden_state: (rows, length, hidden), after the final norm, from column `first_position` on.
+            regions: features of the images that `codes.images` counts; not needed where there are no codes.
         """
         states = last_hidden_state[codes.rows, codes.positions + self.config.region_state_offset - first_position]
-        return self.decode_queries(self.text_to_vision_projector(states), codes.layout, regions)
+        queries = self.text_to_vision_projector(states)
+        return self.decode_queries(queries, codes.images, codes.entries, max(codes.counts), regions)
 
 
 class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerationMixin):
@@ -237,27 +234,13 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         """See [`MedSightModel.region_model`]."""
         return self.model.region_model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def get_region_features(
         self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
     ) -> MedSightRegionOutput:
         """See [`MedSightRegionModel.get_region_features`]."""
         return self.model.get_region_features(pixel_values, with_masks, **kwargs)
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`MedSightModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -302,10 +285,16 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         Raises:
             ValueError: if the mask labels of a row do not match its codes, or a needed input is missing.
         """
-        of_regions = {name: kwargs.pop(name, None) for name in REGION_LABELS}
-        refuse_useless("with text: they are for region_model", **of_regions)
-        if not self.config.use_class_queries:
-            refuse_useless("without class queries", code_class_labels=code_class_labels)
+        useless = [name for name in REGION_LABELS if kwargs.pop(name, None) is not None]
+        if code_class_labels is not None and not self.config.use_class_queries:
+            useless.append("code_class_labels")
+        if useless:
+            raise ValueError(
+                f"{', '.join(useless)}: of no use here; region_model takes the labels of regions, and a model with "
+                "class queries code_class_labels"
+            )
+        if input_ids is None and not (mask_labels is None and code_class_labels is None):
+            raise ValueError("mask_labels and code_class_labels need input_ids, where the codes stand")
         of_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -345,29 +334,26 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             region_features=outputs.region_features,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _mask_loss(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         hidden: torch.Tensor,
         regions: MedSightRegionOutput | None,
         mask_labels: list[torch.Tensor | None],
         loss_counts: dict[str, float],
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Masks of the cited codes, a tensor a row, and their loss."""
-        require(input_ids=input_ids)
         if len(mask_labels) != len(input_ids):
             raise ValueError(
                 f"{len(mask_labels)} mask_labels for {len(input_ids)} samples: "
                 "give one entry a sample, empty if it cites no code"
             )
-        left_out = [masks is None for masks in mask_labels]
+        left_out = torch.tensor([masks is None for masks in mask_labels], device=input_ids.device)[:, None]
+        input_ids = input_ids.masked_fill(left_out & is_region_code(input_ids, self.config), -1)
         given = [hidden.new_zeros(0, 1, 1) if masks is None else masks for masks in mask_labels]
-        if any(left_out):
-            rows = torch.tensor(left_out, device=input_ids.device)[:, None]
-            input_ids = input_ids.masked_fill(rows & is_region_code(input_ids, self.config), -1)
         counts = [len(masks) for masks in given]
         cited = is_region_code(input_ids, self.config).sum(dim=1)
         torch_compilable_check(
@@ -379,34 +365,27 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             ),
         )
         codes = locate_codes(input_ids, self.config, counts=counts)
-        if not sum(counts):
-            # Every trained parameter stays in the graph, so that data-parallel training need not search for unused
-            # ones.
-            empty = hidden.new_zeros(0, *self.config.mask_size)
-            return [empty for _ in counts], 0 * self.model.text_to_vision_projector(hidden[:, -1]).float().sum()
-        require(pixel_values=regions)
         decoded = list(self.model.decode_states(hidden, codes, regions).split(counts))
         return decoded, code_mask_loss(decoded, given, loss_counts.get("masks"))
 
     def _alignment_loss(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         hidden: torch.Tensor,
         code_class_labels: list[torch.Tensor],
         loss_counts: dict[str, float],
     ) -> torch.Tensor:
         """Squared distance of a code's projected state to the query of its class, in units of these queries'
         variance."""
-        require(input_ids=input_ids)
         codes = locate_codes(input_ids, self.config)
         wanted = torch.cat(code_class_labels).to(hidden.device)
         if len(wanted) != len(codes.rows):
             raise ValueError(f"{len(wanted)} code_class_labels for {len(codes.rows)} cited region codes")
         known = wanted >= 0
         states = hidden[codes.rows, codes.positions + self.config.region_state_offset]
-        states = self.model.text_to_vision_projector(torch.cat((states[known], hidden[:1, -1]))).float()
+        states = self.model.text_to_vision_projector(states[known]).float()
         aims = self.model.region_perceiver.class_queries.detach().float()
-        distance = (states[:-1] - aims[wanted[known]]).square().mean(-1).sum() / aims.var() + 0 * states.sum()
+        distance = (states - aims[wanted[known]]).square().mean(-1).sum() / aims.var()
         return self.config.alignment_loss_weight * distance / max(1, loss_counts.get("codes", int(known.sum())))
 
     @torch.no_grad()
@@ -456,8 +435,6 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         first_position: int = 0,
     ) -> MedSightDecodedRegions:
         """Masks, ids and scores of located codes, split by row; `hidden` begins at column `first_position`."""
-        if not sum(codes.counts):
-            return self._no_regions(len(sequences))
         masks = self.model.decode_states(hidden, codes, regions, first_position)
         ids = sequences[codes.rows, codes.positions]
         logits = self.lm_head(hidden[codes.rows, codes.positions - 1 - first_position])
@@ -469,12 +446,4 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             mask_logits=list(masks.split(codes.counts)),
             region_code_ids=list(ids.split(codes.counts)),
             region_scores=list((likelihood * certainty).split(codes.counts)),
-        )
-
-    def _no_regions(self, rows: int) -> MedSightDecodedRegions:
-        empty = torch.empty(0, device=self.device)
-        return MedSightDecodedRegions(
-            mask_logits=[empty.to(self.dtype).reshape(0, *self.config.mask_size) for _ in range(rows)],
-            region_code_ids=[empty.long() for _ in range(rows)],
-            region_scores=[empty.float() for _ in range(rows)],
         )

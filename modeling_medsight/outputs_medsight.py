@@ -125,7 +125,7 @@ class MedSightDecodedRegions(ModelOutput):
 
 
 @dataclass
-class MedSightGenerateOutput(GenerateDecoderOnlyOutput):
+class MedSightGenerateOutput(MedSightDecodedRegions, GenerateDecoderOnlyOutput):
     """transformers' output of greedy search and sampling, and [`MedSightDecodedRegions`] of the generated codes.
 
     Args:
@@ -134,17 +134,11 @@ class MedSightGenerateOutput(GenerateDecoderOnlyOutput):
             a row that such a stop ended before other rows of its batch cannot be told from one that came to its end.
     """
 
-    mask_logits: list[torch.FloatTensor] | None = None
-    region_code_ids: list[torch.LongTensor] | None = None
-    region_scores: list[torch.FloatTensor] | None = None
     is_complete: torch.BoolTensor | None = None
 
 
 @dataclass
-class MedSightGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+class MedSightGenerateBeamOutput(MedSightDecodedRegions, GenerateBeamDecoderOnlyOutput):
     """transformers' output of beam search, and the rest as in [`MedSightGenerateOutput`]."""
 
-    mask_logits: list[torch.FloatTensor] | None = None
-    region_code_ids: list[torch.LongTensor] | None = None
-    region_scores: list[torch.FloatTensor] | None = None
     is_complete: torch.BoolTensor | None = None

@@ -31,7 +31,7 @@ class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     config: MedSightConfig
     config_class = MedSightConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["RegionPerceiverStage"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
@@ -44,8 +44,7 @@ class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     @classmethod
     def is_custom_code(cls) -> bool:
         """False, so that transformers also initialises modules without parameters of their own (projectors, CLIP's
-        blocks); it may, since `_init_weights` leaves loaded weights alone.
-        """
+        blocks); it may, since `_init_weights` leaves loaded weights alone."""
         return False
 
     @classmethod
@@ -58,20 +57,19 @@ class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As [`PreTrainedModel.set_attn_implementation`]; convolutions have no attention that a name could be for."""
         if isinstance(attn_implementation, str) and not has_attention(self.config.vision_config):
-            names = {"": attn_implementation, "text_config": attn_implementation, "vision_config": "eager"}
-            attn_implementation = names
+            attn_implementation = {
+                "": attn_implementation,
+                "text_config": attn_implementation,
+                "vision_config": "eager",
+            }
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RegionPerceiver):
-            init.normal_(module.region_queries)
-            if module.class_queries is not None:
-                init.normal_(module.class_queries)
-        if isinstance(module, RegionCodebook):
-            init.normal_(module.codes)
         if isinstance(module, (RegionPerceiver, RegionCodebook)):
+            for parameter in module.parameters(recurse=False):  # the queries, the codes
+                init.normal_(parameter)
             self._init_layers(module)
         if isinstance(module, RegionPerceiver) and self.config.mask_projection_init_std is not None:
             init.normal_(module.segmentation_head.mask_projection.weight, std=self.config.mask_projection_init_std)
@@ -95,23 +93,22 @@ def of_language_model(quantization_config: Any) -> Any:
     """The same quantisation, of the language model's layers alone.
 
     Args:
-        quantization_config: one of transformers' (`BitsAndBytesConfig`, ...), or its content as a dict; modules that
-            it names to be left alone are left alone too. It is not changed.
+        quantization_config: one of transformers' (`BitsAndBytesConfig`, ...), or its content as a dict. It is not
+            changed; modules that it leaves alone are left alone too.
 
     Raises:
         ValueError: a method that cannot leave modules alone.
     """
-    if isinstance(quantization_config, dict):
-        config = AutoQuantizationConfig.from_dict(dict(quantization_config))
-    else:
-        config = copy.copy(quantization_config)
-    for field in _FIELDS:
-        if hasattr(config, field):
-            # By their names in the whole model and in the one without a head: names match from their beginning.
-            names = [*(getattr(config, field) or []), *NOT_QUANTIZED, *(f"model.{name}" for name in NOT_QUANTIZED)]
-            setattr(config, field, list(dict.fromkeys(names)))
-            return config
-    raise ValueError(
-        f"{type(config).__name__} has no field for modules to leave alone, and masks need the ones outside of the "
-        "language model as they are: use BitsAndBytesConfig, or another that has one"
-    )
+    config = copy.copy(quantization_config)
+    if isinstance(config, dict):
+        config = AutoQuantizationConfig.from_dict(config)
+    field = next((field for field in _FIELDS if hasattr(config, field)), None)
+    if field is None:
+        raise ValueError(
+            f"{type(config).__name__} has no field for modules to leave alone, and masks need the ones outside of the "
+            "language model as they are: use BitsAndBytesConfig, or another that has one"
+        )
+    # By their names in the whole model and in the one without a head: names match from their beginning.
+    names = [*(getattr(config, field) or []), *NOT_QUANTIZED, *(f"model.{name}" for name in NOT_QUANTIZED)]
+    setattr(config, field, list(dict.fromkeys(names)))
+    return config

@@ -9,45 +9,22 @@ from transformers.utils import torch_compilable_check
 
 
 @dataclass
-class QueryLayout:
-    """Which image each of n queries is about, and which of them the perceiver decodes in one pass.
-
-    Args:
-        images (`torch.LongTensor` of shape `(n,)`): index of each query's image among all images of the batch.
-        entries (`torch.LongTensor` of shape `(n,)`): queries of one entry, which are about one image, share a pass.
-        slots (`torch.LongTensor` of shape `(n,)`): place of the query within its entry.
-        num_entries (`int`): how many entries there are; `None` under `torch.compile`: one for each image.
-        max_slots (`int`): places that an entry has room for.
-    """
-
-    images: torch.Tensor
-    entries: torch.Tensor
-    slots: torch.Tensor
-    num_entries: int | None
-    max_slots: int
-
-    @classmethod
-    def of_counts(cls, counts: list[int], device: torch.device) -> "QueryLayout":
-        """That many queries about each image in turn."""
-        images = torch.tensor([image for image, n in enumerate(counts) for _ in range(n)], device=device)
-        slots = torch.tensor([slot for n in counts for slot in range(n)], device=device)
-        return cls(images, images, slots, len(counts), max(counts))
-
-
-@dataclass
 class CodeLocations:
     """The n region codes of a batch of sequences, row by row, left to right.
 
     Args:
         rows, positions (`torch.LongTensor` of shape `(n,)`): row and column of each code.
+        images (`torch.LongTensor` of shape `(n,)`): the image of each code, among all images of the batch.
+        entries (`torch.LongTensor` of shape `(n,)`): codes of one row and one image, which are decoded together, share
+            an entry.
         counts (`list[int]`): codes in each row.
-        layout ([`QueryLayout`]): their images; codes of one row and one image are decoded together.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
+    images: torch.Tensor
+    entries: torch.Tensor
     counts: list[int]
-    layout: QueryLayout
 
 
 def codes_to_indices(codes: Any, config: Any, as_pairs: bool = False) -> list[torch.Tensor]:
@@ -62,19 +39,16 @@ def codes_to_indices(codes: Any, config: Any, as_pairs: bool = False) -> list[to
     found = []
     for image, entry in enumerate(codes):
         entry = torch.as_tensor(entry, dtype=torch.long)
-        if as_pairs:
-            groups, indices = entry.reshape(-1, 2).unbind(dim=1)
-        else:
-            offsets = entry.reshape(-1) - config.region_code_start_id
-            groups = offsets.div(config.codes_per_group, rounding_mode="floor")
-            indices = offsets - groups * config.codes_per_group
-        exists = (groups >= 0) & (groups < config.num_groups) & (indices >= 0) & (indices < config.codes_per_group)
+        offsets = entry - config.region_code_start_id
+        pairs = (offsets // config.codes_per_group, offsets % config.codes_per_group)
+        indices = entry.reshape(-1, 2) if as_pairs else torch.stack(pairs, dim=1)
+        exists = ((indices >= 0) & (indices < indices.new_tensor([config.num_groups, config.codes_per_group]))).all(1)
         if not bool(exists.all()):
             raise ValueError(
                 f"image {image}: {entry[~exists][0].tolist()} is no region code: there are {config.num_groups} groups "
                 f"of {config.codes_per_group} codes, with token ids from {config.region_code_start_id}"
             )
-        found.append(torch.stack((groups, indices), dim=1))
+        found.append(indices)
     return found
 
 
@@ -90,18 +64,13 @@ def count_images(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def locate_codes(
-    input_ids: torch.Tensor,
-    config: Any,
-    counts: list[int] | None = None,
-    first_image: torch.Tensor | None = None,
-    start: int = 0,
+    input_ids: torch.Tensor, config: Any, counts: list[int] | None = None, start: int = 0
 ) -> CodeLocations:
     """Find all region codes in `input_ids` (batch, length); a code belongs to the last image block before it.
 
     Args:
         counts: how many codes each row has, if known: needed under `torch.compile`, where nothing may depend on
             values.
-        first_image: (batch,) index of each row's first image; by default rows own their images in order.
         start: first column whose codes count.
 
     Raises:
@@ -111,33 +80,27 @@ def locate_codes(
     codes = is_region_code(input_ids, config)
     codes[:, :start] = False
     counts = codes.sum(dim=1).tolist() if counts is None else counts
-    blocks = (input_ids == config.image_token_id).cumsum(dim=1) // config.image_seq_length
-    if first_image is None:
-        first_image = blocks[:, -1].cumsum(0) - blocks[:, -1]
-
     rows = torch.tensor([row for row, n in enumerate(counts) for _ in range(n)], dtype=torch.long, device=device)
     ranks = torch.tensor([i for n in counts for i in range(n)], dtype=torch.long, device=device)
     positions = codes.long().argsort(dim=1, descending=True, stable=True)[rows, ranks]
-    block = blocks[rows, positions] - 1
-    images = first_image[rows] + block
 
-    if torch.compiler.is_compiling():
-        torch_compilable_check((block >= 0).all(), "a region code has no image before it")
-        entries, num_entries = images, None
-    else:
-        if (block < 0).any():
-            at = int((block < 0).nonzero()[0])
-            raise ValueError(
-                f"row {int(rows[at])} has region code {int(input_ids[rows[at], positions[at]])} at position "
-                f"{int(positions[at])} with no image before it: a code belongs to the last image before it"
-            )
-        keys, entries = (rows * input_ids.shape[1] + block).unique(return_inverse=True)
-        num_entries = len(keys)
-    slots = (entries[:, None] == entries[None]).tril(-1).sum(dim=1)
-    layout = QueryLayout(images, entries, slots, num_entries, max(counts, default=0))
-    return CodeLocations(rows, positions, counts, layout)
+    blocks = (input_ids == config.image_token_id).cumsum(dim=1) // config.image_seq_length
+    blocks_before = blocks[rows, positions]
+    torch_compilable_check(
+        (blocks_before > 0).all(),
+        lambda: next(
+            f"row {row} has region code {int(input_ids[row, position])} at position {position} with no image before "
+            "it: a code belongs to the last image before it"
+            for row, position, before in zip(*(x.tolist() for x in (rows, positions, blocks_before)), strict=True)
+            if not before
+        ),
+    )
+    images = (blocks[:, -1].cumsum(0) - blocks[:, -1])[rows] + blocks_before - 1
+    entries = images if torch.compiler.is_compiling() else images.unique(return_inverse=True)[1]
+    return CodeLocations(rows, positions, images, entries, counts)
 
 
+@dataclass(eq=False)
 class RegionCodeConstraint(LogitsProcessor):
     """Keeps region codes to allowed groups and image placeholders out of answers, and on request lets no answer end
     without a code.
@@ -154,29 +117,20 @@ class RegionCodeConstraint(LogitsProcessor):
         ValueError: when it is called, a code has to come but other processors have ruled them all out.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        allowed: torch.Tensor,
-        end_ids: list[int],
-        prompt_length: int,
-        force_region: bool,
-        max_length: int,
-    ) -> None:
-        self.config = config
-        self.allowed_codes = allowed.repeat_interleave(config.codes_per_group, dim=1)
-        self.refused: torch.Tensor | None = None
-        self.end_ids = end_ids
-        self.prompt_length = prompt_length
-        self.force_region = force_region
-        self.max_length = max_length
+    config: Any
+    allowed: torch.Tensor
+    end_ids: list[int]
+    prompt_length: int
+    force_region: bool
+    max_length: int
+    refused: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         first, last = self.config.region_code_start_id, self.config.region_code_start_id + self.config.num_region_codes
         if self.refused is None or self.refused.shape != scores.shape:
-            copies = len(scores) // len(self.allowed_codes)
+            codes = self.allowed.to(scores.device).repeat_interleave(self.config.codes_per_group, dim=1)
             self.refused = torch.zeros_like(scores, dtype=torch.bool)
-            self.refused[:, first:last] = ~self.allowed_codes.to(scores.device).repeat_interleave(copies, dim=0)
+            self.refused[:, first:last] = ~codes.repeat_interleave(len(scores) // len(codes), dim=0)
             self.refused[:, self.config.image_token_id] = True  # it would be part of an image that nobody gave
         scores = scores.masked_fill(self.refused, -torch.inf)
         if not self.force_region:

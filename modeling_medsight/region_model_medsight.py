@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 from transformers.utils import can_return_tuple
 
@@ -21,14 +22,11 @@ from .loss_medsight import (
     mask_bce,
     mask_dice,
     masks_of_classes,
-    refuse_uneven_labels,
-    refuse_useless,
-    require,
     resize_masks,
 )
 from .outputs_medsight import MedSightRegionOutput
 from .pretrained_medsight import MedSightPreTrainedModel, has_attention
-from .region_codes_in_text_medsight import QueryLayout, codes_to_indices
+from .region_codes_in_text_medsight import codes_to_indices
 from .region_perceiver_medsight import RegionPerceiver
 from .unet_encoder_medsight import MedSightUNetEncoder
 
@@ -70,14 +68,20 @@ class SeesRegions:
             pixel_values: (images, 3, image_size, image_size).
             with_masks: false leaves out the masks and classes of regions and the map that they are read from.
         """
-        return self._see(pixel_values, with_masks, **kwargs)[1]
+        _, grid, summary = self._encode(pixel_values, **kwargs)
+        return self._perceive(grid, summary, with_masks)
 
     def quantize_regions(self, region_embeddings: torch.Tensor, groups: torch.Tensor) -> RegionQuantizerOutput:
         """Nearest code of each region in its image's group: see [`RegionCodebook`]."""
         return self.codebook(region_embeddings, groups)
 
     def decode_queries(
-        self, queries: torch.Tensor, layout: QueryLayout, regions: MedSightRegionOutput
+        self,
+        queries: torch.Tensor,
+        images: torch.Tensor,
+        entries: torch.Tensor,
+        max_slots: int,
+        regions: MedSightRegionOutput | None,
     ) -> torch.Tensor:
         """Mask logits (n, H, W) of queries (n, d) that take the place of the perceiver's own (paper: text-to-vision).
 
@@ -85,47 +89,45 @@ class SeesRegions:
         through the perceiver a few at a time, so that memory does not grow with their number.
 
         Args:
-            layout: which image each query is about, and which queries share a pass.
-            regions: features of the images that `layout.images` counts.
+            images: (n,) index of each query's image in `regions`.
+            entries: (n,) the entry of each query; those of one entry are about one image.
+            max_slots: at least as many as the queries of any entry.
+            regions: features of the images.
         """
+        if not len(queries):  # still in the graph: data-parallel training need not search for unused parameters
+            return queries[:, :1, None].expand(-1, *self.config.mask_size)
+        if regions is None:
+            raise ValueError("masks of region codes need pixel_values: none can be drawn from image_embeds")
         if self.config.mask_decoder == "head":
             projected = self.region_perceiver.segmentation_head.mask_projection(queries)
-            return torch.einsum("nd,nhwd->nhw", projected, regions.image_features[layout.images])
+            return torch.einsum("nd,nhwd->nhw", projected, regions.image_features[images])
 
-        num_entries = layout.num_entries if layout.num_entries is not None else len(regions.patch_features)
-        shape, place = (num_entries, layout.max_slots), (layout.entries, layout.slots)
-        padded = queries.new_zeros(*shape, queries.shape[-1]).index_put(place, queries)
+        compiling = torch.compiler.is_compiling()
+        num_entries = len(regions.patch_features) if compiling else int(entries.max()) + 1
+        places = (entries, (entries[:, None] == entries[None]).tril(-1).sum(dim=1))
+        padded = queries.new_zeros(num_entries, max_slots, queries.shape[-1]).index_put(places, queries)
         known = None
-        if len(queries) < num_entries * layout.max_slots:
-            known = torch.zeros(shape, dtype=torch.bool, device=queries.device)
-            known = known.index_put(place, torch.ones_like(layout.slots, dtype=torch.bool))
-        images = torch.zeros(num_entries, dtype=torch.long, device=queries.device)
-        images = images.index_put((layout.entries,), layout.images)
+        if len(queries) < num_entries * max_slots:
+            known = torch.zeros(padded.shape[:2], dtype=torch.bool, device=queries.device)
+            known = known.index_put(places, torch.ones_like(entries, dtype=torch.bool))
+        images = entries.new_zeros(num_entries).index_put((entries,), images)
 
         masks = []
         height, width = self.config.mask_size
         at_once = max(1, MAP_NUMBERS_AT_ONCE // (height * width * self.config.vision_hidden_size))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or compiling:
             at_once = num_entries
+        upsampled = regions.upsampled_features
         for start in range(0, num_entries, at_once):
             part = slice(start, start + at_once)
             output = self.region_perceiver(
                 regions.patch_features[images[part]].unflatten(1, self.config.patch_grid),
                 queries=padded[part],
                 query_mask=None if known is None else known[part],
-                upsampled_features=None
-                if regions.upsampled_features is None
-                else regions.upsampled_features[images[part]],
+                upsampled_features=None if upsampled is None else upsampled[images[part]],
             )
             masks.append(output.masks_queries_logits)
-        return torch.cat(masks)[place]
-
-    def _see(
-        self, pixel_values: torch.Tensor, with_masks: bool = True, **kwargs: Any
-    ) -> tuple[Any, MedSightRegionOutput]:
-        """The encoder's own output, and what is seen."""
-        encoder_output, grid, summary = self._encode(pixel_values, **kwargs)
-        return encoder_output, self._perceive(grid, summary, with_masks)
+        return torch.cat(masks)[places]
 
     def _perceive(self, grid: torch.Tensor, summary: torch.Tensor, with_masks: bool = True) -> MedSightRegionOutput:
         """What the region queries and the group classifier find in what `_encode` gives."""
@@ -138,26 +140,16 @@ class SeesRegions:
     def _encode(
         self, pixel_values: torch.Tensor, any_size: bool = False, **kwargs: Any
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """Run the encoder and take hidden state `config.vision_feature_layer`.
+        """Run the encoder: its own output, hidden state `config.vision_feature_layer` as a grid (images, h, w, d), and
+        a summary (images, d), which is the CLS row, or the mean of the grid where the encoder has none.
 
-        Args:
-            pixel_values: (images, 3, H, W), H = W = `config.image_size`.
-            any_size: take another H = W too, a multiple of the encoder's stride, as a convolutional encoder can.
-
-        Returns:
-            The encoder's own output, the feature grid (images, h, w, d), and a summary (images, d): the CLS row, or
-            the mean of the grid where the encoder has none.
-
-        Raises:
-            ValueError: for pixel values of another shape, or an encoder whose features make no such grid.
+        With `any_size` images may be of another size than `config.image_size`, as a convolutional encoder can take.
         """
         config = self.config
         side = pixel_values.shape[-1] if any_size else config.image_size
-        expected = (3, side, side)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; "
-                f"expected (images, {', '.join(map(str, expected))})"
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, {side}, {side})"
             )
         height, width = (cells * side // config.image_size for cells in config.patch_grid)
         kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
@@ -196,7 +188,7 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
     ```
     """
 
-    input_modalities = ("image",)
+    input_modalities: tuple[str, ...] = ("image",)
     # A whole model's folder holds these besides.
     _keys_to_ignore_on_load_unexpected = [r"language_model\.", r"lm_head\.", r"_to_(text|vision)_projector\."]
 
@@ -205,17 +197,6 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         self.add_region_modules(config)
         self.perceiver_loss = RegionPerceiverLoss(config)
         self.post_init()
-
-    @classmethod
-    def sharing_modules_of(cls, model: SeesRegions) -> "MedSightRegionModel":
-        """The region model inside a larger one, over the very same modules: to train it trains the larger one."""
-        with torch.device("meta"):
-            region_model = cls(model.config)
-        for name, _ in list(region_model.named_children()):
-            if hasattr(model, name):
-                setattr(region_model, name, getattr(model, name))
-        region_model.training = model.training  # type: ignore[attr-defined]
-        return region_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_tower.get_input_embeddings()
@@ -261,12 +242,10 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
                 f"codes for {len(indices)} images, but {len(features.patch_features)} images: give one entry an image"
             )
         counts = [len(pairs) for pairs in indices]
-        if not sum(counts):
-            return [self.codebook.codes.new_zeros(0, *self.config.mask_size) for _ in counts]
-        groups, places = torch.cat(indices).to(self.codebook.codes.device).unbind(dim=1)
+        groups, places = torch.cat(indices).to(self.device).unbind(dim=1)
         queries = self.codebook.decode(self.codebook.code_table()[groups, places])
-        layout = QueryLayout.of_counts(counts, queries.device)
-        return list(self.decode_queries(queries, layout, features).split(counts))
+        images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(self.device)
+        return list(self.decode_queries(queries, images, images, max(counts), features).split(counts))
 
     @can_return_tuple
     def forward(
@@ -303,13 +282,16 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             ValueError: if labels do not match the images or each other, or one of `mask_labels`, `class_labels` is
                 missing.
         """
-        if mask_labels is None and class_labels is None:
-            refuse_useless(
-                "without mask_labels and class_labels", group_labels=group_labels, asked_classes=asked_classes
+        if all(given is None for given in (mask_labels, class_labels, group_labels, asked_classes)):
+            return self.get_region_features(pixel_values, return_dict=True, **kwargs)
+        if mask_labels is None or class_labels is None:
+            raise ValueError("give mask_labels and class_labels together: every loss needs both")
+        masks, classes = [len(masks) for masks in mask_labels], [len(classes) for classes in class_labels]
+        if masks != classes or len(masks) != len(pixel_values):
+            raise ValueError(
+                f"{len(pixel_values)} images have {masks} mask_labels and {classes} class_labels: give one entry an "
+                "image, and a class for each of its masks"
             )
-            return self._see(pixel_values, **kwargs)[1]
-        require(mask_labels=mask_labels, class_labels=class_labels)
-        refuse_uneven_labels(pixel_values, mask_labels, class_labels)
         counts = loss_counts or {}
         _, grid, summary = self._encode(pixel_values, any_size=True, **kwargs)
         class_query_loss = None
@@ -321,37 +303,20 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             mask_labels, class_labels = [mask_labels[i] for i in chosen], [class_labels[i] for i in chosen]
             group_labels = group_labels[matched_images] if group_labels is not None else None
         regions = self._perceive(grid, summary)
-        regions.perceiver_loss, pairs = self._perceiver_loss(regions, mask_labels, class_labels, counts)
+        labels: dict[str, Any] = {"mask_labels": mask_labels, "class_labels": class_labels, "loss_counts": counts}
+        last, pairs = self.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, **labels)
+        # Earlier stages keep the pairs of the last: a query has one target.
+        earlier = [self.perceiver_loss(**stage, pairs=pairs, **labels)[0] for stage in regions.auxiliary_logits or []]
+        regions.perceiver_loss = sum(earlier, last) / (1 + len(earlier))
         regions.class_query_loss = class_query_loss
         if group_labels is not None:
             group_loss = F.cross_entropy(regions.group_logits.float(), group_labels, reduction="sum")
             regions.group_loss = group_loss / counts.get("images", len(group_labels))
             if self.training:
-                self._add_codebook_losses(regions, mask_labels, class_labels, group_labels, pairs, counts)
+                self._add_codebook_losses(regions, group_labels, pairs=pairs, **labels)
         losses = (regions.perceiver_loss, class_query_loss, regions.codebook_loss, regions.group_loss)
         regions.loss = sum(loss for loss in losses if loss is not None)
         return regions
-
-    def _perceiver_loss(
-        self,
-        regions: MedSightRegionOutput,
-        mask_labels: list[torch.Tensor],
-        class_labels: list[torch.Tensor],
-        loss_counts: dict[str, float],
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """The perceiver's loss, averaged over its supervised stages, and the pairs that the last stage matched.
-
-        Earlier stages keep these pairs: a query has one target.
-        """
-        counts = {"num_masks": loss_counts.get("masks"), "num_images": loss_counts.get("images")}
-        last, pairs = self.perceiver_loss(
-            regions.masks_queries_logits, regions.class_queries_logits, mask_labels, class_labels, **counts
-        )
-        earlier = [
-            self.perceiver_loss(**stage, mask_labels=mask_labels, class_labels=class_labels, pairs=pairs, **counts)[0]
-            for stage in regions.auxiliary_logits or []
-        ]
-        return sum(earlier, last) / (1 + len(earlier)), pairs
 
     def _class_query_loss(
         self,
@@ -362,26 +327,21 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         loss_counts: dict[str, float],
     ) -> torch.Tensor:
         """BCE + Dice of the masks that the classes' own queries give, averaged over supervised stages."""
-        if asked_classes is None:
-            asked_classes = class_labels
-        device, width = grid.device, max(1, *(len(asked) for asked in asked_classes))
-        ids = torch.zeros(len(grid), width, dtype=torch.long, device=device)
-        known = torch.zeros(len(grid), width, dtype=torch.bool, device=device)
-        for row, asked in enumerate(asked_classes):
-            ids[row, : len(asked)] = asked
-            known[row, : len(asked)] = True
+        device = grid.device
+        asked = [classes.to(device) for classes in (class_labels if asked_classes is None else asked_classes)]
+        nothing = asked[0].new_full((1,), -1)  # so that there is a column also where no class is asked of any image
+        ids = pad_sequence([*asked, nothing], batch_first=True, padding_value=-1)[:-1]
+        known = ids >= 0
         perceiver = self.region_perceiver
-        output = perceiver(grid, queries=perceiver.class_queries[ids], query_mask=known)
-        stages = [*(stage["masks_queries_logits"] for stage in output.auxiliary_logits or [])]
-        stages.append(output.masks_queries_logits)
+        output = perceiver(grid, queries=perceiver.class_queries[ids.clamp(min=0)], query_mask=known)
+        stages = [stage["masks_queries_logits"] for stage in (*(output.auxiliary_logits or []), output)]
         wanted = [
-            masks_of_classes(masks.to(device), classes.to(device), asked.to(device))
-            for masks, classes, asked in zip(mask_labels, class_labels, asked_classes, strict=True)
+            masks_of_classes(masks.to(device), classes.to(device), wanted_classes)
+            for masks, classes, wanted_classes in zip(mask_labels, class_labels, asked, strict=True)
         ]
         losses = []
         for logits in stages:
-            size = tuple(logits.shape[-2:])
-            targets = torch.cat([resize_masks(masks, size) for masks in wanted])
+            targets = torch.cat([resize_masks(masks, logits.shape[-2:]) for masks in wanted])
             given = logits[known]
             total = (mask_bce(given, targets) + mask_dice(given, targets)).sum() + 0 * logits.float().sum()
             losses.append(total / max(1, loss_counts.get("asked", len(targets))))
@@ -390,42 +350,33 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
     def _add_codebook_losses(
         self,
         regions: MedSightRegionOutput,
-        mask_labels: list[torch.Tensor],
-        class_labels: list[torch.Tensor],
         group_labels: torch.Tensor,
         pairs: list[tuple[torch.Tensor, torch.Tensor]],
         loss_counts: dict[str, float],
+        **labels: Any,
     ) -> None:
         """Put into `regions` the codes that regions took, the VQ and reconstruction losses, and with the perceiver's
         loss on the reconstructed regions, for the same pairs, the codebook's."""
         embeddings = regions.region_embeddings
+        images, num_queries = embeddings.shape[:2]
         if self.config.quantize_unmatched_regions:
-            rows = torch.arange(len(embeddings)).repeat_interleave(embeddings.shape[1])
-            queries = torch.arange(embeddings.shape[1]).repeat(len(embeddings))
-            total = loss_counts.get("images", len(embeddings)) * embeddings.shape[1]
+            found = [torch.arange(num_queries)] * images
+            total = loss_counts.get("images", images) * num_queries
         else:
-            rows = torch.cat([torch.full_like(found, row) for row, (found, _) in enumerate(pairs)])
-            queries = torch.cat([found for found, _ in pairs])
-            total = loss_counts.get("masks", len(queries))
-        rows, queries = rows.to(embeddings.device), queries.to(embeddings.device)
-        if len(rows):
-            quantized = self.codebook(embeddings[rows, queries][:, None], group_labels[rows])
-            regions_of_codes = quantized.reconstructed_regions[:, 0].to(embeddings.dtype)  # bf16 under CPU's autocast
-            reconstructed = embeddings.index_put((rows, queries), regions_of_codes)
-            share = len(rows) / max(1, total)
-            vq_loss, reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share
-            indices = quantized.code_indices[:, 0]
-        else:
-            vq_loss = reconstruction_loss = 0 * sum(p.sum() for p in self.codebook.parameters()).float()
-            reconstructed, indices = embeddings, queries
+            found = [queries for queries, _ in pairs]
+            total = loss_counts.get("masks", sum(map(len, found)))
+        rows = torch.cat([torch.full_like(queries, row) for row, queries in enumerate(found)]).to(embeddings.device)
+        queries = torch.cat(found).to(embeddings.device)
+        quantized = self.codebook(embeddings[rows, queries][:, None], group_labels[rows])
+        regions_of_codes = quantized.reconstructed_regions[:, 0].to(embeddings.dtype)  # bf16 under CPU's autocast
+        reconstructed = embeddings.index_put((rows, queries), regions_of_codes)
         through_codes, _ = self.perceiver_loss(
             *self.region_perceiver.segmentation_head(reconstructed, regions.image_features),
-            mask_labels,
-            class_labels,
-            pairs,
-            loss_counts.get("masks"),
-            loss_counts.get("images"),
+            pairs=pairs,
+            loss_counts=loss_counts,
+            **labels,
         )
-        regions.vq_loss, regions.reconstruction_loss = vq_loss, reconstruction_loss
-        regions.codebook_loss = vq_loss + reconstruction_loss + through_codes
-        regions.quantized_codes = torch.stack((group_labels[rows], indices), dim=1)
+        share = len(rows) / max(1, total)
+        regions.vq_loss, regions.reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share
+        regions.codebook_loss = regions.vq_loss + regions.reconstruction_loss + through_codes
+        regions.quantized_codes = torch.stack((group_labels[rows], quantized.code_indices[:, 0]), dim=1)

@@ -9,26 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .outputs_medsight import RegionPerceiverOutput
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, in the form of transformers' attention interface: (batch, heads, length, width) in."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
 
 
 def sine_position_encoding(features: torch.Tensor) -> torch.Tensor:
@@ -84,7 +67,8 @@ class CrossAttention(nn.Module):
             # Equal scores make attention uniform in every backend, where a row of very negative ones would not.
             sees_any = visible.any(dim=-1, keepdim=True)
             query = query * sees_any[:, None]
-            mask = (visible | ~sees_any)[:, None]
+            hidden = ~(visible | ~sees_any)[:, None]
+            mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)
 
         implementation = self.config._attn_implementation
         if mask is not None and implementation not in ("eager", "sdpa"):

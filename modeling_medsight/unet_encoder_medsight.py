@@ -1,8 +1,5 @@
-"""An image encoder to train from nothing on little data: a residual U-Net that yields one fine grid of features.
-
-Convolutions bring what a transformer would have to learn from far more images, and the way back up gives every cell of
-the grid the sharpness of early layers and the context of late ones (Ronneberger et al., 2015; He et al., 2016).
-"""
+"""An image encoder to train from scratch on little data: a residual U-Net that yields one fine grid of features, with
+the sharpness of early layers and the context of late ones (Ronneberger et al., 2015; He et al., 2016)."""
 
 from typing import Any
 
@@ -14,15 +11,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttenti
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetConvLayer, ResNetPreTrainedModel
 
 from configuration_medsight.configuration_medsight import MedSightUNetConfig
-
-
-def _use_group_norm(module: nn.Module, groups: int) -> None:
-    """Put group norms where batch norms are."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(groups, child.num_features))
-        else:
-            _use_group_norm(child, groups)
 
 
 class MedSightUNetEncoder(ResNetPreTrainedModel):
@@ -49,7 +37,10 @@ class MedSightUNetEncoder(ResNetPreTrainedModel):
         )
         self.to_features = nn.Conv2d(widths[config.level], config.hidden_size, kernel_size=1)
         if config.norm_groups is not None:
-            _use_group_norm(self, config.norm_groups)
+            for module in list(self.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.BatchNorm2d):
+                        setattr(module, name, nn.GroupNorm(config.norm_groups, child.num_features))
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:

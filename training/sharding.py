@@ -5,19 +5,21 @@ through these in every step. All else is the root's, gathered once a pass, since
 shows an image or cites a code, and in a unit that only some of them enter these would wait forever.
 """
 
-from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 
 METHODS = ("get_region_features", "get_image_features", "quantize_regions", "decode_regions", "generate")
 
 
-def gather_in_methods(model: nn.Module) -> None:
+def gather_in_methods(model: Any) -> None:
     """Have the methods of a model under `fully_shard`, whole or what sees, gather its parameters, as `forward` does.
     What they leave gathered (the root's) serves `region_perceiver` and `codebook` too.
 
     A model that is not sharded stays as it is.
     """
+    model._is_fsdp_managed_module = isinstance(model, FSDPModule)  # transformers' mark: generate() then keeps in step
     for name in METHODS:
         if hasattr(model, name) and name not in vars(model):
             register_fsdp_forward_method(model, name)

@@ -12,6 +12,16 @@ from modeling_medsight import MedSightForConditionalGeneration
 QWEN3 = PRESETS["tiny"]["text_config"]
 QWEN2 = {**{key: value for key, value in QWEN3.items() if key != "head_dim"}, "model_type": "qwen2"}
 LLAMA = {**QWEN3, "model_type": "llama"}
+# Knows absolute positions, and has names of its own for what others call embed_tokens.
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 256,
+    "tie_word_embeddings": False,
+}
+GPT2 |= {name: QWEN3[name] for name in ("vocab_size", "pad_token_id")}
 CLIP = PRESETS["tiny"]["vision_config"]
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
 DINOV2 = {
@@ -40,6 +50,8 @@ CONVNEXT = {
 }
 
 UNET = {"model_type": "medsight_unet", "hidden_size": 16, "hidden_sizes": [4, 8, 12], "depths": [1, 2]}
+
+CLASS_QUERIES = {"use_class_queries": True, "auxiliary_loss": True}
 
 # Between them: every encoder and language model, with and without a CLS row, and both values of every switch.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -76,6 +88,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "clip-qwen3-patches-only": {"use_region_embeddings": False, "mask_projection_init_std": 0.5},
     "clip-qwen3-seg-token": {"use_region_codebook": False, "num_groups": 1, "codes_per_group": 1},
 }
+
+
+# Images and cited codes in rows of unequal length: see `make_batch`.
+ROWS = ["ttIttCtCt", "IttCItCCt", "tttItt"]
+CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 
 
 def make_config(name: str, **overrides: Any) -> MedSightConfig:
@@ -146,3 +163,44 @@ def random_masks(counts: list[int], size: tuple[int, int], seed: int = 0) -> lis
     """A boolean tensor (n, *size) for each n."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(n, *size, generator=generator) > 0.6 for n in counts]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_pixels(config: MedSightConfig, images: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(images, 3, *[config.image_size] * 2, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(config: MedSightConfig, rows: list[str], mask_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """A batch with all labels that training on text takes."""
+    batch: dict[str, Any] = make_batch(config, rows)
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == config.image_token_id, -100)
+    counts = [row.count("C") for row in rows]
+    batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    batch["mask_labels"] = random_masks(counts, mask_size or config.mask_size)
+    if config.use_class_queries:
+        batch["code_class_labels"] = [torch.arange(n) * 2 % config.num_mask_classes for n in counts]
+    return batch
+
+
+def perceiving(config: MedSightConfig, counts: tuple[int, ...] = (2, 0, 1), groups: bool = True) -> dict[str, Any]:
+    """Inputs of perceiver training, and with `groups` of codebook training: images with so many regions."""
+    batch: dict[str, Any] = {
+        "pixel_values": make_pixels(config, len(counts)),
+        "mask_labels": random_masks(list(counts), (40, 40)),
+        "class_labels": [(torch.arange(n) * 2 + 1) % config.num_mask_classes for n in counts],
+    }
+    return {**batch, "group_labels": torch.arange(len(counts)) % config.num_groups} if groups else batch
+
+
+def gradients(model: Any, *batches: dict[str, Any], **counts: Any) -> dict[str, torch.Tensor]:
+    """The sum of the batches' losses, under "loss", and its gradients."""
+    model.zero_grad()
+    found = {"loss": torch.tensor(0.0)}
+    for batch in batches:
+        loss = model(**batch, **counts).loss
+        loss.backward()
+        found["loss"] = found["loss"] + loss.detach()
+    return {**found, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}

@@ -1,7 +1,5 @@
 """What tests of generate() share: ways to decode, what makes answers cite and end, and what their masks must be."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,32 +93,6 @@ def generate(model: Any, batch: dict[str, torch.Tensor], seed: int = 0, **settin
 def say(model: Any, batch: dict[str, torch.Tensor], scripts: list[list[int | None]], **settings: Any) -> Any:
     script = LogitsProcessorList([Scripted(batch["input_ids"].shape[1], scripts)])
     return generate(model, batch, logits_processor=script, max_new_tokens=len(scripts[0]), **settings)
-
-
-@contextmanager
-def ways_taken(model: Any) -> Iterator[list[str]]:
-    """Collects, for each call of `generate` in the block that draws masks, where the states of its codes come from."""
-    taken: list[str] = []
-    decode, forward = model._decode_generated, model.model.forward
-
-    def note_pass(*args: Any, **kwargs: Any) -> Any:
-        if taken and taken[-1] == "steps":
-            taken[-1] = "whole text" if kwargs.get("image_embeds") is not None else "cache"
-        return forward(*args, **kwargs)
-
-    def note_decoding(*args: Any, **kwargs: Any) -> Any:
-        taken.append("steps")
-        model.model.forward = note_pass
-        try:
-            return decode(*args, **kwargs)
-        finally:
-            del model.model.forward
-
-    model._decode_generated = note_decoding
-    try:
-        yield taken
-    finally:
-        del model._decode_generated
 
 
 def answers(batch: dict[str, torch.Tensor], sequences: torch.Tensor) -> list[list[int]]:

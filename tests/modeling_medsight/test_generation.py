@@ -1,16 +1,17 @@
 """generate(): whatever the decoding, each returned sequence comes with the masks of the codes in it."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from configuration_medsight import MedSightConfig
+from modeling_medsight import generation_medsight
 from modeling_medsight.outputs_medsight import CACHE_NAME
-from tests.tiny_checkpoint import byte_tokenizer
 
 from .configurations import CONFIGURATIONS, make_batch, make_config, make_model, row_of_batch
 from .generating import (
@@ -26,14 +27,18 @@ from .generating import (
     assert_masks_are_those_of_decode_regions,
     generate,
     say,
-    ways_taken,
 )
+
+
+@pytest.fixture(scope="module")
+def config() -> MedSightConfig:
+    return make_config("clip-qwen3")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_decoding_gives_the_masks_of_its_text(name: str, mode: str) -> None:
-    config = make_config(name)
+def test_every_decoding_gives_the_masks_of_its_text(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, taken, looked = make_config(name), [], []
     model, settings = make_model(config), dict(MODES[mode])
     if settings.get("assistant_model") == "tiny":
         settings["assistant_model"] = make_model(make_config("clip-qwen3-patches-only" if "only" in name else name), 1)
@@ -41,14 +46,23 @@ def test_every_decoding_gives_the_masks_of_its_text(name: str, mode: str) -> Non
     elif settings.get("assistant_model") == "itself":
         settings["assistant_model"] = model
     kind = GenerateBeamDecoderOnlyOutput if "num_beams" in settings else GenerateDecoderOnlyOutput
-    seen = 0
+    cut_cache, seen = generation_medsight._beginning_of_cache, 0
+
+    def note_cut(*args: Any, **kwargs: Any) -> Any:
+        cache = cut_cache(*args, **kwargs)
+        taken.append("whole text" if cache is None else "cache")
+        return cache
+
+    model.model.vision_tower.register_forward_hook(lambda _, inputs, __: looked.append(len(inputs[0])))
+    monkeypatch.setattr(generation_medsight, "_beginning_of_cache", note_cut)
     for rows in [[row] for row in ROWS] if mode in ONE_ROW else [ROWS]:
         batch = make_batch(config, rows)
         often = LogitsProcessorList([CitesOften(config, last_column=batch["input_ids"].shape[1] + 7)])
-        with ways_taken(model) as taken:
-            out = generate(model, batch, **settings, logits_processor=often)
+        taken.clear(), looked.clear()
+        out = generate(model, batch, **settings, logits_processor=often)
         cites = any(len(codes) for codes in out.region_code_ids)
-        assert taken[-1:] == ([WAYS[mode]] if cites else ["steps"])
+        assert taken == ([WAYS[mode]] if cites and WAYS[mode] != "steps" else [])
+        assert looked == [len(batch["pixel_values"])] or "assistant_model" in settings
         assert len(out.sequences) == len(rows) * settings.get("num_return_sequences", 1)
         assert isinstance(out, kind)
         seen += assert_masks_are_those_of_decode_regions(model, batch, out)
@@ -68,22 +82,12 @@ def test_answers_that_end_at_different_times(model: Any, config: MedSightConfig,
     assert len(lengths) > 1 and seen > 0
 
 
-class StopsAt(StoppingCriteria):
-    """A stop of the caller's own, row by row."""
-
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return input_ids[:, -1] == self.token
-
-
 def test_an_answer_is_complete_where_it_came_to_an_end_alone_and_in_a_batch(
     model: Any, config: MedSightConfig
 ) -> None:
     batch = make_batch(config, ["tIt", "Ittt", "It", "t"])
     scripts = [[5, 7, END, 256, 256], [5, 9, 256, 256, 256], [5, 5, 5, 5, END], [5, 5, 5, 5, 5]]
-    stops = StoppingCriteriaList([StopsAt(9)])
+    stops = StoppingCriteriaList([lambda ids, scores, **_: ids[:, -1] == 9])
     assert say(model, batch, scripts, stopping_criteria=stops).is_complete.tolist() == [True, False, True, False]
     for row, expected in enumerate([True, False, True, False]):
         alone = say(model, row_of_batch(config, batch, row), [scripts[row]], stopping_criteria=stops)
@@ -100,38 +104,22 @@ def test_where_the_pad_token_also_ends_text(model: Any, config: MedSightConfig) 
     assert out.is_complete.tolist() == [True, False]
     del batch["attention_mask"]
     unmasked = say(model, batch, scripts, **settings)
-    for given, expected in zip(unmasked.logits, out.logits, strict=True):
-        torch.testing.assert_close(given, expected)
-
-
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_ragged_numbers_of_codes_and_none_at_all(model: Any, config: MedSightConfig, cache: dict[str, Any]) -> None:
-    first, batch = config.region_code_start_id, make_batch(config, ["tIt", "Ittt", "It"])
-    scripts = [[5, first, first, 6, first + 7], [1, 2, 3, 4, 5], [first + 3, END, 256, 256, 256]]
-    out = say(model, batch, scripts, **cache)
-    assert [codes.tolist() for codes in out.region_code_ids] == [[first, first, first + 7], [], [first + 3]]
-    assert [masks.shape[0] for masks in out.mask_logits] == [3, 0, 1]
-    assert_masks_are_those_of_decode_regions(model, batch, out)
-    # The same code twice: two regions, two masks.
-    assert not torch.allclose(out.mask_logits[0][0], out.mask_logits[0][1])
+    torch.testing.assert_close(unmasked.logits, out.logits)
 
 
 @pytest.mark.parametrize("mode", ["greedy", "static cache", "no cache", "beams"])
-@pytest.mark.parametrize("length", [1, 2])
-def test_a_code_as_the_very_last_token_has_its_mask(model: Any, config: Any, mode: str, length: int) -> None:
-    code, batch = config.region_code_start_id + 5, make_batch(config, ["tIttt", "It"])
+def test_ragged_numbers_of_codes_none_at_all_and_one_as_the_very_last_token(
+    model: Any, config: MedSightConfig, mode: str
+) -> None:
+    first, batch = config.region_code_start_id, make_batch(config, ["tIt", "Ittt", "It"])
+    scripts = [[5, first, first, 6, first + 7], [1, 2, 3, 4, 5], [first + 3, END, 256, 256, 256]]
     beams = MODES[mode].get("num_beams", 1)
-    out = say(model, batch, [[7] * (length - 1) + [code]] * 2 * beams, **MODES[mode])
-    assert [codes.tolist() for codes in out.region_code_ids] == [[code], [code]]
+    out = say(model, batch, [script for script in scripts for _ in range(beams)], **MODES[mode])
+    assert [codes.tolist() for codes in out.region_code_ids] == [[first, first, first + 7], [], [first + 3]]
+    assert all(codes.dtype == torch.long for codes in out.region_code_ids)
     assert_masks_are_those_of_decode_regions(model, batch, out)
-
-
-def test_an_answer_without_codes_has_no_masks(model: Any, config: MedSightConfig) -> None:
-    batch = make_batch(config, ["tIt", "It"])
-    out = say(model, batch, [[5, 6, 7]] * 2)
-    for masks, codes, scores in zip(out.mask_logits, out.region_code_ids, out.region_scores, strict=True):
-        assert masks.shape == (0, *config.mask_size)
-        assert codes.shape == scores.shape == (0,) and codes.dtype == torch.long
+    # The same code twice: two regions, two masks.
+    assert not torch.allclose(out.mask_logits[0][0], out.mask_logits[0][1])
 
 
 def test_the_score_is_the_probability_of_code_and_mask(model: Any, config: MedSightConfig) -> None:
@@ -178,93 +166,42 @@ def test_a_generation_config_object_is_followed(model: Any, config: MedSightConf
 
 def test_padding_is_found_where_no_attention_mask_is_given(model: Any, config: MedSightConfig) -> None:
     batch = make_batch(config, ["tItttt", "It"])
-    batch["input_ids"][batch["attention_mask"] == 1] = batch["input_ids"][batch["attention_mask"] == 1]
     out = generate(model, batch)
-    without = generate(model, {key: value for key, value in batch.items() if key != "attention_mask"})
-    assert torch.equal(out.sequences, without.sequences)
-    assert_masks_are_those_of_decode_regions(model, batch, without)
+    del batch["attention_mask"]
+    assert torch.equal(generate(model, batch).sequences, out.sequences)
+    decoded = model.decode_regions(out.sequences, batch["pixel_values"], start=batch["input_ids"].shape[1])
+    torch.testing.assert_close(decoded.mask_logits, out.mask_logits, **CLOSE)
 
 
-def test_padding_at_the_beginning_of_a_text_is_not_decoded(model: Any, config: MedSightConfig) -> None:
-    batch, code = make_batch(config, ["tItttt", "It"]), config.region_code_start_id
-    out = say(model, batch, [[1, code, 2], [3, code + 1, END]])
-    decoded = model.decode_regions(out.sequences, batch["pixel_values"])
-    for one, other in zip(decoded.mask_logits, out.mask_logits, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
-
-
-@pytest.mark.parametrize("rows", [["ItCt"], ["tIt", "ItC"]])
+@pytest.mark.parametrize("rows", [["ItCt"], ["tIttt", "ItCtt"]])
 @pytest.mark.parametrize("second", ["ttt", "tItt", "IItt"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}])
 def test_a_second_turn_goes_on_from_the_cache_of_the_first(
     model: Any, config: MedSightConfig, rows: list[str], second: str, settings: dict[str, Any]
 ) -> None:
-    batch = make_batch(config, rows)
-    one = generate(model, batch, max_new_tokens=4, min_new_tokens=4)
-    more = make_batch(config, [second] * len(rows), seed=4)
-    images = second.count("I")
-    pixels = []
-    for row in range(len(rows)):
-        pixels += [batch["pixel_values"][row : row + 1]]
-        if images:
-            pixels += [more["pixel_values"][row * images : (row + 1) * images]]
-    conversation = {
-        "input_ids": torch.cat((one.sequences, more["input_ids"]), dim=1),
-        "attention_mask": torch.cat(
-            (batch["attention_mask"], torch.ones(len(rows), 4, dtype=torch.long), more["attention_mask"]), dim=1
-        ),
-        "pixel_values": torch.cat(pixels),
-    }
+    conversation, images = make_batch(config, [first + second for first in rows]), second.count("I")
     afresh = generate(model, conversation, **settings)
     assert assert_masks_are_those_of_decode_regions(model, conversation, afresh) > 0
     if settings:
         return
-    cached = generate(model, conversation, past_key_values=one.past_key_values)
+    columns = len(second) + images * (config.image_seq_length - 1)
+    beginning = {name: conversation[name][:, :-columns] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        first = model(**beginning, pixel_values=conversation["pixel_values"][:: 1 + images], use_cache=True)
+    cached = generate(model, conversation, past_key_values=first[CACHE_NAME])
     assert torch.equal(afresh.sequences, cached.sequences)
     assert_masks_are_those_of_decode_regions(model, conversation, cached)
-
-
-class Collector(BaseStreamer):
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.given += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
 
 
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"cache_implementation": "static"}])
 def test_streaming_gives_the_text_as_it_comes_and_the_masks_at_the_end(
     model: Any, config: MedSightConfig, settings: dict[str, Any]
 ) -> None:
-    batch, streamer = make_batch(config, ["tItt"]), Collector()
+    batch, streamer = make_batch(config, ["tItt"]), Mock(spec=BaseStreamer)
     out = generate(model, batch, streamer=streamer, **settings)
-    assert streamer.given == out.sequences[0].tolist() and streamer.ended
+    given = torch.cat([call.args[0].flatten() for call in streamer.put.call_args_list])
+    assert torch.equal(given, out.sequences[0]) and streamer.end.call_count == 1
     assert assert_masks_are_those_of_decode_regions(model, batch, out) > 0
-
-
-def test_a_text_streamer_prints_the_answer(model: Any, config: MedSightConfig, capsys: Any) -> None:
-    batch, tokenizer = make_batch(config, ["tItt"]), byte_tokenizer()
-    tokenizer.add_tokens([f"[C{k}_{m}]" for k in range(3) for m in range(4)])
-    scripts = [[*tokenizer("Liver ")["input_ids"], config.region_code_start_id + 6, END]]
-    say(model, batch, scripts, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    assert capsys.readouterr().out == "Liver [C1_2]\n"
-
-
-def test_the_image_is_encoded_once(model: Any, config: MedSightConfig) -> None:
-    seen: list[int] = []
-    hook = model.model.vision_tower.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    for settings in ({}, {"num_beams": 3}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}):
-        seen.clear()
-        out = generate(model, make_batch(config, ROWS), **settings)
-        assert sum(len(codes) for codes in out.region_code_ids) > 0
-        assert seen == [6]
-    hook.remove()
 
 
 def test_an_assistant_looks_once_and_draws_no_masks(model: Any, config: MedSightConfig) -> None:
@@ -277,36 +214,29 @@ def test_an_assistant_looks_once_and_draws_no_masks(model: Any, config: MedSight
 
 
 @pytest.mark.parametrize(
-    ("settings", "last_is_code", "passes"),
+    ("settings", "last", "passes"),
     [
-        ({}, False, 0),
-        ({"cache_implementation": "static"}, False, 0),
-        ({"do_sample": True, "num_return_sequences": 2}, False, 0),
-        ({"do_sample": True}, True, 1),
-        ({"num_beams": 2}, False, 1),
+        ({}, "t", []),
+        ({"cache_implementation": "static"}, "t", []),
+        ({"do_sample": True, "num_return_sequences": 2}, "t", []),
+        ({"do_sample": True}, "C", [1]),
+        ({"num_beams": 2}, "t", [5 + 1]),
     ],
 )
 def test_masks_cost_at_most_one_forward_over_what_was_generated(
-    model: Any, config: MedSightConfig, settings: dict[str, Any], last_is_code: bool, passes: int
+    model: Any, config: MedSightConfig, settings: dict[str, Any], last: str, passes: list[int]
 ) -> None:
     """None where each step's state is that of one token of each row, and no step was missing for the last."""
     read: list[int] = []
-
-    def note(module: Any, arguments: Any, named: dict[str, Any]) -> None:
-        read.append(named["inputs_embeds"].shape[1])
-
-    batch = make_batch(config, ["tttItt"])
-    code = config.region_code_start_id
-    script = [1, code, 2, code, code if last_is_code else 3]
+    batch, code = make_batch(config, ["tttItt"]), config.region_code_start_id
+    script = [1, code, 2, code, code if last == "C" else 3]
     copies = settings.get("num_beams", settings.get("num_return_sequences", 1))
-    hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
-    plain = say(model, batch, [script] * copies, **settings, return_dict_in_generate=False)
-    without, read[:] = list(read), []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, __, named: read.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     out = say(model, batch, [script] * copies, **settings)
     hook.remove()
-    torch.testing.assert_close(out.sequences, plain)
-    assert read[: len(without)] == without
-    assert read[len(without) :] == ([5 + 1] if "num_beams" in settings else [1])[:passes]
+    assert read == [batch["input_ids"].shape[1], 1, 1, 1, 1, *passes]
     assert_masks_are_those_of_decode_regions(model, batch, out)
 
 
@@ -356,13 +286,6 @@ def test_generation_in_half_precision(config: MedSightConfig, dtype: torch.dtype
     for masks, scores in zip(out.mask_logits, out.region_scores, strict=True):
         assert masks.dtype == dtype and masks.isfinite().all()
         assert scores.dtype == torch.float32 and (scores >= 0).all() and (scores <= 1).all()
-
-
-def test_generation_in_training_mode_works_too(config: MedSightConfig) -> None:
-    batch, model = make_batch(config, ROWS), make_model(config)
-    expected = generate(model, batch)
-    given = generate(model.train(), batch)
-    assert torch.equal(given.sequences, expected.sequences)
 
 
 def test_what_decode_regions_reads_is_the_text_not_its_origin(model: Any, config: MedSightConfig) -> None:

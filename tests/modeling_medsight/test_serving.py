@@ -19,24 +19,13 @@ from modeling_medsight import MedSightForConditionalGeneration, MedSightModel
 from processing_medsight import MedSightProcessor
 from tests.tiny_checkpoint import tiny_processor
 
-from .configurations import CONFIGURATIONS, make_batch, make_config
+from .configurations import CLOSE, make_batch
 
 
 # What docs/performance.md says to hand over as `hf_overrides`: an engine puts its own head on a model without one.
 OVERRIDES = {
     "auto_map": {"AutoConfig": "configuration_medsight.MedSightConfig", "AutoModel": "modeling_medsight.MedSightModel"}
 }
-
-
-@pytest.fixture(params=CONFIGURATIONS, scope="module")
-def config(request: pytest.FixtureRequest) -> Any:
-    return make_config(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(config: Any) -> MedSightModel:
-    torch.manual_seed(0)
-    return MedSightModel(config).eval()
 
 
 class Engine:
@@ -57,17 +46,17 @@ class Engine:
 
 @torch.no_grad()
 def test_only_the_language_model_attends_by_the_engine(
-    config: Any, model: MedSightModel, monkeypatch: pytest.MonkeyPatch
+    config: Any, model: MedSightForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch(config, ["ttIttCtIC"])
-    expected = model(**batch, use_cache=False).last_hidden_state[0]
+    expected = model.model(**batch, use_cache=False).last_hidden_state[0]
 
     engine = Engine(config.text_config.num_hidden_layers)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "engine", engine)
     served = type(config)(**{**config.to_dict(), "text_config": config.text_config.to_dict()})
     served.text_config._attn_implementation = "engine"
     base = MedSightModel._from_config(served).eval()
-    base.load_state_dict(model.state_dict())
+    base.load_state_dict(model.model.state_dict())
     assert type(base).is_backend_compatible()
     assert base.get_decoder() is base.language_model and base.get_encoder(modality="image") is base.vision_tower
 
@@ -87,14 +76,17 @@ def test_only_the_language_model_attends_by_the_engine(
         return_dict=False,
     )
     assert engine.asked == list(engine.instances)
-    torch.testing.assert_close(output[0][0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output[0][0], expected, **CLOSE)
 
 
-def test_plans_for_many_gpus_divide_the_language_model_and_nothing_else(model: MedSightModel) -> None:
-    modules = dict(model.named_modules())
+def test_plans_for_many_gpus_divide_the_language_model_and_nothing_else(
+    model: MedSightForConditionalGeneration,
+) -> None:
+    base = model.model
+    modules = dict(base.named_modules())
     matched = {
         name: style
-        for pattern, style in model.tp_plan.items()
+        for pattern, style in base.tp_plan.items()
         for name in modules
         if re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\d+"), name)
     }
@@ -102,15 +94,13 @@ def test_plans_for_many_gpus_divide_the_language_model_and_nothing_else(model: M
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     assert {name for name in linear if name.startswith("language_model.")} <= set(matched)
 
-    stages = [attrgetter(name)(model) for name in model._pp_plan]
+    stages = [attrgetter(name)(base) for name in base._pp_plan]
     assert [type(stage) for stage in stages].count(nn.ModuleList) == 1
-    assert {id(stage) for stage in stages} <= {id(module) for module in model.language_model.children()}
+    assert {id(stage) for stage in stages} <= {id(module) for module in base.language_model.children()}
 
 
-def test_weights_bear_the_names_that_an_engine_looks_for(config: Any, model: MedSightModel) -> None:
-    whole = MedSightForConditionalGeneration(config).state_dict()
-    assert {name for name in whole if not name.startswith("model.")} == {"lm_head.weight"}
-    assert {name.removeprefix("model.") for name in whole} - {"lm_head.weight"} == set(model.state_dict())
+def test_weights_bear_the_names_that_an_engine_looks_for(model: MedSightForConditionalGeneration) -> None:
+    assert {name for name in model.state_dict() if not name.startswith("model.")} == {"lm_head.weight"}
 
 
 def test_an_engine_finds_the_places_of_images(config: Any) -> None:
@@ -155,35 +145,25 @@ print(type(base).__name__, type(base.get_decoder()).__name__, config.get_text_co
     assert done.stdout.split() == ["MedSightModel", "Qwen3Model", "True"], done.stderr
 
 
-def ask(processor: MedSightProcessor, image: Image.Image, answer: str) -> list[dict[str, Any]]:
-    question = [{"type": "image", "image": image}, {"type": "text", "text": "What is to be seen?"}]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 @torch.no_grad()
 def test_masks_of_text_from_elsewhere(tiny_checkpoint: Path) -> None:
     model = MedSightForConditionalGeneration.from_pretrained(tiny_checkpoint).eval()
     processor = MedSightProcessor.from_pretrained(tiny_checkpoint)
     written = ["Two: liver [C0_1] and spleen [C2_3].", "Nothing of note.", "[C1_0]"]
     images = [Image.effect_noise((30 + 10 * i, 40), 90).convert("RGB") for i in range(3)]
-    conversations = [ask(processor, *pair) for pair in zip(images, written, strict=True)]
-
-    def decode(chosen: list[Any]) -> tuple[Any, Any]:
-        inputs = processor.apply_chat_template(
-            chosen, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
-        )
-        names = ("input_ids", "pixel_values", "attention_mask")
-        return inputs, model.decode_regions(**{name: inputs[name] for name in names})
-
-    inputs, regions = decode(conversations)
-    answers = processor.post_process_grounded_answer(regions, inputs)
-    assert [[region.code for region in answer.regions] for answer in answers] == [
-        ["[C0_1]", "[C2_3]"],
-        [],
-        ["[C1_0]"],
+    conversations = [
+        [
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": text},
+        ]
+        for image, text in zip(images, written, strict=True)
     ]
-    for row, (image, answer) in enumerate(zip(images, answers, strict=True)):
+    inputs = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    regions = model.decode_regions(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+    answers = processor.post_process_grounded_answer(regions, inputs)
+    found = [[region.code for region in answer.regions] for answer in answers]
+    assert found == [["[C0_1]", "[C2_3]"], [], ["[C1_0]"]]
+    for image, answer in zip(images, answers, strict=True):
         assert all(region.mask.shape == (image.height, image.width) for region in answer.regions)
-        alone = decode([conversations[row]])[1]
-        torch.testing.assert_close(regions.mask_logits[row], alone.mask_logits[0], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(regions.region_scores[row], alone.region_scores[0], rtol=1e-3, atol=1e-4)

@@ -1,7 +1,6 @@
 """Sharded over two processes by `fully_shard`, a model gives the losses, gradients and masks that it gives whole."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from medsight.training.sharding import gather_in_methods
 from medsight.training.stage import train_only
 from modeling_medsight import MedSightForConditionalGeneration, MedSightRegionModel
-from tests.modeling_medsight.configurations import make_batch, make_config, make_model, random_masks
+from tests.modeling_medsight.configurations import labelled, make_batch, make_config, make_model, perceiving
 
 
 TOLERANCE = 1e-5
@@ -61,27 +60,6 @@ def shard(model: MedSightForConditionalGeneration | MedSightRegionModel, classes
     gather_in_methods(model)
 
 
-def language_batch(config: Any, text: str, rank: int) -> dict[str, Any]:
-    """A text with next-token labels, and a mask and a class for every code."""
-    codes = text.count("C")
-    batch: dict[str, Any] = make_batch(config, [text], seed=rank)
-    batch["labels"] = batch["input_ids"].clone()
-    batch["mask_labels"] = random_masks([codes], config.mask_size, seed=rank)
-    batch["code_class_labels"] = [torch.arange(codes) % config.num_mask_classes]
-    return batch
-
-
-def region_batch(config: Any, rank: int) -> dict[str, Any]:
-    """Images with unequal numbers of regions, for the perceiver and the codebook."""
-    counts = [1 + rank, 3 - 2 * rank]
-    return {
-        "pixel_values": make_batch(config, ["I", "I"], seed=rank)["pixel_values"],
-        "mask_labels": random_masks(counts, config.mask_size, seed=rank),
-        "class_labels": [torch.arange(count) % config.num_mask_classes for count in counts],
-        "group_labels": torch.tensor([rank, 1]),
-    }
-
-
 def outcomes(case: str, rank: int, sharded: bool) -> dict[str, torch.Tensor]:
     """What one process finds: losses and gradients, features, an answer and its masks.
 
@@ -95,8 +73,8 @@ def outcomes(case: str, rank: int, sharded: bool) -> dict[str, torch.Tensor]:
         train_only(model, trained)
         if sharded:
             shard(model, classes)
-        batch = language_batch(model.config, texts[rank], rank)
-        output = model(**(batch if trained is LANGUAGE else region_batch(model.config, rank)))
+        images = perceiving(model.config, (1 + rank, 3 - 2 * rank))
+        output = model(**(labelled(model.config, [texts[rank]]) if trained is LANGUAGE else images))
         output.loss.backward()
         found |= {name: value.detach().clone() for name, value in output.items() if name.endswith("_loss")}
         for name, parameter in model.named_parameters():
@@ -107,7 +85,7 @@ def outcomes(case: str, rank: int, sharded: bool) -> dict[str, torch.Tensor]:
     if sharded:
         shard(model, classes)
     with torch.no_grad():
-        regions = model.get_region_features(region_batch(model.config, rank)["pixel_values"])
+        regions = model.get_region_features(images["pixel_values"])
         perceiver = model.model.region_perceiver
         grid = regions.patch_features.unflatten(1, model.config.patch_grid)
         found["region masks"] = regions.masks_queries_logits
