@@ -111,7 +111,7 @@ class MedSightGenerationMixin(GenerationMixin):
 
         # Processes that wait for each other must all make the same passes, whatever each has cited; an assistant,
         # which gets all that this model gets, looks at the pixels with its own encoder; and beams change their rows.
-        synced = kwargs.setdefault("synced_gpus", is_fsdp_managed_module(self))
+        synced = kwargs.setdefault("synced_gpus", self._is_sharded())
         assisted = kwargs.get("assistant_model") is not None
         if not assisted:
             kwargs.pop("pixel_values", None)
@@ -182,6 +182,14 @@ class MedSightGenerationMixin(GenerationMixin):
             model_kwargs["grounding"].add(outputs.last_hidden_state)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
+    def _is_sharded(self) -> bool:
+        """Whether parameters are spread over processes by FSDP, which then must all make the same passes."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return is_fsdp_managed_module(self) or any(isinstance(module, FSDPModule) for module in self.modules())
+
     def _refuse_wrong_inputs(
         self,
         prompt: torch.Tensor | None,
@@ -201,6 +209,8 @@ class MedSightGenerationMixin(GenerationMixin):
             )
         images = 0 if pixel_values is None else len(pixel_values)
         placeholders, rows = int((prompt == self.config.image_token_id).sum()), self.config.image_seq_length
+        if placeholders and pixel_values is None:
+            raise ValueError("the prompt has image placeholders but no images were given (pixel_values)")
         if placeholders != images * rows:
             raise ValueError(
                 f"Image features and image tokens do not match: {images} images need {images * rows} image "

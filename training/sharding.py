@@ -7,7 +7,7 @@ shows an image or cites a code, and in a unit that only some of them enter these
 
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 
 METHODS = ("get_region_features", "get_image_features", "quantize_regions", "decode_regions", "generate")
@@ -19,7 +19,6 @@ def gather_in_methods(model: Any) -> None:
 
     A model that is not sharded stays as it is.
     """
-    model._is_fsdp_managed_module = isinstance(model, FSDPModule)  # transformers' mark: generate() then keeps in step
     for name in METHODS:
         if hasattr(model, name) and name not in vars(model):
             register_fsdp_forward_method(model, name)

@@ -5,13 +5,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from configuration_medsight import MedSightConfig
 from modeling_medsight import generation_medsight
 from modeling_medsight.outputs_medsight import CACHE_NAME
+from tests.tiny_checkpoint import byte_tokenizer
 
 from .configurations import CONFIGURATIONS, make_batch, make_config, make_model, row_of_batch
 from .generating import (
@@ -299,3 +300,28 @@ def test_what_decode_regions_reads_is_the_text_not_its_origin(model: Any, config
     assert decoded.mask_logits[0].shape == (2, *config.mask_size)
     empty = model.decode_regions(**make_batch(config, ["tI", "t"]))
     assert [masks.shape for masks in empty.mask_logits] == [(0, *config.mask_size)] * 2
+
+
+def test_a_text_streamer_prints_the_answer(model: Any, config: MedSightConfig, capsys: Any) -> None:
+    batch, tokenizer = make_batch(config, ["tItt"]), byte_tokenizer()
+    tokenizer.add_tokens([f"[C{k}_{m}]" for k in range(3) for m in range(4)])
+    scripts = [[*tokenizer("Liver ")["input_ids"], config.region_code_start_id + 6, END]]
+    say(model, batch, scripts, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    assert capsys.readouterr().out == "Liver [C1_2]\n"
+
+
+def test_generation_in_training_mode_works_too(config: MedSightConfig) -> None:
+    batch, model = make_batch(config, ROWS), make_model(config)
+    expected = generate(model, batch)
+    given = generate(model.train(), batch)
+    assert torch.equal(given.sequences, expected.sequences)
+
+
+def test_a_code_after_rejected_candidates_is_scored_by_its_own_state(model: Any, config: MedSightConfig) -> None:
+    batch = make_batch(config, ["ttIttt"])
+    batch["input_ids"][0, -2:] = batch["input_ids"][0, :2]  # something to look up, which the script rejects
+    scripts = [[config.region_code_start_id + 1, 5, 7, END]]
+    plain, lookup = say(model, batch, scripts), say(model, batch, scripts, prompt_lookup_num_tokens=3)
+    assert torch.equal(plain.sequences, lookup.sequences) and len(plain.region_code_ids[0]) == 1
+    torch.testing.assert_close(lookup.region_scores[0], plain.region_scores[0], **CLOSE)
+    torch.testing.assert_close(lookup.mask_logits[0], plain.mask_logits[0], **CLOSE)

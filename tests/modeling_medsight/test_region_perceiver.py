@@ -236,3 +236,11 @@ def test_attention_goes_through_the_attention_interface(monkeypatch: pytest.Monk
             module.config._attn_implementation = "maskless_kernel"
     torch.testing.assert_close(perceiver(noise(1, 3, 3, 16)).masks_queries_logits, reference)
     assert calls == [("maskless_kernel", False), ("sdpa", True), ("maskless_kernel", False)]
+
+
+def test_every_weight_that_a_mask_and_a_class_need_gets_a_gradient() -> None:
+    perceiver = make_perceiver()
+    output = perceiver(torch.randn(2, 3, 3, 16, dtype=torch.float64))
+    (output.masks_queries_logits.pow(2).sum() + output.class_queries_logits.pow(2).sum()).backward()
+    without = [name for name, weight in perceiver.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert without == []
