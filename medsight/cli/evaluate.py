@@ -6,17 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from medsight.cli.console import Device, Json, Results, results
+from medsight.cli.console import Device, Json, results
 
 
-ANSWERING = (
-    "model",
-    "batch_size",
-    "max_new_tokens",
-    "device",
-    "dtype",
-    "masks_from",
-)  # options without use for saved predictions
+# Options without use for saved predictions.
+ANSWERING = ("model", "batch_size", "max_new_tokens", "device", "dtype", "masks_from")
 
 
 def command(
@@ -37,9 +31,11 @@ def command(
         str | None,
         typer.Option(metavar="TEXT", help="What the report calls the system  [default: the folder or file]."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows answered at once.")] = 8,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="The first N rows alone; the output says so.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows answered at once.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N rows alone; the output says so.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length limit of an answer.")] = 256,
     held_out_prompts: Annotated[
         bool, typer.Option("--held-out-prompts", help="Ask in wordings that training never saw.")
     ] = False,
@@ -52,9 +48,7 @@ def command(
     ] = None,
     masks_from: Annotated[
         Literal["states", "codes"],
-        typer.Option(
-            help="What masks are decoded from: the language model's states, or the codes' entries in the codebook."
-        ),
+        typer.Option(help="Decode masks from the language model's states, or the codes' entries in the codebook."),
     ] = "states",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Answer all rows again, and replace the output.")
@@ -65,15 +59,12 @@ def command(
     ] = None,
     masks: Annotated[
         str | None,
-        typer.Option(
-            metavar="PRESET", help="Protocol of masks: medsight, medplib, citrus or biomedparse; or, by flags:"
-        ),
+        typer.Option(metavar="PRESET", help="Protocol of masks: medsight, medplib, citrus, biomedparse; or by flags:"),
     ] = None,
     threshold: Annotated[float | None, typer.Option(metavar="P", help="Probability that makes a mask.")] = None,
     missing: Annotated[Literal["zero", "skip"] | None, typer.Option(help="An answer without a mask.")] = None,
     multi: Annotated[
-        str | None,
-        typer.Option(metavar="RULE", help="Several masks: mean, union, best, order, first or last."),
+        str | None, typer.Option(metavar="RULE", help="Several masks: mean, union, best, order, first or last.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap and of held-out prompts.")] = 0,
     allow_row_count: Annotated[
@@ -92,29 +83,24 @@ def command(
     Writes predictions.jsonl (row by row: a run goes on where it stopped), scores.jsonl, metrics.json and report.html.
     Over several processes: accelerate launch -m medsight.cli evaluate ... Not a medical device.
     """
-    from medsight.evaluation.benchmarks import load_benchmark
+    from medsight.evaluation.benchmarks import load_benchmark, load_declarations
     from medsight.evaluation.figures import METRICS, REPORT, ROWS, figures_text
     from medsight.evaluation.runner import Processes, RunSettings
-    from medsight.evaluation.scored_run import (
-        answer,
-        protocol_of,
-        refuse_other_protocol,
-        rows_to_score,
-        saved,
-        score,
-    )
+    from medsight.evaluation.scored_run import answer, protocol_of, refuse_other_protocol, rows_to_score, saved, score
 
     with results(as_json) as out:
         if list_benchmarks:
-            show_benchmarks(out)
+            for known, entry in load_declarations().items():
+                rows = entry.expected_rows or "any number of"
+                content = {"benchmark": known, "title": entry.title, "task": entry.task, "rows": entry.expected_rows}
+                out.show(content, f"{known:24}{entry.title} ({entry.task}, {rows} rows)")
             return
         if benchmark is None or data is None or output is None:
             missing_option = "benchmark" if benchmark is None else "data" if data is None else "output"
             raise ValueError(f"--{missing_option} is required (medsight evaluate --list shows the benchmarks)")
-        sources = {name: context.get_parameter_source(name) for name in ANSWERING}
-        given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
-        if predictions is not None and given:
-            raise ValueError(f"--predictions are scored without a model: leave out --{given[0].replace('_', '-')}")
+        for option in ANSWERING if predictions is not None else ():
+            if context.get_parameter_source(option).name != "DEFAULT":  # type: ignore[union-attr]
+                raise ValueError(f"--predictions are scored without a model: leave out --{option.replace('_', '-')}")
         declared = load_benchmark(benchmark)
         if held_out_prompts:
             declared = dataclasses.replace(declared, title=f"{declared.title}, in wordings not trained on")
@@ -125,9 +111,8 @@ def command(
         refuse_other_protocol(folder, protocol.to_dict(declared.has_masks), overwrite)
         if predictions is None:
             settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype, masks_from)
-            described, path = answer(
-                model, folder, declared, Path(data), cases, settings, device, batch_size, overwrite, processes
-            )
+            asked = (folder, declared, Path(data), cases)
+            described, path = answer(model, *asked, settings, device, batch_size, overwrite, processes)
         else:
             path = Path(predictions)
             described, more = saved(path, folder, declared, Path(data), cases, left_out, overwrite, accept_problems)
@@ -138,13 +123,3 @@ def command(
             )
             out.show(metrics, figures_text(metrics), f"\nWritten to {folder}/: {METRICS}, {ROWS}, {REPORT}")
         processes.wait()
-
-
-def show_benchmarks(out: Results) -> None:
-    """A line a shipped benchmark."""
-    from medsight.evaluation.benchmarks import load_declarations
-
-    for name, entry in load_declarations().items():
-        rows = entry.expected_rows or "any number of"
-        content = {"benchmark": name, "title": entry.title, "task": entry.task, "rows": entry.expected_rows}
-        out.show(content, f"{name:24}{entry.title} ({entry.task}, {rows} rows)")

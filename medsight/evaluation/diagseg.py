@@ -13,7 +13,7 @@ from medsight.data.sources import Source, iterate
 from medsight.files import check_empty, staged_folder, write_json, write_text
 
 from .cases import relative
-from .diagnosis import Diagnosis, diagnosis_of
+from .region_cases import Diagnosis, diagnosis_of
 
 
 QUESTION = "What is the diagnosis? Segment the finding."

@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,6 @@ from medsight.data.pictures import read_mask, read_picture
 from medsight.inference.code_assignment import assign_codes
 
 from .cases import Case
-
-
-def mapped_group(config: Any, modality: str, site: str) -> int | None:
-    """The index of the code group that holds images of a modality and site; None where none does."""
-    try:
-        return match_groups(config, [(modality, site)]).index(modality, site)
-    except ValueError:
-        return None
 
 
 class ReferenceCodes:
@@ -62,37 +55,30 @@ class ReferenceCodes:
         with torch.inference_mode():
             regions = self.model.get_region_features(pixel_values)
         predicted = regions.group_logits.argmax(-1).tolist()
-        found: list[tuple[str | None, tuple[str, ...] | None]] = []
-        place = 0
-        for case in cases:
-            place += len(case.images)
-            group = self.names[predicted[place - 1]] if case.images else None
-            found.append((group, self._codes_of(case, regions, place - 1)))
-        return found
+        last = [place - 1 for place in accumulate(len(case.images) for case in cases)]
+        return [
+            (self.names[predicted[place]] if case.images else None, self._codes_of(case, regions, place))
+            for case, place in zip(cases, last, strict=True)
+        ]
 
     def _codes_of(self, case: Case, regions: Any, place: int) -> tuple[str, ...] | None:
+        config = self.model.config
+        try:
+            group = match_groups(config, [(case.modality, case.site)]).index(case.modality, case.site)
+        except ValueError:
+            return None
         if len(case.images) != 1:
             return None
-        group = mapped_group(self.model.config, case.modality, case.site)
-        if group is None:
-            return None
-        if not case.masks:
-            return ()
         image = _key(case.images[0])
-        if image not in self._codes:
-            self._codes[image] = self._assigned(case, group, regions, place)
+        if case.masks and image not in self._codes:  # all masks of the image, whichever case they are of
+            known = self._masks[image]
+            size = read_picture(case.images[0]).size
+            masks = np.stack([read_mask(mask, size) for mask, _ in known.values()])
+            placed = self.processor.image_processor.preprocess_masks(masks, output_size=(config.image_size,) * 2)
+            codes = codes_in_image(self.model, regions, place, placed, [target for _, target in known.values()], group)
+            tokens = (config.region_code_token(group, code) for code in codes.tolist())
+            self._codes[image] = dict(zip(known, tokens, strict=True))
         return tuple(self._codes[image][_key(mask)] for mask in case.masks)
-
-    def _assigned(self, case: Case, group: int, regions: Any, place: int) -> dict[str, str]:
-        """The code of every mask of one image, by the mask's key."""
-        known = self._masks[_key(case.images[0])]
-        size = read_picture(case.images[0]).size
-        masks = np.stack([read_mask(mask, size) for mask, _ in known.values()])
-        side = self.model.config.image_size
-        placed = self.processor.image_processor.preprocess_masks(masks, output_size=(side, side))
-        codes = codes_in_image(self.model, regions, place, placed, [target for _, target in known.values()], group)
-        tokens = (self.model.config.region_code_token(group, code) for code in codes.tolist())
-        return dict(zip(known, tokens, strict=True))
 
 
 def codes_in_image(

@@ -23,36 +23,25 @@ def confusion(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     if groups is None:
         return None
     counts: Mapping[str, Mapping[str, int]] = groups["counts"]
+
     # The columns stand in the order of the rows that they belong to, so that right ones lie on a diagonal.
-    order = {name.lower(): index for index, name in enumerate(sorted(counts))}
-    columns = sorted(
-        {name for cited in counts.values() for name in cited}, key=lambda name: (_place(name, order), name)
-    )
-    if NO_CODE in columns:
-        columns.remove(NO_CODE)
-        columns.append(NO_CODE)
-    return {
-        "caption": CAPTIONS[groups["by"]],
-        "columns": columns,
-        "rows": [
+    def place(group: str) -> tuple[bool, int, str]:
+        owners = [index for index, name in enumerate(sorted(counts)) if belongs(name, group)]
+        return group == NO_CODE, owners[0] if owners else len(counts), group
+
+    columns = sorted({name for cited in counts.values() for name in cited}, key=place)
+    rows = []
+    for name, cited in sorted(counts.items()):
+        cells = [
             {
-                "name": name,
-                "cells": [
-                    {
-                        "text": cited.get(column, ""),
-                        "share": round(cited.get(column, 0) / sum(cited.values()), 3),
-                        "diagonal": belongs(name, column),
-                    }
-                    for column in columns
-                ],
+                "text": cited.get(column, ""),
+                "share": round(cited.get(column, 0) / sum(cited.values()), 3),
+                "diagonal": belongs(name, column),
             }
-            for name, cited in sorted(counts.items())
-        ],
-    }
-
-
-def _place(group: str, order: Mapping[str, int]) -> int:
-    return next((index for name, index in order.items() if belongs(name, group)), len(order))
+            for column in columns
+        ]
+        rows.append({"name": name, "cells": cells})
+    return {"caption": CAPTIONS[groups["by"]], "columns": columns, "rows": rows}
 
 
 def belongs(origin: str, group: str) -> bool:
@@ -67,34 +56,32 @@ def code_usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     if codes is None or not codes["usage"]["citations"]:
         return None
     sizes, usage = metrics["run"].get("codes_per_group") or {}, codes["usage"]
-    most = max(found["n"] for group in usage["groups"].values() for found in group["codes"].values())
+    cited = [
+        {"code": code, "group": name, "count": found["n"], "structures": _shares(found["structures"])}
+        for name, group in usage["groups"].items()
+        for code, found in group["codes"].items()
+    ]
+    most = max(row["count"] for row in cited)
     groups = []
     for name, group in usage["groups"].items():
         if not group["citations"]:
             continue
         size = sizes.get(name, len(group["codes"]))
         live = f"{group['live_codes']} of {size} codes" if name in sizes else f"{group['live_codes']} codes"
+        detail = (
+            f"{group['citations']:,} cited · {live} · perplexity {group['perplexity']:.1f} · "
+            f"purity {group['purity']:.2f} · NMI {group['nmi']:.2f}"
+        )
         cells = [
             {
-                "share": round((found["n"] / most) ** 0.5, 3),
-                "title": f"{code}: {found['n']} × ({_shares(found['structures'])})",
+                "share": round((row["count"] / most) ** 0.5, 3),
+                "title": f"{row['code']}: {row['count']} × ({row['structures']})",
             }
-            for code, found in group["codes"].items()
+            for row in cited
+            if row["group"] == name
         ]
         cells += [{"share": 0, "title": "not cited"}] * (size - len(cells))
-        groups.append(
-            {
-                "name": name,
-                "detail": f"{group['citations']:,} cited · {live} · perplexity {group['perplexity']:.1f} · "
-                f"purity {group['purity']:.2f} · NMI {group['nmi']:.2f}",
-                "cells": cells,
-            }
-        )
-    cited = [
-        {"code": code, "group": name, "count": found["n"], "structures": _shares(found["structures"])}
-        for name, group in usage["groups"].items()
-        for code, found in group["codes"].items()
-    ]
+        groups.append({"name": name, "detail": detail, "cells": cells})
     cited.sort(key=lambda row: (-row["count"], row["code"]))
     return {
         "caption": "A square a code, darker where it is cited more often; its structures by pointing at it. Purity: "

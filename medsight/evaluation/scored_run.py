@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from medsight import __version__
-from medsight.checkpoint import check_checkpoint, read_json, shipped_checkpoint
+from medsight.checkpoint import read_json, shipped_checkpoint
 from medsight.files import write_json, write_text
-from medsight.metrics.mask_dice.mask_counts import PRESETS
 from medsight.text import quiet_transformers
 
 from .benchmarks import Benchmark, check_counts
@@ -38,17 +37,14 @@ def rows_to_score(
     """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them.
 
     Raises:
-        OSError, ValueError: see `read_cases` and `check_counts`; or the limit is below 1.
+        OSError, ValueError: see `read_cases` and `check_counts`.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: expected at least 1")
     cases, files = read_cases(benchmark, data, held_out_prompts, seed)
-    counted = check_counts(benchmark, len(cases), files, allow_row_count)
-    notes = [*benchmark.notes, *([counted] if counted else [])]
+    notes = [*benchmark.notes, *check_counts(benchmark, len(cases), files, allow_row_count)]
     if limit is not None and limit < len(cases):
         notes.append(f"Limited to the first {limit:,} of {len(cases):,} rows: not comparable with the whole set.")
-    count = len(cases) if limit is None else limit
-    return cases[:count], cases[count:], notes
+        return cases[:limit], cases[limit:], notes
+    return cases, [], notes
 
 
 def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, flags: dict[str, Any]) -> Protocol:
@@ -61,10 +57,8 @@ def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, fl
         raise ValueError(f"benchmark {benchmark.name} has no masks to score")
     if answers and benchmark.task == "segment":
         raise ValueError(f"benchmark {benchmark.name} has no answers to score")
-    masks = masks or (None if flags else benchmark.protocol.get("masks"))
-    if masks is not None and masks not in PRESETS:
-        raise ValueError(f"--masks {masks!r}: choose one of {', '.join(PRESETS)}")
-    return Protocol(answers or benchmark.protocol.get("answers"), masks, flags)
+    preset = masks or (None if flags else benchmark.protocol.get("masks"))
+    return Protocol(answers or benchmark.protocol.get("answers"), preset, flags)
 
 
 def refuse_other_protocol(output: Path, protocol: dict[str, Any], overwrite: bool) -> None:
@@ -96,12 +90,11 @@ def answer(
     Two runs of which run.json says the same give the same predictions.
 
     Raises:
-        OSError, ValueError: see `check_checkpoint`, `load_for_evaluation`, `prepare_output` and `answer_cases`.
+        OSError, ValueError: see `load_for_evaluation`, `prepare_output` and `answer_cases`.
     """
     folder = shipped_checkpoint() if model is None else Path(model)
-    check_checkpoint(folder)
     with quiet_transformers():
-        loaded, processor = load_for_evaluation(folder, settings, device, processes.device)
+        loaded, processor = load_for_evaluation(folder, settings, processes.device if device == "auto" else device)
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
         described = {
             "medsight_version": __version__,
@@ -113,8 +106,6 @@ def answer(
         }
         if processes.rank == 0:
             prepare_output(output, described, overwrite)
-            for name in (METRICS, ROWS, REPORT) if overwrite else ():
-                (output / name).unlink(missing_ok=True)
         processes.wait()
         path = answer_cases(cases, loaded, processor, output, settings, batch_size, processes)
     return described, path
@@ -149,34 +140,25 @@ def saved(
         ValueError: their run.json is damaged, or says that they answer another benchmark, other data or wordings,
             which is not accepted.
     """
-    content = path.read_bytes()
-    described: dict[str, Any] = {"model": path.stem}
-    if (path.parent / RUN).is_file():
-        described = read_json(path.parent / RUN)
-    differing = _other_questions(described, benchmark, [*cases, *left_out])
-    if differing is not None and not accept_problems:
-        raise ValueError(
-            f"{path}: {differing}; ask as that run did (--benchmark, --data, --held-out-prompts, --seed), or add "
-            "--accept-problems to score them all the same, with a note"
-        )
-    described |= {"predictions_sha256": hashlib.sha256(content).hexdigest(), **questions(benchmark, data, cases)}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    described = read_json(path.parent / RUN) if (path.parent / RUN).is_file() else {"model": path.stem}
+    notes = []
+    if "data" in described:
+        asked = [*cases, *left_out][: described["data"]["rows"]]  # a limited run has the first ones
+        was, now = (described["benchmark"], described["data"]["sha256"]), (benchmark.name, fingerprint(asked))
+        if was != now:
+            differing = (
+                f"its {RUN} is of the benchmark {was[0]} with data and wordings {was[1][:12]}, "
+                f"asked for is {now[0]} with {now[1][:12]}"
+            )
+            if not accept_problems:
+                raise ValueError(
+                    f"{path}: {differing}; ask as that run did (--benchmark, --data, --held-out-prompts, --seed), or "
+                    "add --accept-problems to score them all the same, with a note"
+                )
+            notes.append(f"The answers were given to other questions: {differing}.")
     _make_scores_folder(output, {RUN, path.name}, overwrite)
-    return described, [] if differing is None else [f"The answers were given to other questions: {differing}."]
-
-
-def _other_questions(described: dict[str, Any], benchmark: Benchmark, rows: list[Case]) -> str | None:
-    """In what a run's questions differ from the benchmark's rows, of which a limited run has the first; None if in
-    nothing, or if the run does not say."""
-    before = described.get("data")
-    if "benchmark" not in described or not isinstance(before, dict) or "sha256" not in before:
-        return None
-    now = fingerprint(rows[: before.get("rows")])
-    if (described["benchmark"], before["sha256"]) == (benchmark.name, now):
-        return None
-    return (
-        f"its {RUN} is of the benchmark {described['benchmark']} with data and wordings {before['sha256'][:12]}, "
-        f"asked for is {benchmark.name} with {now[:12]}"
-    )
+    return {**described, "predictions_sha256": sha256, **questions(benchmark, data, cases)}, notes
 
 
 def questions(benchmark: Benchmark, data: Path, cases: list[Case]) -> dict[str, Any]:
@@ -190,15 +172,12 @@ def questions(benchmark: Benchmark, data: Path, cases: list[Case]) -> dict[str, 
 def _make_scores_folder(output: Path, beside: set[str], overwrite: bool) -> None:
     """Makes the folder; one that holds more than scores and the files `beside` them is refused."""
     scores = {METRICS, ROWS, REPORT}
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} is a file; name a folder")
-    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    foreign = sorted(names - scores - beside)
-    if foreign:
+    output.mkdir(parents=True, exist_ok=True)
+    names = {entry.name for entry in output.iterdir()}
+    if foreign := sorted(names - scores - beside):
         raise FileExistsError(f"output folder {output} holds {foreign[0]}; name another one")
     if names & scores and not overwrite:
         raise FileExistsError(f"output folder {output} holds an evaluation; name another one, or add --overwrite")
-    output.mkdir(parents=True, exist_ok=True)
 
 
 def score(
@@ -219,8 +198,8 @@ def score(
     Args:
         left_out: rows of the benchmark that are not scored, of which there may be predictions.
     """
-    ids, others = [case.id for case in cases], {case.id for case in left_out}
-    predictions, problems = match_predictions(ids, read_predictions(path), others)
+    ids, ignored = [case.id for case in cases], {case.id for case in left_out}
+    predictions, problems = match_predictions(ids, read_predictions(path), ignored)
     rows = score_rows(cases, predictions, benchmark, protocol, problems, accept_problems)
     saved_threshold = described.get("threshold")
     if benchmark.has_masks and saved_threshold not in (None, protocol.mask_protocol.threshold):
@@ -228,18 +207,18 @@ def score(
             f"The masks were saved at the threshold {saved_threshold}; that of the protocol, "
             f"{protocol.mask_protocol.threshold}, cannot be applied any more."
         )
-    from_codes = described.get("masks_from") == "codes"
-    if from_codes:
+    system = described["model"]
+    if described.get("masks_from") == "codes":
+        system += ", masks of codes alone"
         notes.append("The masks are decoded from the codebook's entries of the cited codes alone.")
-    listed = {kind: ids for kind, ids in dataclasses.asdict(problems).items() if ids}
     metrics = {
-        "system": name or f"{described['model']}{', masks of codes alone' if from_codes else ''}",
+        "system": name or system,
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "task": benchmark.task,
         "protocol": protocol.to_dict(benchmark.has_masks),
         **summarise(rows, benchmark, seed, described.get("codes_per_group")),
-        "problems": {kind: {"count": len(ids), "rows": ids} for kind, ids in listed.items()},
+        "problems": {kind: {"count": len(ids), "rows": ids} for kind, ids in vars(problems).items() if ids},
         "notes": notes,
         "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
         "run": described,

@@ -15,6 +15,7 @@ from .cases import Case
 from .predictions import Prediction, Problems, decode_mask
 
 
+OF_CASE = ("id", "dataset", "modality", "site", "patient", "label_origin", "target", "absent", "prompt")
 MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
 
 
@@ -54,13 +55,8 @@ class Protocol:
 
     def to_dict(self, has_masks: bool) -> dict[str, Any]:
         """For metrics.json: names, and every flag that they stand for."""
-        described: dict[str, Any] = {}
-        if self.answers is not None:
-            described["answers"] = self.answers
-        if has_masks:
-            described["masks"] = self.masks or "flags"
-            described["mask_flags"] = dict(vars(self.mask_protocol))
-        return described
+        masks = {"masks": self.masks or "flags", "mask_flags": dict(vars(self.mask_protocol))}
+        return {**({"answers": self.answers} if self.answers else {}), **(masks if has_masks else {})}
 
 
 def score_rows(
@@ -96,8 +92,7 @@ def score_rows(
     for number, case in enumerate(cases):
         prediction = predictions.get(case.id) or Prediction(case.id, "")
         row: dict[str, Any] = {
-            **{name: getattr(case, name) for name in ("id", "dataset", "modality", "site", "patient")},
-            **{name: getattr(case, name) for name in ("label_origin", "target", "absent", "prompt")},
+            **{name: getattr(case, name) for name in OF_CASE},
             "answer": prediction.raw_text or prediction.answer,
             "reference": case.answer,
             "answer_type": case.answer_type,
@@ -200,11 +195,11 @@ def _cited_for(case: Case, prediction: Prediction) -> list[str] | None:
     """What each cited code stands for: the one structure that is asked for, or of several what the answer calls it."""
     if not case.mask_targets:
         return [case.target or "-"] * len(prediction.codes)
-    if len(prediction.phrases) != len(prediction.codes):
-        return None
     names = {name.casefold(): name for name in case.mask_targets}
-    found = [names.get((phrase or "").casefold(), phrase) for phrase in prediction.phrases]
-    return None if None in found else [name for name in found if name is not None]
+    phrases = [phrase for phrase in prediction.phrases if phrase is not None]
+    if len(phrases) != len(prediction.codes):
+        return None
+    return [names.get(phrase.casefold(), phrase) for phrase in phrases]
 
 
 def _code_scores(case: Case, prediction: Prediction) -> dict[str, Any]:
@@ -212,21 +207,15 @@ def _code_scores(case: Case, prediction: Prediction) -> dict[str, Any]:
 
     # Codes that the data set gives are what it asks for; without any, those of the codebook that the answer cites.
     known = prediction.reference_codes if case.codes is None else case.codes
-    row: dict[str, Any] = {
-        "reference_codes": None if known is None else list(known),
-        "reference_codes_from": None if known is None else "codebook" if case.codes is None else "data set",
-        "code_accuracy": None,
-        "group_accuracy": None,
-    }
     if known is not None and len(known) != len(case.masks):
         raise ValueError(f"prediction {case.id}: {len(known)} reference codes for {len(case.masks)} reference masks")
-    if not known:
-        return row
-    try:
-        shares = cited_right(prediction.codes, known)
-    except ValueError as error:
-        raise ValueError(f"prediction {case.id}: {error}") from error
-    return row if shares is None else {**row, "code_accuracy": shares[0], "group_accuracy": shares[1]}
+    exact, in_group = cited_right(prediction.codes, known or ()) or (None, None)
+    return {
+        "reference_codes": None if known is None else list(known),
+        "reference_codes_from": None if known is None else "codebook" if case.codes is None else "data set",
+        "code_accuracy": exact,
+        "group_accuracy": in_group,
+    }
 
 
 def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:

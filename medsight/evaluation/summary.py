@@ -1,12 +1,13 @@
 """metrics.json: means of rows' scores with bootstrap intervals, by data set, modality and target."""
 
 import json
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from medsight.metrics import load
-from medsight.metrics.intervals import bootstrap_interval
+from medsight.metrics.intervals import Interval, bootstrap_interval
 
 from .benchmarks import Benchmark
 
@@ -44,26 +45,26 @@ def estimate(rows: Sequence[Row], score: str, seed: int, macro_by: str | None = 
     """A mean over rows (or the unweighted mean over groups of them) with its 95% bootstrap interval.
 
     Args:
+        score: a name of `SCORES`, or a field of the rows.
         macro_by: field of the rows whose values are the groups.
 
     Returns:
         `value`, `low` and `high` (None where nothing varies), `n` rows, `units` that the interval draws; None where no
         row has the score.
     """
-    scored = [(row, value) for row in rows if (value := SCORES[score](row)) is not None]
-    groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
-    return interval([value for _, value in scored], [unit_of(row) for row, _ in scored], seed, groups)
-
-
-def interval(
-    values: Sequence[float], units: Sequence[str], seed: int, groups: Sequence[str] | None = None
-) -> dict[str, Any] | None:
-    """A mean, over groups where they are given, with its interval over units, rounded; None over nothing."""
-    if not values:
+    value_of = SCORES.get(score, operator.itemgetter(score))
+    scored = [(row, value) for row in rows if (value := value_of(row)) is not None]
+    if not scored:
         return None
-    found = bootstrap_interval(values, groups, "mean" if groups is None else "macro", units, seed=seed)
-    rounded = {name: None if end is None else round(end, DIGITS) for name, end in found._asdict().items()}
-    return {**rounded, "n": len(values), "units": len(set(units))}
+    groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
+    units = [unit_of(row) for row, _ in scored]
+    value, low, high = rounded(bootstrap_interval([value for _, value in scored], groups, units, seed=seed))
+    return {"value": value, "low": low, "high": high, "n": len(scored), "units": len(set(units))}
+
+
+def rounded(interval: Interval) -> tuple[float | None, ...]:
+    """A value and the ends of its interval, as they are written."""
+    return tuple(None if end is None else round(end, DIGITS) for end in interval)
 
 
 def unit_of(row: Row) -> str:
@@ -171,14 +172,14 @@ def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, 
     figures: dict[str, Any] = {
         "present": {
             "n": len(present),
-            "no_region_rate": _rate(present, "no_region", seed),
+            "no_region_rate": estimate(present, "no_region", seed),
             "masks_per_answer": _mean([row["n_masks"] for row in present]),
             "references_per_row": _mean([row["n_references"] for row in present]),
         },
         "negatives": {
             "n": len(absent),
-            "no_region_rate": _rate(absent, "no_region", seed),
-            "false_mask_rate": _rate(absent, "false_mask", seed),
+            "no_region_rate": estimate(absent, "no_region", seed),
+            "false_mask_rate": estimate(absent, "false_mask", seed),
         },
     }
     if any(row["codes"] for row in rows):
@@ -189,10 +190,6 @@ def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, 
 
 def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), DIGITS) if values else None
-
-
-def _rate(rows: Sequence[Row], field: str, seed: int) -> dict[str, Any] | None:
-    return interval([float(row[field]) for row in rows], [unit_of(row) for row in rows], seed)
 
 
 def _reference_codes(present: Sequence[Row]) -> dict[str, Any]:

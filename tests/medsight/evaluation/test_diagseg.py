@@ -10,9 +10,9 @@ import pytest
 
 from medsight import cli
 from medsight.evaluation.benchmarks import load_benchmark
-from medsight.evaluation.diagnosis import Diagnosis, diagnosis_of
 from medsight.evaluation.diagseg import read_table
 from medsight.evaluation.readers import read_cases
+from medsight.evaluation.region_cases import Diagnosis, diagnosis_of
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import decode_mask, read_predictions
 from medsight.evaluation.readers import read_cases
 from medsight.evaluation.reference_codes import ReferenceCodes
-from medsight.evaluation.runner import RunSettings, answer_cases, load_for_evaluation, prepare_output
+from medsight.evaluation.runner import Processes, RunSettings, answer_cases, load_for_evaluation, prepare_output
 from medsight.inference.code_assignment import assign_codes
 from processing_medsight.region_codes_medsight import parse_region_code
 from tests.shared import shared_folder
@@ -60,7 +60,7 @@ def checkpoint(tiny_checkpoint: Path) -> tuple[Any, Any]:
 
 def answered(cases: list[Case], checkpoint: tuple[Any, Any], output: Path, batch_size: int) -> bytes:
     prepare_output(output, {"run": 1}, overwrite=False)
-    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size, progress=False).read_bytes()
+    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size, Processes()).read_bytes()
 
 
 def test_the_batch_size_does_not_show(cases: list[Case], checkpoint: tuple[Any, Any], tmp_path: Path) -> None:
@@ -181,15 +181,6 @@ def test_masks_of_codes_alone_are_a_run_of_their_own(
     assert np.array_equal(np.stack([decode_mask(mask, "it") for mask in prediction.masks]), expected)
 
 
-def test_a_run_of_other_masks_is_not_resumed_but_one_of_an_earlier_version_is(tmp_path: Path) -> None:
-    states = asdict(SETTINGS)
-    earlier = {name: value for name, value in states.items() if name != "masks_from"}
-    prepare_output(tmp_path / "run", earlier, overwrite=False)
-    prepare_output(tmp_path / "run", states, overwrite=False)
-    with pytest.raises(FileExistsError, match="an evaluation with another masks_from"):
-        prepare_output(tmp_path / "run", asdict(replace(SETTINGS, masks_from="codes")), overwrite=False)
-
-
 def read_predictions_of(cases: list[Case], checkpoint: tuple[Any, Any], folder: Path) -> list[Any]:
     answered(cases, checkpoint, folder / "all", 3)
     return list(read_predictions(folder / "all" / "predictions.jsonl"))
@@ -229,20 +220,6 @@ def test_predictions_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match="holds something else than an evaluation"):
         prepare_output(tmp_path / "other", {}, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens 0: expected at least 1"),
-        ({"threshold": 1.0}, "threshold 1.0: expected a probability"),
-        ({"masks_from": "thin air"}, "masks_from 'thin air': expected one of states, codes"),
-        ({"dtype": "int8"}, "dtype 'int8': expected one of float64"),
-    ],
-)
-def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RunSettings(**values)
 
 
 def test_an_unreadable_image_is_named(
