@@ -200,7 +200,7 @@ def test_distances_without_their_library_say_what_to_install(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("predicted", "references", "flags", "message"),
     [
-        ([A], [strip()[:, :9]], {}, r"predicted mask 0: its size \(1, 10\) is not the reference's \(1, 9\)"),
+        ([A], [strip()[:, :9]], {}, r"predicted mask 0: its size \(1, 10\) is not \(1, 9\)"),
         ([A], [A, strip()[:, :9]], {}, r"reference 1: its size \(1, 9\) is not \(1, 10\)"),
         ([A, A[:, :9]], [], {}, "predicted mask 1: its size"),
         ([np.full((1, 10), np.nan)], [A], {}, "predicted mask 0: 10 of its 10 values are NaN"),
@@ -259,12 +259,12 @@ def test_a_preset_means_one_protocol() -> None:
 def test_the_macro_mean_needs_groups() -> None:
     with pytest.raises(ValueError, match="macro average needs groups"):
         load("mask_dice").compute(items=[score_item([A], [A], preset="medsight")], preset="medsight")
-    with pytest.raises(ValueError, match="groups: expected 1, as many as items, got 2"):
+    with pytest.raises(ValueError, match="number of items .1. and groups .2."):
         load("mask_dice").compute(items=[score_item([A], [A])], groups=["CT", "MR"])
 
 
 def test_masks_are_not_taken_in_place_of_records() -> None:
-    with pytest.raises(ValueError, match="masks are not kept"):
+    with pytest.raises(ValueError, match="no items to score: .* pass items, the records of score_item"):
         load("mask_dice").compute(predictions=[[A.tolist()]], references=[[A.tolist()]])
 
 

@@ -191,8 +191,8 @@ def test_a_mean_over_nothing_is_none() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"references": ["yes"]}, "references: expected 2 items, as many as predictions, got 1"),
-        ({"answer_types": ["CLOSED"]}, "answer_types: expected 2"),
+        ({"references": ["yes"]}, "number of predictions .2. and references .1."),
+        ({"answer_types": ["CLOSED"]}, "number of predictions .2. and answer_types .1."),
         ({"answer_types": ["CLOSED", "closed"]}, "item 1: answer type 'closed': expected CLOSED or OPEN"),
         ({"answer_types": None}, "item 0: answer type '': expected CLOSED or OPEN"),
         ({"protocol": "vqav2"}, "protocol 'vqav2': choose one of llava-med, strict, multiple-choice, first-letter"),

@@ -125,14 +125,14 @@ def test_structures_follow_their_codes_and_groups_their_names() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"references": [[]]}, "references: expected 2 items, as many as predictions, got 1"),
-        ({"absent": [True]}, "absent: expected 2"),
+        ({"references": [[]]}, "number of predictions .2. and references .1."),
+        ({"absent": [True]}, "number of predictions .2. and absent .1."),
         ({"structures": [["liver", "spleen"], []]}, "item 0: 2 structures for 1 codes"),
         ({"structures": ["liver", []]}, "structures: expected lists of str, got 'liver' in item 0"),
         ({"references": [["[C0_1]"], []], "absent": [True, False]}, "item 0: nothing is there to show"),
         ({"reference_counts": [1, 0], "absent": [True, False]}, "item 0: nothing is there to show"),
         ({"predictions": [["liver"], []], "structures": [["liver"], []]}, "'liver' is not a region code"),
-        ({"structures": [["liver"], []], "codes_per_group": {"1": 4}}, "no size for group '0'"),
+        ({"structures": [["liver"], []], "codes_per_group": {"1": 4}}, "0 codes in group '0', of which 1 are cited"),
         ({"structures": [["liver"], []], "codes_per_group": 0}, "0 codes in group '0', of which 1 are cited"),
         (
             {"predictions": [["x"], ["x"]], "structures": [["a"], ["a"]], "groups": [["g"], ["h"]]},
