@@ -8,7 +8,7 @@ import typer
 from medsight.checkpoint import CODES_FILE, check_checkpoint
 from medsight.cli.console import Device, Json, results
 from medsight.files import check_empty, staged_folder, write_json
-from medsight.text import quiet_transformers
+from medsight.text import Table, quiet_transformers
 
 
 def command(
@@ -94,7 +94,7 @@ def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) 
             sheet.save(folder / f"{code.strip('[]')}.png")
 
 
-def usage_rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
+def usage_rows(content: dict[str, Any]) -> Table:
     """Usage by group, for a terminal."""
     lines = [("group", "masks", "codes in use", "perplexity", "purity", "NMI", "the code used most")]
     for name, group in content["groups"].items():

@@ -136,9 +136,7 @@ def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Ima
     for number, example in enumerate(examples):
         left = MARGIN + number % COLUMNS * (TILE + MARGIN)
         y = top + number // COLUMNS * cell
-        offset = (TILE - example.picture.width) // 2, (TILE - example.picture.height) // 2
-        canvas.rectangle((left, y, left + TILE - 1, y + TILE - 1), fill="black")
-        sheet.paste(example.picture, (left + offset[0], y + offset[1]))
+        sheet.paste(example.picture, (left, y))
         text = shorten(f"{example.target}  {example.score:.2f}", TILE, small)
         canvas.text((left, y + TILE + 2), text, fill="black", font=small)
     return sheet

@@ -2,13 +2,13 @@
 
 import csv
 import filecmp
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medsight.data.records import as_text, json_records
 from medsight.data.sources import Source, iterate
 from medsight.files import check_empty, staged_folder, write_json, write_text
 
@@ -29,24 +29,20 @@ def read_table(path: Path) -> dict[str, str]:
         OSError: the file cannot be read.
         ValueError: a column is missing, a field is empty, or an image has two diagnoses.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: list[Any]
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            try:
-                rows = [json.loads(line) for line in file if line.strip()]
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: expected a CSV file, or a JSON object a line ({error})") from error
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[Any] = list(csv.DictReader(file))
+    else:
+        rows = [record for _, record in json_records(path)]
     table: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
-        for name in TABLE_FIELDS:
-            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"{path}, row {number}: expected text in {name!r}, got {row}")
-        image = row["image"].strip()
+        if isinstance(row, ValueError):
+            raise row
+        place = f"{path}, row {number}"
+        image, diagnosis = (as_text(row.get(name), place, name).strip() for name in TABLE_FIELDS)
         if image in table:
-            raise ValueError(f"{path}, row {number}: {image} has a diagnosis already")
-        table[image] = row["diagnosis"].strip()
+            raise ValueError(f"{place}: {image} has a diagnosis already")
+        table[image] = diagnosis
     if not table:
         raise ValueError(f"{path}: expected rows of image and diagnosis, found none")
     return table

@@ -83,7 +83,7 @@ class Prediction:
             ValueError: a field is missing or of the wrong kind; the message begins with `place`.
         """
         given: dict[str, Any] = {name: record.get(name) for name in _VALUES}
-        listed = {name: record[name] for name in _LISTS if record.get(name) is not None}
+        listed: dict[str, Any] = {name: record[name] for name in _LISTS if record.get(name) is not None}
         for name, values in listed.items():
             if not isinstance(values, list):
                 raise ValueError(f"{place}: expected a list in {name!r}, got {type(values).__name__}")

@@ -43,21 +43,21 @@ class ReferenceCodes:
             pixel_values: all images of the cases, as the processor gives them, in the cases' order.
 
         Returns:
-            The group's name: of the last image, None without one. The codes, one a mask: none for an absent structure;
+            The group's name: of the last image. The codes, one a mask: none for an absent structure;
             None where the image's group is not known (no group of the model holds its modality and site), the
             case has several images, or the model has no codebook.
 
         Raises:
             OSError, ValueError: a mask cannot be read, or the model's mask logits are not finite.
         """
-        if not self.model.config.use_region_codebook or pixel_values is None:
+        if not self.model.config.use_region_codebook:
             return [(None, None)] * len(cases)
         with torch.inference_mode():
             regions = self.model.get_region_features(pixel_values)
         predicted = regions.group_logits.argmax(-1).tolist()
         last = [place - 1 for place in accumulate(len(case.images) for case in cases)]
         return [
-            (self.names[predicted[place]] if case.images else None, self._codes_of(case, regions, place))
+            (self.names[predicted[place]], self._codes_of(case, regions, place))
             for case, place in zip(cases, last, strict=True)
         ]
 

@@ -7,6 +7,7 @@ masks do not depend on what else is in the batch, and one process and several gi
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -215,28 +216,21 @@ def masks_from_codes(model: Any, output: Any, pixel_values: Any, images: Sequenc
 
     Args:
         output: with `mask_logits` and `region_code_ids`, an entry a row.
-        pixel_values: all images of the rows, in order; None without any.
-        images: how many each row has; codes belong to its last one.
+        pixel_values: all images of the rows, in order.
+        images: how many each row has, at least one; codes belong to its last one.
 
     Raises:
         ValueError: the model has no codebook.
     """
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its masks are decoded from states alone")
-    if pixel_values is None:
-        return output
     codes = [torch.zeros(0, dtype=torch.long)] * len(pixel_values)
-    last = (np.cumsum(images) - 1).tolist()
-    for count, image, ids in zip(images, last, output.region_code_ids, strict=True):
-        if count:
-            codes[image] = ids
+    last = [place - 1 for place in accumulate(images)]
+    for place, ids in zip(last, output.region_code_ids, strict=True):
+        codes[place] = ids
     with torch.inference_mode():
         masks = model.region_model.decode_codes(codes, pixel_values)
-    decoded = [
-        masks[image] if count else logits
-        for count, image, logits in zip(images, last, output.mask_logits, strict=True)
-    ]
-    return type(output)(**{**output, "mask_logits": decoded, "region_scores": None})
+    return type(output)(**{**output, "mask_logits": [masks[place] for place in last], "region_scores": None})
 
 
 def content_of(case: Case) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from medsight import __version__
 from medsight.checkpoint import read_json, shipped_checkpoint
 from medsight.files import write_json, write_text
+from medsight.metrics.mask_dice.mask_counts import choose_protocol
 from medsight.text import quiet_transformers
 
 from .benchmarks import Benchmark, check_counts
@@ -57,8 +58,14 @@ def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, fl
         raise ValueError(f"benchmark {benchmark.name} has no masks to score")
     if answers and benchmark.task == "segment":
         raise ValueError(f"benchmark {benchmark.name} has no answers to score")
+    answers = answers or benchmark.protocol.get("answers")
+    if answers is not None:
+        from medsight.metrics.medical_vqa.medical_vqa import PROTOCOLS  # needs the extra "eval"
+
+        if answers not in PROTOCOLS:
+            raise ValueError(f"protocol of answers {answers!r}: choose one of {', '.join(PROTOCOLS)}")
     preset = masks or (None if flags else benchmark.protocol.get("masks"))
-    return Protocol(answers or benchmark.protocol.get("answers"), preset, flags)
+    return Protocol(answers, preset, choose_protocol(preset, **flags))
 
 
 def refuse_other_protocol(output: Path, protocol: dict[str, Any], overwrite: bool) -> None:
@@ -141,7 +148,8 @@ def saved(
             which is not accepted.
     """
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    described = read_json(path.parent / RUN) if (path.parent / RUN).is_file() else {"model": path.stem}
+    run = path.parent / RUN
+    described: dict[str, Any] = read_json(run) if run.is_file() else {"model": path.stem}
     notes = []
     if "data" in described:
         asked = [*cases, *left_out][: described["data"]["rows"]]  # a limited run has the first ones

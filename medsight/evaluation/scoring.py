@@ -1,14 +1,14 @@
 """A score a row: answers by medical_vqa, masks by mask_dice, negatives by whether a mask is given."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from medsight.data.pictures import read_mask, read_picture
 from medsight.metrics import load
-from medsight.metrics.mask_dice.mask_counts import MaskProtocol, choose_protocol, score_item
+from medsight.metrics.mask_dice.mask_counts import MaskProtocol, score_item
 
 from .benchmarks import Benchmark
 from .cases import Case
@@ -21,37 +21,21 @@ MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How rows are scored.
+    """How rows are scored; made by `protocol_of`.
 
     Attributes:
         answers: protocol of medical_vqa; None where answers are not scored.
-        masks: preset of mask_dice; None where masks are not scored, or by the flags.
-        flags: of mask_dice (threshold, missing, multi, formula), where no preset is meant.
-
-    Raises:
-        ValueError: a name or flag is unknown, or flags come beside a preset.
+        masks: preset of mask_dice; None where masks are not scored, or by flags.
+        mask_protocol: what the preset or the flags stand for.
 
     Example:
-        >>> Protocol(masks="medsight").mask_protocol.threshold
-        0.5
+        >>> Protocol("strict").to_dict(has_masks=False)
+        {'answers': 'strict'}
     """
 
     answers: str | None = None
     masks: str | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        choose_protocol(self.masks, **self.flags)
-        if self.answers is not None:
-            from medsight.metrics.medical_vqa.medical_vqa import PROTOCOLS
-
-            if self.answers not in PROTOCOLS:
-                raise ValueError(f"protocol of answers {self.answers!r}: choose one of {', '.join(PROTOCOLS)}")
-
-    @property
-    def mask_protocol(self) -> MaskProtocol:
-        """The `MaskProtocol` that the preset or the flags stand for."""
-        return choose_protocol(self.masks, **self.flags)
+    mask_protocol: MaskProtocol = MaskProtocol()
 
     def to_dict(self, has_masks: bool) -> dict[str, Any]:
         """For metrics.json: names, and every flag that they stand for."""
@@ -87,10 +71,18 @@ def score_rows(
             there are problems, which are not accepted.
     """
     refuse(problems, accept_problems)
-    answers = _answer_scores(cases, predictions, protocol) if protocol.answers is not None else None
+    given = [predictions.get(case.id) or Prediction(case.id, "") for case in cases]
+    answers: dict[str, Any] = {}
+    if protocol.answers is not None:
+        answers = load("medical_vqa").compute(
+            predictions=[prediction.answer for prediction in given],
+            references=[case.answer for case in cases],
+            answer_types=[case.answer_type for case in cases],
+            options=[list(case.options) for case in cases],
+            protocol=protocol.answers,
+        )
     rows = []
-    for number, case in enumerate(cases):
-        prediction = predictions.get(case.id) or Prediction(case.id, "")
+    for number, (case, prediction) in enumerate(zip(cases, given, strict=True)):
         row: dict[str, Any] = {
             **{name: getattr(case, name) for name in OF_CASE},
             "answer": prediction.raw_text or prediction.answer,
@@ -101,8 +93,8 @@ def score_rows(
             "group": prediction.group,
             "is_complete": prediction.is_complete,
         }
-        if answers is not None:
-            row["answer_score"], row["answer_refused"] = answers[number]
+        if answers:
+            row |= {"answer_score": answers["scores"][number], "answer_refused": answers["reasons"][number]}
         if benchmark.has_masks:
             row |= _mask_scores(case, prediction, protocol, problems)
             row |= {"code_structures": _cited_for(case, prediction), **_code_scores(case, prediction)}
@@ -118,19 +110,6 @@ def refuse(problems: Problems, accept: bool) -> None:
             f"the predictions do not fit the benchmark: {problems.to_text()}; put them right, or add "
             "--accept-problems to score missing rows and bad masks as nothing, the first of several, and no extra ones"
         )
-
-
-def _answer_scores(
-    cases: Sequence[Case], predictions: Mapping[str, Prediction], protocol: Protocol
-) -> list[tuple[float | None, str | None]]:
-    result = load("medical_vqa").compute(
-        predictions=[predictions[case.id].answer if case.id in predictions else "" for case in cases],
-        references=[case.answer for case in cases],
-        answer_types=[case.answer_type for case in cases],
-        options=[list(case.options) for case in cases],
-        protocol=protocol.answers,
-    )
-    return list(zip(result["scores"], result["reasons"], strict=True))
 
 
 def reference_masks(case: Case) -> list[np.ndarray]:
@@ -234,5 +213,5 @@ def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problem
         return row
     if case.mask_targets:
         shown, references = by_name(placed, prediction.phrases, references, case.mask_targets)
-    scores = score_item(shown, references, preset=protocol.masks, **protocol.flags, spacing_mm=case.spacing_mm)
+    scores = score_item(shown, references, **vars(protocol.mask_protocol), spacing_mm=case.spacing_mm)
     return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}
