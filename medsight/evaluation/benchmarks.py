@@ -26,11 +26,7 @@ OPTIONAL_FIELDS = ("target", "dataset", "modality", "site", "patient", "label_or
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One declaration; benchmarks.yaml says what each field is for.
-
-    Raises:
-        ValueError: the task or the layout is unknown, the task's protocol is missing, or `fields` are not those that
-            the layout needs.
+    """One declaration; benchmarks.yaml says what each field is for. A wrong one raises ValueError.
 
     Example:
         >>> segmentation = load_benchmark("segmentation")
@@ -128,11 +124,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def load_declarations(path: Path = DECLARATIONS) -> dict[str, Benchmark]:
-    """All benchmarks that a file declares, by name; `like: NAME` takes from a shipped one what an entry leaves out.
-
-    Raises:
-        OSError, ValueError: see `load_benchmark`.
-    """
+    """All benchmarks that a file declares, by name; `like: NAME` takes from a shipped one what an entry leaves out."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -162,14 +154,7 @@ def _completed(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def check_counts(benchmark: Benchmark, rows: int, files: int, allow: bool) -> list[str]:
-    """What to say of a number of rows or files that is not the known one; nothing where all is as expected.
-
-    Args:
-        allow: whether another number is let through.
-
-    Raises:
-        ValueError: the number is another one, and that is not allowed.
-    """
+    """What to say of a number of rows or files that is not the known one; raises ValueError unless it is allowed."""
     found = [(rows, benchmark.expected_rows, "rows"), (files, benchmark.expected_shards, "files")]
     wrong = [f"{n:,} {what} where {known:,} are expected" for n, known, what in found if known not in (None, n)]
     if not wrong:

@@ -20,31 +20,19 @@ TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
 
 
 class Example(NamedTuple):
-    """One image in which a code was given to a mask.
+    """An image in which a code was given to a mask, with the heat map over it, `TILE` pixels at most."""
 
-    Attributes:
-        score: mean probability of the code's mask inside itself.
-        target: the structure.
-        picture: the image with the heat map over it, `TILE` pixels at most.
-    """
-
-    score: float
+    score: float  # mean probability of the code's mask inside itself
     target: str
     picture: Image.Image
 
 
 @dataclass
 class CodeMeanings:
-    """What `describe_codes` found.
+    """What `describe_codes` found in a number of images."""
 
-    Attributes:
-        citations: (code, group's name, structure) of every reference mask.
-        examples: by code, the surest, best first; of equal ones, those that come first in the data.
-        images: how many were looked at.
-    """
-
-    citations: list[tuple[str, str, str]] = field(default_factory=list)
-    examples: dict[str, list[Example]] = field(default_factory=dict)
+    citations: list[tuple[str, str, str]] = field(default_factory=list)  # code, group's name, structure of every mask
+    examples: dict[str, list[Example]] = field(default_factory=dict)  # of each code, the surest first
     images: int = 0
 
 
@@ -59,11 +47,10 @@ def describe_codes(
     """Gives each reference mask its code, as training does, and keeps the surest masks that each code decodes to.
 
     Args:
-        model, processor: of one checkpoint with a trained codebook, in evaluation mode.
+        model, processor: of one checkpoint, in evaluation mode.
         rows: of `REGION_FEATURES`.
         groups: the code groups, named and ordered as in the model's configuration.
         examples: how many to keep a code.
-        batch_size: images at once.
 
     Raises:
         OSError, ValueError: an image or mask is missing or bad, an image has no group, or the model has no codes.

@@ -1,7 +1,7 @@
 """Two evaluations over the same rows: paired differences, with intervals."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,23 +12,14 @@ from medsight.text import align
 
 from .figures import LABELS as SCORE_LABELS
 from .figures import METRICS, ROWS
-from .summary import BY, DIGITS, SCORES, Row, grouped, interval_unit, rounded, unit_of
+from .summary import BY, DIGITS, SCORES, Row, grouped, interval_unit, rounded, unit_of, value_of
 
 
-VALUES: dict[str, Callable[[Row], float | None]] = {
-    **SCORES,
-    "negatives_right": lambda row: float(row["no_region"]) if row["absent"] and "no_region" in row else None,
-}
 LABELS = {**SCORE_LABELS, "negatives_right": "No mask where there is none"}
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What `medsight evaluate` wrote: metrics.json, and the rows of scores.jsonl by id.
-
-    Raises:
-        OSError: a file is missing.
-        ValueError: a file is damaged.
-    """
+    """What `medsight evaluate` wrote: metrics.json, and the rows of scores.jsonl by id."""
     if not (folder / METRICS).is_file() or not (folder / ROWS).is_file():
         raise FileNotFoundError(f"{folder} is no evaluation: it has no {METRICS} and {ROWS}; run medsight evaluate")
     with (folder / ROWS).open(encoding="utf-8") as file:
@@ -81,13 +72,14 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 def differences(pairs: Sequence[tuple[Row, Row]], seed: int, macro_by: str | None = None) -> dict[str, Any]:
     """The paired difference of each score that some row has in both, over rows or over groups of them."""
     found = {}
-    for name, value in VALUES.items():
-        scored = [(value(a), value(b), str(a[macro_by]) if macro_by else "", unit_of(a)) for a, b in pairs]
-        both = [(a, b, group, unit) for a, b, group, unit in scored if a is not None and b is not None]
+    for name in (*SCORES, "negatives_right"):
+        scored = [(_value(a, name), _value(b, name), a) for a, b in pairs]
+        both = [(a, b, row) for a, b, row in scored if a is not None and b is not None]
         if not both:
             continue
-        first, second, groups, units = (list(column) for column in zip(*both, strict=True))
-        by_row = [a - b for a, b, *_ in both]
+        first, second, rows = (list(column) for column in zip(*both, strict=True))
+        groups, units = [str(row[macro_by]) if macro_by else "" for row in rows], [unit_of(row) for row in rows]
+        by_row = [a - b for a, b, _ in both]
         difference, low, high = rounded(bootstrap_interval(by_row, groups, units, seed=seed))
         found[name] = {
             "a": round(_mean(first, groups), DIGITS),
@@ -100,9 +92,15 @@ def differences(pairs: Sequence[tuple[Row, Row]], seed: int, macro_by: str | Non
             "equal": by_row.count(0),
             "worse": sum(gain < 0 for gain in by_row),
             "units": len(set(units)),
-            "unpaired": sum((a is None) != (b is None) for a, b, *_ in scored),
+            "unpaired": sum((a is None) != (b is None) for a, b, _ in scored),
         }
     return found
+
+
+def _value(row: Row, score: str) -> float | None:
+    if score == "negatives_right":
+        return float(row["no_region"]) if row["absent"] and "no_region" in row else None
+    return value_of(row, score)
 
 
 def _mean(values: Sequence[float], groups: Sequence[str]) -> float:

@@ -23,12 +23,7 @@ TABLE_FIELDS = ("image", "diagnosis")
 
 
 def read_table(path: Path) -> dict[str, str]:
-    """Diagnoses by image from a CSV file (columns image, diagnosis) or JSON lines of the same fields.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a column is missing, a field is empty, or an image has two diagnoses.
-    """
+    """Diagnoses by image from a CSV file (columns image, diagnosis) or JSON lines of the same fields."""
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows: list[Any] = list(csv.DictReader(file))
@@ -51,23 +46,20 @@ def read_table(path: Path) -> dict[str, str]:
 def build(data: Path, output: Path, table: Path | None = None, question: str = QUESTION) -> dict[str, int]:
     """Write diagnose-then-segment items from the test rows of a set in BiomedParse's layout.
 
-    The folder gets diagseg.json (qa_id, question, short_answer, image_file, mask_files, target, modality, site,
-    dataset, patient), copies of the images and masks that it names, and README.md, which says how it was made.
+    The new or empty folder gets, whole or not at all, diagseg.json (qa_id, question, short_answer, image_file,
+    mask_files, target, modality, site, dataset, patient), copies of the images and masks that it names, and README.md,
+    which says how it was made.
 
     Args:
         data: the set, or a folder of sets.
-        output: new or empty folder; appears whole or not at all.
         table: diagnoses by image (path below `data`, or file name); by default what the data itself says.
-        question: asked of every item.
 
     Returns:
         How many rows became items, and how many did not, by reason.
 
     Raises:
-        OSError: files are missing, or the output folder is not empty; or two files from outside the set would have one
-            name in it.
-        ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
-            not there, or no row has a diagnosis.
+        OSError: files are missing, the output folder is not empty, or two files would have one name in it.
+        ValueError: a row is bad, the table names an image that is not there, or no row has a diagnosis.
     """
     diagnoses = None if table is None else read_table(table)
     rows = [entry.checked() for entry in iterate(Source("biomedparse", str(data), split=None))]

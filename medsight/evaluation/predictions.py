@@ -20,7 +20,7 @@ import numpy as np
 
 from medsight.data.records import json_records
 from medsight.text import first_few
-from processing_medsight.region_codes_medsight import parse_region_code
+from processing_medsight.region_codes_medsight import REGION_CODE
 
 
 # The fields of a line that are checked: the kind of a value, or of each entry of a list, and what it is called.
@@ -48,32 +48,22 @@ _COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
 class Prediction:
     """One answer.
 
-    Attributes:
-        id: of the case.
-        answer: clean text, without region codes.
-        raw_text: as generated, codes included; the answer where the system has none.
-        masks: COCO RLE, one a cited region.
-        codes, groups, phrases, scores: of each mask, where the system knows them.
-        group: the name of the code group that the system takes the image for, by its own classifier.
-        reference_codes: the codes that the system's codebook gives to the case's reference masks; None where unknown.
-        is_complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
-
     Example:
         >>> Prediction.from_mapping({"id": "a.png#liver", "answer": "Here it is."}, "line 1").masks
         ()
     """
 
-    id: str
-    answer: str
-    raw_text: str = ""
-    masks: Sequence[Mapping[str, Any]] = ()
-    codes: Sequence[str] = ()
+    id: str  # of the case
+    answer: str  # clean text, without region codes
+    raw_text: str = ""  # as generated, codes included; the answer where the system has none
+    masks: Sequence[Mapping[str, Any]] = ()  # COCO RLE, one a cited region
+    codes: Sequence[str] = ()  # of each mask, as the next three, where the system knows them
     groups: Sequence[str | None] = ()
     phrases: Sequence[str | None] = ()
     scores: Sequence[float | None] = ()
-    group: str | None = None
-    reference_codes: Sequence[str] | None = None
-    is_complete: bool | None = None
+    group: str | None = None  # that the system takes the image for, by its own classifier
+    reference_codes: Sequence[str] | None = None  # what its codebook gives to the reference masks; None where unknown
+    is_complete: bool | None = None  # False where a limit of length cut the answer; None where unknown
 
     @classmethod
     def from_mapping(cls, record: Mapping[str, Any], place: str) -> "Prediction":
@@ -96,10 +86,8 @@ class Prediction:
                     raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
         for name in ("codes", "reference_codes"):
             for code in listed.get(name, ()):
-                try:
-                    parse_region_code(code)
-                except ValueError as error:
-                    raise ValueError(f"{place}: {name}: {error}") from error
+                if not REGION_CODE.fullmatch(code):
+                    raise ValueError(f"{place}: {name}: {code!r} is not a region code")
         given["raw_text"] = given["raw_text"] or given["answer"]
         return cls(**given, **{name: tuple(values) for name, values in listed.items()})
 
@@ -115,14 +103,10 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(encoded: Any, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """The boolean (height, width) mask of a COCO RLE, whose counts are text or a list of run lengths.
 
-    Decoded here, because pycocotools reads past the end of damaged counts.
-
-    Args:
-        name: what an error calls it.
-        size: the (height, width) that it must have.
+    Decoded here, because pycocotools reads past the end of damaged counts. `name` is what an error calls the mask.
 
     Raises:
-        ValueError: it is malformed, its runs do not fill its size, or its size is another one.
+        ValueError: it is malformed, its runs do not fill its size, or that is not the (height, width) asked for.
     """
     if not isinstance(encoded, Mapping) or set(encoded) != {"size", "counts"}:
         raise ValueError(f"{name}: expected COCO RLE with size and counts, got {shortened(encoded)}")
@@ -201,11 +185,7 @@ def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
 
 @dataclass
 class Problems:
-    """What is wrong with predictions, by kind, each a list of ids (with a reason, where one helps).
-
-    Attributes:
-        missing: cases without a prediction. extra: predictions of no case. duplicate: ids predicted more than once.
-        masks: masks that are malformed or not of the reference's size. empty: answers without a word.
+    """What is wrong with predictions: ids by kind, with a reason where one helps.
 
     Example:
         >>> Problems(missing=["a.png"]).to_text()
@@ -215,8 +195,8 @@ class Problems:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
-    masks: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)  # malformed, or not of the reference's size
+    empty: list[str] = field(default_factory=list)  # answers without a word
 
     def refused(self) -> dict[str, list[str]]:
         """Those that stop the scoring unless they are accepted; an empty answer is scored as it is."""
@@ -231,20 +211,15 @@ class Problems:
 def match_predictions(
     ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]], left_out: Collection[str] = ()
 ) -> tuple[dict[str, Prediction], Problems]:
-    """The first prediction of each case, and what does not match.
-
-    Args:
-        left_out: ids of cases that are not scored, whose predictions are passed over.
-    """
+    """The first prediction of each case, and what does not match; those of `left_out` cases are passed over."""
     problems, known = Problems(), set(ids)
     found: dict[str, Prediction] = {}
     for place, prediction in predictions:
         if prediction.id in left_out:
             continue
-        if prediction.id not in known:
-            problems.extra.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
-        elif prediction.id in found:
-            problems.duplicate.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
+        if prediction.id not in known or prediction.id in found:
+            wrong = problems.duplicate if prediction.id in found else problems.extra
+            wrong.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
         else:
             found[prediction.id] = prediction
             if not prediction.answer.strip():

@@ -62,11 +62,7 @@ def read_cases(
 
 
 def held_out_wordings(benchmark: Benchmark) -> tuple[str, ...]:
-    """The wordings of a benchmark's intent that training never uses.
-
-    Raises:
-        ValueError: the benchmark asks the data's own questions.
-    """
+    """The wordings of a benchmark's intent that training never uses; ValueError where it has no intent."""
     if benchmark.intent is None:
         raise ValueError(f"benchmark {benchmark.name} asks the data's own questions: it has no held-out prompts")
     return tuple(wordings().held_out_prompts[benchmark.intent])
@@ -220,11 +216,7 @@ def _diagseg_cases(benchmark: Benchmark, file: Path, words: Words) -> Iterator[C
 
 
 def _named_fields(benchmark: Benchmark, record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A record's values by our names; None for those of `OPTIONAL_FIELDS` that it has not.
-
-    Raises:
-        ValueError: needed fields are missing; the message names them, those that are there, and the way out.
-    """
+    """A record's values by our names; None for those of `OPTIONAL_FIELDS` that it has not."""
     values: dict[str, Any] = dict.fromkeys(OPTIONAL_FIELDS)
     missing = []
     for name, spelled in benchmark.fields.items():

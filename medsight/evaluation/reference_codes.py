@@ -46,9 +46,6 @@ class ReferenceCodes:
             The group's name: of the last image. The codes, one a mask: none for an absent structure;
             None where the image's group is not known (no group of the model holds its modality and site), the
             case has several images, or the model has no codebook.
-
-        Raises:
-            OSError, ValueError: a mask cannot be read, or the model's mask logits are not finite.
         """
         if not self.model.config.use_region_codebook:
             return [(None, None)] * len(cases)
@@ -91,13 +88,9 @@ def codes_in_image(
         place: of the image in it.
         masks: (n, H, W), on the model's canvas.
         targets: what each mask shows. Where one is no class of the model, masks are matched by their shape alone.
-        group: k of the image.
 
     Returns:
         (n,) long, indices within the group.
-
-    Raises:
-        ValueError: the model's mask logits are not finite.
     """
     needed = ("masks_queries_logits", "class_queries_logits", "region_embeddings")
     alone = SimpleNamespace(**{name: getattr(regions, name)[place : place + 1] for name in needed})

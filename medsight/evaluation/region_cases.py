@@ -30,30 +30,18 @@ MOST_NAMED = 4  # structures in one question
 
 @dataclass(frozen=True)
 class Asked:
-    """One question about a row of `REGION_FEATURES`.
+    """One question about a row of `REGION_FEATURES`."""
 
-    Attributes:
-        target: what it is about: one structure, or several in words.
-        masks: of the reference, as indices into the row's.
-        named: whether the masks are of several structures, told apart by name.
-        key: what the case's id says after the image's.
-        answer, answer_type: the reference answer, where answers are scored.
-    """
-
-    target: str | None = None
-    masks: tuple[int, ...] = ()
-    named: bool = False
-    key: str = ""
+    target: str | None = None  # what it is about: one structure, or several in words
+    masks: tuple[int, ...] = ()  # of the reference, as indices into the row's
+    named: bool = False  # whether the masks are of several structures, told apart by name
+    key: str = ""  # what the case's id says after the image's
     answer: str | None = None
     answer_type: str | None = None
 
 
 class Present:
-    """What the images of a benchmark show, by modality and site: so that what is absent from one can be told.
-
-    Args:
-        rows: all of the benchmark.
-    """
+    """What all images of a benchmark show, by modality and site: so that what is absent from one can be told."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._groups = Groups.of_pairs([(row["modality"], row["site"]) for row in rows])
@@ -77,19 +65,14 @@ class Present:
 class Diagnosis:
     """What an image's row says of its diagnosis.
 
-    Attributes:
-        answer: the short answer.
-        targets: the structures that show it.
-        masks: their masks, as indices into the row's.
-
     Example:
         >>> diagnosis_of({"targets": ["liver", "liver tumor"], "finding": None})
         Diagnosis(answer='liver tumor', targets=('liver tumor',), masks=(1,))
     """
 
     answer: str
-    targets: tuple[str, ...]
-    masks: tuple[int, ...]
+    targets: tuple[str, ...]  # the structures that show it
+    masks: tuple[int, ...]  # of these, as indices into the row's
 
 
 def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosis | None:
@@ -97,9 +80,7 @@ def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosi
 
     With a finding, its masks are those of the structures that name it, else of abnormal ones, else of the only one;
     a normal finding has none. Without a finding, structures that are abnormal by their names are the diagnosis.
-
-    Args:
-        finding: from a table of diagnoses, instead of the row's own.
+    A finding from a table of diagnoses takes the place of the row's own.
     """
     finding = finding or row.get("finding")
     targets = list(dict.fromkeys(row["targets"]))
@@ -117,11 +98,7 @@ def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosi
 
 
 def region_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Case]:
-    """What the benchmark's intent asks of each image of its split, in the order of the files.
-
-    Raises:
-        OSError, ValueError: the files are not there, or a row is bad.
-    """
+    """What the benchmark's intent asks of each image of its split, in the order of the files."""
     rows = [entry.checked() for entry in iterate(Source(benchmark.layout, str(path), split=benchmark.split))]
     intent, present = benchmark.chosen_intent(), Present(rows)
     for row in rows:

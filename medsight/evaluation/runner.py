@@ -37,22 +37,15 @@ PARTS = "predictions.part-*.jsonl"
 class RunSettings:
     """What decides on the answers.
 
-    Attributes:
-        max_new_tokens: an answer is cut there, and said to be.
-        threshold: probability above which a pixel belongs to a mask.
-        dtype: precision; None takes float64 on the CPU and float32 elsewhere.
-        masks_from: what a mask is decoded from: "states", the language model's state where it gives the region code;
-            or "codes", the codebook's own entry of that code, whatever the state.
-
     Example:
         >>> RunSettings(max_new_tokens=64).threshold
         0.5
     """
 
-    max_new_tokens: int = 256
-    threshold: float = 0.5
-    dtype: str | None = None
-    masks_from: str = "states"
+    max_new_tokens: int = 256  # an answer is cut there, and said to be
+    threshold: float = 0.5  # probability above which a pixel belongs to a mask
+    dtype: str | None = None  # precision; None takes float64 on the CPU and float32 elsewhere
+    masks_from: str = "states"  # of the language model where it cites a code; or "codes", the codebook's own entries
 
 
 class Processes:
@@ -85,11 +78,7 @@ class Processes:
 
 
 def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
-    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings.
-
-    Raises:
-        OSError, ValueError: see `medsight.checkpoint.weight_files`.
-    """
+    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings."""
     return {"weights_sha256": weights_sha256(folder), "settings_sha256": sha256_of(settings_files(folder))}
 
 
@@ -131,7 +120,7 @@ def answer_cases(
     batch_size: int,
     processes: Processes,
 ) -> Path:
-    """Answers every case that the folder has no answer to yet, and writes predictions.jsonl in the cases' order.
+    """Answers every case that the folder has no answer to yet; the path of predictions.jsonl, in the cases' order.
 
     Args:
         model, processor: of one checkpoint, on the device and in the precision to run with.
@@ -139,12 +128,8 @@ def answer_cases(
         batch_size: cases at once.
         processes: those that share the cases; each writes a part, and the first merges them.
 
-    Returns:
-        The path of predictions.jsonl.
-
     Raises:
-        OSError: an image is missing.
-        ValueError: an image cannot be read; the message names it.
+        OSError, ValueError: an image is missing or cannot be read; the message names it.
     """
     merged = output / PREDICTIONS
     if processes.rank == 0:
@@ -212,15 +197,11 @@ def answer_batch(
 
 
 def masks_from_codes(model: Any, output: Any, pixel_values: Any, images: Sequence[int]) -> Any:
-    """What `generate` returned, with masks from the codebook alone. The scores, which weigh the other masks, go.
+    """What `generate` returned, with masks from the codebook alone; the scores, which weigh the other masks, go.
 
     Args:
-        output: with `mask_logits` and `region_code_ids`, an entry a row.
         pixel_values: all images of the rows, in order.
         images: how many each row has, at least one; codes belong to its last one.
-
-    Raises:
-        ValueError: the model has no codebook.
     """
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its masks are decoded from states alone")
@@ -234,11 +215,7 @@ def masks_from_codes(model: Any, output: Any, pixel_values: Any, images: Sequenc
 
 
 def content_of(case: Case) -> list[dict[str, Any]]:
-    """A prompt as the parts of a message, each image where its marker stands.
-
-    Raises:
-        OSError, ValueError: an image is missing or cannot be read.
-    """
+    """A prompt as the parts of a message, each image where its marker stands."""
     texts = case.prompt.split(IMAGE_MARKER)
     if len(texts) != len(case.images) + 1:
         raise ValueError(f"case {case.id}: {len(texts) - 1} image markers in its prompt for {len(case.images)} images")
@@ -252,11 +229,7 @@ def content_of(case: Case) -> list[dict[str, Any]]:
 
 
 def load_for_evaluation(folder: Path, settings: RunSettings, device: str = "auto") -> tuple[Any, Any]:
-    """Model and processor of a checkpoint folder, placed and in the precision of the settings.
-
-    Raises:
-        OSError, ValueError: see `check_checkpoint`, and `load_checkpoint` and `choose_device` of `medsight.loading`.
-    """
+    """Model and processor of a checkpoint folder, checked, placed and in the precision of the settings."""
     check_checkpoint(folder)
     place = choose_device(device)
     # The short cuts of a GPU's single precision would let a batch's make-up show in the results.

@@ -92,12 +92,9 @@ def answer(
     overwrite: bool,
     processes: Processes,
 ) -> tuple[dict[str, Any], Path]:
-    """Lets the checkpoint answer; what run.json says, and the path of the predictions.
+    """Lets the checkpoint answer: what run.json says, and the path of the predictions.
 
     Two runs of which run.json says the same give the same predictions.
-
-    Raises:
-        OSError, ValueError: see `load_for_evaluation`, `prepare_output` and `answer_cases`.
     """
     folder = shipped_checkpoint() if model is None else Path(model)
     with quiet_transformers():
@@ -133,19 +130,11 @@ def saved(
     overwrite: bool,
     accept_problems: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What is known of saved predictions: their own run.json, if one lies beside them, and their file's hash.
-
-    Args:
-        cases, left_out: see `rows_to_score`.
-        accept_problems: score answers to other questions too.
-
-    Returns:
-        What run.json is to say; and notes for the report.
+    """What is known of saved predictions, by the run.json beside them and their file's hash; and notes for the report.
 
     Raises:
         OSError: a file cannot be read, or the output folder holds something else.
-        ValueError: their run.json is damaged, or says that they answer another benchmark, other data or wordings,
-            which is not accepted.
+        ValueError: they answer another benchmark, other data or wordings, which is not accepted.
     """
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     run = path.parent / RUN
@@ -203,8 +192,7 @@ def score(
 ) -> dict[str, Any]:
     """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns.
 
-    Args:
-        left_out: rows of the benchmark that are not scored, of which there may be predictions.
+    There may be predictions of rows that are `left_out`.
     """
     ids, ignored = [case.id for case in cases], {case.id for case in left_out}
     predictions, problems = match_predictions(ids, read_predictions(path), ignored)

@@ -23,19 +23,14 @@ MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
 class Protocol:
     """How rows are scored; made by `protocol_of`.
 
-    Attributes:
-        answers: protocol of medical_vqa; None where answers are not scored.
-        masks: preset of mask_dice; None where masks are not scored, or by flags.
-        mask_protocol: what the preset or the flags stand for.
-
     Example:
         >>> Protocol("strict").to_dict(has_masks=False)
         {'answers': 'strict'}
     """
 
-    answers: str | None = None
-    masks: str | None = None
-    mask_protocol: MaskProtocol = MaskProtocol()
+    answers: str | None = None  # of medical_vqa; None where answers are not scored
+    masks: str | None = None  # preset of mask_dice; None where masks are not scored, or by flags
+    mask_protocol: MaskProtocol = MaskProtocol()  # what the preset or the flags stand for
 
     def to_dict(self, has_masks: bool) -> dict[str, Any]:
         """For metrics.json: names, and every flag that they stand for."""
@@ -113,11 +108,7 @@ def refuse(problems: Problems, accept: bool) -> None:
 
 
 def reference_masks(case: Case) -> list[np.ndarray]:
-    """A case's reference masks, boolean (height, width), at the image's size.
-
-    Raises:
-        OSError, ValueError: a mask or the image is missing, damaged, of another size, or empty.
-    """
+    """A case's reference masks, boolean (height, width), at the image's size; a bad one raises an error."""
     if not case.masks:
         return []
     size = read_picture(case.images[0]).size
@@ -151,9 +142,8 @@ def by_name(
     last. Where the answer names none, its masks keep their order.
 
     Args:
-        masks: by their place in the answer.
+        masks: by their place in the answer, of the references' size.
         phrases: what the answer calls each, whatever the case; empty where the system names none.
-        references: reference masks, of the masks' size.
         names: what each reference shows.
     """
     wanted: dict[str, list[np.ndarray]] = {}

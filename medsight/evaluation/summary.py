@@ -1,9 +1,8 @@
 """metrics.json: means of rows' scores with bootstrap intervals, by data set, modality and target."""
 
 import json
-import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from medsight.metrics import load
@@ -16,21 +15,11 @@ DIGITS = 6
 NO_CODE = "no code"
 Row = Mapping[str, Any]
 Entry = TypeVar("Entry")
-# What is scored, by its name in metrics.json: the value of a row, None where the row has none.
-SCORES: dict[str, Callable[[Row], float | None]] = {
-    "answer": lambda row: row.get("answer_score"),
-    "closed_accuracy": lambda row: row.get("answer_score") if row["answer_type"] == "CLOSED" else None,
-    "open_recall": lambda row: row.get("answer_score") if row["answer_type"] == "OPEN" else None,
-    "dice": lambda row: row.get("dice"),
-    "iou": lambda row: row.get("iou"),
-    "hd95_mm": lambda row: row.get("hd95_mm"),
-    "surface_dice": lambda row: row.get("surface_dice"),
-    "code_accuracy": lambda row: row.get("code_accuracy"),
-    "group_accuracy": lambda row: row.get("group_accuracy"),
-}
+_ANSWERS = {"answer": None, "closed_accuracy": "CLOSED", "open_recall": "OPEN"}  # by the kind of questions
 _MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice", "code_accuracy", "group_accuracy")
+SCORES = (*_ANSWERS, *_MASK_SCORES)
 TASK_SCORES = {
-    "vqa": ("answer", "closed_accuracy", "open_recall"),
+    "vqa": tuple(_ANSWERS),
     "segment": _MASK_SCORES,
     "diagnose": ("answer", *_MASK_SCORES),
 }
@@ -41,19 +30,21 @@ BY = {
 }
 
 
+def value_of(row: Row, score: str) -> float | None:
+    """A row's value of a score: one of an answer, or a field of the row; None where the row has none."""
+    if score not in _ANSWERS:
+        return row.get(score)
+    return row.get("answer_score") if _ANSWERS[score] in (None, row["answer_type"]) else None
+
+
 def estimate(rows: Sequence[Row], score: str, seed: int, macro_by: str | None = None) -> dict[str, Any] | None:
     """A mean over rows (or the unweighted mean over groups of them) with its 95% bootstrap interval.
-
-    Args:
-        score: a name of `SCORES`, or a field of the rows.
-        macro_by: field of the rows whose values are the groups.
 
     Returns:
         `value`, `low` and `high` (None where nothing varies), `n` rows, `units` that the interval draws; None where no
         row has the score.
     """
-    value_of = SCORES.get(score, operator.itemgetter(score))
-    scored = [(row, value) for row in rows if (value := value_of(row)) is not None]
+    scored = [(row, value) for row in rows if (value := value_of(row, score)) is not None]
     if not scored:
         return None
     groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
@@ -82,13 +73,8 @@ def interval_unit(rows: Iterable[Row]) -> str:
 def summarise(
     rows: Sequence[Row], benchmark: Benchmark, seed: int = 0, codes_per_group: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """All figures of metrics.json that follow from the rows' scores.
-
-    Args:
-        seed: of the bootstrap, which draws patients with all of their rows, where the rows name them.
-        codes_per_group: the size of the codebook, where it is known.
-    """
-    names = [name for name in TASK_SCORES[benchmark.task] if any(SCORES[name](row) is not None for row in rows)]
+    """All figures of metrics.json that follow from the rows' scores; with the codebook's size, where it is known."""
+    names = [name for name in TASK_SCORES[benchmark.task] if any(value_of(row, name) is not None for row in rows)]
     scores = {
         name: {"micro": estimate(rows, name, seed), "macro": estimate(rows, name, seed, macro_by="modality")}
         for name in names
@@ -114,7 +100,11 @@ def summarise(
             "label_origin": dict(Counter(row["label_origin"] or "unknown" for row in rows)),
             "cut": sum(row.get("is_complete") is False for row in rows),
         },
-        "refused": _refusals(rows),
+        "refused": {
+            kind: dict(reasons)
+            for kind in ("answer", "mask")
+            if (reasons := Counter(row[f"{kind}_refused"] for row in rows if row.get(f"{kind}_refused")))
+        },
     }
     if benchmark.has_masks:
         result |= _mask_figures(rows, seed, codes_per_group)
@@ -154,16 +144,6 @@ def grouped(rows: Iterable[Entry], keys: Iterable[Any]) -> list[tuple[str, list[
     for row, key in zip(rows, keys, strict=True):
         inside[str(key)].append(row)
     return sorted(inside.items())
-
-
-def _refusals(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """Rows without a score, by reason: none is dropped silently."""
-    counted = {}
-    for kind in ("answer_refused", "mask_refused"):
-        reasons = Counter(row[kind] for row in rows if row.get(kind))
-        if reasons:
-            counted[kind.removesuffix("_refused")] = dict(reasons)
-    return counted
 
 
 def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import encode_mask
+from medsight.evaluation.report import belongs, confusion
 from medsight.evaluation.report_cases import PICTURE_SIDE, case_picture, varied
-from medsight.evaluation.report_codes import belongs, confusion
 from medsight.evaluation.summary import group_confusion
 
 
