@@ -90,8 +90,6 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
         ValueError: its run.json is damaged.
     """
     previous = output / RUN
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} is a file; name a folder")
     if not previous.is_file():
         if output.is_dir() and any(output.iterdir()):
             raise FileExistsError(f"output folder {output} holds something else than an evaluation; name another one")

@@ -35,11 +35,7 @@ from .summary import summarise
 def rows_to_score(
     benchmark: Benchmark, data: Path, limit: int | None, held_out_prompts: bool, seed: int, allow_row_count: bool
 ) -> tuple[list[Case], list[Case], list[str]]:
-    """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them.
-
-    Raises:
-        OSError, ValueError: see `read_cases` and `check_counts`.
-    """
+    """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them."""
     cases, files = read_cases(benchmark, data, held_out_prompts, seed)
     notes = [*benchmark.notes, *check_counts(benchmark, len(cases), files, allow_row_count)]
     if limit is not None and limit < len(cases):
@@ -49,11 +45,7 @@ def rows_to_score(
 
 
 def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, flags: dict[str, Any]) -> Protocol:
-    """The benchmark's protocol, or what the arguments put in its place.
-
-    Raises:
-        ValueError: an argument is unknown, or is about what the benchmark does not score.
-    """
+    """The benchmark's protocol, or what the arguments put in its place; ValueError where they do not fit it."""
     if (flags or masks) and not benchmark.has_masks:
         raise ValueError(f"benchmark {benchmark.name} has no masks to score")
     if answers and benchmark.task == "segment":

@@ -164,7 +164,13 @@ def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, 
     }
     if any(row["codes"] for row in rows):
         figures["codes"] = _codes(rows, codes_per_group)
-        figures["reference_codes"] = _reference_codes(present)
+        without = [row for row in present if row["reference_codes"] is None]
+        figures["reference_codes"] = {
+            "from": dict(Counter(row["reference_codes_from"] for row in present if row["reference_codes_from"])),
+            "unknown": len(without),
+            "unknown_by_origin": dict(sorted(Counter(f"{row['modality']} {row['site']}" for row in without).items())),
+            "group_unknown": sum(row["group"] is not None for row in without),
+        }
     return figures
 
 
@@ -172,21 +178,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), DIGITS) if values else None
 
 
-def _reference_codes(present: Sequence[Row]) -> dict[str, Any]:
-    """Where the right codes come from, and how many rows have none, by modality and site."""
-    without = [row for row in present if row["reference_codes"] is None]
-    return {
-        "from": dict(Counter(row["reference_codes_from"] for row in present if row["reference_codes_from"])),
-        "unknown": len(without),
-        "unknown_by_origin": dict(sorted(Counter(f"{row['modality']} {row['site']}" for row in without).items())),
-        "group_unknown": sum(row["group"] is not None for row in without),
-    }
-
-
 def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
     """What region_codes says of the codes that the answers cite."""
-    # Whether a mask is given where there is none to find is told of the masks themselves, not of the codes.
-    of_masks = ("false_mask_rate", "no_region_rate")
     named = all(len(row["groups"]) == len(row["codes"]) and None not in row["groups"] for row in rows)
     found = load("region_codes").compute(
         predictions=[row["codes"] for row in rows],
@@ -197,5 +190,6 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
         groups=[row["groups"] if named else None for row in rows],
         codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
     )
-    answers = {name: value for name, value in found["answers"].items() if name not in of_masks}
-    return {**found, "answers": answers}
+    for name in ("false_mask_rate", "no_region_rate"):  # told of the masks themselves, not of their codes
+        del found["answers"][name]
+    return found
