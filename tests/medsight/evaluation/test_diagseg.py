@@ -15,6 +15,9 @@ from medsight.evaluation.readers import read_cases
 from medsight.evaluation.region_cases import Diagnosis, diagnosis_of
 
 
+Write = Callable[..., Path]
+
+
 @pytest.mark.parametrize(
     ("targets", "finding", "expected"),
     [
@@ -100,11 +103,7 @@ def test_a_bad_table_is_refused_and_nothing_written(
 
 @pytest.mark.parametrize("clash", [False, True])
 def test_files_outside_the_set_are_copied_into_the_folder(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    draw_picture: Callable[..., Path],
-    write_lines: Callable[..., Path],
-    clash: bool,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], draw_picture: Write, write_lines: Write, clash: bool
 ) -> None:
     rows = []
     for number, place in enumerate(["b/images/test", "c/images/test"] if clash else ["b/images/test"]):
@@ -135,5 +134,5 @@ def test_a_folder_with_something_in_it_is_not_touched(
     assert "out is not empty" in capsys.readouterr().err
 
 
-def test_json_lines_are_a_table_too(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+def test_json_lines_are_a_table_too(tmp_path: Path, write_lines: Write) -> None:
     assert read_table(write_lines(tmp_path / "t.jsonl", [{"image": "a", "diagnosis": "b"}])) == {"a": "b"}

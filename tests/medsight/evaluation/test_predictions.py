@@ -87,13 +87,14 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
         ('{"id": "b", "answer": null}', "line 2: expected text in 'answer'"),
         ('{"id": "b", "answer": "", "masks": {}}', "line 2: expected a list in 'masks'"),
         ('{"id": "b", "answer": "", "codes": ["[C0_1]"]}', "line 2: 1 codes for 0 masks"),
-        (
-            '{"id": "b", "answer": "", "masks": [{}], "codes": [5]}',
-            "line 2: expected text in 'codes', got 5",
-        ),
+        ('{"id": "b", "answer": "", "masks": [{}], "codes": [5]}', "line 2: expected text in 'codes', got 5"),
         ('{"id": "b", "answer": "", "masks": [{}], "codes": ["SEG1"]}', "line 2: codes: 'SEG1' is not a region code"),
         ('{"id": "b", "answer": "", "masks": [{}], "groups": [2]}', "line 2: expected text in 'groups', got 2"),
         ('{"id": "b", "answer": "", "masks": [{}], "scores": ["x"]}', "line 2: expected numbers in 'scores', got 'x'"),
+        ('{"id": "b", "answer": "", "reference_codes": ["red"]}', "reference_codes: 'red' is not a region code"),
+        ('{"id": "b", "answer": "", "reference_codes": "[C0_1]"}', "expected a list in 'reference_codes', got str"),
+        ('{"id": "b", "answer": "", "group": 3}', "line 2: expected text in 'group', got 3"),
+        ('{"id": "b", "answer": "", "is_complete": "yes"}', "expected true or false in 'is_complete', got 'yes'"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, message: str) -> None:
