@@ -119,7 +119,7 @@ def open_source(source: Path | bytes) -> BinaryIO:
 
 
 def format_of(head: bytes) -> str | None:
-    """What a file that begins so is: "npy", or a scan's "DICOM", "NIfTI" or "gzip"; `None` for anything else."""
+    """A file's format, by its first bytes: "npy", or a scan's "DICOM", "NIfTI" or "gzip"; `None` for any other."""
     if head.startswith((GZIP_MAGIC, _NPY_MAGIC)):
         return "gzip" if head.startswith(GZIP_MAGIC) else "npy"
     return "DICOM" if _is_dicom(head) else "NIfTI" if _is_nifti(head) else None

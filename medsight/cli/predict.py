@@ -41,7 +41,7 @@ Window = Annotated[
 ]
 Plane = Annotated[
     Literal["axial", "coronal", "sagittal"] | None,
-    typer.Option(help="That a NIfTI volume is cut along  [default: axial]."),
+    typer.Option(help="Plane along which a NIfTI volume is cut  [default: axial]."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")]
 AllowedGroups = Annotated[
@@ -125,7 +125,7 @@ def command(
     Of one image, the output folder holds answer.json (text and regions), the masks (mask-NN.png: 0 and 255, at the
     image's size) and overlay.png; it appears complete or not at all. Of several images, a folder, or a pattern, each
     image has such a folder in the output folder, and what is finished is not answered again: run the same command to
-    go on after an interruption. A broken file among several is reported at the end (exit status 1). Not a medical
+    resume after an interruption. A broken file among several is reported at the end (exit status 1). Not a medical
     device.
     """
     from medsight.inference.image_files import find_images

@@ -61,7 +61,7 @@ def check_regions(scan: Scan, regions: Sequence[FoundRegion]) -> None:
 
 
 def label_key(label: str) -> str:
-    """What labels are told apart by: neither case nor spaces make a difference."""
+    """A key by which labels are compared: neither case nor spaces make a difference."""
     return " ".join(label.split()).casefold()
 
 

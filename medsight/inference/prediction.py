@@ -34,7 +34,7 @@ class Prediction:
         model: the checkpoint folder.
         scan: what the image is of.
         slice_index: which of its slices, from 0.
-        window: that it was shown with; None is what suits the modality.
+        window: the grey levels that were shown; None means those that suit the modality.
     """
 
     answer: GroundedAnswer

@@ -33,7 +33,7 @@ class Slice:
         scan: what it is of.
         index: which slice, from 0.
         image: 8-bit RGB, of the scan's `width` x `height`.
-        window: that it is shown with; None is what suits the modality.
+        window: the grey levels that are shown; None means those that suit the modality.
     """
 
     scan: Scan

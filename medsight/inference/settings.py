@@ -48,7 +48,7 @@ class AnswerSettings:
         return asdict(self)
 
     def decoding(self) -> dict[str, Any]:
-        """What of it is for `generate`."""
+        """The arguments of `generate` among the settings."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "allowed_groups": self.allowed_groups,

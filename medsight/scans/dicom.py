@@ -230,7 +230,7 @@ class DicomScan(Scan):
         return apply_modality_lut(stored, self._modality_scale(index)), padding
 
     def _modality_scale(self, index: int) -> Any:
-        """What holds the rescale, or modality lookup table, of a slice."""
+        """The part of the header that holds the rescale, or the modality lookup table, of a slice."""
         header, frame = self._header(index)
         rescale = group_of(header, frame, "PixelValueTransformationSequence")
         return rescale if "RescaleSlope" in rescale else header

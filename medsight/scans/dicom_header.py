@@ -81,7 +81,7 @@ def spacing_of(dataset: Any) -> tuple[float, float] | None:
 
 
 def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float] | None:
-    """Of a two-dimensional region in cm that lies on the picture: one that does not is of a picture scaled since."""
+    """The spacing of a two-dimensional region in cm; `None` if it exceeds the picture, which was scaled since then."""
     kind, *units = (
         numbers_of(region.get(key), 1)
         for key in ("RegionSpatialFormat", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection")
@@ -98,7 +98,7 @@ def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float]
 
 
 def voi_of(dataset: Any, frame: int) -> Any:
-    """What holds the window, or VOI lookup table, of a frame."""
+    """The part of the header that holds the window, or the VOI lookup table, of a frame."""
     voi = group_of(dataset, frame, "FrameVOILUTSequence")
     return voi if "WindowCenter" in voi else dataset
 

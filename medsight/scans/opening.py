@@ -36,7 +36,7 @@ def open_scan(source: Source, name: str | None = None, plane: str | None = None,
             tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
             other one of three axes is a volume, its slices along the first.
         name: what to call it, and files in it, in messages; the path by default.
-        plane: that a NIfTI volume is cut along, "axial" (the default), "coronal" or "sagittal".
+        plane: along which a NIfTI volume is cut, "axial" (the default), "coronal" or "sagittal".
         volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
             channels. Where the last axis has 1 to 4 entries, these are channels all the same.
 
@@ -85,7 +85,7 @@ def _open_file(source: Path | bytes, name: str, plane: str, volume: bool) -> Sca
 
 
 def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: bool) -> Scan:
-    """Of three axes, the last one never holds slices; the first does not hold 1 to 4 of them, unless told so."""
+    """A volume has three axes, no channels along the last one, and along the first only if `volume` says slices."""
     is_volume = (
         array.ndim == 3
         and array.shape[2] not in (0, *_CHANNELS)

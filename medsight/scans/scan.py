@@ -55,7 +55,7 @@ class Scan(ABC):
         slice_spacing: mm between displayed slices, along their normal; `None` where it is not known or differs from
             slice to slice.
         files: what is behind it, in slice order for a series; empty for bytes and arrays.
-        plane: that a NIfTI volume is cut along: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
+        plane: along which a NIfTI volume is cut: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
         is_wide: whether it has grey levels for a window to choose: no colours, and no picture of 8 bits.
         has_window: whether it states a window of its own, for `window="file"`.
         affine: (4, 4), index into what `to_source` returns -> RAS, in mm, or in a NIfTI file's own unit; `None` where
@@ -89,7 +89,7 @@ class Scan(ABC):
         return self._stated_window() is not None
 
     def facts(self) -> dict[str, Any]:
-        """What files and tables say of the scan, ready for JSON; nothing about a patient."""
+        """Kind, size, modality and spacing, ready for JSON; nothing about a patient."""
         return {
             "kind": self.kind,
             "slices": self.num_slices,

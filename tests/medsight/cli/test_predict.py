@@ -304,7 +304,7 @@ def test_deidentifying_changes_nothing_of_the_caller_s(predictor: Predictor, ima
     assert contents(tmp_path / "after") == contents(tmp_path / "before") != contents(tmp_path / "nameless")
 
 
-def test_an_interrupted_run_goes_on_and_gives_what_an_unbroken_one_gives(
+def test_an_interrupted_run_resumes_and_gives_what_an_unbroken_one_gives(
     predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(5):
@@ -339,7 +339,7 @@ def test_an_interrupted_run_goes_on_and_gives_what_an_unbroken_one_gives(
         (("--max-new-tokens", "7"), "max_new_tokens"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_settings(
+def test_a_run_is_not_resumed_with_other_settings(
     changed: tuple[str, str], named: str, predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture(tmp_path / "study" / "0.png", 0)
