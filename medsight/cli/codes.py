@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medsight.checkpoint import CODES_FILE, check_checkpoint
+from medsight.checkpoint import CODES_FILE, check_checkpoint, weights_sha256
 from medsight.cli.console import Device, Json, results
 from medsight.files import check_empty, staged_folder, write_json
 from medsight.text import Table, quiet_transformers
@@ -29,9 +29,7 @@ def command(
     examples: Annotated[int, typer.Option(min=1, metavar="N", help="On a sheet.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at once.")] = 8,
     device: Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the checkpoint folder says already.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the description that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find out which structures each region code stands for.
@@ -45,7 +43,7 @@ def command(
     from medsight.data.groups import load_groups, match_groups
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.evaluation.codes import describe_codes, meanings_to_json
-    from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation
+    from medsight.evaluation.runner import RunSettings, load_for_evaluation
     from medsight.evaluation.scored_run import codebook_of
 
     folder = Path(model)
@@ -71,7 +69,7 @@ def command(
             found,
             codebook,
             medsight_version=__version__,
-            weights_sha256=checkpoint_fingerprint(folder)["weights_sha256"],
+            weights_sha256=weights_sha256(folder),
             data=Path(data).name,
             split=split,
         )

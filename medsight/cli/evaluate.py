@@ -15,17 +15,15 @@ ANSWERING = ("model", "batch_size", "max_new_tokens", "device", "dtype", "masks_
 
 def command(
     context: typer.Context,
-    benchmark: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A benchmark, or a YAML file that declares one.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Folder with the benchmark's data.")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="Output folder.")] = None,
+    benchmark: Annotated[str | None, typer.Option(metavar="NAME", help="A benchmark, or a YAML file of one.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="PATH", help="Folder with the benchmark's data.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Output folder.")] = None,
     list_benchmarks: Annotated[bool, typer.Option("--list", help="List the benchmarks, and do nothing.")] = False,
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Checkpoint folder  [default: the small one shipped].")
     ] = None,
     predictions: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Score these saved predictions; no model is needed.")
+        Path | None, typer.Option(metavar="FILE", help="Score these saved predictions; no model is needed.")
     ] = None,
     name: Annotated[
         str | None,
@@ -36,9 +34,7 @@ def command(
         int | None, typer.Option(min=1, metavar="N", help="The first N rows alone; the output says so.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length limit of an answer.")] = 256,
-    held_out_prompts: Annotated[
-        bool, typer.Option("--held-out-prompts", help="Ask in wordings that training never saw.")
-    ] = False,
+    held_out_prompts: Annotated[bool, typer.Option("--held-out-prompts", help="Ask in unseen wordings.")] = False,
     device: Device = "auto",
     dtype: Annotated[
         Literal["float64", "float32", "bfloat16", "float16"] | None,
@@ -50,9 +46,7 @@ def command(
         Literal["states", "codes"],
         typer.Option(help="Decode masks from the language model's states, or the codes' entries in the codebook."),
     ] = "states",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Answer all rows again, and replace the output.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Answer again; replace the output.")] = False,
     answers: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Protocol of answers: llava-med, strict, multiple-choice or first-letter."),
@@ -67,9 +61,7 @@ def command(
         str | None, typer.Option(metavar="RULE", help="Several masks: mean, union, best, order, first or last.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap and of held-out prompts.")] = 0,
-    allow_row_count: Annotated[
-        bool, typer.Option("--allow-row-count", help="Score a set of another size than is known.")
-    ] = False,
+    allow_row_count: Annotated[bool, typer.Option("--allow-row-count", help="Score a set of another size.")] = False,
     accept_problems: Annotated[
         bool,
         typer.Option(
@@ -106,20 +98,20 @@ def command(
             declared = dataclasses.replace(declared, title=f"{declared.title}, in wordings not trained on")
         flags = {"threshold": threshold, "missing": missing, "multi": multi}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
-        cases, left_out, notes = rows_to_score(declared, Path(data), limit, held_out_prompts, seed, allow_row_count)
-        processes, folder = Processes(), Path(output)
-        refuse_other_protocol(folder, protocol.to_dict(declared.has_masks), overwrite)
+        cases, left_out, notes = rows_to_score(declared, data, limit, held_out_prompts, seed, allow_row_count)
+        processes = Processes()
+        refuse_other_protocol(output, protocol.to_dict(declared.has_masks), overwrite)
         if predictions is None:
             settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype, masks_from)
-            asked = (folder, declared, Path(data), cases)
+            asked = (output, declared, data, cases)
             described, path = answer(model, *asked, settings, device, batch_size, overwrite, processes)
         else:
-            path = Path(predictions)
-            described, more = saved(path, folder, declared, Path(data), cases, left_out, overwrite, accept_problems)
+            path = predictions
+            described, more = saved(path, output, declared, data, cases, left_out, overwrite, accept_problems)
             notes += more
         if processes.rank == 0:
             metrics = score(
-                folder, declared, cases, protocol, path, described, notes, name, seed, accept_problems, left_out
+                output, declared, cases, protocol, path, described, notes, name, seed, accept_problems, left_out
             )
-            out.show(metrics, figures_text(metrics), f"\nWritten to {folder}/: {METRICS}, {ROWS}, {REPORT}")
+            out.show(metrics, figures_text(metrics), f"\nWritten to {output}/: {METRICS}, {ROWS}, {REPORT}")
         processes.wait()

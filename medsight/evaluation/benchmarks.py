@@ -104,12 +104,7 @@ def check_names(what: str, given: Iterable[str], needed: Sequence[str] = (), opt
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """A shipped benchmark by its name, or the only one that a YAML file declares.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: no benchmark has that name, or a declaration is wrong; the message names it.
-    """
+    """A shipped benchmark by its name, or the only one that a YAML file declares; a wrong one raises ValueError."""
     if name.endswith((".yaml", ".yml")):
         declared = load_declarations(Path(name))
         if len(declared) != 1:

@@ -64,12 +64,10 @@ def describe_codes(
         owners = [groups.index(row["modality"], row["site"]) for row in batch]
         with torch.inference_mode():
             regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
-            codes = [
-                codes_in_image(model, regions, i, masks[i], row["targets"], owners[i]) for i, row in enumerate(batch)
-            ]
-            pairs = [
-                torch.stack([torch.full_like(index, k), index], 1) for index, k in zip(codes, owners, strict=True)
-            ]
+            codes, pairs = [], []
+            for i, row in enumerate(batch):
+                codes.append(codes_in_image(model, regions, i, masks[i], row["targets"], owners[i]))
+                pairs.append(torch.stack([torch.full_like(codes[i], owners[i]), codes[i]], 1))
             logits = model.region_model.decode_codes(code_indices=pairs, features=regions)
         for i, row in enumerate(batch):
             picture, heat = _picture(pixels[i], processor), logits[i].float().sigmoid().cpu().numpy()
@@ -77,9 +75,8 @@ def describe_codes(
                 name = model.config.region_code_token(owners[i], code)
                 found.citations.append((name, groups.names[owners[i]], target))
                 inside = probabilities[probabilities > 0.5]
-                example = Example(
-                    float(inside.mean()) if inside.size else 0.0, target, heat_map(picture, probabilities)
-                )
+                score = float(inside.mean()) if inside.size else 0.0
+                example = Example(score, target, heat_map(picture, probabilities))
                 best = sorted([*found.examples.get(name, []), example], key=lambda shown: -shown.score)
                 found.examples[name] = best[:examples]
             found.images += 1
@@ -113,8 +110,7 @@ def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Ima
     """The examples of one code on a white sheet, with the structure and the score below each."""
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
     rows = -(-len(examples) // COLUMNS)
-    columns = min(COLUMNS, max(2, len(examples)))
-    width = columns * (TILE + MARGIN) + MARGIN
+    width = min(COLUMNS, max(2, len(examples))) * (TILE + MARGIN) + MARGIN
     top, cell = MARGIN + 24 + LINE + MARGIN, TILE + LINE + MARGIN
     sheet = Image.new("RGB", (width, top + rows * cell), "white")
     canvas = ImageDraw.Draw(sheet)

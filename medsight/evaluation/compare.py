@@ -28,15 +28,12 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, A
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
-    """How much better the first evaluation is than the second, over the rows that both score.
-
-    Args:
-        seed: of the bootstrap, which draws patients with all pairs of their rows; pairs where no patient is named.
+    """How much better the first evaluation is than the second, over the rows of both: intervals draw pairs of rows.
 
     Returns:
-        `a`, `b` (names), `benchmark`, `protocol`, `n`, `interval_unit`; `scores` {score: {a, b, difference, low, high,
-        n, units, better, equal, worse, unpaired}} where unpaired rows have a score in one of the two alone; `macro`
-        {score: the same over modalities}; `by` {field: {value: {score: ...}}}.
+        `a`, `b` (names), `benchmark`, `title`, `protocol`, `n`, `interval_unit`; `scores` {score: {a, b, difference,
+        low, high, n, units, better, equal, worse, unpaired}} where unpaired rows have a score in one of the two alone;
+        `macro` {score: the same over modalities}; `by` {field: {value: {score: ...}}}.
 
     Raises:
         OSError: a folder is no evaluation.

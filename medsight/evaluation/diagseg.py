@@ -121,32 +121,27 @@ def _copied(row: Mapping[str, Any], diagnosis: Diagnosis, question: str, data: P
 
 def _card(records: Sequence[Mapping[str, Any]], left_out: Mapping[str, int], data: Path, table: Path | None) -> str:
     """README.md: how the items were made, and how many of each kind there are."""
-    found = (
-        "the data's own `finding`; where there is none, structures that are abnormal by their names."
-        if table is None
-        else f"from the table `{table.name}`."
-    )
-    lines = [
-        "# Diagnose, then segment",
-        "",
-        f"{len(records)} items from the test rows of `{data.name}`: a question, a short answer, and the masks that",
-        f'show it. Question: "{records[0]["question"]}"',
-        "",
-        f"How a diagnosis was found: {found}",
-        "Its masks: of the structures that name it, else of abnormal ones, else of the only one. A normal finding has",
-        "none, and giving a mask there is wrong.",
-        "",
-        "Patients: only those all of whose images are test rows.",
-        "",
-        *_table("left out", "rows", left_out),
-        *_table("modality", "items", Counter(record["modality"] for record in records)),
-        *_table("short answer", "items", Counter(record["short_answer"] for record in records)),
-        "Licences are those of the images' own sets. Score it with "
-        "`medsight evaluate --benchmark diagseg --data THIS_FOLDER`.",
-    ]
-    return "\n".join(lines) + "\n"
+    found = "the data's own `finding`; where there is none, structures that are abnormal by their names."
+    if table is not None:
+        found = f"from the table `{table.name}`."
+    return f"""# Diagnose, then segment
+
+{len(records)} items from the test rows of `{data.name}`: a question, a short answer, and the masks that
+show it. Question: "{records[0]["question"]}"
+
+How a diagnosis was found: {found}
+Its masks: of the structures that name it, else of abnormal ones, else of the only one. A normal finding has
+none, and giving a mask there is wrong.
+
+Patients: only those all of whose images are test rows.
+
+{_table("left out", "rows", left_out)}
+{_table("modality", "items", Counter(record["modality"] for record in records))}
+{_table("short answer", "items", Counter(record["short_answer"] for record in records))}
+Licences are those of the images' own sets. Score it with `medsight evaluate --benchmark diagseg --data THIS_FOLDER`.
+"""
 
 
-def _table(what: str, counted: str, counts: Mapping[str, int]) -> list[str]:
-    rows = [f"| {name} | {count} |" for name, count in sorted(counts.items())]
-    return [f"| {what} | {counted} |", "|---|---|", *rows, ""]
+def _table(what: str, counted: str, counts: Mapping[str, int]) -> str:
+    rows = [f"| {name} | {count} |\n" for name, count in sorted(counts.items())]
+    return f"| {what} | {counted} |\n|---|---|\n{''.join(rows)}"

@@ -88,8 +88,9 @@ class Prediction:
             for code in listed.get(name, ()):
                 if not REGION_CODE.fullmatch(code):
                     raise ValueError(f"{place}: {name}: {code!r} is not a region code")
+        given |= {name: tuple(values) for name, values in listed.items()}
         given["raw_text"] = given["raw_text"] or given["answer"]
-        return cls(**given, **{name: tuple(values) for name, values in listed.items()})
+        return cls(**given)
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -171,12 +172,7 @@ def drop_partial_line(path: Path) -> None:
 
 
 def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
-    """Each line's place and prediction.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is no prediction; the message names file and line.
-    """
+    """Each line's place and prediction; a line that is none raises ValueError, naming file and line."""
     for place, record in json_records(path):
         if isinstance(record, ValueError):
             raise record

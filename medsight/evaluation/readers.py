@@ -18,9 +18,6 @@ from .cases import CLOSED, OPEN, Case, Words, origin_of, relative, wordings
 from .region_cases import region_cases
 
 
-YES_NO = ("yes", "no")
-
-
 class NoRowsError(ValueError):
     """The data hold no row that a benchmark asks about."""
 
@@ -28,15 +25,10 @@ class NoRowsError(ValueError):
 def read_cases(
     benchmark: Benchmark, path: str | Path, held_out_prompts: bool = False, seed: int = 0
 ) -> tuple[list[Case], int]:
-    """All cases of a benchmark, in the order of its files; pictures are opened where an answer lies in them alone.
+    """All cases of a benchmark, in the order of its files, and how many files they came from.
 
-    Args:
-        path: the folder, or file, with the benchmark's data.
-        held_out_prompts: ask in wordings that training never saw, where the benchmark has an intent.
-        seed: of the choice among them.
-
-    Returns:
-        The cases, and how many files they came from.
+    Pictures are opened where an answer lies in them alone. `held_out_prompts` are wordings that training never saw,
+    drawn by the seed.
 
     Raises:
         FileNotFoundError: the data is not there; see `Benchmark.files_in`.
@@ -80,7 +72,7 @@ def _question_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[
             row = entry.checked()
             question, answer = _question_and_answer(row, entry.place)
             number = row["id"].replace(str(path), "", 1).lstrip("/") if shard.endswith(".parquet") else row["id"]
-            by_answer = CLOSED if answer.strip().lower().rstrip(".") in YES_NO else OPEN
+            by_answer = CLOSED if answer.strip().lower().rstrip(".") in ("yes", "no") else OPEN
             patient = None if row["patient"] is None else relative(row["patient"], path)
             yield Case(
                 id=f"{stem}{number}",

@@ -18,12 +18,8 @@ from .cases import Case
 
 
 class ReferenceCodes:
-    """Codes of reference masks by `assign_codes`, as training gives them: all masks of an image are matched together.
-
-    Args:
-        cases: all of the benchmark; what they say of one image is put together, whatever batches they come in.
-        model, processor: of one checkpoint, in evaluation mode.
-    """
+    """Codes of reference masks by `assign_codes`, as training gives them: all masks of an image are matched together,
+    in whatever batches and cases of the benchmark they come."""
 
     def __init__(self, cases: Sequence[Case], model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -37,15 +33,10 @@ class ReferenceCodes:
         self._codes: dict[str, dict[str, str]] = {}
 
     def of(self, cases: Sequence[Case], pixel_values: Any) -> list[tuple[str | None, tuple[str, ...] | None]]:
-        """For each case the group that the model takes its image for, and the codes of its reference masks.
+        """For each case the group that the model takes its (last) image for, and the codes of its reference masks.
 
-        Args:
-            pixel_values: all images of the cases, as the processor gives them, in the cases' order.
-
-        Returns:
-            The group's name: of the last image. The codes, one a mask: none for an absent structure;
-            None where the image's group is not known (no group of the model holds its modality and site), the
-            case has several images, or the model has no codebook.
+        The codes are None where the image's group is not known (no group of the model holds its modality and site),
+        the case has several images, or the model has no codebook. `pixel_values` are of all images, in order.
         """
         if not self.model.config.use_region_codebook:
             return [(None, None)] * len(cases)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medsight.checkpoint import check_checkpoint, read_json, settings_files, sha256_of, weights_sha256
+from medsight.checkpoint import check_checkpoint, read_json
 from medsight.data.pictures import read_picture
 from medsight.data.schema import IMAGE_MARKER
 from medsight.files import write_json, write_text
@@ -75,11 +75,6 @@ class Processes:
         """Until all processes are here."""
         if self._state:
             self._state.wait_for_everyone()
-
-
-def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
-    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings."""
-    return {"weights_sha256": weights_sha256(folder), "settings_sha256": sha256_of(settings_files(folder))}
 
 
 def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medsight import __version__
-from medsight.checkpoint import read_json, shipped_checkpoint
+from medsight.checkpoint import read_json, settings_files, sha256_of, shipped_checkpoint, weights_sha256
 from medsight.files import write_json, write_text
 from medsight.metrics.mask_dice.mask_counts import choose_protocol
 from medsight.text import quiet_transformers
@@ -19,15 +19,7 @@ from .figures import METRICS, REPORT, ROWS
 from .predictions import match_predictions, read_predictions
 from .readers import read_cases
 from .report import report_page
-from .runner import (
-    RUN,
-    Processes,
-    RunSettings,
-    answer_cases,
-    checkpoint_fingerprint,
-    load_for_evaluation,
-    prepare_output,
-)
+from .runner import RUN, Processes, RunSettings, answer_cases, load_for_evaluation, prepare_output
 from .scoring import Protocol, score_rows
 from .summary import summarise
 
@@ -91,11 +83,12 @@ def answer(
     folder = shipped_checkpoint() if model is None else Path(model)
     with quiet_transformers():
         loaded, processor = load_for_evaluation(folder, settings, processes.device if device == "auto" else device)
+        settings_sha256 = sha256_of(settings_files(folder))
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
         described = {
             "medsight_version": __version__,
             "model": folder.name,
-            "checkpoint": checkpoint_fingerprint(folder),
+            "checkpoint": {"weights_sha256": weights_sha256(folder), "settings_sha256": settings_sha256},
             **questions(benchmark, data, cases),
             **({"codes_per_group": codebook_of(loaded.config)} if loaded.config.use_region_codebook else {}),
             **dataclasses.asdict(settings),

@@ -48,22 +48,18 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """The scores of every case, in their order; a case without a prediction is scored as an empty answer.
 
-    Args:
-        problems: what `match_predictions` found; masks that are malformed or of another size are added.
-        accept_problems: score in spite of problems, bad masks as none; they stay counted and listed.
+    Problems that are accepted stay counted and listed, with bad masks, which are scored as none.
 
     Returns:
-        A dict a row: `id`, origin, `target`, `absent`, `prompt`, `answer`, `reference`, `answer_type`, `answer_score`
-        and `answer_refused` (why there is no score); `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows
-        with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`, `group`,
-        `is_complete`; `code_structures`, what each code is cited for, None where the system does not say it of several
-        structures; `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own),
-        `code_accuracy` and `group_accuracy`, shares of the cited codes that are right, None where no code is cited or
-        none is known.
+        A dict a row: what the case and the prediction say; `answer_score`, and `answer_refused`, why there is none;
+        `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows with something to find; `n_masks`,
+        `n_references`, `no_region` and `false_mask`; `code_structures`, what each code is cited for, None where the
+        system does not say it of several structures; `reference_codes`, and whether the "data set" or the prediction's
+        own "codebook" gives them; `code_accuracy` and `group_accuracy`, shares of the cited codes that are right, None
+        where no code is cited or none is known.
 
     Raises:
-        OSError, ValueError: a reference mask cannot be read; a cited code is none, where reference codes are known; or
-            there are problems, which are not accepted.
+        OSError, ValueError: a reference mask cannot be read, or there are problems, which are not accepted.
     """
     refuse(problems, accept_problems)
     given = [predictions.get(case.id) or Prediction(case.id, "") for case in cases]

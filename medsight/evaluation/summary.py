@@ -79,13 +79,12 @@ def summarise(
         name: {"micro": estimate(rows, name, seed), "macro": estimate(rows, name, seed, macro_by="modality")}
         for name in names
     }
-    by = {
-        field: {
+    by: dict[str, dict[str, Any]] = {}
+    for field in BY[benchmark.task]:
+        by[field] = {
             value: {"n": len(inside)} | {name: found for name in names if (found := estimate(inside, name, seed))}
             for value, inside in grouped(rows, (row[field] for row in rows))
         }
-        for field in BY[benchmark.task]
-    }
     result: dict[str, Any] = {
         "n": len(rows),
         "patients": len({(row["dataset"], row["patient"]) for row in rows if row["patient"]}) or None,
@@ -116,10 +115,8 @@ def summarise(
 def group_confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Which code group images of each modality and site are taken for; None without any group.
 
-    Returns:
-        `by`: "classifier", the model's own, over all rows, where every prediction says what it found; else "cited
-        codes", the group of the first code of an answer about something present. `counts` {"MODALITY SITE": {group:
-        rows}}, with "no code" for answers without one.
+    `by` the "classifier", the model's own, over all rows, where every prediction says what it found; else by "cited
+    codes", the group of the first code of an answer about something present, with "no code" for one without.
     """
     known = [row for row in rows if row["modality"] != "-"]
     classified = bool(known) and all(row.get("group") for row in known)

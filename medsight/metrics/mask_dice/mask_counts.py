@@ -208,7 +208,7 @@ def boundary_distances(
     return float(hd95), float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm))
 
 
-def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_bilinear(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """(h, w) values at the pixel centres of another (height, width), as torch's `interpolate(align_corners=False)`."""
     factors = (size[0] / values.shape[0], size[1] / values.shape[1])
     return zoom(values, factors, order=1, mode="nearest", grid_mode=True)

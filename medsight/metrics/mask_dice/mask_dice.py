@@ -27,12 +27,10 @@ Args:
     threshold, missing, multi, formula: held against the flags that the items were scored by, where given.
     average: "micro" (default) or "macro", which `dice` is.
 Returns:
-    dice, by the protocol's average; dice_micro and iou_micro, means over items; dice_macro and iou_macro, unweighted
-    means over groups; dice_pooled, 2 I / (P + G) of all pixels; hd95_mm with hd95_items, surface_dice with
-    surface_dice_items and tolerance_mm, means over the items that have one; n, scored, refused and refusals
-    {reason: count}; thresholded, items whose masks came as floats; no_mask_rate, masks_per_answer and
-    references_per_item over all items; groups {name: the same of its items}; scores, Dice an item, None where it is
-    refused; preset and protocol. None stands for a mean over nothing.
+    dice, by the protocol's average; dice_micro, iou_micro, dice_macro, iou_macro, dice_pooled; hd95_mm, surface_dice
+    and their numbers of items; n, scored, refused, refusals {reason: count}, thresholded; no_mask_rate,
+    masks_per_answer, references_per_item; groups {name: the same}; scores, a float an item, None where it is refused;
+    preset and protocol. None stands for a mean over nothing.
 Examples:
     >>> from medsight.metrics.mask_dice.mask_dice import score_item
     >>> mask = numpy.eye(4, dtype=bool)

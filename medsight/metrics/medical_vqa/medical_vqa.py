@@ -28,10 +28,9 @@ Args:
     groups: list of str, such as the modality; adds a mean a group and the unweighted mean over groups.
     protocol: "llava-med" (default), "strict", "multiple-choice" or "first-letter".
 Returns:
-    protocol; closed_accuracy, open_recall, overall (mean over all items) and macro (unweighted mean over groups), each
-    from 0 to 1 and over the scored items, None where there are none; counts {closed, open}; scored; refused, refusals
-    {reason: count} and refused_as_wrong {closed_accuracy, open_recall, overall}; groups {name: {n, score, refused}};
-    scores, a float an item, None where it is refused; reasons, a str where it is refused, else None.
+    protocol; closed_accuracy, open_recall, overall and macro, each from 0 to 1 over the scored items, None where there
+    are none; counts {closed, open}; scored; refused, refusals {reason: count}, refused_as_wrong; groups {name: {n,
+    score, refused}}; scores and reasons, a float or else a str an item.
 Examples:
     >>> metric = evaluate.load("medsight/metrics/medical_vqa")
     >>> metric.compute(predictions=["Yes, it is."], references=["yes"], answer_types=["CLOSED"])["closed_accuracy"]
@@ -74,11 +73,7 @@ def llava_med_closed(prediction: str, reference: str) -> float:
 
 
 def strict_open(prediction: str, reference: str) -> float:
-    """Recall over bags of words with the reference's counts: sum of min(prediction, reference) over the reference's.
-
-    Raises:
-        RefusedError: the reference has no word.
-    """
+    """Recall over bags of words with the reference's counts, sum of min(answer, reference) over the reference's."""
     predicted, wanted = Counter(strict_words(prediction)), Counter(strict_words(reference))
     if not wanted:
         raise RefusedError("the reference has no word")
@@ -86,11 +81,7 @@ def strict_open(prediction: str, reference: str) -> float:
 
 
 def strict_closed(prediction: str, reference: str) -> float:
-    """1 if the reference's words stand in the prediction as whole words, one after the other.
-
-    Raises:
-        RefusedError: the reference is yes or no and the prediction holds both, or the reference has no word.
-    """
+    """1 if the reference's words stand in the prediction as whole words, one after the other."""
     predicted, wanted = strict_words(prediction), strict_words(reference)
     if not wanted:
         raise RefusedError("the reference has no word")
@@ -103,9 +94,6 @@ def multiple_choice(prediction: str, reference: str, options: list[str]) -> floa
     """1 if prediction and reference are most like the same option, by `difflib.SequenceMatcher(option, text).ratio()`.
 
     Case counts, the first option wins a tie, an answer like none of them is wrong (OmniMedVQA).
-
-    Raises:
-        RefusedError: the reference is like none of the options.
     """
     right = _most_similar(options, reference)
     if right is None:
@@ -118,9 +106,6 @@ def first_letter(prediction: str, reference: str, options: list[str]) -> float:
 
     A letter counts where it is a capital and stands alone ("B", "(B)", "Answer: B."), or is all that the answer holds;
     an answer without one is wrong.
-
-    Raises:
-        RefusedError: the reference is neither an allowed letter nor an option.
     """
     allowed = LETTERS[: len(options)]
     right = reference.strip()
@@ -210,11 +195,7 @@ class MedicalVqa(evaluate.Metric):
         evaluate.Metric.add_batch(self, **columns)
 
     def compute(self, *, protocol: str = "llava-med", **batch: Any) -> dict[str, Any]:
-        """Score the answers of a batch given here, or added before.
-
-        Raises:
-            ValueError: there are none, an answer type or the protocol is unknown, or the lengths differ.
-        """
+        """Score the answers of a batch given here, or added before; ValueError where they cannot be scored."""
         if batch.get("predictions") is not None:
             self.add_batch(**batch)
         if len(self) == 0:

@@ -46,11 +46,7 @@ CITATION = """\
 
 
 def group_of(code: str) -> str:
-    """The group's number in a code's spelling, "0" for `[C0_16]` and for `[SEG]`.
-
-    Raises:
-        ValueError: it is no region code.
-    """
+    """The group's number in a code's spelling, "0" for `[C0_16]` and for `[SEG]`; ValueError for anything else."""
     match = CODE.fullmatch(code)
     if match is None and code != "[SEG]":
         raise ValueError(f"{code!r} is not a region code: expected [C<group>_<index>] or [SEG], or a name in groups")
@@ -145,18 +141,10 @@ def _group_usage(
 
 
 def cited_right(codes: Sequence[str], right: Sequence[str]) -> tuple[float, float] | None:
-    """Shares of an answer's codes that are right: as they stand, and in their group.
+    """Shares of an answer's codes that are among the reference codes, and whose group is one of theirs.
 
-    Args:
-        codes: the codes that the answer cites.
-        right: the reference codes; each makes one citation right, so a repeated one has to be cited as often.
-
-    Returns:
-        The share that is among the reference codes, and the share whose group is one of theirs; None where the answer
-        cites no code or there is no reference code.
-
-    Raises:
-        ValueError: one is no region code.
+    Each reference code makes one citation right, so a repeated one has to be cited as often. None where the answer
+    cites no code or there is no reference code; ValueError where one is no region code.
     """
     if not codes or not right:
         return None
