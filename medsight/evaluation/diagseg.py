@@ -17,9 +17,6 @@ from .region_cases import Diagnosis, diagnosis_of
 
 
 QUESTION = "What is the diagnosis? Segment the finding."
-CARD = "README.md"
-RECORDS = "diagseg.json"
-TABLE_FIELDS = ("image", "diagnosis")
 
 
 def read_table(path: Path) -> dict[str, str]:
@@ -34,7 +31,7 @@ def read_table(path: Path) -> dict[str, str]:
         if isinstance(row, ValueError):
             raise row
         place = f"{path}, row {number}"
-        image, diagnosis = (as_text(row.get(name), place, name).strip() for name in TABLE_FIELDS)
+        image, diagnosis = (as_text(row.get(name), place, name).strip() for name in ("image", "diagnosis"))
         if image in table:
             raise ValueError(f"{place}: {image} has a diagnosis already")
         table[image] = diagnosis
@@ -81,8 +78,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         raise ValueError(f"{data}: no test row has a diagnosis; name one for each image with --table FILE")
     with staged_folder(output, False, check_empty) as folder:
         records = [_copied(row, diagnosis, question, data, folder) for row, diagnosis in chosen]
-        write_json(folder / RECORDS, records)
-        write_text(folder / CARD, _card(records, counts, data, table))
+        write_json(folder / "diagseg.json", records)
+        write_text(folder / "README.md", _card(records, counts, data, table))
     return {**counts, "items": len(chosen)}
 
 

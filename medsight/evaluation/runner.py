@@ -65,11 +65,7 @@ class Processes:
             self._state = PartialState()
         self.rank: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
-
-    @property
-    def device(self) -> str:
-        """The device of this process, where several share a machine's; "auto" leaves the choice."""
-        return str(self._state.device) if self._state else "auto"
+        self.device: str = str(self._state.device) if self._state else "auto"  # "auto" leaves the choice
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -82,7 +78,6 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
 
     Raises:
         FileExistsError: it holds something else, or the predictions of another run.
-        ValueError: its run.json is damaged.
     """
     previous = output / RUN
     if not previous.is_file():

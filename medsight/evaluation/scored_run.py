@@ -76,10 +76,7 @@ def answer(
     overwrite: bool,
     processes: Processes,
 ) -> tuple[dict[str, Any], Path]:
-    """Lets the checkpoint answer: what run.json says, and the path of the predictions.
-
-    Two runs of which run.json says the same give the same predictions.
-    """
+    """Lets the checkpoint answer: what run.json says, which decides on the predictions, and their path."""
     folder = shipped_checkpoint() if model is None else Path(model)
     with quiet_transformers():
         loaded, processor = load_for_evaluation(folder, settings, processes.device if device == "auto" else device)
@@ -117,9 +114,7 @@ def saved(
 ) -> tuple[dict[str, Any], list[str]]:
     """What is known of saved predictions, by the run.json beside them and their file's hash; and notes for the report.
 
-    Raises:
-        OSError: a file cannot be read, or the output folder holds something else.
-        ValueError: they answer another benchmark, other data or wordings, which is not accepted.
+    Answers to another benchmark, other data or wordings raise ValueError, unless that is accepted.
     """
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     run = path.parent / RUN

@@ -75,8 +75,7 @@ PRESETS = {
 def choose_protocol(preset: str | None = None, **flags: Any) -> MaskProtocol:
     """A preset, or the default with these flags; a flag that is None counts as not given.
 
-    Raises:
-        ValueError: the preset or a flag is unknown, or a flag is given beside a preset, whose name would then lie.
+    A flag beside a preset, whose name would then lie, raises ValueError.
     """
     flags = {name: value for name, value in flags.items() if value is not None}
     if preset is None:

@@ -108,11 +108,7 @@ class MaskDice(evaluate.Metric):
         evaluate.Metric.add_batch(self, items=filled, groups=groups or [""] * len(items))
 
     def compute(self, *, items: Any = None, groups: Any = None, **protocol: Any) -> dict[str, Any]:
-        """Means of the records given here, or added before.
-
-        Raises:
-            ValueError: there are none, they were scored by another protocol than asked for, or groups are missing.
-        """
+        """Means of the records given here, or added before; ValueError where another protocol scored them."""
         if items is not None:
             self.add_batch(items=items, groups=groups)
         if len(self) == 0:

@@ -6,6 +6,7 @@ OmniMedVQA (Hu et al., 2024, arXiv 2402.09181); MMMU (Yue et al., 2024, arXiv 23
 
 from collections import Counter
 from difflib import SequenceMatcher
+from string import ascii_uppercase
 from typing import Any
 
 import datasets
@@ -15,7 +16,6 @@ from .answer_words import normalize, strict_words
 
 
 CLOSED, OPEN = "CLOSED", "OPEN"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 DESCRIPTION = """\
 Scores answers to medical visual questions: accuracy of closed questions, recall of open ones, by a named protocol."""
@@ -50,10 +50,10 @@ class RefusedError(ValueError):
 
 
 def llava_med_open(prediction: str, reference: str) -> float:
-    """Recall over bags of words, TP / (TP + FN); 0 where either has no word.
+    """Recall over bags of words, TP / (TP + FN); 0 where either has no word. Repeating a right word raises the score.
 
     TP counts the *prediction's* occurrences of words that also stand in the reference, FN the reference's occurrences
-    of words absent from the prediction: repeating a right word raises the score.
+    of words absent from the prediction.
     """
     predicted = Counter(normalize(prediction).split())
     wanted = Counter(normalize(reference).split())
@@ -107,12 +107,12 @@ def first_letter(prediction: str, reference: str, options: list[str]) -> float:
     A letter counts where it is a capital and stands alone ("B", "(B)", "Answer: B."), or is all that the answer holds;
     an answer without one is wrong.
     """
-    allowed = LETTERS[: len(options)]
+    allowed = ascii_uppercase[: len(options)]
     right = reference.strip()
     if len(right) != 1 or right not in allowed:
         if reference not in options:
             raise RefusedError("the reference is neither an allowed letter nor an option")
-        right = LETTERS[options.index(reference)]
+        right = ascii_uppercase[options.index(reference)]
     words = "".join(character if character.isalnum() else " " for character in prediction).split()
     if len(words) == 1:
         words = [words[0].upper()]

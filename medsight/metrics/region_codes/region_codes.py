@@ -60,10 +60,7 @@ def entropy(counts: list[int]) -> float:
 
 
 def purity(table: Counter[tuple[str, str]]) -> float:
-    """Share of citations whose structure is their code's most frequent one: 1/N sum over codes of max over structures.
-
-    It rises with the number of codes, to 1 where each code is cited once: read it beside the number of citations.
-    """
+    """Share of citations whose structure is their code's most frequent one: 1/N sum over codes of the largest."""
     codes = _margins(table)[0]
     best = [max(count for (other, _), count in table.items() if other == code) for code in codes]
     return sum(best) / sum(table.values())
@@ -72,7 +69,7 @@ def purity(table: Counter[tuple[str, str]]) -> float:
 def normalized_mutual_information(table: Counter[tuple[str, str]]) -> float:
     """2 I(code; structure) / (H(code) + H(structure)); 1 where there is one code and one structure.
 
-    I = H(code) + H(structure) - H(code, structure). It is biased upwards where citations are few.
+    I = H(code) + H(structure) - H(code, structure).
     """
     codes, structures = _margins(table)
     both = entropy(list(codes.values())) + entropy(list(structures.values()))
@@ -262,11 +259,7 @@ class RegionCodes(evaluate.Metric):
     def compute(
         self, *, codes_per_group: int | dict[str, int] | None = None, predictions: Any = None, **known: Any
     ) -> dict[str, Any]:
-        """Rates and usage of the codes given here, or added before.
-
-        Raises:
-            ValueError: there are no answers, or they contradict themselves.
-        """
+        """Rates and usage of the codes given here, or added before; ValueError where they contradict themselves."""
         if predictions is not None:
             self.add_batch(predictions=predictions, **known)
         if len(self) == 0:

@@ -1,6 +1,7 @@
 """predictions.jsonl: run-length encodings, appending, and what does not fit."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,8 @@ from medsight.evaluation.predictions import (
 
 def runs_by_hand(mask: np.ndarray) -> list[int]:
     """COCO's uncompressed counts: column by column, the first run of zeros."""
-    runs, value, length = [], False, 0
-    for pixel in mask.T.reshape(-1).tolist():
-        if pixel == value:
-            length += 1
-        else:
-            runs.append(length)
-            value, length = pixel, 1
-    return [*runs, length]
+    runs = [(value, len(list(pixels))) for value, pixels in groupby(mask.T.reshape(-1).tolist())]
+    return [*([0] if runs[0][0] else []), *(length for _, length in runs)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])

@@ -254,60 +254,58 @@ def test_groups_and_records_are_needed() -> None:
 Grid = list[list[float]]
 
 
+def slow_inside(grid: Grid, y: int, x: int, height: int, width: int, cut: float) -> bool:
+    """Whether a pixel of the resized grid lies above the cut."""
+    if (len(grid), len(grid[0])) == (height, width):
+        return grid[y][x] > cut
+    total = 0.0
+    at_y = min(max((y + 0.5) * len(grid) / height - 0.5, 0), len(grid) - 1)
+    at_x = min(max((x + 0.5) * len(grid[0]) / width - 0.5, 0), len(grid[0]) - 1)
+    for j, row in enumerate(grid):
+        for i, value in enumerate(row):
+            total += value * max(0, 1 - abs(at_y - j)) * max(0, 1 - abs(at_x - i))
+    return total > cut
+
+
 def slow_item(predicted: list[Grid], references: list[list[list[bool]]], name: str) -> float | None:
     """Dice of one item by a preset, once more, a pixel at a time, in plain Python."""
     height, width = len(references[0]), len(references[0][0])
-    cut = -math.log(9) if name == "medplib" else 0.0
-
-    def inside(grid: Grid, y: int, x: int) -> bool:
-        if (len(grid), len(grid[0])) != (height, width):
-            total = 0.0
-            at_y = min(max((y + 0.5) * len(grid) / height - 0.5, 0), len(grid) - 1)
-            at_x = min(max((x + 0.5) * len(grid[0]) / width - 0.5, 0), len(grid[0]) - 1)
-            for j, row in enumerate(grid):
-                for i, value in enumerate(row):
-                    total += value * max(0, 1 - abs(at_y - j)) * max(0, 1 - abs(at_x - i))
-            return total > cut
-        return grid[y][x] > cut
-
-    def count(grid: Grid | None, references: list[list[list[bool]]]) -> tuple[int, int, int]:
+    nothing = [[False] * width] * height
+    if name == "biomedparse" and max(len(predicted), len(references)) > 1:
+        return None
+    if not predicted and any(any(map(any, reference)) for reference in references):
+        return 0.0
+    first: Grid | None = predicted[0] if predicted else None
+    pairs: list[tuple[Grid | None, list[list[list[bool]]]]] = [(first, references[:1])]
+    if name == "medsight":
+        pairs = [(grid, references) for grid in predicted or [None]]
+    if name == "medplib" and predicted:
+        last = min(len(predicted), len(references)) - 1
+        pairs = [(predicted[last], [references[last]])]
+    if name == "named":
+        pairs = []
+        for place in range(max(len(predicted), len(references))):
+            grid = predicted[place] if place < len(predicted) else None
+            pairs.append((grid, [references[place] if place < len(references) else nothing]))
+    scores = []
+    for grid, wanted in pairs:
         i = p = g = 0
         for y in range(height):
             for x in range(width):
-                said = grid is not None and inside(grid, y, x)
-                true = any(reference[y][x] for reference in references)
+                cut = -math.log(9) if name == "medplib" else 0.0
+                said = grid is not None and slow_inside(grid, y, x, height, width, cut)
+                true = any(reference[y][x] for reference in wanted)
                 i, p, g = i + (said and true), p + said, g + true
-        return i, p, g
-
-    if name == "medsight":
-        scores = []
-        for grid in predicted:
-            i, p, g = count(grid, references)
+        if name == "medsight":
             scores.append((2 * i + 1e-8) / (p + g + 1e-8))
-        return sum(scores) / len(scores) if scores else float(count(None, references)[2] == 0)
-    if name == "medplib":
-        shared = min(len(predicted), len(references))
-        i, p, g = count(predicted[shared - 1], [references[shared - 1]]) if shared else (0, 0, 0)
-        iou = i / (p + g - i) if p + g - i else 0.0
-        return 2 * iou / (1 + iou)
-    if name == "citrus":
-        i, p, g = count(predicted[0] if predicted else None, [references[0]])
-        if not predicted and any(any(map(any, reference)) for reference in references):
-            return 0.0
-        return 1.0 if p + g == 0 else 2 * i / (p + g)
-    if name == "named":
-        if not predicted and any(any(map(any, reference)) for reference in references):
-            return 0.0
-        nothing, scores = [[False] * width] * height, []
-        for place in range(max(len(predicted), len(references))):
-            grid = predicted[place] if place < len(predicted) else None
-            i, p, g = count(grid, [references[place] if place < len(references) else nothing])
+        elif name == "medplib":
+            iou = i / (p + g - i) if p + g - i else 0.0
+            scores.append(2 * iou / (1 + iou))
+        elif name == "biomedparse":
+            scores.append(2 * i / (p + g + 1e-6))
+        else:
             scores.append(1.0 if p + g == 0 else 2 * i / (p + g))
-        return sum(scores) / len(scores)
-    if len(predicted) > 1 or len(references) > 1:
-        return None
-    i, p, g = count(predicted[0] if predicted else None, references)
-    return 2 * i / (p + g + 1e-6)
+    return sum(scores) / len(scores)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
