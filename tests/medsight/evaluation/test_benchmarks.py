@@ -63,21 +63,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("x: {like: vqa-rad, protocol: {masks: medsight}}", "protocol: unknown masks; expected answers"),
         ("x: {like: vqa-rad, rows: 3}", "benchmark x: unknown rows; expected title"),
         ("x: {like: diagsec}", "benchmark x: like 'diagsec': did you mean 'diagseg'"),
-        (
-            "x: {like: diagseg, fields: {mask: m}}",
-            "fields of layout diagseg: unknown mask; expected id, question, ans",
-        ),
+        ("x: {like: diagseg, fields: {mask: m}}", "fields of layout diagseg: unknown mask; expected id, question"),
         ("x: {like: vqa-rad, fields: {id: m}}", "fields of layout vqa_rad: unknown id; expected none"),
         ("x: {title: T}", "benchmark x: missing files, get, layout, prompt, protocol, split, task"),
-        (
-            "x: {like: modality, intent: caption}",
-            "benchmark x: intent 'caption' of a vqa task: expected one of is_there",
-        ),
+        ("x: {like: modality, intent: caption}", "x: intent 'caption' of a vqa task: expected one of is_there"),
         ("x: {like: modality, intent: null}", "intent None of a vqa task"),
-        (
-            "x: {like: segmentation, intent: site}",
-            "intent 'site' of a segment task: expected one of segment_one, segm",
-        ),
+        ("x: {like: segmentation, intent: site}", "intent 'site' of a segment task: expected one of segment_one"),
         ("x: {like: diagnose-then-segment, intent: segment_one}", "of a diagnose task: expected one of diagnose"),
     ],
 )
@@ -87,9 +78,9 @@ def test_a_wrong_declaration_is_refused(tmp_path: Path, written: str, message: s
         load_benchmark(str(tmp_path / "x.yaml"))
 
 
-def test_segmentation_has_a_row_an_image_and_structure_and_absent_ones(regions: Path) -> None:
+def test_segmentation_has_a_row_an_image_and_structure_and_absent_ones(declare: Write, regions: Path) -> None:
     cases = read("segmentation", regions)
-    assert len(cases) == 9
+    assert cases == read(str(declare("segmentation", intent=None)), regions) and len(cases) == 9
     assert [case.id for case in cases if case.absent] == ["set/test/4.png#cyst", "set/test/6.png#breast tumor"]
     first = cases[0]
     assert (first.id, first.prompt) == ("set/test/0.png#liver", "<image>\nSegment the liver.")
@@ -102,21 +93,16 @@ def test_rows_of_another_layout_are_asked_the_same(declare: Write, regions: Path
     rows = [entry.checked() for entry in iterate(Source("biomedparse", str(data), split="test"))]
     write_parquet(data / "packed" / "rows.parquet", rows)
     packed = read(str(declare("segmentation", layout="parquet", files=["packed/*.parquet"])), data)
-    assert packed == read("segmentation", data) and packed[0].spacing_mm == (2.0, 2.0)
-
-
-def test_one_set_of_a_folder_has_the_pixel_sizes_of_the_folder_s_manifest(regions: Path) -> None:
-    cases = read("segmentation", regions / "set")
-    assert [case.spacing_mm for case in cases] == [case.spacing_mm for case in read("segmentation", regions)]
-    assert cases[0].spacing_mm == (2.0, 2.0)
+    asked = read("segmentation", data)
+    assert packed == asked and packed[0].spacing_mm == (2.0, 2.0)
+    # One set of a folder has the pixel sizes of the folder's manifest.
+    assert [case.spacing_mm for case in read("segmentation", data / "set")] == [case.spacing_mm for case in asked]
 
 
 def test_diagnosis_comes_from_the_finding_or_an_abnormal_name(regions: Path) -> None:
     cases = read("diagnose-then-segment", regions)
-    assert [(case.answer, len(case.masks), case.absent) for case in cases] == [
-        *[("malignant breast tumor", 1, False)] * 3,
-        ("normal", 0, True),
-    ]
+    found = [(case.answer, len(case.masks), case.absent) for case in cases]
+    assert found == [*[("malignant breast tumor", 1, False)] * 3, ("normal", 0, True)]
 
 
 def test_several_structures_are_asked_for_by_name(regions: Path) -> None:
@@ -183,11 +169,6 @@ def test_other_wordings_ask_the_same(regions: Path, name: str) -> None:
     assert [dataclasses.replace(case, prompt="") for case in plain] == [
         dataclasses.replace(case, prompt="") for case in asked
     ]
-
-
-def test_segmentation_without_an_intent_asks_for_one_structure(declare: Write, regions: Path) -> None:
-    asked = read_cases(load_benchmark(str(declare("segmentation", intent=None))), regions)[0]
-    assert [case.id for case in asked] == [case.id for case in read("segmentation", regions)]
 
 
 def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
@@ -294,10 +275,17 @@ def test_mecovqa_reads_the_mask_of_the_answer_and_the_modality_of_the_name(tmp_p
     assert case.masks[0]["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
 
 
-def test_two_rows_of_one_id_are_refused(tmp_path: Path, write_lines: Write) -> None:
-    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png", "mask_file": "m.png"}
-    (tmp_path / "x.json").write_text(json.dumps([row, row]))
-    with pytest.raises(ValueError, match="two rows have the id '1'"):
+@pytest.mark.parametrize(
+    ("masks", "count", "message"),
+    [
+        ("m.png", 2, "two rows have the id '1'"),
+        ({"counts": "x"}, 1, "expected the path of a mask or a list of paths, got .'counts': 'x'."),
+    ],
+)
+def test_bad_diagseg_rows_are_refused(tmp_path: Path, masks: Any, count: int, message: str) -> None:
+    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png", "mask_file": masks}
+    (tmp_path / "x.json").write_text(json.dumps([row] * count))
+    with pytest.raises(ValueError, match=message):
         read("diagseg", tmp_path)
 
 
@@ -326,13 +314,6 @@ def test_a_declaration_of_one_s_own_names_the_fields_anew(tmp_path: Path) -> Non
     declared.write_text("mine: {like: diagseg, fields: {answer: answer, image: picture}}")
     with pytest.raises(ValueError, match="say what they are called .*mine: {like: diagseg, fields: {NAME: FIELD}}"):
         read(str(declared), tmp_path)
-
-
-def test_a_diagseg_mask_is_a_path_or_several(tmp_path: Path) -> None:
-    row = {"qa_id": "1", "question": "Q?", "short_answer": "a", "image_file": "a.png", "mask_file": {"counts": "x"}}
-    (tmp_path / "x.json").write_text(json.dumps([row]))
-    with pytest.raises(ValueError, match="expected the path of a mask or a list of paths, got .'counts': 'x'."):
-        read("diagseg", tmp_path)
 
 
 def test_annotated_questions_bring_the_codes_of_their_masks(tmp_path: Path) -> None:

@@ -185,26 +185,39 @@ def test_the_right_masks_score_full_marks(score: Score, saved: Write) -> None:
     assert metrics["scores"]["dice"]["micro"]["units"] == 5 and metrics["scores"]["dice"]["micro"]["n"] == 7
 
 
+TWO, THREE = ["liver", "spleen"], ["kidney", "spleen", "kidney"]
+
+
 @pytest.mark.parametrize(
-    ("phrases", "dice"),
+    ("targets", "answered", "dice"),
     [
-        (["spleen", "Liver"], 1.0),  # in any order and case
-        (["liver"], 0.5),  # one is missing
-        (["liver", "spleen", "spleen"], 2 / 3),  # one is too many
-        (["liver", None], 1 / 3),  # one is not named: missing, and one too many
+        (TWO, [("spleen", [1]), ("Liver", [0])], 1.0),  # in any order and case
+        (TWO, [("liver", [0])], 0.5),  # one is missing
+        (TWO, [("liver", [0]), ("spleen", [1]), ("spleen", [1])], 2 / 3),  # one is too many
+        (TWO, [("liver", [0]), (None, [1])], 1 / 3),  # one is not named: missing, and one too many
+        (THREE, [("kidney", [2]), ("spleen", [1]), ("kidney", [0])], 1.0),  # masks of a structure are compared as one
+        (THREE, [("kidney", [0, 2]), ("spleen", [1])], 1.0),
+        (THREE, [("kidney", [0]), ("kidney", [2])], 0.5),  # without the spleen
+        (THREE, [("spleen", [1]), ("kidney", [2])], (2 / 3 + 1) / 2),  # without one of the kidneys, of one size
     ],
 )
 def test_masks_of_several_structures_are_told_apart_by_name(
-    score: Score, regions: Path, tmp_path: Path, write_lines: Write, phrases: list, dice: float
+    score: Score, tmp_path: Path, write_lines: Write, draw_picture: Write, targets: list, answered: list, dice: float
 ) -> None:
-    records = []
-    for number in range(2):
-        masks = {name: next((regions / "set/test_mask").glob(f"{number}_{name}.png")) for name in ("liver", "spleen")}
-        shown = [masks[str(phrase or "spleen").lower()] for phrase in phrases]
-        encoded = [encode_mask(np.asarray(Image.open(mask), dtype=bool)) for mask in shown]
-        records.append({"id": f"set/test/{number}.png", "answer": "", "masks": encoded, "phrases": phrases})
-    metrics = score(write_lines(tmp_path / "saved.jsonl", records), benchmark="several-structures")
-    assert [row["dice"] for row in rows_of(tmp_path / "out")] == pytest.approx([dice] * 2)
+    data, masks, rows = tmp_path / "data", [], []
+    draw_picture(data / "set/test/a.png")
+    for number, target in enumerate(targets):
+        mask = np.zeros((16, 20), dtype=bool)
+        mask[5 * number : 5 * number + 4, 3:9] = True
+        masks.append(mask)
+        Image.fromarray(mask).save(data / f"set/test/{number}_mask.png")
+        place = {"image": "set/test/a.png", "mask": f"set/test/{number}_mask.png", "split": "test"}
+        rows.append({**place, "modality": "CT", "site": "torso", "target": target})
+    write_lines(data / "manifest.jsonl", rows)
+    shown = [encode_mask(np.logical_or.reduce([masks[index] for index in parts])) for _, parts in answered]
+    answer = {"id": "set/test/a.png", "answer": "", "masks": shown, "phrases": [name for name, _ in answered]}
+    metrics = score(write_lines(tmp_path / "saved.jsonl", [answer]), benchmark="all-structures", data=data)
+    assert rows_of(tmp_path / "out")[0]["dice"] == pytest.approx(dice)
     assert "multi order" in metrics["printed"]
 
 
@@ -223,42 +236,6 @@ def test_codes_of_several_structures_stand_each_for_its_own(
     assert (group["purity"], group["nmi"], group["citations"]) == (1.0, 1.0, 4)
     stands_for = {code: found["structures"] for code, found in group["codes"].items()}
     assert stands_for == {"[C0_0]": {"spleen": 1.0}, "[C0_1]": {"liver": 1.0}}
-
-
-@pytest.mark.parametrize(
-    ("order", "dice"),
-    [
-        ([0, 1, 2], 1.0),
-        ([2, 1, 0], 1.0),
-        ([0, 2], 0.5),  # without the spleen
-        ([1, 2], (2 / 3 + 1) / 2),  # without one of the kidneys, which are of one size
-    ],
-)
-@pytest.mark.parametrize("united", [False, True])
-def test_a_structure_of_several_masks_is_compared_as_one(
-    score: Score, tmp_path: Path, write_lines: Write, draw_picture: Write, order: list[int], dice: float, united: bool
-) -> None:
-    data, targets = tmp_path / "data", ["kidney", "spleen", "kidney"]
-    draw_picture(data / "set/test/a.png")
-    masks, rows = [], []
-    for number, target in enumerate(targets):
-        mask = np.zeros((16, 20), dtype=bool)
-        mask[5 * number : 5 * number + 4, 3:9] = True
-        masks.append(mask)
-        path = data / f"set/test_mask/{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(mask).save(path)
-        place = {"image": "set/test/a.png", "mask": f"set/test_mask/{number}.png", "split": "test"}
-        rows.append({**place, "modality": "CT", "site": "torso", "target": target})
-    write_lines(data / "manifest.jsonl", rows)
-    shown = [(targets[number], masks[number]) for number in order]
-    if united:
-        names = dict.fromkeys(name for name, _ in shown)
-        shown = [(name, np.logical_or.reduce([mask for other, mask in shown if other == name])) for name in names]
-    answer = {"masks": [encode_mask(mask) for _, mask in shown], "phrases": [name for name, _ in shown]}
-    saved = write_lines(tmp_path / "saved.jsonl", [{"id": "set/test/a.png", "answer": "", **answer}])
-    score(saved, benchmark="all-structures", data=data)
-    assert rows_of(tmp_path / "out")[0]["dice"] == pytest.approx(dice)
 
 
 @pytest.mark.parametrize("name", ["several-structures", "all-structures", "presence", "position", "modality"])
