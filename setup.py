@@ -1,6 +1,5 @@
 """Builds and installs MedSIGHT: `pip install .`, or `pip install -e ".[dev]"` to work on it."""
 
-import re
 import runpy
 from pathlib import Path
 
@@ -26,35 +25,13 @@ class BuildWithCode(build_py):
         module["write_remote_code"](folder, *(ROOT / name for name in MODEL))
 
 
-version = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "medsight/version.py").read_text("utf-8"), re.MULTILINE)
-if version is None:
-    raise ValueError('medsight/version.py: expected a line `__version__ = "..."`, found none')
-readme = ROOT / "README.md"
-
 # The ranges were tested together; nothing here may require torchvision or timm, which pull the CUDA builds.
 runtime = [
-    "torch>=2.6",
-    "transformers>=5.17,<6",
-    "tokenizers>=0.23.1,<0.24",
-    "safetensors>=0.8",
-    "huggingface_hub>=1.31,<3",
-    "scipy>=1.11",
-    "numpy>=1.26",
-    "pillow>=11",
-    "jinja2>=3.1",
-    "rich>=13",
-    "tqdm>=4.60",
-    "typer>=0.15",
+    *("torch>=2.6", "transformers>=5.17,<6", "tokenizers>=0.23.1,<0.24", "safetensors>=0.8", "scipy>=1.11"),
+    *("huggingface_hub>=1.31,<3", "numpy>=1.26", "pillow>=11", "jinja2>=3.1", "rich>=13", "tqdm>=4.60", "typer>=0.15"),
 ]
 extras = {
-    "train": [
-        "accelerate>=1.10",
-        "datasets>=4.7",
-        "peft>=0.18",
-        "pyyaml>=6",
-        "tensorboard>=2.16",
-        "trl>=1.0",
-    ],
+    "train": ["accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "pyyaml>=6", "tensorboard>=2.16", "trl>=1.0"],
     "eval": [
         *("evaluate>=0.4.6", "datasets>=4.7", "pyyaml>=6", "accelerate>=1.10"),
         *("pycocotools>=2.0.10", "segmentationmetrics>=1.2,<2", "scipy>=1.11,<2"),
@@ -75,9 +52,9 @@ extras = {
 
 setup(
     name="medsight",
-    version=version[1],
+    version=runpy.run_path(str(ROOT / "medsight" / "version.py"))["__version__"],
     description="A grounded medical vision-language model: answers in words and in masks, Hugging Face-native",
-    long_description=readme.read_text("utf-8") if readme.exists() else "",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0 AND CC-BY-SA-4.0",  # the code; the weights of medsight-nano
     license_files=["LICENSE"],
@@ -101,10 +78,7 @@ setup(
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
-        "Programming Language :: Python :: 3.13",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
 )

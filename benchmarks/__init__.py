@@ -1,1 +1,1 @@
-"""How fast and how large, a question a file: `python -m benchmarks.NAME --help`; tables are in docs/performance.md."""
+"""How fast and how large: `python -m benchmarks --help`; the tables are in docs/performance.md."""

@@ -1,14 +1,15 @@
 """docs/performance.md, written from performance.template.md and the JSON files of results/.
 
-In the template, `{RUN FIELD}` is a figure: a field of a run's first row or of its facts. `{RUN FIELD; COLUMN=VALUE}`
-takes the first row that has this number in a column, or a text that begins so; several conditions may be given. Fields
-of every run are `command`, what to type, and `machine`, where it was measured.
+The template is Jinja's. `figures(RUN, FIELD, …, COLUMN=VALUE)` are cells of a table: fields of the run's first row
+that has these values. `machine(RUN)` is where it was measured.
 """
 
 import json
-import re
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from medsight.files import write_text
 
@@ -19,94 +20,55 @@ HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "performance.template.md"
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
-FIGURE = re.compile(r"\{([a-z0-9-]+) (\w+)((?:; \w+=[^;}]+)*)\}")
-TRAINING_8B = "training --preset 8b --device cuda --batch-size 4 --peak-tflops 989"  # an H100 SXM's in bf16
-
-RUNS = {
-    "cpu-masks-cost": "masks_cost --preset nano --device cpu --batch-size 1",
-    "cpu-batches": "batches --preset nano --device cpu",
-    "cpu-stage-1": "training --recipe nano --stage perceiver --steps 50 --set stages.language_model=null",
-    "cpu-quantised": "quantised --data ../shared/data/segmentation --items 64 --device cpu",
-    "cpu-startup": "startup --preset small --device cpu",
-    "cpu-load-8b": "startup --preset 8b --device cpu --only load --repeats 1",
-    "cpu-two-step": "two_step --device cpu",
-    "gpu-masks-cost": "masks_cost --preset 8b --device cuda --batch-size 1 8",
-    "gpu-decoding": "decoding --preset 8b --device cuda --batch-size 1 --cache static",
-    "gpu-decoding-32": "decoding --preset 8b --device cuda --batch-size 32 --cache static",
-    "gpu-decoding-dynamic": "decoding --preset 8b --device cuda --batch-size 1 32 --cache dynamic",
-    "gpu-perceiver": "perceiver --preset 8b --device cuda --batch-size 1 8",
-    "gpu-batches": "batches --preset 8b --device cuda",
-    "gpu-stage-1": "training --recipe nano --stage perceiver --steps 200 --set stages.language_model=null "
-    "training.dataloader_num_workers=7",
-    "gpu-training": f"{TRAINING_8B} --options checkpointing adamw-8bit",
-    "gpu-training-full": f"{TRAINING_8B} --method full --options checkpointing+adamw-8bit",
-}
+Records = dict[str, dict[str, Any]]  # what was measured, by run
 
 
-FIRST = {"cpu": "cpu-masks-cost", "gpu": "gpu-masks-cost"}  # whose machine the page names
+def read() -> Records:
+    """What was measured."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
 
 
-def command_of(run: str) -> str:
-    """What to type for a run, from a checkout."""
-    return f"python -m benchmarks.{RUNS[run]}"
+def write() -> None:
+    """Writes the page from the template and the results."""
+    write_text(PAGE, render(TEMPLATE.read_text(encoding="utf-8"), read()))
 
 
-def read(results: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by run."""
-    files = {run: results / f"{run}.json" for run in RUNS}
-    return {run: json.loads(path.read_text(encoding="utf-8")) for run, path in files.items() if path.is_file()}
-
-
-def write(results: Path = RESULTS, page: Path = PAGE) -> None:
-    """Write the page from the files of a folder."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, render(TEMPLATE.read_text(encoding="utf-8"), read(results)))
-
-
-def render(template: str, measured: dict[str, dict[str, Any]]) -> str:
+def render(template: str, records: Records) -> str:
     """The template with its figures.
 
     Raises:
-        ValueError: a figure names no run, no row or no field.
+        ValueError: a figure names no row.
+        KeyError: a figure names no field.
     """
-    return FIGURE.sub(lambda found: figure(measured, *found.groups()), template)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701  Markdown
+    return environment.from_string(template).render(
+        figures=partial(figures, records), machine=partial(machine, records)
+    )
 
 
-def figure(measured: dict[str, dict[str, Any]], run: str, field: str, conditions: str = "") -> str:
-    """One figure, as it stands in a table."""
-    if run not in RUNS:
-        raise ValueError(f"{run}: expected a run, of {', '.join(RUNS)}")
-    if field == "command":
-        return f"`{command_of(run)}`"
-    if run not in measured:
-        return NOT_MEASURED
-    record, first = measured[run], FIRST[run.partition("-")[0]]
-    if field == "machine":
-        return machine(record["machine"])
-    if first in measured and device(measured[first]["machine"]) != device(record["machine"]):
-        return NOT_MEASURED
-    wanted = [condition.split("=", 1) for condition in conditions.split("; ")[1:]]
-    rows = [row for row in record["rows"] if all(holds(row[column], value) for column, value in wanted)]
-    if not rows:
-        raise ValueError(f"{run}: no row{conditions}")
-    known = {**record["facts"], **rows[0]}
-    if known.get("why"):
-        return NOT_MEASURED
-    if field not in known:
-        raise ValueError(f"{run}: no {field} among {', '.join(known)}")
-    value = known[field]
+def figures(records: Records, run: str, *fields: str, **conditions: Any) -> str:
+    """Figures of one row, as they stand in a table beside each other."""
+    record, first = records.get(run), records.get(f"{run[:3]}-masks-cost")  # whose machine the page names
+    if record is None or first and device(first["machine"]) != device(record["machine"]):
+        return " | ".join(NOT_MEASURED for _ in fields)
+    for row in record["rows"]:
+        if conditions.items() <= row.items():
+            return " | ".join(figure(row[field], field) for field in fields)
+    raise ValueError(f"{run}: no row with {conditions}")
+
+
+def figure(value: Any, field: str) -> str:
+    """A value as the page shows it."""
     if value is None or not field.endswith("_bytes"):
         return cell(value)
     return f"{cell(value / 1e9)} GB" if value >= 1e9 else f"{cell(value / 1e6)} MB"
 
 
-def holds(given: str | int, wanted: str) -> bool:
-    """Whether a number is, or a text begins with, what is wanted."""
-    return given.startswith(wanted) if isinstance(given, str) else given == int(wanted)
-
-
-def machine(where: dict[str, Any]) -> str:
+def machine(records: Records, run: str) -> str:
     """Where a result was measured, in a line."""
+    if run not in records:
+        return NOT_MEASURED
+    where = records[run]["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number)
     return f"{device(where)}; Python {where['python']}, {versions}"
 

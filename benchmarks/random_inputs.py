@@ -15,11 +15,17 @@ from modeling_medsight import MedSightForConditionalGeneration
 PAD, END, FIRST_WORD = 0, 1, 2  # token ids; words are the ids from FIRST_WORD on
 
 
-def random_model(preset: str, device: torch.device, dtype: torch.dtype) -> MedSightForConditionalGeneration:
+def dtype_of(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def random_model(preset: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """A seeded model of a preset with random weights, made where it is to run, which decodes greedily."""
     torch.manual_seed(0)
+    config = MedSightConfig.from_preset(preset)
     with torch.device(device):
-        model = MedSightForConditionalGeneration._from_config(MedSightConfig.from_preset(preset), dtype=dtype)
+        model = MedSightForConditionalGeneration._from_config(config, dtype=dtype or dtype_of(device))
     model.generation_config = GenerationConfig(
         do_sample=False, return_dict_in_generate=True, pad_token_id=PAD, eos_token_id=END
     )
@@ -32,7 +38,7 @@ def plain_language_model(model: Any) -> Any:
         plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config), dtype=model.dtype)
     plain.model, plain.lm_head = model.model.language_model, model.lm_head
     plain.generation_config = copy.deepcopy(model.generation_config)
-    return plain.train(model.training)
+    return plain.eval()
 
 
 def words(config: MedSightConfig, count: int, generator: torch.Generator) -> list[int]:
@@ -41,11 +47,9 @@ def words(config: MedSightConfig, count: int, generator: torch.Generator) -> lis
     return torch.randint(FIRST_WORD, last, (count,), generator=generator).tolist()
 
 
-def prompts(
-    config: MedSightConfig, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """A prompt for each of `lengths`: an image between that many words, padded on the left."""
-    generator = torch.Generator().manual_seed(seed)
+def prompts(model: Any, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A prompt for each of `lengths`: an image between that many words, left-padded."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
     rows = []
     for length in lengths:
         text = words(config, length, generator)
@@ -55,28 +59,19 @@ def prompts(
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
     pixels = torch.randn(len(rows), 3, config.image_size, config.image_size, generator=generator)
     return {
-        "input_ids": ids.to(device),
-        "attention_mask": (ids != PAD).long().to(device),
-        "pixel_values": pixels.to(device, dtype),
+        "input_ids": ids.to(model.device),
+        "attention_mask": (ids != PAD).long().to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
     }
 
 
-def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """One prompt of several, without its padding."""
-    real = inputs["attention_mask"][row].bool()
-    single = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
-    return {**single, "pixel_values": inputs["pixel_values"][row : row + 1]}
-
-
-def answer(config: MedSightConfig, length: int, codes: int, seed: int = 0) -> list[int]:
+def answer(config: MedSightConfig, length: int, codes: int, seed: int) -> list[int]:
     """An answer of `length` tokens that cites `codes` region codes, evenly spread, and does not end by itself."""
     generator = torch.Generator().manual_seed(seed)
     tokens = words(config, length, generator)
-    for number in range(codes):
-        at = (number + 1) * length // (codes + 1)
-        tokens[at] = config.region_code_start_id + int(
-            torch.randint(config.num_region_codes, (1,), generator=generator)
-        )
+    cited = torch.randint(config.num_region_codes, (codes,), generator=generator).tolist()
+    for number, code in enumerate(cited, 1):
+        tokens[number * length // (codes + 1)] = config.region_code_start_id + code
     return tokens
 
 

@@ -2,6 +2,7 @@
 model."""
 
 import copy
+from dataclasses import field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -41,33 +42,25 @@ class MedSightUNetConfig(PreTrainedConfig):
 
     model_type = "medsight_unet"
 
-    def __init__(
-        self,
-        num_channels: int = 3,
-        hidden_size: int = 48,
-        patch_size: int = 4,
-        hidden_sizes: list[int] | None = None,
-        depths: list[int] | None = None,
-        norm_groups: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.num_channels = num_channels
-        self.hidden_size = hidden_size
-        self.patch_size = patch_size
-        self.hidden_sizes = hidden_sizes if hidden_sizes is not None else [16, 32, 64, 96, 128]
-        self.depths = depths if depths is not None else [1, 1, 2, 2]
-        if len(self.depths) != len(self.hidden_sizes) - 1 or min([*self.hidden_sizes, *self.depths]) < 1:
+    num_channels: int = 3
+    hidden_size: int = 48
+    patch_size: int = 4
+    hidden_sizes: list[int] = field(default_factory=lambda: [16, 32, 64, 96, 128])
+    depths: list[int] = field(default_factory=lambda: [1, 1, 2, 2])
+    norm_groups: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        sizes = self.hidden_sizes
+        if len(self.depths) != len(sizes) - 1 or min(*sizes, *self.depths) < 1:
             raise ValueError(
-                f"hidden_sizes={self.hidden_sizes} and depths={self.depths}: expected positive numbers, a depth for "
-                "every size but the first"
+                f"hidden_sizes={sizes}, depths={self.depths}: expected a depth a size but the first, all > 0"
             )
-        self.norm_groups = norm_groups
-        if norm_groups is not None and (norm_groups < 1 or any(size % norm_groups for size in self.hidden_sizes)):
-            raise ValueError(f"norm_groups={norm_groups} does not divide all of hidden_sizes={self.hidden_sizes}")
-        strides = [2 ** (i + 1) for i in range(len(self.hidden_sizes))]
-        if patch_size not in strides:
-            raise ValueError(f"patch_size={patch_size}: hidden_sizes={self.hidden_sizes} gives strides {strides}")
-        super().__init__(**kwargs)
+        if self.norm_groups is not None and (self.norm_groups < 1 or any(size % self.norm_groups for size in sizes)):
+            raise ValueError(f"norm_groups={self.norm_groups} does not divide all of hidden_sizes={sizes}")
+        strides = [2 ** (i + 1) for i in range(len(sizes))]
+        if self.patch_size not in strides:
+            raise ValueError(f"patch_size={self.patch_size}: hidden_sizes={sizes} gives strides {strides}")
 
     @property
     def level(self) -> int:
@@ -148,84 +141,52 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
     model_type = "medsight"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
-    def __init__(
-        self,
-        text_config: dict | PreTrainedConfig | None = None,
-        vision_config: dict | PreTrainedConfig | None = None,
-        image_size: int | None = None,
-        image_token_id: int = 151655,
-        vision_feature_layer: int = -2,
-        use_region_embeddings: bool = True,
-        patch_pooling: int = 1,
-        num_region_queries: int = 20,
-        perceiver_num_stages: int = 3,
-        perceiver_num_heads: int = 8,
-        perceiver_head_dim: int = 64,
-        perceiver_ffn_multiplier: int = 4,
-        mask_projection_init_std: float | None = None,
-        num_mask_classes: int = 17,
-        mask_class_names: list[str] | None = None,
-        num_groups: int = 18,
-        group_names: list[str] | None = None,
-        group_patterns: dict[str, list[str]] | None = None,
-        codes_per_group: int = 32,
-        code_dim: int = 64,
-        region_code_start_id: int = 151669,
-        use_region_codebook: bool = True,
-        mask_decoder: str = "perceiver",
-        region_state_offset: int = 0,
-        bce_loss_weight: float = 1.0,
-        dice_loss_weight: float = 1.0,
-        class_loss_weight: float = 1.0,
-        no_object_weight: float = 0.1,
-        commitment_loss_weight: float = 0.25,
-        auxiliary_loss: bool = False,
-        use_class_queries: bool = False,
-        alignment_loss_weight: float = 1.0,
-        quantize_unmatched_regions: bool = True,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.text_config = _sub_config(text_config, PRESETS["8b"]["text_config"])
-        self.vision_config = _sub_config(vision_config, PRESETS["8b"]["vision_config"])
-        self.image_size = image_size if image_size is not None else getattr(self.vision_config, "image_size", 224)
-        self.image_token_id = image_token_id
-        self.vision_feature_layer = vision_feature_layer
-        self.use_region_embeddings = use_region_embeddings
-        self.patch_pooling = patch_pooling
-        self.num_region_queries = num_region_queries
-        self.perceiver_num_stages = perceiver_num_stages
-        self.perceiver_num_heads = perceiver_num_heads
-        self.perceiver_head_dim = perceiver_head_dim
-        self.perceiver_ffn_multiplier = perceiver_ffn_multiplier
-        self.mask_projection_init_std = mask_projection_init_std
-        self.num_mask_classes = num_mask_classes
-        self.mask_class_names = mask_class_names
-        self.num_groups = num_groups
-        self.group_names = group_names if group_names is not None else [f"group {k}" for k in range(num_groups)]
-        self.group_patterns = group_patterns
-        self.codes_per_group = codes_per_group
-        self.code_dim = code_dim
-        self.region_code_start_id = region_code_start_id
-        self.use_region_codebook = use_region_codebook
-        self.mask_decoder = mask_decoder
-        self.region_state_offset = region_state_offset
-        self.bce_loss_weight = bce_loss_weight
-        self.dice_loss_weight = dice_loss_weight
-        self.class_loss_weight = class_loss_weight
-        self.no_object_weight = no_object_weight
-        self.commitment_loss_weight = commitment_loss_weight
-        self.auxiliary_loss = auxiliary_loss
-        self.use_class_queries = use_class_queries
-        self.alignment_loss_weight = alignment_loss_weight
-        self.quantize_unmatched_regions = quantize_unmatched_regions
-        self.initializer_range = initializer_range
-        self.auto_map = dict(AUTO_MAP)
-        if tie_word_embeddings is None:
-            tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        kwargs.pop("auto_map", None)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    text_config: Any = None
+    vision_config: Any = None
+    image_size: Any = None
+    image_token_id: int = 151655
+    vision_feature_layer: int = -2
+    use_region_embeddings: bool = True
+    patch_pooling: int = 1
+    num_region_queries: int = 20
+    perceiver_num_stages: int = 3
+    perceiver_num_heads: int = 8
+    perceiver_head_dim: int = 64
+    perceiver_ffn_multiplier: int = 4
+    mask_projection_init_std: float | None = None
+    num_mask_classes: int = 17
+    mask_class_names: list[str] | None = None
+    num_groups: int = 18
+    group_names: Any = None
+    group_patterns: dict[str, list[str]] | None = None
+    codes_per_group: int = 32
+    code_dim: int = 64
+    region_code_start_id: int = 151669
+    use_region_codebook: bool = True
+    mask_decoder: str = "perceiver"
+    region_state_offset: int = 0
+    bce_loss_weight: float = 1.0
+    dice_loss_weight: float = 1.0
+    class_loss_weight: float = 1.0
+    no_object_weight: float = 0.1
+    commitment_loss_weight: float = 0.25
+    auxiliary_loss: bool = False
+    use_class_queries: bool = False
+    alignment_loss_weight: float = 1.0
+    quantize_unmatched_regions: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _sub_config(self.text_config, PRESETS["8b"]["text_config"])
+        self.vision_config = _sub_config(self.vision_config, PRESETS["8b"]["vision_config"])
+        if self.image_size is None:
+            self.image_size = getattr(self.vision_config, "image_size", 224)
+        if self.group_names is None:
+            self.group_names = [f"group {k}" for k in range(self.num_groups)]
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
         self.refuse_contradictions()
 
     @classmethod
@@ -288,89 +249,82 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        width, stride, layers = _feature_map(self)
-        fixed = getattr(self.vision_config, "image_size", None)
-        if self.vision_config.model_type in ("clip_vision_model", "siglip_vision_model") and fixed != self.image_size:
-            raise ValueError(
-                f"image_size={self.image_size} contradicts vision_config.image_size={fixed}: "
-                "this encoder's position table fixes its input size"
-            )
-        if not -layers <= self.vision_feature_layer < layers:
-            raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer} contradicts the encoder, "
-                f"which has {layers} hidden states (allowed: {-layers} to {layers - 1})"
-            )
-        deepest = getattr(self.vision_config, "deepest_stride", stride)
-        if self.image_size % deepest:
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of the encoder's stride of {deepest} pixels: "
-                f"masks would be shifted. Nearest: {self.image_size // deepest * deepest}"
-            )
-        if not hasattr(self.text_config, "num_attention_heads"):
-            raise ValueError(
-                f"text_config.model_type={self.text_config.model_type!r} is no decoder with attention: use Qwen3, "
-                "Qwen2 or Llama"
-            )
-        for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
-            if (value := getattr(self.text_config, name, neutral)) not in (neutral, None):
-                raise ValueError(
-                    f"text_config.{name}={value}: a {self.text_config.model_type} model scales its logits, which this "
-                    "one does not; use Qwen3, Qwen2 or Llama"
-                )
-        if any(side % self.patch_pooling for side in self.patch_grid):
-            raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")
-        if width % 4:
-            raise ValueError(f"vision width {width}: the 2-D sine position encoding needs a multiple of 4")
+        self._refuse_unfit_encoder()
+        self._refuse_unfit_language_model()
         self._refuse_unfit_codes()
         if self.mask_decoder not in MASK_DECODERS:
             raise ValueError(f"mask_decoder={self.mask_decoder!r}: choose one of {MASK_DECODERS}")
         if self.region_state_offset not in (0, -1):
             raise ValueError(f"region_state_offset={self.region_state_offset}: choose 0 (the code's own state) or -1")
 
+    def _refuse_unfit_encoder(self) -> None:
+        vision, size, layer = self.vision_config, self.image_size, self.vision_feature_layer
+        width, stride, layers = _feature_map(self)
+        stride = getattr(vision, "deepest_stride", stride)
+        fixed = vision.image_size if vision.model_type in ("clip_vision_model", "siglip_vision_model") else size
+        if size != fixed:
+            raise ValueError(f"image_size={size} contradicts vision_config.image_size={fixed}, the encoder's one size")
+        if not -layers <= layer < layers:
+            raise ValueError(
+                f"vision_feature_layer={layer}: the encoder has {layers} hidden states, from -{layers} on"
+            )
+        if size % stride:
+            raise ValueError(
+                f"image_size={size} is not a multiple of the encoder's stride of {stride} pixels: masks would be "
+                f"shifted. Nearest: {size // stride * stride}"
+            )
+        if any(side % self.patch_pooling for side in self.patch_grid):
+            raise ValueError(f"patch_pooling={self.patch_pooling} does not divide the patch grid {self.patch_grid}")
+        if width % 4:
+            raise ValueError(f"vision width {width}: the 2-D sine position encoding needs a multiple of 4")
+
+    def _refuse_unfit_language_model(self) -> None:
+        kind = f"text_config.model_type={self.text_config.model_type!r}"
+        if not hasattr(self.text_config, "num_attention_heads"):
+            raise ValueError(f"{kind} is no decoder with attention: use Qwen3, Qwen2 or Llama")
+        for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+            if (value := getattr(self.text_config, name, None)) not in (None, 1):
+                raise ValueError(f"text_config.{name}={value}: {kind} scales its logits; use Qwen3, Qwen2 or Llama")
+
     def _refuse_unfit_codes(self) -> None:
-        """The part of `refuse_contradictions` about names, codes and the vocabulary."""
-        first, codes, vocab = self.region_code_start_id, self.num_region_codes, self.text_config.vocab_size
-        if not self.use_region_codebook and (self.num_groups, self.codes_per_group) != (1, 1):
+        groups, codes, vocab = self.num_groups, self.codes_per_group, self.text_config.vocab_size
+        first, last = self.region_code_start_id, self.region_code_start_id + self.num_region_codes - 1
+        if not self.use_region_codebook and (groups, codes) != (1, 1):
             raise ValueError(
-                f"use_region_codebook=False means one {SEG_TOKEN} token, but num_groups={self.num_groups} and "
-                f"codes_per_group={self.codes_per_group}: both must be 1"
+                f"use_region_codebook=False: num_groups={groups} and codes_per_group={codes} must both be 1"
             )
-        if len(self.group_names) != self.num_groups:
-            raise ValueError(f"group_names has {len(self.group_names)} entries but num_groups={self.num_groups}")
-        for name in self.group_patterns or {}:
-            if name not in self.group_names:
-                raise ValueError(f"group_patterns has {name!r}, which is none of group_names: {self.group_names}")
-        if self.mask_class_names is not None and len(self.mask_class_names) != self.num_mask_classes:
+        if len(self.group_names) != groups:
+            raise ValueError(f"group_names has {len(self.group_names)} entries but num_groups={groups}")
+        unknown = [name for name in self.group_patterns or {} if name not in self.group_names]
+        if unknown:
+            raise ValueError(f"group_patterns has {unknown[0]!r}, which is none of group_names: {self.group_names}")
+        classes = self.num_mask_classes if self.mask_class_names is None else len(self.mask_class_names)
+        if classes != self.num_mask_classes:
+            raise ValueError(f"mask_class_names has {classes} entries but num_mask_classes={self.num_mask_classes}")
+        if first < 0 or last >= vocab:
             raise ValueError(
-                f"mask_class_names has {len(self.mask_class_names)} entries "
-                f"but num_mask_classes={self.num_mask_classes}"
+                f"region codes take ids {first} to {last} (region_code_start_id={first}, {groups} groups of {codes}) "
+                f"but text_config.vocab_size={vocab}"
             )
-        if first < 0 or first + codes > vocab:
-            raise ValueError(
-                f"region codes take ids {first} to {first + codes - 1} (region_code_start_id={first}, "
-                f"{self.num_groups} groups of {self.codes_per_group}) but text_config.vocab_size={vocab}"
-            )
-        if first <= self.image_token_id < first + codes or not 0 <= self.image_token_id < vocab:
+        if first <= self.image_token_id <= last or not 0 <= self.image_token_id < vocab:
             raise ValueError(
                 f"image_token_id={self.image_token_id} must be in the vocabulary (text_config.vocab_size={vocab}) "
-                f"and outside the region codes ({first} to {first + codes - 1})"
+                f"and outside the region codes ({first} to {last})"
             )
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
-    if value is None:
-        value = default
-    if isinstance(value, dict):
-        value = copy.deepcopy(value)
-        return AutoConfig.for_model(value.pop("model_type", default["model_type"]), **value)
-    return value
+    if isinstance(value, PreTrainedConfig):
+        return value
+    settings = copy.deepcopy(default if value is None else value)
+    return AutoConfig.for_model(settings.pop("model_type", default["model_type"]), **settings)
 
 
 def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
     """(channels, pixels a cell, number of hidden states) of the encoder's chosen hidden state."""
     vision, layer = config.vision_config, config.vision_feature_layer
     if vision.model_type == MedSightUNetConfig.model_type:
-        return vision.hidden_size, int(vision.patch_size), 1
+        return vision.hidden_size, vision.patch_size, 1
     # No grid are patches that are dropped at random, windows that merge, rows after the patches, and patches of any
     # size and number.
     gridless = any(hasattr(vision, name) for name in ("mask_ratio", "depths", "num_detection_tokens"))
@@ -380,16 +334,14 @@ def _feature_map(config: MedSightConfig) -> tuple[int, int, int]:
         return vision.hidden_size, patch_size, vision.num_hidden_layers + 1
     if vision.model_type == "resnet":
         widths = [vision.embedding_size, *vision.hidden_sizes]
-        first = 4 * 2 ** bool(vision.downsample_in_first_stage)
-        strides = [4] + [first * 2**stage for stage in range(len(vision.hidden_sizes))]
+        strides = [4] + [4 * 2 ** (stage + vision.downsample_in_first_stage) for stage in range(len(widths) - 1)]
     elif hasattr(vision, "hidden_sizes") and isinstance(patch_size, int):
         widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
-        strides = [patch_size] + [patch_size * 2**stage for stage in range(len(vision.hidden_sizes))]
+        strides = [patch_size] + [patch_size * 2**stage for stage in range(len(widths) - 1)]
     else:
         raise ValueError(
             f"vision_config.model_type={vision.model_type!r} is not an encoder that yields a feature grid: "
             "use CLIP, SigLIP, DINOv2, ResNet, ConvNeXt or medsight_unet"
         )
-    if not -len(widths) <= layer < len(widths):
-        return widths[-1], strides[-1], len(widths)
-    return widths[layer], strides[layer], len(widths)
+    inside = layer if -len(widths) <= layer < len(widths) else -1  # any other is refused with the number of them
+    return widths[inside], strides[inside], len(widths)

@@ -3,80 +3,47 @@
 from typing import Any
 
 
+def _layers(count: int, *, width: int, inner: int, heads: int) -> dict[str, int]:
+    """The sizes that a language model and a vision transformer both have."""
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads}
+    return {**sizes, "num_hidden_layers": count}
+
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 152256,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+}
+CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
 PRESETS: dict[str, dict[str, Any]] = {
     "8b": {
-        "text_config": {
-            "model_type": "qwen3",
-            "vocab_size": 152256,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-        },
+        "text_config": {**QWEN3, **_layers(36, width=4096, inner=12288, heads=32)},
         "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
+            **CLIP,
+            **_layers(24, width=1024, inner=4096, heads=16),
             "image_size": 336,
             "patch_size": 14,
-            "hidden_act": "quick_gelu",
         },
     },
     "small": {
-        "text_config": {
-            "model_type": "qwen3",
-            "vocab_size": 152256,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-            "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "image_size": 224,
-            "patch_size": 16,
-            "hidden_act": "quick_gelu",
-        },
+        "text_config": {**QWEN3, **_layers(28, width=1024, inner=3072, heads=16), "tie_word_embeddings": True},
+        "vision_config": {**CLIP, **_layers(12, width=768, inner=3072, heads=12), "image_size": 224, "patch_size": 16},
     },
     "tiny": {
         "text_config": {
             "model_type": "qwen3",
             "vocab_size": 320,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **_layers(2, width=32, inner=64, heads=4),
             "num_key_value_heads": 2,
             "head_dim": 8,
             "max_position_embeddings": 512,
             "pad_token_id": 256,
             "eos_token_id": 258,
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-            "hidden_act": "quick_gelu",
-        },
+        "vision_config": {**CLIP, **_layers(2, width=16, inner=32, heads=2), "image_size": 28, "patch_size": 7},
         "image_token_id": 268,
         "num_region_queries": 5,
         "perceiver_num_stages": 2,
@@ -92,10 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_config": {
             "model_type": "qwen3",
             "vocab_size": 1792,
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
+            **_layers(4, width=192, inner=512, heads=4),
             "num_key_value_heads": 2,
             "head_dim": 48,
             "max_position_embeddings": 4096,

@@ -11,6 +11,7 @@
 `medsight --help` load neither torch nor transformers.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -22,19 +23,10 @@ if TYPE_CHECKING:
     from .scans import open_scan
 
 __all__ = ["Prediction", "Predictor", "__version__", "open_scan"]
+HOMES = {"Prediction": ".inference.prediction", "Predictor": ".inference.predictor", "open_scan": ".scans"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Predictor":
-        from .inference.predictor import Predictor
-
-        return Predictor
-    if name == "Prediction":
-        from .inference.prediction import Prediction
-
-        return Prediction
-    if name == "open_scan":
-        from .scans import open_scan
-
-        return open_scan
-    raise AttributeError(f"module 'medsight' has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'medsight' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name], __name__), name)

@@ -25,15 +25,7 @@ CODES_FILE = "region_codes.json"
 
 
 def shipped_checkpoint() -> Path:
-    """The small trained checkpoint that comes with the package.
-
-    Raises:
-        FileNotFoundError: this installation has none.
-    """
-    if not SHIPPED_FOLDER.is_dir():
-        raise FileNotFoundError(
-            f"this installation has no {SHIPPED_FOLDER.name} folder; name a model folder (--model DIR)"
-        )
+    """The small trained checkpoint that comes with the package."""
     return SHIPPED_FOLDER
 
 
@@ -44,60 +36,58 @@ def check_checkpoint(folder: Path) -> None:
         OSError: the folder, its config.json, or weight files are missing.
         ValueError: a file of it is damaged, or the folder holds another kind of model.
     """
-    if not folder.exists():
-        raise FileNotFoundError(f"model folder {folder} does not exist")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"model {folder} is a file; expected a checkpoint folder")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model folder {folder} is no MedSIGHT checkpoint: it has no config.json")
-    model_type = read_json(folder / "config.json").get("model_type")
+    config = folder / "config.json"
+    if not config.is_file():
+        reason = "is a file" if folder.is_file() else "has no config.json" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"model folder {folder} {reason}; expected a checkpoint folder")
+    model_type = read_json(config).get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(
             f"model folder {folder} is no MedSIGHT checkpoint: its config.json has model_type {model_type!r}, "
             f"expected {MODEL_TYPE!r}"
         )
-    for path, expected in weight_files(folder).items():
-        try:
-            with safe_open(path, framework="np") as weights:
-                absent = sorted(expected - set(weights.keys()))
-        except SafetensorError as error:
-            raise ValueError(f"weights file {path} is damaged or incomplete ({error}); copy it again") from error
+    weight_files(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of any model's folder, all there and complete.
+
+    Raises:
+        OSError: there are none, or some that the index names are missing.
+        ValueError: a file is damaged, or lacks a tensor that the index puts there.
+    """
+    files: dict[Path, set[str]] = {}
+    if (folder / WEIGHTS_FILE).is_file():
+        files[folder / WEIGHTS_FILE] = set()
+    elif (folder / INDEX_FILE).is_file():
+        for name, file in read_json(folder / INDEX_FILE).get("weight_map", {}).items():
+            files.setdefault(folder / file, set()).add(name)
+    if not files:
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        hint = f"; {pickled[0]} is a pickle: `medsight convert` reads published ones safely" if pickled else ""
+        raise FileNotFoundError(f"model folder {folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}{hint}")
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        raise FileNotFoundError(
+            f"model folder {folder} lacks {len(missing)} of {len(files)} weight files that {INDEX_FILE} names: "
+            f"{', '.join(missing)}"
+        )
+    for path, expected in files.items():
+        absent = sorted(expected - tensor_names(path))
         if absent:
             raise ValueError(
                 f"weights file {path} lacks {absent[0]}, which {INDEX_FILE} says it holds; copy both again"
             )
+    return list(files)
 
 
-def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Each safetensors file of a checkpoint folder, with the tensors that the index puts there, if there is one.
-
-    Raises:
-        OSError: there are none, or some that the index names are missing.
-        ValueError: the index is damaged.
-    """
-    if (folder / WEIGHTS_FILE).is_file():
-        return {folder / WEIGHTS_FILE: set()}
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX_FILE} has no weight_map; copy it again")
-        files: dict[Path, set[str]] = {}
-        for name, file in weight_map.items():
-            files.setdefault(folder / str(file), set()).add(name)
-        missing = sorted(path.name for path in files if not path.is_file())
-        if missing:
-            raise FileNotFoundError(
-                f"model folder {folder} lacks {len(missing)} of {len(files)} weight files that {INDEX_FILE} names: "
-                f"{', '.join(missing)}"
-            )
-        return files
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise FileNotFoundError(
-            f"model folder {folder} has no {WEIGHTS_FILE}; {pickled[0]} is a pickle, which is never loaded: "
-            "`medsight convert` reads published files safely"
-        )
-    raise FileNotFoundError(f"model folder {folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; raises ValueError where it is damaged."""
+    try:
+        with safe_open(path, framework="np") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise ValueError(f"weights file {path} is damaged or incomplete ({error}); copy it again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

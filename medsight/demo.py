@@ -8,17 +8,13 @@ from pathlib import Path
 def write_demo_image(path: str | Path) -> Path:
     """Copies the micrograph (1,344 x 1,024 pixels, 8 bits; from the authors of mahotas, MIT licence) to `path`.
 
-    It is none of the images that the shipped checkpoint was trained on.
-
-    Raises:
-        ImportError: mahotas is not installed (`pip install "medsight[demo]"`).
+    It is none of the images that the shipped checkpoint was trained on. It needs `pip install "medsight[demo]"`.
     """
     from mahotas.demos import image_path
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(image_path("nuclear.png"), path)
-    return path
+    return Path(shutil.copyfile(image_path("nuclear.png"), path))
 
 
 if __name__ == "__main__":

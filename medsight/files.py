@@ -1,12 +1,11 @@
 """Files and folders that appear whole or not at all."""
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,18 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     for path in inputs:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"output {output} would replace the input {path}; name another folder")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output {output} is a file; name a folder")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
     if not overwrite:
-        raise FileExistsError(f"output folder {output} is not empty; name another one, or add --overwrite")
-    if not (output / "config.json").is_file():
-        raise FileExistsError(f"output folder {output} holds something else than a checkpoint; name another one")
+        check_empty(output, hint=", or add --overwrite")
+    elif not (output / "config.json").is_file():
+        check_empty(output, hint=": this one holds something else than a checkpoint")
 
 
-def check_empty(output: Path, overwrite: bool = False) -> None:
+def check_empty(output: Path, overwrite: bool = False, hint: str = "") -> None:
     """Raises OSError, naming it, if the output is anything but a new or empty folder."""
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"output folder {output} is not empty; name another one")
+        raise FileExistsError(f"output folder {output} is not empty; name another one{hint}")
 
 
 @contextmanager
@@ -44,7 +39,7 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
     """A new folder beside `output` that takes its place when the block ends, or goes away if the block fails.
 
     Of an output that is a link, the folder that it leads to is written. An empty mount point, or the folder that the
-    process runs in, is not replaced: files are moved into it one by one, so that a kill in the middle leaves a part.
+    process runs in, is filled and not replaced.
 
     Args:
         output, overwrite: for `check`, which raises where the folder may not be written: before the work and after it,
@@ -55,10 +50,6 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
     """
     check(output, overwrite)
     output = output.resolve()
-    if os.path.ismount(output) and any(output.iterdir()):
-        raise FileExistsError(f"output folder {output} is a mount point, which cannot be moved; name a folder in it")
-    if _is_lived_in(output) and any(output.iterdir()):
-        raise FileExistsError(f"output folder {output} is the one that this runs in; name a folder in it")
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -79,23 +70,15 @@ def staged_folder(output: Path, overwrite: bool, check: Callable[[Path, bool], N
 
 
 def _put(folder: Path, output: Path) -> None:
-    """Moves a folder to where there is nothing or an empty folder; anything else stays, and raises OSError."""
-    if _is_lived_in(output):
-        return fill(folder, output)
-    with suppress(OSError):
-        output.rmdir()
-    try:
-        folder.rename(output)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        fill(folder, output)
-
-
-def _is_lived_in(folder: Path) -> bool:
-    """Whether the process runs in a folder, or in one within it."""
-    here = Path.cwd()
-    return folder in (here, *here.parents)
+    """Moves a folder to where there is nothing or an empty folder."""
+    if not Path.cwd().is_relative_to(output):
+        try:
+            folder.rename(output)
+            return
+        except OSError:  # a mount point, if it is an empty folder
+            if not output.is_dir() or any(output.iterdir()):
+                raise
+    fill(folder, output)
 
 
 def fill(folder: Path, output: Path) -> None:
@@ -142,21 +125,17 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it has no names, an empty one, or the same name twice.
+        ValueError: it is not UTF-8, has no names, an empty one, or the same name twice.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not written in UTF-8 ({error}); save it so") from error
-    try:
-        names = json.loads(text) if text.lstrip().startswith("[") else list(filter(str.strip, text.splitlines()))
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        names = json.loads(text) if text.startswith("[") else [line for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{path} begins like a JSON list but is none ({error})") from error
+        raise ValueError(f"{path} is no list of names, in JSON or one per line, in UTF-8 ({error})") from error
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"{path}: expected a JSON list of names or one name per line, none of them empty")
     names = [name.strip() for name in names]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ValueError(f"{path} gives the name {repeated[0]!r} more than once")
     return names

@@ -1,8 +1,7 @@
-"""Text for a terminal: lines, tables, names."""
+"""Text for a terminal: lines, tables, names. Its libraries are imported on use, so that `--help` is instant."""
 
 import difflib
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,20 +38,12 @@ def printable(text: str) -> str:
 
 def align(rows: Table) -> str:
     """Rows as text, columns two spaces apart; wide (East Asian) characters count as two cells."""
+    from rich.cells import cell_len, set_cell_size
+
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(cell_width, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell + " " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    ]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(set_cell_size, row, widths)) for row in cells]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def cell_width(text: str) -> int:
-    """Cells that `text` takes in a terminal."""
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
-    )
 
 
 def nearest(name: str, known: Iterable[Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from medsight import __version__
 from tests.test_one_folder import answer_as_stranger
 
 
@@ -34,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (copy / SHIPPED).glob("*.py"):
         path.unlink()
     (copy / SHIPPED / "left_medsight.py").touch()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -50,10 +51,6 @@ def wheel(source: Path) -> zipfile.ZipFile:
 def metadata(wheel: zipfile.ZipFile) -> Message:
     name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     return Parser().parsestr(wheel.read(name).decode())
-
-
-def requirements(metadata: Message) -> list[Requirement]:
-    return [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
 
 
 def top_level_imports(path: Path) -> set[str]:
@@ -111,39 +108,23 @@ def test_a_bare_checkout_writes_the_code_without_any_package(source: Path, tmp_p
     assert {path.name for path in (source / SHIPPED).glob("*.py")} == model_code()
 
 
-def test_the_licence_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    name = next(name for name in wheel.namelist() if name.endswith("/LICENSE"))
-    text = wheel.read(name).decode()
-    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
-
-
-def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
-    name = next(name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
-    assert "medsight = medsight.cli:main" in wheel.read(name).decode()
-
-
-def test_python_3_10_is_the_oldest(metadata: Message) -> None:
-    assert metadata["Requires-Python"] == ">=3.10"
-
-
-def test_the_version_is_the_packages_own(metadata: Message) -> None:
-    import medsight
-
-    assert metadata["Version"] == medsight.__version__
+def test_the_wheel_holds_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
+    texts = {name.rpartition("/")[2]: wheel.read(name) for name in wheel.namelist() if ".dist-info/" in name}
+    assert b"Apache License" in texts["LICENSE"] and b"END OF TERMS AND CONDITIONS" in texts["LICENSE"]
+    assert b"medsight = medsight.cli:main" in texts["entry_points.txt"]
 
 
 def test_an_installation_needs_the_runtime_dependencies_and_no_others(metadata: Message) -> None:
-    runtime = {requirement.name for requirement in requirements(metadata) if requirement.marker is None}
+    wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    runtime = {requirement.name for requirement in wanted if requirement.marker is None}
     assert runtime == (RUNTIME_MODULES - {"PIL"}) | COMMAND_LINE_MODULES | {"pillow"}
+    # What pulls a CUDA build is in no extra either.
+    assert not {"torchvision", "torchaudio", "timm"} & {requirement.name for requirement in wanted}
+    assert not [requirement for requirement in wanted if requirement.name == "trl" and requirement.extras]
 
 
-def test_nothing_asks_for_what_pulls_a_cuda_build(metadata: Message) -> None:
-    for requirement in requirements(metadata):
-        assert requirement.name not in {"torchvision", "torchaudio", "timm"}
-        assert not (requirement.name == "trl" and requirement.extras)
-
-
-def test_every_extra_exists(metadata: Message) -> None:
+def test_the_metadata_name_the_version_the_oldest_python_and_every_extra(metadata: Message) -> None:
+    assert (metadata["Version"], metadata["Requires-Python"]) == (__version__, ">=3.10")
     assert {"train", "eval", "medical", "app", "demo", "dev"} <= set(metadata.get_all("Provides-Extra", []))
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def resolve_stages(recipe: Recipe) -> dict[str, ResolvedStage]:
     Raises:
         ValueError: an unknown kind or key, naming the nearest known one; or settings that do not go together.
     """
-    refuse_unknown(recipe.model.config, set(signature(MedSightConfig).parameters) - {"kwargs"}, "model.config")
+    refuse_unknown(recipe.model.config, set(MedSightConfig.__annotations__), "model.config")
     if not recipe.stages:
         raise ValueError("the recipe has no stages: list some, each with a name and a kind")
     stages = {entry["name"]: _resolved(recipe, entry) for entry in recipe.stages}

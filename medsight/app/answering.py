@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from medsight.inference.predictor import check_length, decode_greedily, tokenize_chats
 from medsight.inference.settings import AnswerSettings
@@ -19,16 +19,6 @@ class Answered:
 
     answer: GroundedAnswer
     mask_logits: torch.Tensor
-
-
-class StopWhenSet(StoppingCriteria):
-    """Ends generation, with what there is, once an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 def stream_answer(
@@ -51,10 +41,13 @@ def stream_answer(
     inputs = tokenize_chats(model, processor, [messages])
     check_length(model, inputs, settings.max_new_tokens)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopping = StoppingCriteriaList([StopWhenSet(stop)])
     outcome: list[Any] = []
 
+    def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
     def generate() -> None:
+        stopping = StoppingCriteriaList([is_stopped])
         try:
             outcome.append(
                 decode_greedily(model, inputs, streamer=streamer, stopping_criteria=stopping, **settings.decoding())

@@ -6,7 +6,6 @@ import gradio as gr
 
 from . import markup
 from .examples import Example
-from .session import Session
 
 
 HEADER = """
@@ -20,23 +19,15 @@ CLEAN_EVERY, KEEP_FOR = 600, 3600  # seconds: shown pictures and archives in the
 
 
 class Controls:
-    """The components of the page as attributes.
-
-    Args:
-        examples: a button each.
-
-    Attributes:
-        blocks: the Gradio application.
-        session: the visitor's `Session`.
-        outputs: the components that an event may change.
-    """
+    """The components of the page as attributes: `blocks`, the Gradio application, `session`, the visitor's, `outputs`,
+    what an event may change, and the others. Each example has a button."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
         with gr.Blocks(
             title="MedSIGHT", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR), fill_width=True
         ) as self.blocks:
-            self.session = gr.State(None, delete_callback=_close)
+            self.session = gr.State(None, delete_callback=lambda session: session and session.close())
             gr.HTML(HEADER)
             with gr.Row(equal_height=False):
                 with gr.Column(scale=6, min_width=320, elem_id="ms-viewer"):
@@ -104,8 +95,3 @@ class Controls:
             self.deidentify = gr.Checkbox(False, label="Leave the patient out of DICOM files", visible=False)
             self.save_button = gr.Button("Make the archive", size="sm")
             self.archive = gr.File(label="Archive", visible=False, interactive=False, elem_id="ms-archive")
-
-
-def _close(session: Session | None) -> None:
-    if session is not None:
-        session.close()

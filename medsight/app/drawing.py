@@ -1,6 +1,6 @@
 """Regions and heat maps over a slice, as the page shows them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,6 @@ from PIL import Image
 
 from medsight.export.drawing import PALETTE, draw_regions, heat_map, readable_side, scaled_size
 from processing_medsight.geometry_medsight import fit_image, grid_to_pixels
-
-from .session import Finding
 
 
 MIN_SIDE, MAX_SIDE = 640, 1280  # pixels of the longer side of a shown picture
@@ -20,20 +18,10 @@ def color_of(number: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*PALETTE[number % len(PALETTE)])
 
 
-def mask_of(finding: Finding, size: tuple[int, int], processor: Any, threshold: float) -> np.ndarray:
-    """Boolean mask of a region at the slice's (height, width)."""
-    return processor.post_process_masks([finding.logits[None]], [size], threshold)[0][0].cpu().numpy()
-
-
-def draw_layers(image: Image.Image, masks: Sequence[np.ndarray | None]) -> Image.Image:
-    """The slice with `masks` over it, drawn at 640 to 1,280 pixels.
-
-    Args:
-        image: 8-bit, L or RGB.
-        masks: boolean, at the image's size, by the regions' numbers; `None` for those that are not to be seen.
-    """
+def draw_layers(image: Image.Image, masks: Mapping[int, np.ndarray]) -> Image.Image:
+    """The slice, 8-bit, L or RGB, with masks at its size over it by the regions' numbers, at 640 to 1,280 pixels."""
     nothing = np.zeros((image.height, image.width), dtype=bool)
-    drawn = [nothing if mask is None else mask for mask in masks]
+    drawn = [masks.get(number, nothing) for number in range(max(masks, default=-1) + 1)]
     return draw_regions(image.convert("RGB"), drawn, readable_side(image, MIN_SIDE, MAX_SIDE))
 
 

@@ -13,13 +13,7 @@ from scipy import ndimage
 
 @dataclass(frozen=True)
 class Example:
-    """An image to try.
-
-    Attributes:
-        title: what it is, as the button says.
-        prompt: a question that suits it.
-        load: gives the content of its file.
-    """
+    """An image to try: what its button says, a question that suits it, and what gives the content of its file."""
 
     title: str
     prompt: str
@@ -28,14 +22,13 @@ class Example:
 
 def examples() -> list[Example]:
     """The examples that can be had here: those of packages that are not installed are left out."""
-    found = [Example("Fetal head (drawn)", "Segment the fetal head.", draw_fetal_head)]
-    if find_spec("mahotas") is not None:
-        found.append(Example("Cell nuclei", "Segment the nucleus.", _nuclei))
-    if find_spec("pydicom") is not None:
-        found.append(Example("CT slice (DICOM)", "What is in this image?", _ct_slice))
-    if find_spec("nibabel") is not None:
-        found.append(Example("Heart volume (NIfTI, drawn)", "Segment the left ventricle.", draw_heart_volume))
-    return found
+    needed = {
+        "numpy": Example("Fetal head (drawn)", "Segment the fetal head.", draw_fetal_head),
+        "mahotas": Example("Cell nuclei", "Segment the nucleus.", _nuclei),
+        "pydicom": Example("CT slice (DICOM)", "What is in this image?", _ct_slice),
+        "nibabel": Example("Heart volume (NIfTI, drawn)", "Segment the left ventricle.", draw_heart_volume),
+    }
+    return [example for package, example in needed.items() if find_spec(package)]
 
 
 def draw_fetal_head() -> bytes:
@@ -93,5 +86,4 @@ def _nuclei() -> bytes:
 def _ct_slice() -> bytes:
     from pydicom.data import get_testdata_file
 
-    path = get_testdata_file("CT_small.dcm", download=False)
-    return Path(str(path)).read_bytes()
+    return Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes()

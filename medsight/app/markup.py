@@ -29,6 +29,11 @@ element.addEventListener("change", event => {
   if (box) trigger("select", {finding: Number(box.dataset.finding), shown: box.checked});
 });
 """
+EMPTY = (
+    '<p class="ms-empty">Open an image or an example, then ask about it. Where an answer names a structure, its words '
+    "have the colour of a mask, and a code follows: click it to see how sure the model is of each pixel, and what the "
+    "code usually means.</p>"
+)
 _PUNCTUATION = re.compile(r"[.,;:!?]+")
 # A component's HTML is read as a template in the browser: these begin its expressions.
 _TEMPLATE = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
@@ -45,14 +50,7 @@ def conversation(turns: Sequence[Turn], num_slices: int) -> str:
     Args:
         num_slices: of the scan; turns on a slice of a volume say on which.
     """
-    if not turns:
-        return (
-            '<div class="ms-chat" role="log" aria-label="Conversation">'
-            '<p class="ms-empty">Open an image or an example, then ask about it. Where an answer names a structure, '
-            "its words have the colour of a mask, and a code follows: click it to see how sure the model is of each "
-            "pixel, and what the code usually means.</p></div>"
-        )
-    parts, where = [], None
+    parts, where = [] if turns else [EMPTY], None
     for turn in turns:
         if num_slices > 1 and (turn.slice_index, turn.window) != where:
             where = turn.slice_index, turn.window
@@ -92,7 +90,7 @@ def _answer(turn: Turn) -> str:
     parts += [f" {code_button(finding)}" for finding in by_span.get(None, [])]
     if not text and not turn.findings:
         parts.append('<span class="ms-note">no answer</span>')
-    if turn.stopped or (turn.answer is not None and turn.answer.is_complete is False):
+    if turn.stopped or turn.answer.is_complete is False:
         parts.append(f' <span class="ms-note">({"stopped" if turn.stopped else "cut: see Longest answer"})</span>')
     return "".join(parts)
 
@@ -109,12 +107,7 @@ def code_button(finding: Finding, numbered: bool = True) -> str:
 
 
 def layers(findings: Sequence[Finding], areas: Sequence[str], hidden: set[int]) -> str:
-    """A checkbox a region: on, its mask is drawn.
-
-    Args:
-        areas: what to say of each region's size.
-        hidden: numbers of the regions that are off.
-    """
+    """A checkbox a region, with its size: on, its mask is drawn; `hidden` are the numbers of those that are off."""
     if not findings:
         return ""
     rows = "".join(
@@ -128,11 +121,7 @@ def layers(findings: Sequence[Finding], areas: Sequence[str], hidden: set[int]) 
 
 
 def code_card(finding: Finding, region_codes: Mapping[str, Any] | None) -> str:
-    """What a code is and what it usually means.
-
-    Args:
-        region_codes: the content of the checkpoint's region_codes.json, or `None` where it has none.
-    """
+    """What a code is and what it usually means, by the content of the checkpoint's region_codes.json."""
     region = finding.region
     facts = [f"group <b>{escape(region.group_name or str(region.group))}</b>", f"code {region.code_index}"]
     if region.score is not None:

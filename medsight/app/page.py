@@ -3,10 +3,10 @@
 import logging
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import gradio as gr
 
@@ -17,8 +17,8 @@ from medsight.scans.windows import FILE_WINDOW, WINDOWS
 
 from . import markup
 from .answering import Answered, stream_answer
-from .controls import DEFAULT_WINDOW, QUESTION_LENGTH, Controls
-from .drawing import draw_heat_map, draw_layers, mask_of
+from .controls import DEFAULT_WINDOW, Controls
+from .drawing import draw_heat_map, draw_layers
 from .examples import examples
 from .session import Finding, Session, Turn, Window
 
@@ -27,19 +27,16 @@ logger = logging.getLogger(__name__)
 
 ARCHIVE = "medsight-masks.zip"
 Updates = dict[Any, Any]
-P = ParamSpec("P")
 
 
-def event(
-    method: Callable[Concatenate["Page", Session, P], Updates],
-) -> Callable[Concatenate["Page", Session | None, P], Updates]:
+def event(method: Callable[..., Updates]) -> Callable[..., Updates]:
     """An event of the page. What it refuses becomes a warning, and the page stays as it is."""
 
     @wraps(method)
-    def handle(page: "Page", session: Session | None, *args: P.args, **kwargs: P.kwargs) -> Updates:
+    def handle(page: "Page", session: Session | None, *args: Any) -> Updates:
         session = session or Session(page.folder)
         try:
-            return method(page, session, *args, **kwargs)
+            return method(page, session, *args)
         except (ValueError, OSError) as error:
             return _warn(error, session)
 
@@ -83,7 +80,7 @@ class Page(Controls):
 
         on(self.upload.upload, self.open_upload, [self.upload, self.threshold], concurrency_limit=4)
         for number, button in enumerate(self.example_buttons):
-            on(button.click, self._opener(number), [self.threshold])
+            on(button.click, self.open_example, [gr.State(number), self.threshold])
         on(self.slice.input, self.show_slice, [self.slice, self.threshold], trigger_mode="always_last")
         on(self.plane.input, self.show_plane, [self.plane, self.threshold])
         on(self.window.input, self.show_window, [self.window, self.threshold], trigger_mode="always_last")
@@ -102,40 +99,39 @@ class Page(Controls):
     @event
     def open_upload(self, session: Session, files: list[str] | None, threshold: float) -> Updates:
         """Opens what was uploaded; the files move into the session's folder."""
-        with _warnings(session):
+        try:
             session.open_files([Path(file) for file in files or []])
+        except ValueError as error:
+            _warn(error, session)
         return self._opened(session, threshold)
 
     @event
     def open_example(self, session: Session, number: int, threshold: float) -> Updates:
         """Opens an example, and puts its prompt into the field."""
-        with _warnings(session):
-            session.open_example(self.examples[number].load())
+        session.open_example(self.examples[number].load())
         return {**self._opened(session, threshold), self.question: _asking(False, self.examples[number].prompt)}
 
-    def _opener(self, number: int) -> Any:
-        def open_this(session: Session | None, threshold: float) -> Updates:
-            return self.open_example(session, number, threshold)
-
-        return open_this
-
     def _opened(self, session: Session, threshold: float) -> Updates:
-        scan, slices = session.scan, _slices(session)
-        is_open = scan is not None
-        plane = None if scan is None else scan.plane
+        scan, slices = session.scan, session.num_slices
+        controls = [self.facts, self.plane, self.window, self.deidentify]
+        updates = dict.fromkeys(controls, gr.update(visible=False))
+        if scan is not None:
+            windows = [DEFAULT_WINDOW, *([FILE_WINDOW] if scan.has_window else [])]
+            windows += WINDOWS if scan.modality == "CT" else []
+            updates = {
+                self.facts: gr.update(value=markup.scan_facts(scan), visible=True),
+                self.plane: gr.update(visible=scan.plane is not None, choices=list(PLANES), value=scan.plane),
+                self.window: gr.update(visible=scan.is_wide, choices=windows, value=DEFAULT_WINDOW),
+                self.deidentify: gr.update(visible=scan.kind == "dicom"),
+                self.formats: gr.update(choices=_formats(scan), value=["png"]),
+            }
         return {
             self.session: session,
             self.upload: None,
-            self.facts: gr.update(value="" if scan is None else markup.scan_facts(scan), visible=is_open),
             self.slice: gr.update(
                 visible=slices > 1, maximum=max(2, slices), value=session.slice_index + 1, label=f"Slice (of {slices})"
             ),
-            self.plane: gr.update(visible=plane is not None, choices=list(PLANES), value=plane),
-            self.window: gr.update(
-                visible=scan is not None and scan.is_wide, choices=_windows(scan), value=DEFAULT_WINDOW
-            ),
-            self.formats: gr.update(choices=_formats(scan), value=["png"]),
-            self.deidentify: gr.update(visible=scan is not None and scan.kind == "dicom"),
+            **updates,
             **self._talk(session),
             **self._view(session, threshold),
         }
@@ -143,48 +139,35 @@ class Page(Controls):
     @event
     def show_slice(self, session: Session, number: float, threshold: float) -> Updates:
         """Shows the slice of that number, counted from 1, with its own masks."""
-        session.slice_index = min(max(int(number), 1), _opened_scan(session).num_slices) - 1
+        session.slice_index = min(max(int(number), 1), session.opened().num_slices) - 1
         session.heat = None
         return self._view(session, threshold)
 
     @event
     def show_plane(self, session: Session, plane: str, threshold: float) -> Updates:
         """Cuts a NIfTI volume along another plane, and begins the conversation anew."""
-        _opened_scan(session)
-        with _warnings(session):
-            session.cut_along(plane)
+        session.cut_along(plane)
         return self._opened(session, threshold)
 
     @event
     def show_window(self, session: Session, text: str | None, threshold: float) -> Updates:
         """Shows the slices under another window: a name, the file's own, centre/width, or the default."""
-        _opened_scan(session)
-        before = session.window
+        scan = session.opened()
         try:
-            session.window = parse_window_text(text or "")
-            session.image()
+            window = parse_window_text(text or "")
+            scan.slice_image(session.slice_index, window)
         except ValueError as error:
-            session.window = before
             _warn(error, session)
-            return {self.window: markup.window_text(before)}
+            return {self.window: markup.window_text(session.window)}
+        session.window = window
         return self._view(session, threshold)
 
     def ask(
-        self,
-        session: Session | None,
-        question: str,
-        max_new_tokens: float,
-        predicted_only: bool,
-        threshold: float,
+        self, session: Session | None, question: str, max_new_tokens: float, predicted_only: bool, threshold: float
     ) -> Iterator[Updates]:
         """Answers a question about the slice that is shown: the text as it comes, then words, codes and masks."""
         if session is None or session.scan is None:
             yield _warn("open an image first")
-            return
-        if len(question) > QUESTION_LENGTH:  # the browser keeps to it by itself
-            yield _warn(
-                f"the question has {len(question):,} characters; at most {QUESTION_LENGTH:,} are read", session
-            )
             return
         turn = Turn(question.strip(), session.slice_index, session.window)
         session.turns.append(turn)
@@ -269,7 +252,7 @@ class Page(Controls):
     @event
     def save(self, session: Session, formats: list[str], deidentify: bool, threshold: float) -> Updates:
         """Writes all regions of the conversation, and a picture of them, into an archive to download."""
-        scan = _opened_scan(session)
+        scan = session.opened()
         if not session.findings:
             raise ValueError("no answer has cited a region yet: there is no mask to download")
         if not formats:
@@ -292,42 +275,42 @@ class Page(Controls):
 
     def _talk(self, session: Session) -> Updates:
         return {
-            self.chat: markup.conversation(session.turns, _slices(session)),
+            self.chat: markup.conversation(session.turns, session.num_slices),
             self.archive: gr.update(value=None, visible=False),
         }
 
     def _view(self, session: Session, threshold: float) -> Updates:
-        scan, image = session.scan, None
-        if scan is not None:
-            with _warnings(session):  # pixels are decoded when they are to be shown
-                image = session.image()
-        no_card = {self.card: gr.update(value="", visible=False), self.back: gr.update(visible=False)}
-        if scan is None or image is None:
-            return {
-                self.picture: gr.update(value=None, visible=False),
-                self.layers: gr.update(value="", visible=False),
-                **no_card,
-            }
-        here = session.findings_here()
-        masks = {finding.number: self._mask(scan, finding, threshold) for finding in here}
-        areas = [_area(int(masks[finding.number].sum()), scan.pixel_mm2) for finding in here]
-        layers = gr.update(value=markup.layers(here, areas, session.hidden), visible=bool(here))
-        if session.heat is None:
-            drawn = [finding for finding in here if finding.number not in session.hidden]
-            shown = {finding.number: masks[finding.number] for finding in drawn}
-            picture = draw_layers(image, [shown.get(number) for number in range(max(shown, default=-1) + 1)])
-            alt = "The image with masks: " + ", ".join(finding.label for finding in drawn) if drawn else "The image"
-            card = no_card
-        else:
-            finding = session.finding(session.heat)
-            picture = draw_heat_map(image, finding.logits, self.predictor.processor)
-            alt = f"Heat map of {finding.region.code}, {finding.label}"
-            meaning = markup.code_card(finding, self.predictor.processor.region_codes)
-            card = {self.card: gr.update(value=meaning, visible=True), self.back: gr.update(visible=True)}
-        return {self.picture: gr.update(value=picture, visible=True, alt_text=alt), self.layers: layers, **card}
+        scan, image, picture, alt, layers, card = session.scan, None, None, "", "", ""
+        try:  # pixels are decoded when they are to be shown
+            image = None if scan is None else session.image()
+        except (ValueError, OSError) as error:
+            _warn(error, session)
+        if scan is not None and image is not None:
+            here = session.findings_here()
+            masks = {finding.number: self._mask(scan, finding, threshold) for finding in here}
+            areas = [_area(int(masks[finding.number].sum()), scan.pixel_mm2) for finding in here]
+            layers = markup.layers(here, areas, session.hidden)
+            if session.heat is None:
+                drawn = [finding for finding in here if finding.number not in session.hidden]
+                picture = draw_layers(image, {finding.number: masks[finding.number] for finding in drawn})
+                names = ", ".join(finding.label for finding in drawn)
+                alt = f"The image with masks: {names}" if drawn else "The image"
+            else:
+                finding = session.finding(session.heat)
+                picture = draw_heat_map(image, finding.logits, self.predictor.processor)
+                alt = f"Heat map of {finding.region.code}, {finding.label}"
+                card = markup.code_card(finding, self.predictor.processor.region_codes)
+        return {
+            self.picture: gr.update(value=picture, visible=picture is not None, alt_text=alt),
+            self.layers: gr.update(value=layers, visible=bool(layers)),
+            self.card: gr.update(value=card, visible=bool(card)),
+            self.back: gr.update(visible=bool(card)),
+        }
 
     def _mask(self, scan: Scan, finding: Finding, threshold: float) -> Any:
-        return mask_of(finding, (scan.height, scan.width), self.predictor.processor, threshold)
+        """Boolean mask of a region at the slice's size."""
+        processor, size = self.predictor.processor, (scan.height, scan.width)
+        return processor.post_process_masks([finding.logits[None]], [size], threshold)[0][0].cpu().numpy()
 
 
 def build(predictor: Any, folder: Path | None = None) -> gr.Blocks:
@@ -336,11 +319,7 @@ def build(predictor: Any, folder: Path | None = None) -> gr.Blocks:
 
 
 def parse_window_text(text: str) -> Window:
-    """A window as typed: empty or "default", a name, "file" (its own), or centre/width.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """A window as typed: empty or "default", a name, "file" (its own), or centre/width; ValueError for another."""
     text = text.strip().lower()
     if text in ("", DEFAULT_WINDOW):
         return None
@@ -375,41 +354,11 @@ def _warn(problem: Exception | str, session: Session | None = None) -> Updates:
     return gr.skip()
 
 
-@contextmanager
-def _warnings(session: Session) -> Iterator[None]:
-    """What cannot be read becomes a warning on the page."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        _warn(error, session)
-
-
-def _opened_scan(session: Session) -> Scan:
-    """The scan of a session; raises ValueError if none is open."""
-    if session.scan is None:
-        raise ValueError("open an image first")
-    return session.scan
-
-
-def _slices(session: Session) -> int:
-    return 1 if session.scan is None else session.scan.num_slices
-
-
-def _windows(scan: Scan | None) -> list[str]:
-    """The windows that are offered for a scan by name."""
-    if scan is None:
-        return [DEFAULT_WINDOW]
-    return [DEFAULT_WINDOW, *([FILE_WINDOW] if scan.has_window else []), *(WINDOWS if scan.modality == "CT" else [])]
-
-
-def _formats(scan: Scan | None) -> list[str]:
+def _formats(scan: Scan) -> list[str]:
     """The formats that masks on a scan can be written in."""
-    if scan is None:
-        return ["png", "coco"]
-    left_out = set() if scan.kind == "dicom" else {"dicom-seg", "rtstruct"}
-    if scan.affine is None and scan.kind != "nifti":
-        left_out.add("nifti")
-    return [name for name in FORMATS if name not in left_out]
+    possible = {"dicom-seg": scan.kind == "dicom", "rtstruct": scan.kind == "dicom"}
+    possible["nifti"] = scan.affine is not None or scan.kind == "nifti"
+    return [name for name in FORMATS if possible.get(name, True)]
 
 
 def _area(pixels: int, pixel_mm2: float | None) -> str:

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from .page import build
 
 MAX_FILE_SIZE = "1gb"
 STYLE = Path(__file__).with_name("page.css")
-# Nothing of a visitor's leaves this process, and the page has no more on it than ours.
-PRIVATE = {
-    "share": False,
-    "footer_links": [],
-    "run_history": False,
-    "enable_monitoring": False,
-    "mcp_server": False,
-    "ssr_mode": False,
-}
 
 
 def launch(
@@ -37,11 +27,7 @@ def launch(
     open_browser: bool = False,
     block: bool = True,
 ) -> Any:
-    """Loads a checkpoint and serves the page, until interrupted.
-
-    Uploaded files lie in a folder of this process that only its user can read, are deleted with the visitor's session
-    (an hour after its page was closed), and all of them when this stops. There are no accounts: whoever reaches the
-    address can use the page.
+    """Loads a checkpoint and serves the page, until interrupted. docs/serve.md says what becomes of uploads.
 
     Args:
         model, device, dtype: as `Predictor` takes them.
@@ -58,15 +44,13 @@ def launch(
         ValueError: the checkpoint is bad.
     """
     host = host.strip("[]")
-    if port:
-        _check_port(host, port)
+    _check_port(host, port)
     if block:
         _stop_on_termination()
     folder = tempfile.TemporaryDirectory(prefix="medsight-app-")
-    uploads, sessions = Path(folder.name, "uploads"), Path(folder.name, "sessions")
-    for path in (uploads, sessions):
-        path.mkdir()
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    sessions = Path(folder.name, "sessions")
+    sessions.mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(Path(folder.name, "uploads"))  # gradio makes it
     blocks = build(Predictor(model, device=device, dtype=dtype), sessions)
     blocks.queue(max_size=32, default_concurrency_limit=4)
     blocks.private_folder = folder  # lives as long as the application does, and is removed with it
@@ -77,11 +61,11 @@ def launch(
         folder.cleanup()
 
     blocks.close = close_and_clean
-    _need_no_proxy(host)
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own server whether it is up, which no proxy can answer
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host, "localhost", "127.0.0.1", "::1")))
     fonts = ["system-ui", "sans-serif"]
-    theme = gr.themes.Base(
-        primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
-    )
+    mono = ["ui-monospace", "monospace"]
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono)
     try:
         blocks.launch(
             server_name=f"[{host}]" if ":" in host else host,
@@ -92,7 +76,13 @@ def launch(
             max_file_size=MAX_FILE_SIZE,
             theme=theme,
             css_paths=STYLE,
-            **PRIVATE,
+            # Nothing of a visitor's leaves this process, and the page has no more on it than ours.
+            share=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
         )
         print(f"MedSIGHT is at {blocks.local_url} (Ctrl+C stops it)", flush=True)
         if block:
@@ -105,22 +95,14 @@ def launch(
 
 def _stop_on_termination() -> None:
     """`kill`, a container's stop and a lost terminal end the page as Ctrl+C does, so that uploads are deleted."""
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), signal.default_int_handler)
-
-
-def _need_no_proxy(host: str) -> None:
-    """gradio asks its own server whether it is up, which no proxy can answer."""
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host, "localhost", "127.0.0.1", "::1")))
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.default_int_handler)
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}): name another port") from error
+    """Before a large checkpoint is loaded, not after."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}): name another port") from error

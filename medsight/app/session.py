@@ -22,19 +22,12 @@ UPLOAD_NAME = "the upload"  # what errors call it: a file's own name may be a pa
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One region of an answer.
+    """One region of an answer."""
 
-    Attributes:
-        number: counted from 0 through the session; gives the region its colour.
-        region: the code, its words and its score.
-        logits: (h, w) mask logits on the model's grid.
-        slice_index: the slice that it was found on.
-    """
-
-    number: int
+    number: int  # counted from 0 through the session; gives the region its colour
     region: GroundedRegion
-    logits: torch.Tensor
-    slice_index: int
+    logits: torch.Tensor  # (h, w) mask logits on the model's grid
+    slice_index: int  # where it was found
 
     @property
     def label(self) -> str:
@@ -44,66 +37,48 @@ class Finding:
 
 @dataclass(eq=False)
 class Turn:
-    """A question and what is there of its answer.
-
-    Attributes:
-        question: as asked.
-        slice_index, window: what the question is about.
-        text: the answer as generated so far, codes included.
-        answer: once it is complete.
-        findings: its regions.
-        stopped: the visitor cut it short.
-    """
+    """A question about a slice, and what is there of its answer."""
 
     question: str
     slice_index: int
     window: Window
-    text: str = ""
-    answer: GroundedAnswer | None = None
+    text: str = ""  # the answer as generated so far, codes included
+    answer: GroundedAnswer | None = None  # once it is complete
     findings: list[Finding] = field(default_factory=list)
-    stopped: bool = False
+    stopped: bool = False  # the visitor cut it short
 
 
 @dataclass(eq=False)
 class Session:
-    """What one visitor has open.
+    """What one visitor has open."""
 
-    Attributes:
-        root: folder in which the session makes its own; the system's temporary folder by default.
-        scan: the opened scan, or `None`.
-        slice_index, window: what is shown.
-        turns: the conversation, over all slices.
-        hidden: numbers of the regions that are switched off.
-        heat: number of the region whose heat map is shown instead of the masks, or `None`.
-        stop: set to end the answer that is being generated.
-    """
-
-    root: Path | None = None
+    root: Path | None = None  # folder in which the session makes its own; the system's temporary folder by default
     scan: Scan | None = None
-    slice_index: int = 0
+    slice_index: int = 0  # with `window`: what is shown
     window: Window = None
-    turns: list[Turn] = field(default_factory=list)
-    hidden: set[int] = field(default_factory=set)
-    heat: int | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
+    turns: list[Turn] = field(default_factory=list)  # over all slices
+    hidden: set[int] = field(default_factory=set)  # numbers of the regions that are switched off
+    heat: int | None = None  # number of the region whose heat map is shown instead of the masks
+    stop: threading.Event = field(default_factory=threading.Event)  # set to end the answer that is being generated
     _folder: Path | None = None
-    _source: Path | bytes | None = None
+    _source: Any = None
 
     @property
     def findings(self) -> list[Finding]:
         """All regions, in the order of their numbers."""
         return [finding for turn in self.turns for finding in turn.findings]
 
+    @property
+    def num_slices(self) -> int:
+        """Of the scan; 1 where none is open."""
+        return 1 if self.scan is None else self.scan.num_slices
+
     def findings_here(self) -> list[Finding]:
         """The regions of the slice that is shown."""
         return [finding for finding in self.findings if finding.slice_index == self.slice_index]
 
     def finding(self, number: int) -> Finding:
-        """The region of that number.
-
-        Raises:
-            ValueError: there is none (the page shows an earlier scan's).
-        """
+        """The region of that number; ValueError if there is none, as where the page shows an earlier scan's."""
         found = self.findings
         if not 0 <= number < len(found):
             raise ValueError(f"region {number + 1} is not there any more: the conversation was begun anew")
@@ -115,15 +90,12 @@ class Session:
         Raises:
             ValueError: they cannot be read, or do not belong together; then no scan is open.
         """
-        if not files:
-            raise ValueError("no file was uploaded")
         self.close()
         folder = self.new_folder()
         for number, file in enumerate(files, 1):
             shutil.move(file, folder / f"{number:05d}")
         try:
-            self._source = folder if len(files) > 1 else folder / "00001"
-            self._show(open_scan(self._source, name=UPLOAD_NAME))
+            self._show(folder if len(files) > 1 else folder / "00001", name=UPLOAD_NAME)
         except (ValueError, OSError) as error:
             message = self.without_paths(str(error))
             self.close()
@@ -132,21 +104,13 @@ class Session:
     def open_example(self, content: bytes) -> None:
         """Opens the content of a file that is not a visitor's."""
         self.close()
-        self._source = content
-        self._show(open_scan(content, name="the example"))
+        self._show(content, name="the example")
 
     def cut_along(self, plane: str) -> None:
-        """Cuts the volume along another plane. The conversation ends: it was about other slices.
-
-        Raises:
-            ValueError: the scan has no planes to choose from; nothing changes.
-        """
-        if self.scan is None or self._source is None:
-            raise ValueError("no scan is open")
-        scan = open_scan(self._source, name=self.scan.name, plane=plane)
+        """Cuts the volume along another plane. The conversation ends: it was about other slices."""
+        self._show(self._source, name=self.opened().name, plane=plane)
         self.forget_conversation()
         self.window = None
-        self._show(scan)
 
     def new_folder(self) -> Path:
         """A new, empty folder that goes when the scan is closed."""
@@ -158,44 +122,38 @@ class Session:
         """A message about the upload, with nothing of where its files lie here: "file 3 of the upload"."""
         if self._folder is None:
             return text
-        several = len(list(self._folder.glob("*/00002"))) > 0
+        several = any(self._folder.glob("*/00002"))
         inside = re.compile(rf"(?:{re.escape(str(self._folder))}(?:/\w+)?|{UPLOAD_NAME})(?:/(\d{{5}}))?")
         return inside.sub(
             lambda found: f"file {int(found[1])} of {UPLOAD_NAME}" if found[1] and several else UPLOAD_NAME, text
         )
 
-    def _show(self, scan: Scan) -> None:
-        self.scan = scan
-        self.slice_index = scan.choose_slices("middle")[0]
+    def _show(self, source: Path | bytes, **settings: Any) -> None:
+        self.scan, self._source = open_scan(source, **settings), source
+        self.slice_index = self.scan.choose_slices("middle")[0]
 
-    def image(self, slice_index: int | None = None, window: Window = None) -> Image.Image:
-        """A slice as the model sees it; the one that is shown by default."""
+    def opened(self) -> Scan:
+        """The scan; raises ValueError if none is open."""
         if self.scan is None:
-            raise ValueError("no scan is open")
-        if slice_index is None:
-            slice_index, window = self.slice_index, self.window
-        return self.scan.slice_image(slice_index, window)
+            raise ValueError("open an image first")
+        return self.scan
+
+    def image(self) -> Image.Image:
+        """The slice that is shown, as the model sees it."""
+        return self.opened().slice_image(self.slice_index, self.window)
 
     def messages(self, turn: Turn) -> list[dict[str, Any]]:
         """The conversation up to and with `turn`, about its slice under its window alone, for the chat template.
 
         Earlier turns about other slices are left out: each conversation that the model reads is about one image.
-
-        Raises:
-            ValueError: the question is empty.
         """
-        same = [
-            earlier
-            for earlier in self.turns[: self.turns.index(turn)]
-            if (earlier.slice_index, earlier.window) == (turn.slice_index, turn.window) and earlier.answer is not None
-        ]
-        messages: list[dict[str, Any]] = []
-        for asked in [*same, turn]:
-            image = None if messages else self.image(turn.slice_index, turn.window)
-            messages.append(user_turn(asked.question, image))
-            if asked is not turn and asked.answer is not None:
-                messages.append(assistant_turn(asked.answer))
-        return messages
+        image: Image.Image | None = self.opened().slice_image(turn.slice_index, turn.window)
+        messages = []
+        for earlier in self.turns[: self.turns.index(turn)]:
+            if (earlier.slice_index, earlier.window) == (turn.slice_index, turn.window) and earlier.answer is not None:
+                messages += [user_turn(earlier.question, image), assistant_turn(earlier.answer)]
+                image = None
+        return [*messages, user_turn(turn.question, image)]
 
     def forget_conversation(self) -> None:
         """Ends the answer that is being generated; takes away all turns and regions."""
@@ -206,7 +164,7 @@ class Session:
     def close(self) -> None:
         """Takes away the conversation, the scan and its files."""
         self.forget_conversation()
-        self.scan, self.slice_index, self.window, self._source = None, 0, None, None
+        self.scan, self.slice_index, self.window = None, 0, None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -21,7 +21,7 @@ from medsight.version import __version__
 
 
 class Verb(NamedTuple):
-    """A verb: its module, what the list of verbs says of it, and the extra of the package that it needs."""
+    """Where a verb is, what the list of verbs says of it, and the extra of the package that it needs."""
 
     module: str
     summary: str
@@ -109,7 +109,6 @@ def build() -> Any:
 
 
 def show_version(asked: bool) -> None:
-    """Prints the version and ends, if it was asked for."""
     if asked:
         print(f"medsight {__version__}")
         raise typer.Exit()

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -17,6 +18,7 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 
+@dataclass
 class Results:
     """Prints results.
 
@@ -30,9 +32,8 @@ class Results:
     ```
     """
 
-    def __init__(self, stream: TextIO, as_json: bool) -> None:
-        self.stream = stream
-        self.as_json = as_json
+    stream: TextIO
+    as_json: bool
 
     def show(self, content: Mapping[str, Any], *parts: str | Table) -> None:
         """One result: `content` as a line of JSON, or else `parts`, which are text, and tables with a header row."""
@@ -42,36 +43,35 @@ class Results:
         with tqdm.external_write_mode(file=self.stream):
             if self.as_json:
                 # ASCII only: a pipe may have any encoding, and nothing in it can drive a terminal.
-                self._write(json.dumps(content) + "\n")
+                print(json.dumps(content), file=self.stream, flush=True)
                 return
             for part in parts:
                 if isinstance(part, str):
-                    self._write(printable(part) + "\n")
+                    print(printable(part), file=self.stream, flush=True)
                 elif self.stream.isatty():
-                    self._write_rich(part)
+                    print_rich(part, self.stream)
                 else:
-                    self._write(align(part) + "\n")
+                    print(align(part), file=self.stream, flush=True)
 
     def write(self, text: str) -> None:
         """A piece of a line that appears at once, such as of an answer that is being generated; never JSON."""
         if not self.as_json:
-            self._write(printable(text))
+            print(printable(text), end="", file=self.stream, flush=True)
 
-    def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
 
-    def _write_rich(self, rows: Table) -> None:
-        from rich.console import Console
-        from rich.table import Table as RichTable
-        from rich.text import Text
+def print_rich(rows: Table, stream: TextIO) -> None:
+    """A table that fits the terminal."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-        table = RichTable(box=None, pad_edge=False, header_style="bold")
-        for title in rows[0]:
-            table.add_column(Text(title))
-        for row in rows[1:]:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        Console(file=self.stream).print(table)
+    cells = [[Text(printable(cell)) for cell in row] for row in rows]
+    table = RichTable(box=None, pad_edge=False, header_style="bold")
+    for title in cells[0]:
+        table.add_column(title)
+    for row in cells[1:]:
+        table.add_row(*row)
+    Console(file=stream).print(table)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import typer
 from medsight.cli.console import Json, results
 
 
+GROUPS = "Names of the code groups: a JSON list, or one line per group."
 IN_LLM = "[default: the copy in the language model's folder]"
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -24,18 +25,11 @@ def command(
         str | None, typer.Option(metavar="FILE", help=f"region_perceiver.pt  {IN_LLM}.")
     ] = None,
     codebook: Annotated[str | None, typer.Option(metavar="FILE", help=f"codebook.pt  {IN_LLM}.")] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option(metavar="FILE", help=f"OpenAI- or OpenCLIP-layout CLIP weights, .pt  {IN_LLM}.")
-    ] = None,
-    groups: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
-    ] = None,
+    image_encoder: Annotated[str | None, typer.Option(metavar="FILE", help=f"CLIP weights, .pt  {IN_LLM}.")] = None,
+    groups: Annotated[str | None, typer.Option(metavar="FILE", help=GROUPS)] = None,
     vision_feature_layer: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Hidden state of the image encoder to read, -2 or -1  [default: what config.json says].",
-        ),
+        typer.Option(metavar="N", help="Hidden state of the encoder to read  [default: what config.json says]."),
     ] = None,
     dtype: Dtype = "auto",
     overwrite: OverwriteCheckpoint = False,
@@ -49,11 +43,7 @@ def command(
 
     with results(as_json) as out:
         config = convert(
-            llm,
-            region_perceiver,
-            codebook,
-            image_encoder,
-            output,
+            *(llm, region_perceiver, codebook, image_encoder, output),
             groups=groups,
             vision_feature_layer=vision_feature_layer,
             dtype=dtype,

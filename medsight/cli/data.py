@@ -11,26 +11,24 @@ from medsight.files import check_empty, read_names
 from medsight.text import quiet_transformers
 
 
+Layout = Annotated[
+    str | None, typer.Option(metavar="NAME", help="biomedparse, llava, grounded, ...  [default: by what is there].")
+]
+
+
 def check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder, or pattern of files.")],
-    layout: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="biomedparse, llava, grounded, ...  [default: by what is there]."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Just these splits, commas between  [default: all].")
-    ] = None,
+    layout: Layout = None,
+    split: Annotated[str | None, typer.Option(metavar="NAMES", help="Splits, commas between  [default: all].")] = None,
     images: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder that paths of images and masks are relative to.")
+        str | None, typer.Option(metavar="DIR", help="Folder that paths of pictures start from.")
     ] = None,
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=VALUE", help="Just rows with this value, as in a recipe; repeatable."),
     ] = None,
-    targets: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of all targets: a JSON list, or one name per line.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes  [default: by cores and rows].")] = None,
+    targets: Annotated[str | None, typer.Option(metavar="FILE", help="All targets: JSON list, or one a line.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Threads  [default: a core each].")] = None,
     as_json: Json = False,
 ) -> None:
     """Read training data once, report all that is wrong with it, and count.
@@ -49,48 +47,35 @@ def check(
         report = read_and_check(sources, targets=read_names(targets) if targets else None, workers=workers)
         out.show(report.to_dict(), f"{path} ({layout})\n\n{report.to_text()}")
     if not report.ok:
-        kinds = ", ".join(
-            f"{count:,} {kind}" for kind, count in Counter(problem.kind for problem in report.problems).items()
-        )
-        raise ValueError(f"{path}: training cannot start on it: {kinds}")
+        kinds = Counter(problem.kind for problem in report.problems)
+        found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        raise ValueError(f"{path}: training cannot start on it: {found}")
 
 
 def annotate(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Images with masks.")],
     model: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint with trained perceiver and codebook.")],
     output: Annotated[str, typer.Option(metavar="DIR", help="Output folder, new or empty.")],
-    layout: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="biomedparse, parquet or webdataset  [default: what it looks like]."),
-    ] = None,
+    layout: Layout = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to annotate.")] = "train",
     groups: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML: code group of the model -> patterns of MODALITY/SITE  [default: as the checkpoint says].",
-        ),
+        str | None, typer.Option(metavar="FILE", help="YAML: group -> [MODALITY/SITE, ...]  [default: checkpoint's].")
     ] = None,
-    templates: Annotated[
-        str | None, typer.Option(metavar="FILE", help="YAML file of wordings  [default: the one shipped].")
-    ] = None,
+    templates: Annotated[str | None, typer.Option(metavar="FILE", help="Wordings  [default: those shipped].")] = None,
     per_image: Annotated[int, typer.Option(metavar="N", help="Conversations an image.")] = 8,
     plain_share: Annotated[float, typer.Option(metavar="P", help="Share that needs no region.")] = 0.0,
     max_regions: Annotated[int, typer.Option(metavar="N", help="Most codes in an answer.")] = 5,
     seed: Annotated[int, typer.Option(metavar="N", help="Of all choices.")] = 0,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at once.")] = 8,
     on_error: Annotated[Literal["stop", "skip"], typer.Option(help="At an unreadable image or mask.")] = "stop",
-    embed_images: Annotated[
-        bool, typer.Option("--embed-images", help="Put pictures into the files, not their paths.")
-    ] = False,
+    embed_images: Annotated[bool, typer.Option("--embed-images", help="Write pictures, not their paths.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Give masks their region codes and write grounded conversations about the images.
 
     Each mask gets the region code that the model's region queries match it with, and conversations that cite the codes
-    are drawn from templates. The output folder (parquet files, README.md, annotation.json) appears complete or not at
-    all.
+    are drawn from templates. The output folder (parquet files, README.md, annotation.json) appears whole or not.
     """
     from medsight.checkpoint import check_checkpoint
     from medsight.data.groups import Groups, load_groups, match_groups
@@ -104,27 +89,22 @@ def annotate(
     wordings = Wordings.load(templates)
     source = Source(layout=layout or detect_layout(path), path=path, split=split)
     if kind_of(source) != "regions":
-        raise ValueError(
-            f"{path}: layout {source.layout} holds conversations; images with masks are what can be annotated"
-        )
+        raise ValueError(f"{path}: layout {source.layout} holds conversations; images with masks are annotated")
     check_checkpoint(Path(model))
     place = choose_device(device)
     with results(as_json) as out:
         rows = load_source(source, streaming=True)
         with quiet_transformers():
             loaded, processor = load_checkpoint(Path(model), "auto")
-        names = list(loaded.config.group_names) if loaded.config.use_region_codebook else None
-        chosen = None if groups is None else load_groups(groups, names)
-        pairs = {(row["modality"], row["site"]) for row in rows.select_columns(["modality", "site"])}
-        if names is None:
-            matched = chosen or Groups.of_pairs(pairs)
-        else:
-            matched = match_groups(loaded.config, pairs, chosen)
+        config, pairs = loaded.config, {(row["modality"], row["site"]) for row in rows}
+        chosen = load_groups(groups, config.group_names if config.use_region_codebook else None) if groups else None
+        if config.use_region_codebook:
+            chosen = match_groups(config, pairs, chosen)
         counts = write_conversations(
             rows,
             loaded.to(place),
             processor,
-            matched,
+            chosen or Groups.of_pairs(pairs),
             output,
             per_image=per_image,
             plain_share=plain_share,
@@ -136,14 +116,8 @@ def annotate(
             wordings=wordings,
             progress=True,
         )
-        content = {
-            "folder": output,
-            "images": counts.images,
-            "conversations": counts.conversations,
-            "intents": counts.intents,
-            "code_usage": counts.code_usage(),
-            "skipped": counts.skipped,
-        }
+        counted = {name: getattr(counts, name) for name in ("images", "conversations", "intents")}
+        content = {"folder": output, **counted, "code_usage": counts.code_usage(), "skipped": counts.skipped}
         written = f"\nWritten to {output}/: {counts.conversations} conversations, README.md, annotation.json"
         out.show(content, summary(counts), written)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from medsight.cli.console import Json, results
-from medsight.cli.convert import Dtype, OverwriteCheckpoint
+from medsight.cli.convert import GROUPS, Dtype, OverwriteCheckpoint
 
 
 def command(
@@ -17,26 +17,17 @@ def command(
             help="A CLIP, SigLIP, DINOv2, ResNet or ConvNeXt model, or an OpenAI- or OpenCLIP-layout CLIP file (.pt).",
         ),
     ],
-    groups: Annotated[
-        str, typer.Option(metavar="FILE", help="Names of the code groups: a JSON list, or one line per group.")
-    ],
+    groups: Annotated[str, typer.Option(metavar="FILE", help=GROUPS)],
     output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
     codes_per_group: Annotated[int, typer.Option(metavar="M", help="Codes per group.")] = 32,
     code_dim: Annotated[int, typer.Option(metavar="N", help="Width of a code.")] = 64,
     num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
-    num_stages: Annotated[
-        int, typer.Option(metavar="L", help="Perceiver stages, each of which doubles the grid.")
-    ] = 3,
-    mask_classes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of the mask classes, as in --groups.")
-    ] = None,
+    num_stages: Annotated[int, typer.Option(metavar="L", help="Perceiver stages; each doubles the grid.")] = 3,
+    mask_classes: Annotated[str | None, typer.Option(metavar="FILE", help="Mask classes, as in --groups.")] = None,
     vision_feature_layer: Annotated[
-        int,
-        typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage."),
+        int, typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage.")
     ] = -2,
-    image_size: Annotated[
-        int | None, typer.Option(metavar="PX", help="Side of the input  [default: the encoder's own].")
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(metavar="PX", help="Input side  [default: the encoder's].")] = None,
     activation: Annotated[
         Literal["quick_gelu", "gelu"],
         typer.Option(help="Activation of an encoder read from a .pt file, which does not tell."),

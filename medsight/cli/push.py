@@ -16,28 +16,20 @@ def command(
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch  [default: main].")] = None,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be uploaded, without the network, and upload nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, without the network.")] = False,
     only_card: Annotated[
-        bool,
-        typer.Option("--write-card", help="Write the card into the folder, to be read and edited; upload nothing."),
+        bool, typer.Option("--write-card", help="Write the card into the folder; upload nothing.")
     ] = False,
-    license: Annotated[
-        str | None, typer.Option(metavar="ID", help="The weights' licence, as the Hub calls it, for the card.")
-    ] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="For the card: the weights' licence.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="NAMESPACE/NAME", help="What the model was made from, for the card.")
+        str | None, typer.Option(metavar="NAMESPACE/NAME", help="For the card: what the model was made from.")
     ] = None,
     metrics: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="Output of medsight evaluate, for the card; repeatable."),
+        list[Path] | None, typer.Option(metavar="PATH", help="For the card: outputs of medsight evaluate; repeatable.")
     ] = None,
-    run: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the training run, for the card.")] = None,
-    limits: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Further known limits, as Markdown, for the card.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Request in the card's example.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="For the card: the training run's folder.")] = None,
+    limits: Annotated[str | None, typer.Option(metavar="TEXT", help="For the card: further known limits.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="For the card: its example's request.")] = None,
     contact_sheets: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Publish these sheets of medsight codes, which show the data, too."),
@@ -55,14 +47,7 @@ def command(
         raise ValueError(
             "--write-card uploads nothing: leave out --dry-run, --private, --revision, --message and --contact-sheets"
         )
-    facts = CardFacts(
-        license=license,
-        base_model=base_model,
-        metrics=tuple(map(Path, metrics or ())),
-        run=None if run is None else Path(run),
-        limits=limits,
-        prompt=prompt,
-    )
+    facts = CardFacts(license, base_model, tuple(metrics or ()), run, limits, prompt)
     with results(as_json) as out:
         if only_card:
             card = write_card(Path(folder), repo_id, facts)

@@ -1,6 +1,7 @@
 """Opens the web page: `medsight app`."""
 
 import signal
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -27,12 +28,13 @@ def command(
     """
     from medsight.app import launch
 
+    start = partial(launch, model, host, port, device=device, dtype=dtype, open_browser=open_browser)
     if not as_json:
-        launch(model, host, port, device=device, dtype=dtype, open_browser=open_browser)
+        start()
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads go however the page ends
     with results(as_json) as out:
-        application = launch(model, host, port, device=device, dtype=dtype, open_browser=open_browser, block=False)
+        application = start(block=False)
         try:
             out.show({"url": application.local_url})
             application.block_thread()

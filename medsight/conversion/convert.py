@@ -1,13 +1,10 @@
 """Turns published checkpoint files into one folder that `from_pretrained` loads.
 
-    medsight convert --llm DIR --region-perceiver FILE --codebook FILE --image-encoder FILE --output DIR
-
 Nothing in the files is executed, every tensor is accounted for, and the output folder appears whole or not at all.
 """
 
 import math
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +21,26 @@ from processing_medsight import PUBLISHED_CHAT_TEMPLATE, MedSightImageProcessor,
 
 from .foreign_files import Source, merge, same
 from .published_tokenizer import load_published_tokenizer
-from .state_dict_adapter import to_theirs
+from .state_dict_adapter import to_ours, to_theirs
 
 
 StrPath = str | os.PathLike[str]
 
 SHARD_SIZE = "5GB"
+TOWER, PERCEIVER = "model.vision_tower.", "model.region_perceiver."
+EMBEDDING = "model.language_model.embed_tokens.weight"
+# The tensors that tell a model's sizes; this shape stands in for one that is missing, until all of those are listed.
+STAND_INS = {
+    f"{TOWER}embeddings.class_embedding": (64,),
+    f"{TOWER}embeddings.patch_embedding.weight": (64, 3, 14, 14),
+    f"{TOWER}embeddings.position_embedding.weight": (2, 64),
+    f"{TOWER}encoder.layers.0.mlp.fc1.weight": (256, 64),
+    f"{PERCEIVER}region_queries": (1, 1, 64),
+    f"{PERCEIVER}initial_attention.attention.to_q.weight": (512, 64),
+    f"{PERCEIVER}initial_feed_forward.linear_1.weight": (256, 64),
+    f"{PERCEIVER}segmentation_head.class_predictor.weight": (2, 64),
+    "model.codebook.codes[0]": (1, 4),
+}
 
 
 def convert(
@@ -73,12 +84,9 @@ def convert(
     llm_config = read_json(llm / "config.json")
     if llm_config.get("model_type") == MedSightConfig.model_type:
         raise ValueError(f"{llm} is a MedSIGHT checkpoint already")
-    layer = vision_feature_layer if vision_feature_layer is not None else llm_config.get("mm_vision_select_layer")
+    layer = llm_config.get("mm_vision_select_layer") if vision_feature_layer is None else vision_feature_layer
     if layer is None:
-        raise ValueError(
-            f"{llm / 'config.json'} has no mm_vision_select_layer; say which hidden state the model reads "
-            "(--vision-feature-layer)"
-        )
+        raise ValueError(f"{llm / 'config.json'} has no mm_vision_select_layer; give --vision-feature-layer")
     tokenizer, num_groups, codes_per_group, first_code = load_published_tokenizer(llm)
     group_names = read_names(groups) if groups is not None else None
     if group_names is not None and len(group_names) != num_groups:
@@ -87,29 +95,32 @@ def convert(
     # Loose files go first: they may be more precise than the copies.
     sources = [Source.read_file(kind, path) for kind, path in given.items()] + [Source.read_llm_folder(llm)]
     tensors, problems = merge(sources)
-    shapes = Shapes(tensors)
-    vision_config = clip_vision_config(shapes)
     config = MedSightConfig(
         text_config=language_config(llm_config, tensors),
-        vision_config=vision_config,
+        vision_config=clip_vision_config(tensors),
         vision_feature_layer=layer,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         num_groups=num_groups,
         codes_per_group=codes_per_group,
         region_code_start_id=first_code,
         group_names=group_names,
-        **region_settings(shapes, vision_config["hidden_size"]),
+        **region_settings(tensors),
     )
     with torch.device("meta"):
         model = MedSightForConditionalGeneration(config)
-    expected = split_codes(model.state_dict(), num_groups)
+    # In files, the codes are one tensor a group.
+    codes = [f"model.codebook.codes[{k}]" for k in range(num_groups)]
+    expected = {**model.state_dict(), **dict(zip(codes, model.model.codebook.codes, strict=True))}
+    del expected["model.codebook.codes"]
     tied = set(model.all_tied_weights_keys)
-    problems |= find_problems(tensors, expected, tied, sources, compare_shapes=shapes.complete)
-    head, words = (tensors.get(name) for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"))
+    problems |= find_problems(tensors, expected, tied, sources)
+    head, words = tensors.get("lm_head.weight"), tensors.get(EMBEDDING)
     if "lm_head.weight" in tied and head is not None and words is not None and not same(head, words):
         problems.add("lm_head.weight differs from the embedding that config.json ties it to (tie_word_embeddings)")
     refuse_problems(problems)
-    model.load_state_dict(assemble(tensors, dtype, num_groups), strict=not tied, assign=True)
+    tensors["model.codebook.codes"] = torch.stack([tensors.pop(name) for name in codes])
+    wanted = tensors[EMBEDDING].dtype if dtype == "auto" else getattr(torch, dtype)
+    model.load_state_dict({name: t.to(wanted) for name, t in tensors.items()}, strict=not tied, assign=True)
     model.tie_weights()
     write_checkpoint(model, tokenizer, PUBLISHED_CHAT_TEMPLATE, output, overwrite)
     return config
@@ -168,69 +179,44 @@ def sizes(config: MedSightConfig) -> dict[str, Any]:
 
 def describe(config: MedSightConfig) -> str:
     """One line about a model's sizes."""
-    size = sizes(config)
-    text, vision = size["language_model"], size["image_encoder"]
+    text, vision = config.text_config, config.vision_config
     return (
-        f"{text['type']} language model (width {text['width']}, {text['layers']} layers), "
-        f"{vision['type']} image encoder (width {vision['width']}, {vision['pixels']} px), "
-        f"{size['region_queries']} region queries, {size['perceiver_stages']} stages, "
-        f"{size['groups']} groups of {size['codes_per_group']} codes"
+        f"{text.model_type} language model (width {text.hidden_size}, {text.num_hidden_layers} layers), "
+        f"{vision.model_type} image encoder (width {config.vision_hidden_size}, {config.image_size} px), "
+        f"{config.num_region_queries} region queries, {config.perceiver_num_stages} stages, "
+        f"{config.num_groups} groups of {config.codes_per_group} codes"
     )
 
 
-class Shapes:
-    """Reads sizes off tensors under our names.
-
-    Where the tensor that has a size is missing, a stand-in is given, and the shapes are no longer `complete`.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-        self.complete = True
-
-    def size(self, name: str, axis: int, stand_in: int) -> int:
-        """Length of a tensor along `axis`."""
-        shape = self.tensors[name].shape if name in self.tensors else ()
-        if axis >= len(shape):
-            self.complete = False
-            return stand_in
-        return shape[axis]
-
-    def multiple(self, name: str, axis: int, unit: int, stand_in: int) -> int:
-        """Length of a tensor along `axis` in units of `unit`.
-
-        Raises:
-            ValueError: it is no whole number of them.
-        """
-        size = self.size(name, axis, stand_in * unit)
-        if size % unit:
-            raise ValueError(f"{name} has shape {tuple(self.tensors[name].shape)}: {size} is not a multiple of {unit}")
-        return size // unit
-
-    def count(self, prefix: str) -> int:
-        """One more than the highest number that follows `prefix` in names."""
-        numbers = [int(m[1]) for name in self.tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
-        return max(numbers, default=0) + 1
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> Sequence[int]:
+    """The shape of a tensor that tells sizes, or the one that stands in for it."""
+    tensor, stand_in = tensors.get(name), STAND_INS[name]
+    return stand_in if tensor is None or tensor.ndim != len(stand_in) else tensor.shape
 
 
-def clip_vision_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any]:
+def layer_count(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
+    """One more than the highest number that follows `prefix` in names."""
+    numbers = [name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)]
+    return max(map(int, numbers), default=0) + 1
+
+
+def clip_vision_config(tensors: Mapping[str, torch.Tensor], activation: str = "quick_gelu") -> dict[str, Any]:
     """Settings of a CLIP vision tower. Heads are 64 wide, as in OpenAI's: the weights do not tell.
 
     Raises:
         ValueError: its position rows are not one class row and a square grid.
     """
-    tower = "model.vision_tower."
-    width = shapes.size(f"{tower}embeddings.class_embedding", 0, 64)
-    patch_size = shapes.size(f"{tower}embeddings.patch_embedding.weight", 3, 14)
-    rows = shapes.size(f"{tower}embeddings.position_embedding.weight", 0, 2)
+    (width,) = shape_of(tensors, f"{TOWER}embeddings.class_embedding")
+    patch_size = shape_of(tensors, f"{TOWER}embeddings.patch_embedding.weight")[3]
+    rows = shape_of(tensors, f"{TOWER}embeddings.position_embedding.weight")[0]
     grid = math.isqrt(max(rows - 1, 0))
     if not grid or grid**2 != rows - 1:
         raise ValueError(f"the image encoder has {rows} position rows: no class row and square grid of patches")
     return {
         "model_type": "clip_vision_model",
         "hidden_size": width,
-        "intermediate_size": shapes.size(f"{tower}encoder.layers.0.mlp.fc1.weight", 0, 4 * width),
-        "num_hidden_layers": shapes.count(f"{tower}encoder.layers."),
+        "intermediate_size": shape_of(tensors, f"{TOWER}encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": layer_count(tensors, f"{TOWER}encoder.layers."),
         "num_attention_heads": max(1, width // 64),
         "image_size": grid * patch_size,
         "patch_size": patch_size,
@@ -238,21 +224,17 @@ def clip_vision_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[s
     }
 
 
-def region_settings(shapes: Shapes, width: int) -> dict[str, Any]:
-    """Settings of the region perceiver and the codebook that follow from shapes; perceiver heads are 64 wide.
-
-    Args:
-        width: d, of the image encoder.
-    """
-    perceiver = "model.region_perceiver."
+def region_settings(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Settings of the region perceiver and the codebook that follow from shapes; perceiver heads are 64 wide."""
+    inner, width = shape_of(tensors, f"{PERCEIVER}initial_feed_forward.linear_1.weight")
     return {
-        "num_region_queries": shapes.size(f"{perceiver}region_queries", 1, 1),
-        "perceiver_num_stages": shapes.count(f"{perceiver}stages."),
-        "perceiver_num_heads": shapes.multiple(f"{perceiver}initial_attention.attention.to_q.weight", 0, 64, 8),
+        "num_region_queries": shape_of(tensors, f"{PERCEIVER}region_queries")[1],
+        "perceiver_num_stages": layer_count(tensors, f"{PERCEIVER}stages."),
+        "perceiver_num_heads": shape_of(tensors, f"{PERCEIVER}initial_attention.attention.to_q.weight")[0] // 64,
         "perceiver_head_dim": 64,
-        "perceiver_ffn_multiplier": shapes.multiple(f"{perceiver}initial_feed_forward.linear_1.weight", 0, width, 4),
-        "num_mask_classes": shapes.size(f"{perceiver}segmentation_head.class_predictor.weight", 0, 2) - 1,
-        "code_dim": shapes.size("model.codebook.codes[0]", 1, 4),
+        "perceiver_ffn_multiplier": inner // width,
+        "num_mask_classes": shape_of(tensors, f"{PERCEIVER}segmentation_head.class_predictor.weight")[0] - 1,
+        "code_dim": shape_of(tensors, "model.codebook.codes[0]")[1],
     }
 
 
@@ -265,16 +247,9 @@ def language_config(published: Mapping[str, Any], tensors: Mapping[str, torch.Te
     fields = {*config_class().to_dict(), "rope_theta", "rope_scaling"}
     fields -= {"_name_or_path", "architectures", "dtype", "model_type", "transformers_version"}
     settings = {name: value for name, value in published.items() if name in fields}
-    embedding = tensors.get("model.language_model.embed_tokens.weight")
-    if embedding is not None:
-        settings["vocab_size"] = len(embedding)
+    if EMBEDDING in tensors:
+        settings["vocab_size"] = len(tensors[EMBEDDING])
     return config_class(**settings).to_dict()
-
-
-def split_codes(state_dict: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
-    """`state_dict` with the stacked codes as one tensor a group, the way files hold them."""
-    codes = state_dict.pop("model.codebook.codes")
-    return {**state_dict, **{f"model.codebook.codes[{k}]": codes[k] for k in range(num_groups)}}
 
 
 def find_problems(
@@ -282,24 +257,27 @@ def find_problems(
     expected: Mapping[str, torch.Tensor],
     tied: Collection[str],
     sources: Collection[Source],
-    compare_shapes: bool,
 ) -> set[str]:
     """A line for each tensor that is missing, too many or of a wrong shape, with its file and its name there."""
-    # A loose file that is given must be complete: no copy stands in for a part of it.
-    in_file = {source.kind: source.our_names() for source in sources}
+    held = {
+        source.kind: {ours for name in source.tensors for ours in to_ours(source.kind, name) or ()}
+        for source in sources
+    }
+    # Where a tensor that tells sizes is missing, no other shape is known.
+    compare_shapes = all(name in tensors for name in STAND_INS if name in expected)
     problems = set()
     for name in {**expected, **tensors}:
-        homes = [(source, to_theirs(source.kind, name, source.tensors)) for source in sources]
-        source, their_name = next((home for home in homes if home[1]), (None, None))
-        where = f"{source.file_of(their_name)}: {their_name}" if source and their_name else f"no file: {name}"
-        if name not in tensors or (source and name not in in_file[source.kind]):
+        homes = ((source, to_theirs(source.kind, name, source.tensors)) for source in sources)
+        source, place = next((source, source.place(their_name)) for source, their_name in homes if their_name)
+        # A loose file that is given must be complete: no copy stands in for a part of it.
+        if name not in tensors or name not in held[source.kind]:
             if name not in tied:
-                problems.add(f"{where} is missing")
+                problems.add(f"{place} is missing")
         elif name not in expected:
-            problems.add(f"{where} is unexpected")
+            problems.add(f"{place} is unexpected")
         elif compare_shapes and tensors[name].shape != expected[name].shape:
             shape, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
-            problems.add(f"{where}, our {name}, has shape {shape}; expected {wanted}")
+            problems.add(f"{place}, our {name}, has shape {shape}; expected {wanted}")
     return problems
 
 
@@ -307,12 +285,3 @@ def refuse_problems(problems: Collection[str]) -> None:
     """Raises one ValueError that lists all of `problems`, if there are any."""
     if problems:
         raise ValueError("the files do not add up to a model:\n" + "\n".join(f"  {line}" for line in sorted(problems)))
-
-
-def assemble(tensors: dict[str, torch.Tensor], dtype: str, num_groups: int) -> dict[str, torch.Tensor]:
-    """A state dict of one dtype, codes stacked; tensors that have it already are not copied."""
-    embedding = tensors["model.language_model.embed_tokens.weight"]
-    wanted = embedding.dtype if dtype == "auto" else getattr(torch, dtype)
-    codes = torch.stack([tensors[f"model.codebook.codes[{k}]"] for k in range(num_groups)])
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.codebook.codes[")}
-    return {name: tensor.to(wanted) for name, tensor in {**rest, "model.codebook.codes": codes}.items()}

@@ -1,7 +1,5 @@
 """Assembles a fresh model from a language model, an image encoder and a list of code groups.
 
-    medsight init --llm Qwen/Qwen3-0.6B --image-encoder unimed_clip.pt --groups groups.txt --output DIR
-
 Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are random.
 """
 
@@ -30,7 +28,7 @@ from medsight.text import quiet_transformers
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import CHAT_TEMPLATE, QWEN3_ADDED_TOKENS, add_region_codes
 
-from .convert import Shapes, StrPath, clip_vision_config, find_problems, refuse_problems, write_checkpoint
+from .convert import TOWER, StrPath, clip_vision_config, find_problems, refuse_problems, write_checkpoint
 from .foreign_files import Source, merge
 
 
@@ -136,18 +134,9 @@ def init(
 
 
 def check_model(name: StrPath) -> None:
-    """Makes sure that a model given as a folder is there and whole; a name is the Hub's to check.
-
-    Raises:
-        OSError: the folder or one of its files is missing.
-        ValueError: a file of it is damaged.
-    """
-    path = Path(name)
-    if path.is_dir():
-        read_json(path / "config.json")
-        weight_files(path)
-    elif path.exists() or path.is_absolute() or str(name).startswith("."):
-        raise NotADirectoryError(f"{name} is not a folder; expected a model's folder, or its name on the Hub")
+    """Raises OSError or ValueError where a model's folder is not whole; a name is the Hub's to check."""
+    if Path(name).is_dir():
+        weight_files(Path(name))
 
 
 def add_template_tokens(tokenizer: Any) -> None:
@@ -198,12 +187,11 @@ def read_clip_file(
     """
     source = Source.read_file("image_encoder", path)
     tensors, problems = merge([source])
-    shapes = Shapes(tensors)
-    config = CLIPVisionConfig(**clip_vision_config(shapes, activation))
+    config = CLIPVisionConfig(**clip_vision_config(tensors, activation))
     with torch.device("meta"):
-        expected = {f"model.vision_tower.{name}": t for name, t in CLIPVisionModel(config).state_dict().items()}
-    refuse_problems(problems | find_problems(tensors, expected, (), [source], compare_shapes=shapes.complete))
-    weights = {name.removeprefix("model.vision_tower."): tensor.to(dtype) for name, tensor in tensors.items()}
+        expected = {f"{TOWER}{name}": tensor for name, tensor in CLIPVisionModel(config).state_dict().items()}
+    refuse_problems(problems | find_problems(tensors, expected, (), [source]))
+    weights = {name.removeprefix(TOWER): tensor.to(dtype) for name, tensor in tensors.items()}
     return config, weights, CLIP_STATISTICS
 
 
@@ -211,11 +199,10 @@ def read_statistics(source: StrPath, model_type: str) -> Statistics:
     """Mean and deviation of an encoder's input: what its folder says, or else what its family was trained with."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            content = read_json(Path(path))
-            content = content.get("image_processor", content)
-            if "image_mean" in content and "image_std" in content:
-                return tuple(content["image_mean"]), tuple(content["image_std"])
+        content = {} if path is None else read_json(Path(path))
+        content = content.get("image_processor", content)
+        if {"image_mean", "image_std"} <= content.keys():
+            return tuple(content["image_mean"]), tuple(content["image_std"])
     return STATISTICS[model_type]
 
 

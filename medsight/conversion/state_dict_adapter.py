@@ -8,7 +8,7 @@ no use to us. `codes[{i}]` is plane i of our stacked tensor `codes`.
 import re
 from collections.abc import Collection
 from functools import cache
-from typing import NamedTuple
+from operator import itemgetter
 
 
 PLACEHOLDERS = {
@@ -53,6 +53,8 @@ CODEBOOK: Rows = (
     ("quantizer.codebooks.{i}.embedding.weight", "codes[{i}]"),
 )
 
+GROUP_CLASSIFIER: Rows = (("modality_predictor.{p}", "group_classifier.{p}"),)
+
 CLIP_VISION: Rows = (
     ("class_embedding", "embeddings.class_embedding"),
     ("conv1.weight", "embeddings.patch_embedding.weight"),
@@ -93,35 +95,36 @@ LANGUAGE_MODEL: Rows = (
 )
 
 
-class Layout(NamedTuple):
-    """Rows whose names stand behind `their_prefix` in a file and behind `our_prefix` in our state dict."""
-
-    their_prefix: str
-    our_prefix: str
-    rows: Rows
+def _layout(their_prefix: str, our_prefix: str, rows: Rows) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Rows of names behind `their_prefix` in a file and `our_prefix` in our state dict: that prefix, whole names."""
+    layout = []
+    for theirs, ours in rows:
+        names = (ours,) if isinstance(ours, str) else ours or ()
+        layout.append((their_prefix, their_prefix + theirs, tuple(our_prefix + name for name in names)))
+    return layout
 
 
 _COPIES = "model.vision_tower.vision_tower."
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
-    "region_perceiver": (Layout("region_perceiver.", "model.region_perceiver.", PERCEIVER),),
-    "codebook": (
-        Layout("", "model.codebook.", CODEBOOK[-1:]),
-        Layout("region_perceiver.", "model.codebook.", CODEBOOK),  # the quantizer stands in the file twice
-        Layout("", "model.", (("modality_predictor.{p}", "group_classifier.{p}"),)),
-    ),
-    "image_encoder": (
-        Layout("module.visual.", "model.vision_tower.", CLIP_VISION),
-        Layout("visual.", "model.vision_tower.", CLIP_VISION),
-        Layout("module.", "", CLIP_TEXT),
-        Layout("", "", CLIP_TEXT),
-    ),
-    "llm": (
-        Layout(f"{_COPIES}image_encoder.", "model.vision_tower.", CLIP_VISION),
-        Layout(f"{_COPIES}region_perceiver.", "model.region_perceiver.", PERCEIVER),
-        Layout(f"{_COPIES}region_perceiver.", "model.codebook.", CODEBOOK),
-        Layout(f"{_COPIES}", "model.", (("modality_predictor.{p}", "group_classifier.{p}"),)),
-        Layout("", "", LANGUAGE_MODEL),
-    ),
+LAYOUTS = {
+    "region_perceiver": _layout("region_perceiver.", "model.region_perceiver.", PERCEIVER),
+    "codebook": [
+        *_layout("", "model.codebook.", CODEBOOK[-1:]),
+        *_layout("region_perceiver.", "model.codebook.", CODEBOOK),  # the quantizer stands in the file twice
+        *_layout("", "model.", GROUP_CLASSIFIER),
+    ],
+    "image_encoder": [
+        *_layout("module.visual.", "model.vision_tower.", CLIP_VISION),
+        *_layout("visual.", "model.vision_tower.", CLIP_VISION),
+        *_layout("module.", "", CLIP_TEXT),
+        *_layout("", "", CLIP_TEXT),
+    ],
+    "llm": [
+        *_layout(f"{_COPIES}image_encoder.", "model.vision_tower.", CLIP_VISION),
+        *_layout(f"{_COPIES}region_perceiver.", "model.region_perceiver.", PERCEIVER),
+        *_layout(f"{_COPIES}region_perceiver.", "model.codebook.", CODEBOOK),
+        *_layout(_COPIES, "model.", GROUP_CLASSIFIER),
+        *_layout("", "", LANGUAGE_MODEL),
+    ],
 }
 
 # Entries beside the weights in a training checkpoint.
@@ -135,14 +138,9 @@ def to_ours(file_kind: str, their_name: str) -> tuple[str, ...] | None:
     Args:
         file_kind: a key of `LAYOUTS`.
     """
-    for layout in LAYOUTS[file_kind]:
-        if not their_name.startswith(layout.their_prefix):
-            continue
-        for theirs, ours in layout.rows:
-            match = _pattern(theirs).fullmatch(their_name, len(layout.their_prefix))
-            if match:
-                names = () if ours is None else (ours,) if isinstance(ours, str) else ours
-                return tuple(layout.our_prefix + name.format(**match.groupdict()) for name in names)
+    for _, theirs, ours in LAYOUTS[file_kind]:
+        if match := _pattern(theirs).fullmatch(their_name):
+            return tuple(name.format(**match.groupdict()) for name in ours)
     return None
 
 
@@ -152,21 +150,18 @@ def to_theirs(file_kind: str, our_name: str, present: Collection[str] = ()) -> s
     Args:
         present: names that the file has. Of several spellings (`visual.`, `module.visual.`) its own one is given.
     """
-    found = []
-    for layout in LAYOUTS[file_kind]:
-        for theirs, ours in layout.rows:
-            for name in (ours,) if isinstance(ours, str) else ours or ():
-                match = _pattern(layout.our_prefix + name).fullmatch(our_name)
-                if match:
-                    usage = sum(other.startswith(layout.their_prefix) for other in present)
-                    found.append((usage, layout.their_prefix + theirs.format(**match.groupdict())))
+    found = [
+        (sum(other.startswith(prefix) for other in present), theirs.format(**match.groupdict()))
+        for prefix, theirs, ours in LAYOUTS[file_kind]
+        for name in ours
+        if (match := _pattern(name).fullmatch(our_name))
+    ]
     # max keeps the first of equals: the table's order decides.
-    return max(found, key=lambda item: item[0])[1] if found else None
+    return max(found, key=itemgetter(0))[1] if found else None
 
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    parts = re.split(r"\{(\w+)\}", template)
-    return re.compile(
-        "".join(f"(?P<{part}>{PLACEHOLDERS[part]})" if odd % 2 else re.escape(part) for odd, part in enumerate(parts))
-    )
+    """A row's name as a pattern: `{p}` becomes a group of what it may stand for."""
+    pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
+    return re.compile(pattern.format(**{name: f"(?P<{name}>{values})" for name, values in PLACEHOLDERS.items()}))

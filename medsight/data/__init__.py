@@ -6,6 +6,6 @@ sources        all layouts' rows as one data set, map-style or streamed
 records        records of JSON and parquet files; conversations: rows of conversations; pictures: images and masks
 splits         what a file's name tells, and what is held out for validation
 groups         code groups of modalities and sites
-check          what is wrong with data, with inspection and report
+check          what is wrong with data, as a report
 wording        questions and answers about images with masks, with the wordings of templates
 """

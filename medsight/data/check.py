@@ -1,26 +1,112 @@
 """Reads training data once and says what is wrong with it: `medsight data check`, and `check` for Python."""
 
+import dataclasses
 import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
 
-from medsight.text import first_few, nearest
+from medsight.text import align, first_few, nearest
 
 from .conversations import CodeMaskError, code_images
-from .inspection import Job, inspect_in_parallel
-from .pictures import picture_name
-from .registry import Entry, Source, find_layout
-from .report import Finding, Report
+from .pictures import EmptyMaskError, MaskSizeError, picture_name, read_mask, read_picture
+from .registry import Entry, Source
 from .sources import iterate, nothing_found
 
 
+COUNTED = ("rows", "images", "masks", "absent", "conversations")
 FEW_IMAGES = 5  # a class with fewer than so many training images is warned of
-_ROWS_PER_PROCESS = 5000  # starting a process takes as long as reading about so many small pictures
+_ROWS_AT_ONCE = 256  # held in memory, with their embedded pictures
+
+Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or to be known of.
+
+    Attributes:
+        kind: what sort of thing, e.g. "broken image"; the kinds are few and fixed.
+        file: the file (and item) at fault.
+        message: what was expected and what came.
+
+    Example:
+        >>> Finding("missing mask", "a.png", "a.png: no such image file").kind
+        'missing mask'
+    """
+
+    kind: str
+    file: str
+    message: str
+
+
+@dataclasses.dataclass
+class Report:
+    """What `check` found.
+
+    Attributes:
+        counts: "rows", "images", "masks", "absent" and "conversations" by split ("image" rows and conversations are
+            rows; a picture that is named twice counts once, where it has a file or name of its own).
+        targets: rows by target and split.
+        origins: rows by "modality / site" and split.
+        problems: what must be put right before training.
+        warnings: what need not.
+
+    Example:
+        >>> report = Report()
+        >>> report.counts["rows"]["train"] += 2
+        >>> report.ok, report.to_text().split()
+        (True, ['train', 'rows', '2'])
+    """
+
+    counts: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: {name: Counter() for name in COUNTED})
+    targets: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
+    origins: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
+    problems: list[Finding] = dataclasses.field(default_factory=list)
+    warnings: list[Finding] = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether training may start."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the attributes, each count by its name, and `ok`."""
+        found = {"warnings": self.warnings, "problems": self.problems}
+        return {
+            "ok": self.ok,
+            **self.counts,
+            "targets": self.targets,
+            "origins": self.origins,
+            **{name: list(map(dataclasses.asdict, findings)) for name, findings in found.items()},
+        }
+
+    def to_text(self) -> str:
+        """For people: counts by split, by target and by origin, then warnings and problems, one a line."""
+        lines = self._table("", {name: counts for name, counts in self.counts.items() if any(counts.values())})
+        lines += self._table("rows by target", dict(sorted(self.targets.items())))
+        lines += self._table("rows by modality / site", dict(sorted(self.origins.items())))
+        for title, findings in (("warnings", self.warnings), ("problems", self.problems)):
+            if findings:
+                lines += ["", f"{title}: {len(findings):,}"]
+                lines += [f"  {finding.kind}: {finding.message}" for finding in findings]
+        return "\n".join(lines)
+
+    def _table(self, title: str, rows: Mapping[str, Counter[str]]) -> list[str]:
+        if not rows:
+            return []
+        splits = sorted(self.counts["rows"], key=lambda name: (["train", "validation", "test"] + [name]).index(name))
+        cells = [[title, *(split.rjust(9) for split in splits)]]
+        for name, counts in rows.items():
+            cells.append([name, *(f"{counts[split]:,}".rjust(max(9, len(split))) for split in splits)])
+        return [*([""] if title else []), align(cells)]
 
 
 def check(
@@ -29,12 +115,12 @@ def check(
     workers: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Read every row, image and mask of the sources once, in parallel processes.
+    """Read every row, image and mask of the sources once, in parallel threads.
 
     Args:
         sources: what is to be trained, validated and tested on, together: splits are compared over all of them.
         targets: the structures that masks may show; any by default.
-        workers: processes; by default as many as there are cores, fewer for small data; 1 reads in this process.
+        workers: threads; by default as many as there are cores.
         progress: whether to show a progress bar on standard error.
 
     Returns:
@@ -43,25 +129,55 @@ def check(
     Raises:
         OSError, ValueError: the files of a source are not there or not in its layout, or `workers` is below 1.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers {workers}: expected at least 1")
-    total = sum(_count(source) for source in sources)
-    if workers is None:
-        workers = min(os.cpu_count() or 1, 1 + total // _ROWS_PER_PROCESS)
+    _look_once.cache_clear()  # files may have changed since an earlier check
     gathering = _Gathering(None if targets is None else frozenset(targets))
-    with tqdm(total=total or None, unit="row", desc="checking", disable=not progress, file=sys.stderr) as bar:
-        jobs = (job for source in sources for job in gathering.jobs(source, bar))
-        for findings in inspect_in_parallel(jobs, workers):
-            gathering.report.problems.extend(findings)
+    found = (row for source in sources for row in gathering.rows_of(source))
+    rows = iter(tqdm(found, unit="row", desc="checking", disable=not progress, file=sys.stderr))
+    with ThreadPoolExecutor(os.cpu_count() if workers is None else workers) as pool:
+        while some := list(islice(rows, _ROWS_AT_ONCE)):
+            for findings in pool.map(inspect_pictures, some):
+                gathering.report.problems += findings
     return gathering.finished()
 
 
-def _count(source: Source) -> int:
-    """How many rows there will be; 0 where counting would mean reading the pictures."""
-    shards = find_layout(source.layout).shards(source)
-    if any(not shard.endswith((".json", ".jsonl")) and not os.path.isdir(shard) for shard in shards):
-        return 0
-    return sum(1 for _ in iterate(source))
+def inspect_pictures(row: Mapping[str, Any]) -> list[Finding]:
+    """What is wrong with the images and masks of a row; every one is decoded wholly."""
+
+    def look(entry: Mapping[str, Any], what: str, size: Size | None = None) -> tuple[Size | None, Finding | None]:
+        look_at = _look_once if entry["bytes"] is None else _look
+        return look_at(entry["path"], entry["bytes"], what, size)
+
+    images, owners = _images_and_owners(row)
+    looks = [look(entry, "image") for entry in images]
+    looks += [look(entry, "mask", looks[owner][0]) for entry, owner in zip(row["masks"], owners, strict=True)]
+    return [finding for _, finding in looks if finding is not None]
+
+
+def _images_and_owners(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The images of a row of either kind, and for each of its masks the index of its image."""
+    if "image" in row:
+        return [row["image"]], [0] * len(row["masks"])
+    return row["images"], code_images(row["messages"])
+
+
+def _look(path: str, content: bytes | None, what: str, size: Size | None) -> tuple[Size | None, Finding | None]:
+    """The size of an image, and what is wrong with it; or with a mask, given its image's size if known."""
+    entry = {"path": path, "bytes": content}
+    try:
+        image_size = size or read_picture(entry).size
+        if what == "mask":
+            read_mask(entry, image_size)
+        return image_size, None
+    except (ValueError, OSError) as error:
+        kinds = {
+            MaskSizeError: "mask of another size",
+            EmptyMaskError: "empty mask",
+            FileNotFoundError: f"missing {what}",
+        }
+        return None, Finding(kinds.get(type(error), f"broken {what}"), picture_name(entry), str(error))
+
+
+_look_once = lru_cache(maxsize=4096)(_look)  # an image, and so its masks, may be in many conversations
 
 
 class _Gathering:
@@ -73,78 +189,49 @@ class _Gathering:
         self.known_leaks: set[tuple[str, str]] = set()
         self.patients: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # -> split -> a file
         self.first: dict[tuple[str, str], str] = {}  # target and split -> a file
-        self.bare: Counter[str] = Counter()  # by data set, images with neither a mask nor an absent structure
         self.pictures: set[str] = set()
 
-    def jobs(self, source: Source, bar: Any) -> Iterator[Job]:
-        """Counts the rows of a source as they are drawn; the pictures that are to be read."""
+    def rows_of(self, source: Source) -> Iterator[dict[str, Any]]:
+        """The good rows of a source, counted as they are drawn."""
         entry = None
         for entry in iterate(source):
-            bar.update()
             if entry.row is not None:
-                yield self._count(entry, entry.row)
+                self._count(entry, entry.row)
+                yield entry.row
                 continue
             kind = "codes and masks" if isinstance(entry.error, CodeMaskError) else "bad item"
             self.report.problems.append(Finding(kind, entry.place, str(entry.error)))
         if entry is None:
             self.report.problems.append(Finding("no data", source.path, nothing_found(source)))
 
-    def _count(self, entry: Entry, row: dict[str, Any]) -> Job:
+    def _count(self, entry: Entry, row: dict[str, Any]) -> None:
         report, split = self.report, row["split"]
-        regions = "image" in row
-        images = [row["image"]] if regions else row["images"]
-        owners = [0] * len(row["masks"]) if regions else code_images(row["messages"])
-        report.rows[split] += 1
-        report.conversations[split] += not regions
-        report.masks[split] += len(row["masks"])
-        for name in map(picture_name, images):
-            if name not in self.pictures:
-                self.pictures.add(name)
-                report.images[split] += 1
-        if regions:
-            report.absent[split] += len(row["absent"])
-            if not row["masks"] and not row["absent"]:
-                self.bare[row["dataset"]] += 1
+        images, absent = _images_and_owners(row)[0], row.get("absent")
+        new = set(map(picture_name, images)) - self.pictures
+        self.pictures |= new
+        counted = (1, len(new), len(row["masks"]), len(absent or ()), int(absent is None))
+        for name, count in zip(COUNTED, counted, strict=True):
+            report.counts[name][split] += count
         report.origins[f"{row['modality'] or '-'} / {row['site'] or '-'}"][split] += 1
-        for target, mask in zip(row["targets"], row["masks"], strict=True):
-            self._target(target, split, picture_name(mask))
-        for target in set(row["targets"]) - {""}:
+        for target, file in zip(row["targets"], map(picture_name, row["masks"]), strict=True):
+            if target:
+                self.first.setdefault((target, split), file)
+            if target and self.allowed is not None and target not in self.allowed:
+                problem = f"is none of the {len(self.allowed)} targets: {nearest(target, self.allowed)}"
+                report.problems.append(Finding("unknown target", file, f"{file}: {target!r} {problem}"))
+        for target in sorted({*row["targets"]} - {""}):
             report.targets[target][split] += 1
         if row["patient"]:
             key = (row["dataset"] or "", row["patient"])
             self.patients[key].setdefault(split, picture_name(images[0]) if images else entry.place)
             if entry.known_leak:
                 self.known_leaks.add(key)
-        return Job(images, row["masks"], owners)
-
-    def _target(self, target: str, split: str, file: str) -> None:
-        if not target:
-            return
-        self.first.setdefault((target, split), file)
-        if self.allowed is not None and target not in self.allowed:
-            message = f"{file}: {target!r} is none of the {len(self.allowed)} targets: {nearest(target, self.allowed)}"
-            self.report.problems.append(Finding("unknown target", file, message))
 
     def finished(self) -> Report:
         """The report, with what follows from all rows together."""
         report = self.report
         report.problems = list(dict.fromkeys(report.problems))
-        leaks: dict[str, list[str]] = defaultdict(list)
-        for (dataset, patient), files in self.patients.items():
-            if len(files) < 2:
-                continue
-            if (dataset, patient) in self.known_leaks:
-                leaks[dataset].append(patient)
-                continue
-            where = "; ".join(f"{split}: {file}" for split, file in sorted(files.items()))
-            message = f"{patient} is in {len(files)} splits of {dataset} ({where})"
-            report.problems.append(Finding("leaking patient", next(iter(files.values())), message))
-        for dataset, patients in sorted(leaks.items()):
-            message = (
-                f"{dataset}: {len(patients):,} patient(s) or image(s) are in several splits, as the data set itself "
-                f"says ({first_few(sorted(patients))}): a score on them is flattered"
-            )
-            report.warnings.append(Finding("known leak", dataset, message))
+        self._compare_splits()
         if self.allowed is None and any(split == "train" for _, split in self.first):
             for (target, split), file in sorted(self.first.items()):
                 if (target, "train") not in self.first:
@@ -154,10 +241,24 @@ class _Gathering:
             if 0 < counts["train"] < FEW_IMAGES:
                 message = f"{target!r} is in {counts['train']} training image(s)"
                 report.warnings.append(Finding("few images", self.first[target, "train"], message))
-        for dataset, count in sorted(self.bare.items()):
-            message = f"{dataset}: {count:,} image(s) with neither a mask nor a structure said to be absent"
-            report.warnings.append(Finding("no mask", dataset, message))
         return report
+
+    def _compare_splits(self) -> None:
+        """Patients in several splits: a problem, but a warning where the data set itself says so."""
+        known: dict[str, list[str]] = defaultdict(list)
+        for (dataset, patient), files in self.patients.items():
+            if len(files) > 1 and (dataset, patient) in self.known_leaks:
+                known[dataset].append(patient)
+            elif len(files) > 1:
+                where = "; ".join(f"{split}: {file}" for split, file in sorted(files.items()))
+                message = f"{patient} is in {len(files)} splits of {dataset} ({where})"
+                self.report.problems.append(Finding("leaking patient", next(iter(files.values())), message))
+        for dataset, patients in sorted(known.items()):
+            message = (
+                f"{dataset}: {len(patients):,} patient(s) or image(s) are in several splits, as the data set itself "
+                f"says ({first_few(sorted(patients))}): a score on them is flattered"
+            )
+            self.report.warnings.append(Finding("known leak", dataset, message))
 
 
 def parse_condition(text: str) -> tuple[str, Any]:

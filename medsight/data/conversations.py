@@ -8,7 +8,6 @@ from processing_medsight.region_codes_medsight import find_codes
 from .records import as_text, patient_of, required
 from .registry import Source
 from .schema import IMAGE_MARKER, conversation_row
-from .splits import canonical_split
 
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
@@ -26,7 +25,7 @@ def conversation(
     images: list[dict[str, Any]],
     masks: list[dict[str, Any]],
     source: Source,
-    split: str | None = None,
+    split: str,
 ) -> dict[str, Any]:
     """A row of conversations from a record of the LLaVA type and its pictures.
 
@@ -37,7 +36,8 @@ def conversation(
         place: file and record, for errors.
         images: in the order of their markers; where the text has no marker they go before the first user's turn.
         masks: in the order of the codes in the answers.
-        source, split: say what the record does not.
+        source: names the data set where the record does not.
+        split: of the row.
 
     Raises:
         ValueError: turns are missing or of unknown roles, or markers and images, or codes and masks, do not match.
@@ -48,22 +48,21 @@ def conversation(
         raise ValueError(f"{place}: expected conversations as a list of turns, got {turns!r}")
     messages = []
     for turn in turns:
-        role = _ROLES.get(required(turn, place, "from", "role"))
-        if role is None:
-            raise ValueError(f"{place}: a turn is from {turn.get('from')!r}: expected 'human', 'gpt' or 'system'")
+        role = required(turn, place, "from", "role")
+        if role not in _ROLES:
+            raise ValueError(f"{place}: a turn is from {role!r}: expected 'human', 'gpt' or 'system'")
         content = as_text(turn.get("value", turn.get("content")), place, "value")
-        messages.append({"role": role, "content": _RELEASED_CODE.sub(r"[C\1]", content)})
-    if images and not any(IMAGE_MARKER in message["content"] for message in messages):
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is not None:
-            first["content"] = f"{IMAGE_MARKER}\n" * len(images) + first["content"]
+        messages.append({"role": _ROLES[role], "content": _RELEASED_CODE.sub(r"[C\1]", content)})
+    asked = [message for message in messages if message["role"] == "user"]
+    if asked and not any(IMAGE_MARKER in message["content"] for message in messages):
+        asked[0]["content"] = f"{IMAGE_MARKER}\n" * len(images) + asked[0]["content"]
     domain = record.get("domain")
     pictured = " ".join(sorted(key for key, value in domain.items() if value)) if isinstance(domain, dict) else None
     row = conversation_row(
         str(record.get("id", place)),
         images,
         messages,
-        canonical_split(record.get("split") or split or source.split or "train"),
+        split,
         masks=masks,
         targets=record.get("targets") or [""] * len(masks),
         dataset=str(record.get("dataset") or source.name),
@@ -73,11 +72,6 @@ def conversation(
     )
     check_conversation(row, place)
     return row
-
-
-def count_codes(text: str) -> int:
-    """How many region codes a text cites."""
-    return len(find_codes(text))
 
 
 def cited_codes(messages: list[dict[str, str]]) -> list[str]:
@@ -90,34 +84,29 @@ def code_images(messages: list[dict[str, str]]) -> list[int]:
     owners, image = [], -1
     for message in messages:
         if message["role"] == "assistant":
-            owners += [image] * count_codes(message["content"])
+            owners += [image] * len(find_codes(message["content"]))
         image += message["content"].count(IMAGE_MARKER)
     return owners
 
 
 def check_conversation(row: dict[str, Any], place: str) -> None:
     """Raises ValueError naming `place` if a row's turns, markers, codes, masks and targets do not belong together."""
-    messages = row["messages"]
+    messages, masks = row["messages"], row["masks"]
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(f"{place}: expected turns of user and assistant by turns, user first, got {roles}")
-    markers = dict.fromkeys(roles, 0)
-    for message in messages:
-        markers[message["role"]] += message["content"].count(IMAGE_MARKER)
-    if sum(markers.values()) != markers["user"]:
+    markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
+    if markers != sum(message["content"].count(IMAGE_MARKER) for message in messages if message["role"] == "user"):
         raise ValueError(f"{place}: {IMAGE_MARKER} stands outside the user's turns")
-    if markers["user"] != len(row["images"]):
-        raise ValueError(
-            f"{place}: {markers['user']} {IMAGE_MARKER} marker(s) in the text, {len(row['images'])} image(s)"
-        )
-    owners = code_images(messages)
-    if len(owners) != len(row["masks"]):
+    if markers != len(row["images"]):
+        raise ValueError(f"{place}: {markers} {IMAGE_MARKER} marker(s) in the text, {len(row['images'])} image(s)")
+    codes, owners = cited_codes(messages), code_images(messages)
+    if len(codes) != len(masks):
         raise CodeMaskError(
-            f"{place}: the answers cite {len(owners)} region code(s) {cited_codes(messages)}, but there are "
-            f"{len(row['masks'])} mask(s)"
+            f"{place}: the answers cite {len(codes)} region code(s) {codes}, but there are {len(masks)} mask(s)"
         )
     if -1 in owners:
-        raise CodeMaskError(f"{place}: the code {cited_codes(messages)[owners.index(-1)]} stands before any image")
-    if len(row["targets"]) != len(row["masks"]):
-        raise ValueError(f"{place}: {len(row['targets'])} target(s) for {len(row['masks'])} mask(s)")
+        raise CodeMaskError(f"{place}: the code {codes[owners.index(-1)]} stands before any image")
+    if len(row["targets"]) != len(masks):
+        raise ValueError(f"{place}: {len(row['targets'])} target(s) for {len(masks)} mask(s)")

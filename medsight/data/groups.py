@@ -7,6 +7,8 @@ from pathlib import Path
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.text import nearest
 
+from .templates import read_yaml
+
 
 class Groups:
     """Which code group an image belongs to, by its modality and site.
@@ -60,23 +62,21 @@ def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], chose
     Raises:
         ValueError: for a pair without such a group, naming it and the groups.
     """
-    names, known = config.group_names, config.group_patterns or {}
-    by_name = {name.lower(): name for name in names}
-    patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in names}
+    known = config.group_patterns or {}
+    patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in config.group_names}
+    by_name = {name.lower(): name for name in patterns}
     for modality, site in sorted(set(pairs)):
         if chosen is not None and (k := chosen.find(modality, site)) is not None:
             patterns[chosen.names[k]].append(f"{modality}/{site}")
-            continue
-        if Groups(patterns).find(modality, site) is not None:
-            continue
-        found = next((by_name[name] for name in group_names_of(modality, site) if name in by_name), None)
-        if found is None:
-            raise ValueError(
-                f"no code group of the model is called '{modality} {site}': its groups are {', '.join(names)}. Say "
-                f"which of them it belongs to with --groups FILE or a recipe's data.groups, e.g. {names[0]!r}: "
-                f"['{modality}/{site}']"
-            )
-        patterns[found].append(f"{modality}/{site}")
+        elif Groups(patterns).find(modality, site) is None:
+            found = next((by_name[name] for name in group_names_of(modality, site) if name in by_name), None)
+            if found is None:
+                raise ValueError(
+                    f"no code group of the model is called '{modality} {site}': its groups are {', '.join(patterns)}. "
+                    "Say which of them it belongs to with --groups FILE or a recipe's data.groups, e.g. "
+                    f"{next(iter(patterns))!r}: ['{modality}/{site}']"
+                )
+            patterns[found].append(f"{modality}/{site}")
     return Groups(patterns)
 
 
@@ -95,17 +95,12 @@ def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
         OSError: the file cannot be read.
         ValueError: it is not such a mapping, or names a group that the model has not.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(listed, list) and all(isinstance(pattern, str) for pattern in listed) for listed in content.values()
-    ):
+    content = read_yaml(Path(path))
+    if not isinstance(content, dict) or not all(isinstance(listed, list) for listed in content.values()):
         raise ValueError(f"{path}: expected group names, each with a list of patterns of 'modality/site'")
-    for name in content:
+    for name, listed in content.items():
         if names is not None and name not in names:
             raise ValueError(f"{path}: the model has no code group {name!r}: {nearest(name, names)}")
-    return Groups({str(name): patterns for name, patterns in content.items()})
+        if not all(isinstance(pattern, str) for pattern in listed):
+            raise ValueError(f"{path}: {name!r}: expected patterns of 'modality/site', got {listed}")
+    return Groups(content)

@@ -11,9 +11,8 @@ from PIL import Image
 from processing_medsight.image_loading_medsight import load_image, to_array
 
 
-# What a row holds for a picture, as `datasets.Image(decode=False)` yields it, or the path alone.
-PictureEntry = Mapping[str, Any] | str | os.PathLike
-
+# What a row holds for a picture, as `datasets.Image(decode=False)` yields it: {"path", "bytes"}.
+PictureEntry = Mapping[str, Any]
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 
@@ -28,39 +27,34 @@ class EmptyMaskError(ValueError):
 
 def picture_name(entry: PictureEntry) -> str:
     """What an error calls a picture: its path, or where its bytes came from."""
-    if isinstance(entry, Mapping):
-        return entry.get("path") or "a picture without a name"
-    return os.fspath(entry)
+    return entry.get("path") or "a picture without a name"
 
 
-def read_picture(entry: PictureEntry, name: str | None = None) -> Image.Image:
+def read_picture(entry: PictureEntry) -> Image.Image:
     """Decode an image wholly, in its own mode (a 16-bit scan stays 16-bit), turned upright if EXIF says so.
 
     Args:
-        entry: `{"path": ..., "bytes": ...}`, of which the bytes count where there are any, or a path.
-        name: what an error calls it; its path by default.
+        entry: `{"path": ..., "bytes": ...}`, of which the bytes count where there are any.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, truncated, damaged or no image at all, has too many pixels, or holds NaN or infinity.
     """
-    name = name or picture_name(entry)
-    content = entry.get("bytes") if isinstance(entry, Mapping) else None
+    name, content = picture_name(entry), entry.get("bytes")
     if content is not None:
         image = load_image(content, name)
+    elif entry.get("path") is None:
+        raise ValueError(f"{name}: expected the path or the bytes of a picture, got neither")
+    elif not os.path.exists(name):
+        raise FileNotFoundError(f"{name}: no such image file")
     else:
-        path = entry.get("path") if isinstance(entry, Mapping) else entry
-        if not path:
-            raise ValueError(f"{name}: expected the path or the bytes of a picture, got neither")
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{name}: no such image file")
-        image = load_image(Path(path))
+        image = load_image(Path(name))
     if image.mode == "F":
         to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
     return image
 
 
-def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = None) -> np.ndarray:
+def read_mask(entry: PictureEntry, size: tuple[int, int]) -> np.ndarray:
     """Decode a mask; every pixel that is not 0 (not black, where it has colours) is inside.
 
     In a file of a kind that blurs what was black and white, see `_LOSSY`, the pixels above half of its brightest are.
@@ -68,7 +62,6 @@ def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = Non
     Args:
         entry: as for `read_picture`.
         size: (width, height) of its image in pixels, as `PIL.Image.Image.size` is.
-        name: what an error calls it; its path by default.
 
     Returns:
         (height, width), bool, with at least one pixel inside.
@@ -78,8 +71,7 @@ def read_mask(entry: PictureEntry, size: tuple[int, int], name: str | None = Non
         MaskSizeError, EmptyMaskError: the mask is of another size than its image, or has no pixel inside.
         ValueError: as `read_picture`.
     """
-    name = name or picture_name(entry)
-    image = read_picture(entry, name)
+    name, image = picture_name(entry), read_picture(entry)
     if image.size != tuple(size):
         raise MaskSizeError(
             f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"

@@ -1,53 +1,49 @@
 """What layouts share: records of JSON and parquet files, one at a time, their fields, and rows made of them."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .registry import Entry
+from .registry import Entry, Source
+from .splits import canonical_split
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 JSON_SUFFIXES = (".json", ".jsonl")
-_CHUNK = 2**20  # characters read at a time
-
-
-def patient_of(value: Any) -> str | None:
-    """A record's patient as text, also one that is numbered 0; None where it names none."""
-    return None if value is None or value == "" else str(value)
-
 
 # A file and record, and the record itself, or what is wrong with it.
 Record = tuple[str, dict[str, Any] | ValueError]
 
 
 def json_records(path: str | Path) -> Iterator[Record]:
-    """The objects of a JSON file, one at a time: one a line, or one array that is never held whole.
+    """The objects of a JSON file, one at a time: one a line, or those of one array.
 
     A line that is no JSON object is yielded as an error, and the next line follows; a damaged array ends there.
     """
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            start = file.read(_CHUNK)
-            if start.lstrip().startswith("["):
-                yield from _array(path, start, file.read)
-                return
+            first = next(filter(str.strip, file), "")
             file.seek(0)
+            if first.lstrip().startswith("["):
+                yield from _array(path, file.read())
+                return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _object(f"{path}, line {number}", line)
+                    yield json_object(f"{path}, line {number}", line)
     except UnicodeDecodeError as error:
         yield str(path), ValueError(f"{path}: expected UTF-8 text ({error})")
 
 
-def _object(place: str, text: str) -> Record:
+def json_object(place: str, text: str | bytes) -> Record:
+    """The object of a text, or what is wrong with it."""
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
+        return _checked(place, json.loads(text))
+    except ValueError as error:
         return place, ValueError(f"{place}: not a JSON object ({error})")
-    return _checked(place, record)
 
 
 def _checked(place: str, record: Any) -> Record:
@@ -56,27 +52,19 @@ def _checked(place: str, record: Any) -> Record:
     return place, record
 
 
-def _array(path: Path, text: str, read: Callable[[int], str]) -> Iterator[Record]:
-    decoder, chunk = json.JSONDecoder(), _CHUNK
-    text, number = text.lstrip()[1:], 0
-    while True:
-        text = text.lstrip()
-        if number and text.startswith(","):
-            text = text[1:].lstrip()
-        if text.startswith("]"):
+def _array(path: Path, text: str) -> Iterator[Record]:
+    decoder, gap, end = json.JSONDecoder(), re.compile(r"[\s,]*"), text.index("[") + 1
+    for number in count(1):
+        start = gap.match(text, end).end()  # type: ignore[union-attr]  # nothing is a gap too
+        if text.startswith("]", start):
             return
+        place = f"{path}, item {number}"
         try:
-            record, end = decoder.raw_decode(text)
+            record, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            more = read(chunk)
-            if not more:
-                where = f"{path}, item {number + 1}"
-                yield where, ValueError(f"{where}: the JSON array is damaged or cut short there ({error.msg})")
-                return
-            text, chunk = text + more, chunk * 2  # an item longer than a chunk is not parsed again for every chunk
-            continue
-        number, text, chunk = number + 1, text[end:], _CHUNK
-        yield _checked(f"{path}, item {number}", record)
+            yield place, ValueError(f"{place}: the JSON array is damaged or cut short there ({error.msg})")
+            return
+        yield _checked(place, record)
 
 
 def parquet_records(path: str | Path) -> Iterator[Record]:
@@ -97,20 +85,37 @@ def parquet_records(path: str | Path) -> Iterator[Record]:
 
 def convert(
     records: Iterable[Record],
-    row_of: Callable[[dict[str, Any], str], dict[str, Any]],
-    takes: Callable[[dict[str, Any]], bool],
-    known_leak: Callable[[dict[str, Any]], bool] = lambda record: False,
+    source: Source,
+    split: str | None,
+    row_of: Callable[[dict[str, Any], str, str], dict[str, Any]],
 ) -> Iterator[Entry]:
-    """Entries of the records that `takes` lets through; `row_of(record, place)` raises ValueError for a bad one."""
+    """Entries of the records that a source takes.
+
+    Args:
+        split: of records that tell none; None where files do not tell either, and all are of the source's split.
+        row_of: the row of a record, its place, for errors, and its split; raises ValueError for a bad one.
+    """
     for place, record in records:
         if isinstance(record, ValueError):
             yield Entry(place, error=record)
             continue
         try:
-            if takes(record):
-                yield Entry(place, row_of(record, place), known_leak=known_leak(record))
+            known = record.get("split") or split
+            if source.takes(record, known):
+                row = row_of(record, place, canonical_split(known or source.split or "train"))
+                yield Entry(place, row, known_leak=record.get("image_in_test") is True)
         except ValueError as error:
             yield Entry(place, error=error)
+
+
+def picture(path: str | Path) -> dict[str, Any]:
+    """What a row holds for an image or a mask in a file of its own."""
+    return {"path": str(path), "bytes": None}
+
+
+def patient_of(value: Any) -> str | None:
+    """A record's patient as text, also one that is numbered 0; None where it names none."""
+    return None if value is None or value == "" else str(value)
 
 
 def required(record: dict[str, Any], place: str, *names: str) -> Any:

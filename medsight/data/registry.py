@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from itertools import takewhile
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from medsight.text import nearest
@@ -79,19 +80,18 @@ class Source:
 
     def __post_init__(self) -> None:
         find_layout(self.layout)
-        for name in ("path", "split", "images"):
-            value = getattr(self, name)
-            if not (isinstance(value, (str, os.PathLike)) and str(value)) and (value is not None or name == "path"):
-                raise ValueError(f"data {name}: expected text, got {value!r}")
-            object.__setattr__(self, name, None if value is None else os.path.expanduser(value))
-        if self.split is not None:
-            object.__setattr__(self, "split", canonical_split(self.split))
-        if self.limit is not None and (
-            not isinstance(self.limit, int) or isinstance(self.limit, bool) or self.limit < 1
+        for name, is_good, expected in (
+            ("path", isinstance(self.path, (str, os.PathLike)), "text"),
+            ("images", isinstance(self.images, (str, os.PathLike, NoneType)), "text"),
+            ("split", isinstance(self.split, (str, NoneType)), "text"),
+            ("limit", self.limit is None or isinstance(self.limit, int) and self.limit > 0, "a count of at least 1"),
+            ("where", isinstance(self.where, (Mapping, NoneType)), "{field: value}"),
         ):
-            raise ValueError(f"data limit: expected a count of at least 1, got {self.limit!r}")
-        if self.where is not None and not isinstance(self.where, Mapping):
-            raise ValueError(f"data where: expected {{field: value}}, got {self.where!r}")
+            if not is_good:
+                raise ValueError(f"data {name}: expected {expected}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
+        object.__setattr__(self, "images", self.images and os.path.expanduser(self.images))
+        object.__setattr__(self, "split", self.split and canonical_split(self.split))
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> "Source":
@@ -130,36 +130,29 @@ class Source:
         called.
 
         Raises:
-            FileNotFoundError: there is no such file or folder.
-            ValueError: no file has one of the suffixes or is of the split, or just some are named after a split.
+            FileNotFoundError: there is no such file or folder, or no file has one of the suffixes.
+            ValueError: no file is of the split, or just some are named after a split.
         """
         path = Path(self.path)
-        wanted = " or ".join(suffixes)
         if path.is_file():
             return [str(path)]
-        if path.is_dir():
-            found = sorted(str(file) for file in path.glob("**/*" if recursive else "*"))
-            missing = f"{path}: expected {wanted} files in this folder, found none"
-        elif glob.has_magic(self.path):
-            found = sorted(glob.glob(self.path, recursive=True))
-            missing = f"{path}: no {wanted} file matches"
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
+        inside = map(str, path.glob("**/*" if recursive else "*")) if path.is_dir() else None
+        found = sorted(inside or glob.glob(self.path, recursive=True))
         splits = {file: self.split_of(file) for file in found if file.endswith(suffixes)}
         if not splits:
-            raise ValueError(missing)
+            raise FileNotFoundError(f"{path}: no such file, and no {' or '.join(suffixes)} file in or matching it")
         unnamed = [file for file, split in splits.items() if split is None]
         if len(unnamed) == len(splits):
             return unnamed
         if unnamed:
             raise ValueError(
-                f"{unnamed[0]}: its name tells no split, while {len(splits) - len(unnamed)} other files of {path} are "
-                "named after one; name a file as the path, or a pattern that leaves the one or the other out"
+                f"{unnamed[0]}: its name tells no split, while other files of {path} are named after one; name a file "
+                "as the path, or a pattern that leaves the one or the other out"
             )
         chosen = [file for file, split in splits.items() if self.split in (None, split)]
         if not chosen:
             raise ValueError(
-                f"{path}: no file of the split {self.split!r}, only of {sorted(set(map(str, splits.values())))}"
+                f"{path}: no file of the split {self.split!r}, only of {sorted(map(str, {*splits.values()}))}"
             )
         return chosen
 
@@ -181,7 +174,7 @@ class Layout:
         shards: the files, or folders, of a source, each read by itself; raises OSError or ValueError, naming it, where
             there are none.
         rows: the entries of a shard, in order, each row by `medsight.data.schema`.
-        looks_like: whether a folder, or a file with this first record (None where it holds no records), has this
+        looks_like: whether a folder, or a file with this first record (empty where it holds no records), has this
             layout; for those who name none.
 
     Example:
@@ -198,7 +191,7 @@ class Layout:
     kind: str | Callable[[str], str]
     shards: Callable[[Source], list[str]]
     rows: Callable[[str, Source], Iterator[Entry]]
-    looks_like: Callable[[Path, Mapping[str, Any] | None], bool] | None = None
+    looks_like: Callable[[Path, Mapping[str, Any]], bool] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {}  # those registered so far; `find_layout` looks further
@@ -225,22 +218,18 @@ def find_layout(name: str) -> Layout:
     """The layout of a name: a shipped one, or one that an installed package brings.
 
     Raises:
-        ValueError: there is none (the nearest name is named), or an entry point cannot be loaded or leads to something
-            else.
+        ValueError: there is none (the nearest name is named), or an entry point leads to no `Layout`.
     """
     _register_shipped()
-    if name not in LAYOUTS:
-        entry = next((entry for entry in entry_points(group=ENTRY_POINTS) if entry.name == name), None)
-        if entry is None:
-            raise ValueError(f"data layout {name!r} is unknown: {nearest(name, layout_names())}")
-        try:
-            layout = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"entry point {name} = {entry.value}: it cannot be loaded ({error})") from error
-        if not isinstance(layout, Layout) or layout.name != name:
-            raise ValueError(f"entry point {name} = {entry.value}: expected a Layout of that name, got {layout!r}")
-        LAYOUTS[name] = layout
-    return LAYOUTS[name]
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name == name:
+            try:
+                return register(entry.load())
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"entry point {name} = {entry.value}: expected a Layout ({error})") from error
+    raise ValueError(f"data layout {name!r} is unknown: {nearest(name, layout_names())}")
 
 
 def layout_names() -> list[str]:

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import conversations, records, registry, schema, splits
 from .records import JSON_SUFFIXES, json_records, parquet_records
 from .registry import Entry, Source, find_layout, layout_names
 from .schema import CONVERSATION_FEATURES, REGION_FEATURES
@@ -25,22 +24,16 @@ __all__ = ["Source", "detect_layout", "find_layout", "iterate", "kind_of", "load
 logger = logging.getLogger(__name__)
 
 _NO_DATA = ("annotation.json",)  # what `medsight data annotate` says of the parquet files beside it
-_READERS = (conversations, records, registry, schema, splits)
 
 
-def kind_of(layout: str | Source) -> str:
-    """Which kind of rows a layout, or a source, has: "regions" or "conversations".
+def kind_of(source: Source) -> str:
+    """Which kind of rows a source has, "regions" or "conversations"; a file is opened where its layout holds either.
 
     Raises:
-        OSError, ValueError: the layout is unknown; or it holds either kind, as parquet does, and no source says which
-            file to look into; or that file is missing or damaged.
+        OSError, ValueError: that file is missing or damaged.
     """
-    found = find_layout(layout.layout if isinstance(layout, Source) else layout)
-    if isinstance(found.kind, str):
-        return found.kind
-    if not isinstance(layout, Source):
-        raise ValueError(f"data layout {found.name!r} holds either kind of rows: ask of a source, whose files tell")
-    return found.kind(found.shards(layout)[0])
+    layout = find_layout(source.layout)
+    return layout.kind if isinstance(layout.kind, str) else layout.kind(layout.shards(source)[0])
 
 
 def iterate(source: Source) -> Iterator[Entry]:
@@ -112,14 +105,13 @@ def _rows(
 
 
 def _stamp(shards: list[str], source: Source) -> str:
+    """A digest of the readers' code, and of the names, sizes and times of the shards' files or folders."""
     digest = hashlib.sha256()
-    for module in (*_READERS, inspect.getmodule(find_layout(source.layout).rows)):
-        if file := getattr(module, "__file__", None):
-            digest.update(Path(file).read_bytes())
+    code = {*Path(__file__).parent.rglob("*.py"), Path(inspect.getfile(find_layout(source.layout).rows))}
+    for file in filter(Path.is_file, sorted(code)):
+        digest.update(file.read_bytes())
     for shard in map(Path, shards):
-        for file in (
-            (shard, *sorted(child for child in shard.iterdir() if child.is_dir())) if shard.is_dir() else (shard,)
-        ):
+        for file in (shard, *sorted(filter(Path.is_dir, shard.glob("*")))):
             status = file.stat()
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -157,23 +149,17 @@ def detect_layout(path: str | Path) -> str:
         for pattern in ("*.json", "*.jsonl", "**/*.parquet", "**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.pkl"):
             for file in sorted(file for file in path.glob(pattern) if file.name not in _NO_DATA):
                 return detect_layout(file)
-    if record is not None:
+    if record:
         raise ValueError(f"{place}: a record of fields {sorted(record)} fits none of the layouts; name its layout")
     raise ValueError(f"{path}: it looks like none of the layouts {', '.join(names)}; name its layout")
 
 
-def _first_record(path: Path) -> tuple[str, dict[str, Any] | None]:
-    """The first record of a JSON or parquet file, and its place; none of other files and of folders.
-
-    Raises:
-        ValueError: it is a JSON file that is damaged or empty.
-    """
-    if path.is_file() and path.suffix in JSON_SUFFIXES:
-        place, first = next(json_records(path), (str(path), ValueError(f"{path}: an empty file")))
-        if isinstance(first, ValueError):
-            raise first
-        return place, first
-    if path.is_file() and path.suffix == ".parquet":
-        place, record = next(parquet_records(path), (str(path), {}))
-        return place, {} if isinstance(record, ValueError) else record  # what is wrong is said when it is read
-    return str(path), None
+def _first_record(path: Path) -> tuple[str, dict[str, Any]]:
+    """The first record of a JSON or parquet file, and its place; an empty one of other files and of folders."""
+    if not path.is_file() or path.suffix not in (*JSON_SUFFIXES, ".parquet"):
+        return str(path), {}
+    read = parquet_records if path.suffix == ".parquet" else json_records
+    place, record = next(read(path), (str(path), ValueError(f"{path}: an empty file")))
+    if isinstance(record, ValueError):
+        raise record
+    return place, record

@@ -9,10 +9,12 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from scipy.cluster.hierarchy import DisjointSet
 
 
 if TYPE_CHECKING:
@@ -20,17 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SPELLINGS = {
-    "training": "train",
-    "train": "train",
-    "validation": "validation",
-    "validate": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "testing": "test",
-    "test": "test",
-}
+_SPELLINGS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPELLINGS |= dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation")
 _ORIGIN = ["dataset", "patient", "modality"]
 _NAMED = re.compile(rf"(?:^|[_.\s-])({'|'.join(_SPELLINGS)})(?![a-z])")
 
@@ -50,13 +43,7 @@ def split_in_name(path: str | Path) -> str | None:
 
 
 class Member(NamedTuple):
-    """What decides on which side of a validation split a row comes.
-
-    Example:
-        >>> patients = [Member("busi", f"p{number}", "ultrasound", f"{number}.png") for number in range(10)]
-        >>> len(hold_out(patients, fraction=0.2, seed=0))
-        2
-    """
+    """What decides on which side of a validation split a row comes."""
 
     dataset: str
     patient: str
@@ -69,7 +56,7 @@ def divide(rows: "Dataset", held: set[int]) -> tuple["Dataset", "Dataset"]:
     return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
 
 
-def hold_out(members: Iterable[Member], fraction: float, seed: int, required: bool = True) -> set[int]:
+def hold_out(members: Sequence[Member], fraction: float, seed: int, required: bool = True) -> set[int]:
     """Positions of the rows to hold out: `fraction` of every data set's patients, at least one.
 
     A data set of fewer than five patients gives the last images, by name, of each patient and modality instead (none
@@ -77,42 +64,44 @@ def hold_out(members: Iterable[Member], fraction: float, seed: int, required: bo
     All rows of one image come on one side.
 
     Args:
+        fraction: 0 holds out none.
         required: whether to refuse where nothing can be held out, though `fraction` is above 0.
 
     Raises:
         ValueError: `fraction` is not in [0, 1), or see `required`.
+
+    Example:
+        >>> patients = [Member("busi", f"p{number}", "ultrasound", f"{number}.png") for number in range(10)]
+        >>> len(hold_out(patients, fraction=0.2, seed=0))
+        2
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction is {fraction}: expected at least 0 and less than 1")
     if fraction == 0:
         return set()
-    members = list(members)
-    by_dataset: dict[str, list[tuple[int, Member]]] = defaultdict(list)
-    for position, member in enumerate(members):
-        by_dataset[member.dataset].append((position, member))
-    held: set[int] = set()
-    for dataset, rows in sorted(by_dataset.items()):
-        patients = sorted({member.patient for _, member in rows})
+    by_dataset: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        by_dataset[member.dataset].append(member)
+    held: set[str] = set()
+    for dataset, rows in by_dataset.items():
+        patients = sorted({member.patient for member in rows})
         if len(patients) >= 5:
             random.Random(f"{seed}:{dataset}").shuffle(patients)
             chosen = set(patients[: max(1, round(fraction * len(patients)))])
-            held.update(position for position, member in rows if member.patient in chosen)
+            held.update(member.image for member in rows if member.patient in chosen)
             continue
         series: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for _, member in rows:
+        for member in rows:
             series[member.patient, member.modality].add(member.image)
-        last: set[tuple[str, str]] = set()
-        for (patient, _), images in series.items():
-            count = max(1, round(fraction * len(images))) if len(images) >= 5 else 0
-            last.update((patient, image) for image in sorted(images)[len(images) - count :])
-        held.update(position for position, member in rows if (member.patient, member.image) in last)
+        for images in series.values():
+            if len(images) >= 5:
+                held.update(sorted(images)[-max(1, round(fraction * len(images))) :])
     if not held and required:
         raise ValueError(
             f"a fraction {fraction} cannot be held out for validation: no data set has five patients, or five images "
             "of one patient; set data.validation_fraction to 0"
         )
-    images = {members[position].image for position in held}
-    return {position for position, member in enumerate(members) if member.image in images}
+    return {position for position, member in enumerate(members) if member.image in held}
 
 
 def hold_out_regions(rows: "Dataset", fraction: float, seed: int) -> set[int]:
@@ -120,20 +109,11 @@ def hold_out_regions(rows: "Dataset", fraction: float, seed: int) -> set[int]:
 
     Args:
         rows: of `schema.REGION_FEATURES`, map-style.
-        fraction: of every data set's patients; 0 holds out none.
-        seed: of the choice.
-
-    Raises:
-        ValueError: see `hold_out`.
     """
-    import pyarrow.compute as pc
-
-    paths: list[str | None] = []
-    for pictures in _pictures(rows):
-        paths += pc.struct_field(pictures, "path").to_pylist()
     members = []
-    for position, (row, path) in enumerate(zip(rows.select_columns(_ORIGIN), paths, strict=True)):
-        image = path or f"row {position}"
+    texts = rows.select_columns([*_ORIGIN, "image"]).flatten().select_columns([*_ORIGIN, "image.path"])
+    for position, row in enumerate(texts):
+        image = row["image.path"] or f"row {position}"
         members.append(Member(row["dataset"] or "", row["patient"] or image, row["modality"] or "", image))
     return hold_out(members, fraction, seed) if members else set()
 
@@ -150,40 +130,50 @@ def hold_out_conversations(
 
     Args:
         rows: of `schema.CONVERSATION_FEATURES`, map-style.
-        fraction: of every data set's patients; 0 draws none.
-        seed: of the choice.
         beside: training and validation rows of other data, of either kind: conversations about an image, or a patient
             of a data set, that is on one side there come on the same.
 
     Raises:
-        ValueError: see `hold_out`; `beside` others, nothing need be left to hold out.
+        ValueError: as `hold_out`; `beside` others, nothing need be left to hold out.
     """
-    naming = ImageNames(any(map(_has_embedded, (rows, *chain(*beside)))))
-    names = list(naming.of_rows(rows))
-    images, patients = _Union(), _Union()
-    owners: dict[str, str] = {}  # image -> one of its patients
-    for shown in names:
+    asked, *elsewhere = _named_rows([rows, *chain(*beside)])
+    images = DisjointSet(name for _, shown in chain(asked, *elsewhere) for name in shown)
+    for _, shown in asked:
         for name in shown:
-            images.join(shown[0], name)
+            images.merge(shown[0], name)
+    image_of, patients = _first_names(images), DisjointSet()
+    owners: dict[str, str] = {}  # image -> one of its patients
     members = []
-    for position, (row, shown) in enumerate(zip(rows.select_columns(_ORIGIN), names, strict=True)):
-        image = images.first(shown[0]) if shown else f"row {position:09d}"
+    for position, (row, shown) in enumerate(asked):
+        image = image_of[shown[0]] if shown else f"row {position:09d}"
         patient = _patient(row) or image
-        patients.join(owners.setdefault(image, patient), patient)
+        patients.add(patient)
+        patients.merge(owners.setdefault(image, patient), patient)
         members.append(Member(row["dataset"] or "", patient, row["modality"] or "", image))
-    members = [member._replace(patient=patients.first(member.patient)) for member in members]
-    of_images, of_patients = _sides(beside, naming, images, patients)
-    sides: dict[str, bool] = {}  # of images; what anything holds out is held out
+    patient_of = _first_names(patients)
+    members = [member._replace(patient=patient_of[member.patient]) for member in members]
+
+    # On which sides, True for held out, images and patients are elsewhere.
+    of_images: dict[str, set[bool]] = defaultdict(set)
+    of_patients: dict[str, set[bool]] = defaultdict(set)
+    for part, is_held in zip(elsewhere, cycle([False, True]), strict=False):
+        for row, shown in part:
+            for name in shown:
+                of_images[image_of[name]].add(is_held)
+            if owner := _patient(row):
+                of_patients[patient_of.get(owner, owner)].add(is_held)
+    sides: dict[str, set[bool]] = defaultdict(set)  # by image
     for member in members:
-        for side in (of_images.get(member.image), of_patients.get(member.patient)):
-            if side is not None:
-                sides[member.image] = sides.get(member.image, False) or side
-    free = [position for position, member in enumerate(members) if member.image not in sides]
+        sides[member.image] |= of_images[member.image]
+        if len(of_patients[member.patient]) == 1:  # a volume that is on both sides decides nothing
+            sides[member.image] |= of_patients[member.patient]
+
+    free = [position for position, member in enumerate(members) if not sides[member.image]]
     drawn = {free[place] for place in hold_out([members[i] for i in free], fraction, seed, required=not beside)}
     left = {members[i][:2] for i in free if i not in drawn}  # a volume may be left in part
     whole = {members[i].patient for i in drawn if members[i][:2] not in left}
     drawn |= {i for i in free if members[i].patient in whole}
-    held = drawn | {position for position, member in enumerate(members) if sides.get(member.image)}
+    held = drawn | {position for position, member in enumerate(members) if True in sides[member.image]}
     if fraction and not held:
         logger.warning("all conversations are about images or patients whose masks are trained on: none is held out")
     return held
@@ -194,90 +184,35 @@ def _patient(row: dict[str, Any]) -> str | None:
     return f"{row['dataset'] or ''}\0{row['patient']}" if row["patient"] else None
 
 
-def _sides(
-    beside: Sequence[tuple["Dataset", "Dataset"]], naming: "ImageNames", images: "_Union", patients: "_Union"
-) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Whether an image, and a patient who is on one side alone, is held out in other data."""
-    of_images: dict[str, bool] = {}
-    of_patients: dict[str, set[bool]] = defaultdict(set)
-    for held, rows in chain(*map(enumerate, beside)):
-        for row, names in zip(rows.select_columns(["dataset", "patient"]), naming.of_rows(rows), strict=True):
-            for image in map(images.first, names):
-                of_images[image] = of_images.get(image, False) or bool(held)
-            if patient := _patient(row):
-                of_patients[patients.first(patient)].add(bool(held))
-    return of_images, {patient: found.pop() for patient, found in of_patients.items() if len(found) == 1}
+def _first_names(joined: DisjointSet) -> dict[str, str]:
+    """For each name the first of those that it is joined with: a name of their set."""
+    return {name: first for names in joined.subsets() for first in [min(names)] for name in names}
 
 
-class _Union:
-    """Names joined into sets; a set is called by the first of its names, whatever the order of joining."""
-
-    def __init__(self) -> None:
-        self._parents: dict[str, str] = {}
-
-    def first(self, name: str) -> str:
-        while (parent := self._parents.get(name, name)) != name:
-            self._parents[name] = self._parents.get(parent, parent)
-            name = parent
-        return name
-
-    def join(self, name: str, other: str) -> None:
-        low, high = sorted((self.first(name), self.first(other)))
-        self._parents[high] = low
-
-
-class ImageNames:
-    """What tells images apart: their absolute paths, or their content, named by the first path that it was met at.
-
-    Args:
-        by_content: read all images; one that cannot be read goes by its path.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> rows = Dataset.from_dict({"image": [{"path": "/data/a.png", "bytes": None}]})
-        >>> list(ImageNames(by_content=False).of_rows(rows))
-        [['/data/a.png']]
+def _named_rows(sets: Sequence["Dataset"]) -> list[list[tuple[dict[str, Any], list[str]]]]:
+    """The origin of each row of each data set, and what tells its images apart: their absolute paths, or, where any is
+    embedded, their content, named by the first path that it was met at; one that cannot be read goes by its path.
     """
+    by_content = any(entry["bytes"] is not None for rows in sets for _, shown in _rows(rows) for entry in shown)
+    named: dict[bytes, str] = {}
 
-    def __init__(self, by_content: bool) -> None:
-        self.by_content = by_content
-        self._named: dict[bytes, str] = {}
-
-    def of_rows(self, rows: "Dataset") -> Iterator[list[str]]:
-        """The names of each row's images, of either kind of rows."""
-        column = _image_column(rows)
-        for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=100):
-            for entries in batch[column].to_pylist():
-                yield [self._name(entry) for entry in (entries or [] if column == "images" else [entries])]
-
-    def _name(self, entry: dict[str, Any]) -> str:
-        content = entry.get("bytes")
+    def name_of(entry: dict[str, Any]) -> str:
+        content = entry["bytes"]
         path = entry["path"] if content is not None else os.path.abspath(entry["path"])
-        if not self.by_content:
+        if not by_content:
             return path
         try:
             content = Path(path).read_bytes() if content is None else content
         except OSError:
             return path
-        return self._named.setdefault(hashlib.sha256(content).digest(), f"{path}\0{len(self._named)}")
+        return named.setdefault(hashlib.sha256(content).digest(), f"{path}\0{len(named)}")
+
+    return [[(row, list(map(name_of, shown))) for row, shown in _rows(rows)] for rows in sets]
 
 
-def _has_embedded(rows: "Dataset") -> bool:
-    """Whether any image of the rows is embedded; none is read."""
-    import pyarrow.compute as pc
-
-    return any(pc.any(pc.is_valid(pc.struct_field(pictures, "bytes"))).as_py() for pictures in _pictures(rows))
-
-
-def _pictures(rows: "Dataset") -> Iterator[Any]:
-    """The images of rows of either kind, as arrays of {"path", "bytes"}."""
-    import pyarrow.compute as pc
-
-    column = _image_column(rows)
-    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        pictures = batch[column].combine_chunks()
-        yield pc.list_flatten(pictures) if column == "images" else pictures
-
-
-def _image_column(rows: "Dataset") -> str:
-    return "image" if "image" in rows.column_names else "images"
+def _rows(rows: "Dataset") -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The origin and the images, not decoded, of each row of either kind."""
+    column = "image" if "image" in rows.column_names else "images"
+    for row in rows.select_columns([*_ORIGIN, column]):
+        images = row.pop(column)
+        yield row, [images] if column == "image" else images or []

@@ -4,8 +4,8 @@ import hashlib
 import random
 import re
 import string
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,42 +18,50 @@ from medsight.text import nearest
 TEMPLATES = Path(__file__).with_name("templates.yaml")
 ALTERNATIVES = re.compile(r"\[([^][]*\|[^][]*)\]")  # "[Find|Locate] the lung[, please|]."
 
-_PICTURE = frozenset({"modality", "a_modality", "A_modality", "site"})
-_TARGET = _PICTURE | {"target", "a_target"}
+_PICTURE = {"modality", "a_modality", "A_modality", "site"}
 # What a wording of each intent may name in braces.
 PROMPT_WORDS = {
-    "segment_one": _TARGET,
+    **dict.fromkeys(("segment_one", "where_is", "is_there"), _PICTURE | {"target", "a_target"}),
     "segment_several": _PICTURE | {"targets"},
-    "segment_all": _PICTURE,
-    "where_is": _TARGET,
-    "is_there": _TARGET,
-    "diagnose": _PICTURE,
-    "caption": _PICTURE,
-    "modality": _PICTURE,
-    "site": _PICTURE,
+    **dict.fromkeys(("segment_all", "diagnose", "caption", "modality", "site"), _PICTURE),
 }
 ANSWER_WORDS = {
-    "segment_one": _PICTURE | {"cited"},
-    "segment_several": _PICTURE | {"cited"},
-    "segment_all": _PICTURE | {"cited"},
+    **dict.fromkeys(("segment_one", "segment_several", "segment_all", "is_there"), _PICTURE | {"cited"}),
     "where_is": _PICTURE | {"cited", "place"},
-    "is_there": _PICTURE | {"cited"},
     "diagnose": _PICTURE | {"finding", "codes"},
     "diagnose_by_target": _PICTURE | {"finding", "cited"},
     "diagnose_without_mask": _PICTURE | {"finding"},
     "diagnose_normal": _PICTURE | {"finding", "target"},
     "absent": _PICTURE | {"target"},
-    "modality": _PICTURE,
-    "site": _PICTURE,
-    "caption": _PICTURE | {"targets"},
-    "caption_without_targets": _PICTURE | {"targets"},
-    "caption_bare": _PICTURE,
+    **dict.fromkeys(("caption", "caption_without_targets"), _PICTURE | {"targets"}),
+    **dict.fromkeys(("modality", "site", "caption_bare"), _PICTURE),
 }
 INTENTS = {
     "grounded": ("segment_one", "segment_several", "segment_all", "where_is", "is_there", "diagnose", "absent"),
     "plain": ("caption", "modality", "site", "absent"),
     "absent": ("segment_one", "where_is", "is_there"),
 }
+
+
+# The keys of each section, with the words that the texts of each may name; None for keys of any name.
+SECTIONS: dict[str, Mapping[str, Collection[str]] | None] = {
+    "weights": INTENTS,
+    "prompts": PROMPT_WORDS,
+    "held_out_prompts": PROMPT_WORDS,
+    "answers": ANSWER_WORDS,
+    "synonyms": None,
+    "modalities": None,
+    "families": None,
+    "findings": {"abnormal": (), "normal": ()},
+}
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises ValueError, naming it, if it is damaged."""
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
 @dataclass(frozen=True)
@@ -89,34 +97,10 @@ class Wordings:
                 not know; the message names the file and the place.
         """
         path = TEMPLATES if path is None else Path(path)
-        content = path.read_bytes()
-        try:
-            sections = yaml.safe_load(content)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-        _check_keys(path, "file", sections, [field.name for field in fields(cls)][2:])
-        _check_keys(path, "weights", sections["weights"], INTENTS)
-        for kind, intents in INTENTS.items():
-            _check_keys(path, f"weights.{kind}", sections["weights"][kind], intents)
-            _check_weights(path, f"weights.{kind}", sections["weights"][kind])
-        for name, known in (
-            ("prompts", PROMPT_WORDS),
-            ("held_out_prompts", PROMPT_WORDS),
-            ("answers", ANSWER_WORDS),
-        ):
-            _check_keys(path, name, sections[name], known)
-            for intent, words in known.items():
-                _check_wordings(path, f"{name}.{intent}", sections[name][intent], words)
-        for intent, held_out in sections["held_out_prompts"].items():
-            _check_brackets(path, f"prompts.{intent}", sections["prompts"][intent])
-            _check_held_out(path, intent, held_out, sections["prompts"][intent])
-        _check_keys(path, "findings", sections["findings"], ("abnormal", "normal"))
-        for name in ("synonyms", "families", "findings"):
-            for key, words in _mapping(path, name, sections[name]).items():
-                _check_wordings(path, f"{name}.{key}", words, frozenset())
-        for pattern, words in _mapping(path, "modalities", sections["modalities"]).items():
-            _check_wordings(path, f"modalities.{pattern}", [words], frozenset({"modality"}))
-        return cls(path=str(path), sha256=hashlib.sha256(content).hexdigest(), **sections)
+        sections = read_yaml(path)
+        if problem := next(_problems(sections), None):
+            raise ValueError(f"{path}: {problem}")
+        return cls(path=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **sections)
 
     def modality(self, name: str) -> str:
         """A modality in words, by the first pattern in section `modalities` that matches.
@@ -149,57 +133,57 @@ def matches(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
 
 
-def _mapping(path: Path, where: str, value: Any) -> dict:
+def _problems(sections: Any) -> Iterator[str]:
+    """What is wrong with the content of a file, with its place; only the first is to be relied on."""
+    yield from _wrong_keys("file", sections, SECTIONS)
+    for name, keys in SECTIONS.items():
+        yield from _wrong_keys(name, sections[name], keys)
+    for kind, weights in sections["weights"].items():
+        yield from _wrong_keys(f"weights.{kind}", weights, INTENTS[kind])
+        for intent, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not weight >= 0:
+                yield f"weights.{kind}.{intent}: expected a number of at least 0, got {weight!r}"
+        if not any(weights.values()):
+            yield f"weights.{kind}: all weights are 0; expected at least one above"
+    for pattern, words in sections["modalities"].items():
+        yield from _wrong_texts(f"modalities.{pattern}", [words], {"modality"})
+    for name in SECTIONS.keys() - {"weights", "modalities"}:
+        for key, texts in sections[name].items():
+            yield from _wrong_texts(f"{name}.{key}", texts, (SECTIONS[name] or {}).get(key, ()))
+    for intent, prompts in sections["prompts"].items():
+        for prompt in prompts:
+            if re.search(r"[][]", ALTERNATIVES.sub("", prompt)):
+                yield f"prompts.{intent}: {prompt!r}: expected alternatives in brackets: [one|another]"
+        drawable = re.compile("|".join(map(_any_drawn, prompts)), flags=re.IGNORECASE)
+        for prompt in sections["held_out_prompts"][intent]:
+            if ALTERNATIVES.search(prompt):
+                yield f"held_out_prompts.{intent}: {prompt!r}: expected no alternatives"
+            if drawable.fullmatch("".join(prompt.split())):
+                yield f"held_out_prompts.{intent} and prompts.{intent} share {prompt!r}"
+
+
+def _wrong_keys(where: str, value: Any, expected: Collection[str] | None) -> Iterator[str]:
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {where}: expected a mapping, got {type(value).__name__}")
-    return value
+        yield f"{where}: expected a mapping, got {type(value).__name__}"
+    elif expected is not None:
+        for key in value.keys() - set(expected):
+            yield f"{where} has an unknown section {key!r}: {nearest(key, expected)}"
+        for key in set(expected) - value.keys():
+            yield f"{where} has no section {key!r}"
 
 
-def _check_keys(path: Path, where: str, value: Any, expected: Collection[str]) -> None:
-    _mapping(path, where, value)
-    for key in value:
-        if key not in expected:
-            raise ValueError(f"{path}: {where} has an unknown section {key!r}: {nearest(key, expected)}")
-    for key in expected:
-        if key not in value:
-            raise ValueError(f"{path}: {where} has no section {key!r}")
-
-
-def _check_weights(path: Path, where: str, weights: dict[str, Any]) -> None:
-    for intent, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise ValueError(f"{path}: {where}.{intent}: expected a number of at least 0, got {weight!r}")
-    if not any(weights.values()):
-        raise ValueError(f"{path}: {where}: all weights are 0; expected at least one above")
-
-
-def _check_wordings(path: Path, where: str, wordings: Any, words: Collection[str]) -> None:
-    if not isinstance(wordings, list) or not wordings or not all(isinstance(text, str) and text for text in wordings):
-        raise ValueError(f"{path}: {where}: expected a list of texts, got {wordings!r:.60}")
-    for text in wordings:
+def _wrong_texts(where: str, texts: Any, words: Collection[str]) -> Iterator[str]:
+    """Texts that name in braces anything but these words."""
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        yield f"{where}: expected a list of texts, got {texts!r:.60}"
+    for text in texts:
         try:
             named = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
         except ValueError as error:
-            raise ValueError(f"{path}: {where}: {text!r}: {error}") from error
-        for name in sorted(named - set(words)):
+            yield f"{where}: {text!r}: {error}"
+        for name in sorted(named.difference(words)):
             known = ", ".join(f"{{{word}}}" for word in sorted(words)) or "none"
-            raise ValueError(f"{path}: {where}: {text!r} names {{{name}}}; known here: {known}")
-
-
-def _check_brackets(path: Path, where: str, prompts: list[str]) -> None:
-    for prompt in prompts:
-        if re.search(r"[][]", ALTERNATIVES.sub("", prompt)):
-            raise ValueError(f"{path}: {where}: {prompt!r}: expected alternatives in brackets: [one|another]")
-
-
-def _check_held_out(path: Path, intent: str, held_out: list[str], prompts: list[str]) -> None:
-    """No held-out prompt is one that training can draw, whatever its case and spaces; they have no alternatives."""
-    drawable = re.compile("|".join(map(_any_drawn, prompts)), flags=re.IGNORECASE)
-    for prompt in held_out:
-        if ALTERNATIVES.search(prompt):
-            raise ValueError(f"{path}: held_out_prompts.{intent}: {prompt!r}: expected no alternatives")
-        if drawable.fullmatch("".join(prompt.split())):
-            raise ValueError(f"{path}: held_out_prompts.{intent} and prompts.{intent} share {prompt!r}")
+            yield f"{where}: {text!r} names {{{name}}}; known here: {known}"
 
 
 def _any_drawn(prompt: str) -> str:

@@ -11,9 +11,11 @@ import re
 import string
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+
+from processing_medsight.grounded_answer_medsight import tidy_answer
 
 from .groups import Groups
 from .templates import Wordings, draw_alternatives, matches
@@ -50,13 +52,7 @@ class Turn:
     absent: str | None = None
 
     def text(self, codes: Sequence[str]) -> str:
-        """The answer with region codes in it, one a region.
-
-        Raises:
-            ValueError: for another number of codes than of regions.
-        """
-        if len(codes) != len(self.regions):
-            raise ValueError(f"{len(codes)} codes for {len(self.regions)} regions of the answer {self.answer!r}")
+        """The answer with region codes in it, one a region."""
         return self.answer.format(*codes)
 
 
@@ -108,13 +104,12 @@ class ConversationMaker:
         wordings: see [`Wordings`].
         vocabulary: see [`Vocabulary`].
         generator: source of all choices; may be replaced between two turns.
-        prompts: draw from the prompts for "training", or from the "held_out" ones, which training never sees.
         max_regions: most codes in an answer; a question names at most `MAX_NAMED` structures all the same.
         noise: share of a prompt's words, names left out, that are misspelt or missing, so that what is learnt is not
             one wording (Wei and Zou, 2019, EDA).
 
     Raises:
-        ValueError: for another `prompts`, `max_regions` below 1, or `noise` that is no share.
+        ValueError: for `max_regions` below 1, or `noise` that is no share.
     """
 
     def __init__(
@@ -123,18 +118,14 @@ class ConversationMaker:
         vocabulary: Vocabulary,
         generator: random.Random,
         *,
-        prompts: Literal["training", "held_out"] = "training",
         max_regions: int = MAX_REGIONS,
         noise: float = 0.0,
     ) -> None:
         if not 0 <= noise < 1:
             raise ValueError(f"noise={noise}: expected a share of the words, from 0 to below 1")
-        if prompts not in ("training", "held_out"):
-            raise ValueError(f"prompts={prompts!r}: expected 'training' or 'held_out'")
         if max_regions < 1:
             raise ValueError(f"max_regions={max_regions}: expected at least 1")
         self.wordings, self.groups, self.generator = wordings, vocabulary.groups, generator
-        self.prompts = wordings.prompts if prompts == "training" else wordings.held_out_prompts
         self.max_regions, self.noise = max_regions, noise
         self.elsewhere = [vocabulary.unrelated_targets(k, wordings) for k in range(len(vocabulary.targets))]
 
@@ -154,7 +145,7 @@ class ConversationMaker:
             "segment_all": bool(regions) and len(row["targets"]) <= self.max_regions,
             "where_is": any(len(masks) == 1 for masks in regions.values()),
             "is_there": bool(regions),
-            "diagnose": bool(self._signs(row, regions)) or self._is_diagnosis_without_mask(row),
+            "diagnose": self._may_diagnose(row, regions),
             "absent": bool(absent),
         }
         weights = {name: weight for name, weight in self.wordings.weights["grounded"].items() if possible[name]}
@@ -164,8 +155,12 @@ class ConversationMaker:
         if intent == "absent":
             return self._absent(row, absent)
         if intent == "where_is":
-            return self._where_is(row, regions, places)
-        return getattr(self, f"_{intent}")(row, regions)
+            regions = {target: masks for target, masks in regions.items() if len(masks) == 1}
+        if intent in ("segment_one", "where_is", "is_there"):
+            return self._one_structure(intent, row, regions, places)
+        if intent == "segment_all":
+            return self._turn(row, intent, intent, cited=regions)
+        return self._diagnose(row, regions) if intent == "diagnose" else self._segment_several(row, regions)
 
     def plain(self, row: Mapping[str, Any]) -> Turn:
         """A question whose answer needs no region: caption, modality, body site, an absent structure."""
@@ -176,12 +171,11 @@ class ConversationMaker:
         if intent == "absent":
             return self._absent(row, absent)
         if intent != "caption":
-            return self._turn(row, intent, intent, {})
+            return self._turn(row, intent, intent)
         for answer, targets in (("caption", row["targets"]), ("caption_without_targets", row["absent"])):
             if targets:
-                words = _literal(enumerate_words(sorted(set(targets))))
-                return self._turn(row, "caption", answer, {"targets": words})
-        return self._turn(row, "caption", "caption_bare", {})
+                return self._turn(row, "caption", answer, words={"targets": enumerate_words(sorted(set(targets)))})
+        return self._turn(row, "caption", "caption_bare")
 
     def _citable(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """The masks of each target that an answer may cite, by target in alphabetical order."""
@@ -202,13 +196,14 @@ class ConversationMaker:
     def _is_normal(self, row: Mapping[str, Any]) -> bool:
         return bool(row["finding"]) and matches(row["finding"], self.wordings.findings["normal"])
 
-    def _is_diagnosis_without_mask(self, row: Mapping[str, Any]) -> bool:
-        return bool(row["absent"]) if self._is_normal(row) else bool(row["finding"]) and not row["targets"]
+    def _may_diagnose(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> bool:
+        """Whether masks show what is wrong, or the row says without any: what it is, or that nothing is."""
+        if self._is_normal(row):
+            return bool(row["absent"])
+        return bool(self._signs(row, regions)) or bool(row["finding"]) and not row["targets"]
 
     def _signs(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> list[str]:
         """Targets that show what is wrong, as `signs_of` says, where an answer may cite all of their masks."""
-        if self._is_normal(row):
-            return []
         only = len(set(row["targets"])) == 1
         signs = signs_of(row["finding"], list(regions), self.wordings.findings["abnormal"], only)
         return signs if sum(len(regions[target]) for target in signs) <= self.max_regions else []
@@ -228,17 +223,24 @@ class ConversationMaker:
         row: Mapping[str, Any],
         prompt: str,
         answer: str,
-        words: Mapping[str, str],
+        *,
+        cited: Mapping[str, Sequence[int]] | None = None,
         asked: Mapping[str, str] | None = None,
+        words: Mapping[str, str] | None = None,
         **rest: Any,
     ) -> Turn:
-        """Fill in a prompt with `asked`, and an answer with `words`, in which only slots have single braces."""
+        """Fill in a prompt with `asked`, and an answer with `words` and the masks `cited`, by their targets."""
         picture = picture_words(row, self.wordings)
-        drawn = draw_alternatives(self.generator.choice(self.prompts[prompt]), self.generator)
+        drawn = draw_alternatives(self.generator.choice(self.wordings.prompts[prompt]), self.generator)
         question = self._rough(drawn).format(**picture, **(asked or {}))
-        literal = {name: _literal(word) for name, word in picture.items()}
-        reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, **words)
-        return Turn(**{"intent": prompt, "prompt": question, "answer": reply, **rest})
+        literal = {name: _literal(word) for name, word in {**picture, **(words or {})}.items()}
+        masks = [(target, mask) for target, indices in (cited or {}).items() for mask in indices]
+        slots = [f"{{{slot}}}" for slot in range(len(masks))]
+        named = ", ".join(f"{_literal(target)} {slot}" for (target, _), slot in zip(masks, slots, strict=True))
+        codes = enumerate_words(slots) if slots else ""
+        reply = self.generator.choice(self.wordings.answers[answer]).format(**literal, cited=named, codes=codes)
+        regions = tuple(mask for _, mask in masks)
+        return Turn(**{"intent": prompt, "prompt": question, "answer": reply, "regions": regions, **rest})
 
     def _rough(self, prompt: str) -> str:
         """A prompt as somebody in a hurry writes it: see `noise`."""
@@ -254,21 +256,12 @@ class ConversationMaker:
                 words.append(word[:place] + self.generator.choice(string.ascii_lowercase) + word[place + 1 :])
         return " ".join(words) or prompt
 
-    def _segment_one(
-        self, row: Mapping[str, Any], regions: Mapping[str, list[int]], intent: str = "segment_one"
+    def _one_structure(
+        self, intent: str, row: Mapping[str, Any], regions: Mapping[str, list[int]], places: Sequence[str]
     ) -> Turn:
         target = self.generator.choice(list(regions))
-        cited, masks = _cite({target: regions[target]})
-        return self._turn(row, intent, intent, {"cited": cited}, _asked(self._called(target, row)), regions=masks)
-
-    def _is_there(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
-        return self._segment_one(row, regions, "is_there")
-
-    def _where_is(self, row: Mapping[str, Any], regions: Mapping[str, list[int]], places: Sequence[str]) -> Turn:
-        target = self.generator.choice([target for target, masks in regions.items() if len(masks) == 1])
-        cited, masks = _cite({target: regions[target]})
-        words = {"cited": cited, "place": places[masks[0]]}
-        return self._turn(row, "where_is", "where_is", words, _asked(self._called(target, row)), regions=masks)
+        asked, words = _asked(self._called(target, row)), {"place": places[regions[target][0]]}
+        return self._turn(row, intent, intent, cited={target: regions[target]}, asked=asked, words=words)
 
     def _segment_several(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
         wanted = self.generator.randint(2, min(MAX_NAMED, self.max_regions, len(regions)))
@@ -277,10 +270,8 @@ class ConversationMaker:
             chosen = self._fitting(sorted(regions, key=lambda target: len(regions[target])), regions)[:2]
         names = [self._called(target, row) if self.generator.random() < 0.5 else target for target in chosen]
         joined = enumerate_words(names) if self.generator.random() < 0.7 else ", ".join(names)
-        cited, masks = _cite({target: regions[target] for target in chosen})
-        return self._turn(
-            row, "segment_several", "segment_several", {"cited": cited}, {"targets": joined}, regions=masks
-        )
+        cited = {target: regions[target] for target in chosen}
+        return self._turn(row, "segment_several", "segment_several", cited=cited, asked={"targets": joined})
 
     def _fitting(self, targets: Sequence[str], regions: Mapping[str, list[int]]) -> list[str]:
         """Those of the targets, in order, whose masks can be cited together."""
@@ -291,35 +282,28 @@ class ConversationMaker:
                 count += len(regions[target])
         return chosen
 
-    def _segment_all(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
-        cited, masks = _cite(regions)
-        return self._turn(row, "segment_all", "segment_all", {"cited": cited}, regions=masks)
-
     def _diagnose(self, row: Mapping[str, Any], regions: Mapping[str, list[int]]) -> Turn:
-        signs = self._signs(row, regions)
-        if not signs and self._is_normal(row):
+        finding, signs = row["finding"], self._signs(row, regions)
+        if self._is_normal(row):
             target = self.generator.choice(row["absent"])
-            words = {"finding": _literal(row["finding"]), "target": _literal(target)}
-            return self._turn(row, "diagnose", "diagnose_normal", words, absent=target)
+            words = {"finding": finding, "target": target}
+            return self._turn(row, "diagnose", "diagnose_normal", words=words, absent=target)
         if not signs:
-            return self._turn(row, "diagnose", "diagnose_without_mask", {"finding": _literal(row["finding"])})
-        cited, masks = _cite({target: regions[target] for target in signs})
-        finding = row["finding"] or enumerate_words(signs)
+            return self._turn(row, "diagnose", "diagnose_without_mask", words={"finding": finding})
+        finding, answer = finding or enumerate_words(signs), "diagnose_by_target"
         if len(signs) == 1 and names_finding(signs[0], finding):
-            codes = enumerate_words([f"{{{slot}}}" for slot in range(len(masks))])
-            words = {"finding": _literal(signs[0]), "codes": codes}
-            return self._turn(row, "diagnose", "diagnose", words, regions=masks)
-        words = {"finding": _literal(finding), "cited": cited}
-        return self._turn(row, "diagnose", "diagnose_by_target", words, regions=masks)
+            finding, answer = signs[0], "diagnose"
+        cited = {target: regions[target] for target in signs}
+        return self._turn(row, "diagnose", answer, cited=cited, words={"finding": finding})
 
     def _absent(self, row: Mapping[str, Any], absent: Sequence[Sequence[str]]) -> Turn:
         # A group first: else one group of many organs would teach that organs are absent.
         target = self.generator.choice(self.generator.choice(absent))
         # A synonym such as "lesion" may be said of something else in the image, unless the row rules that out.
-        name = self._called(target, row) if target in row["absent"] else target
+        asked = _asked(self._called(target, row) if target in row["absent"] else target)
         prompt = self._draw(self.wordings.weights["absent"])
-        words = {"target": _literal(target)}
-        return self._turn(row, prompt, "absent", words, _asked(name), intent="absent", absent=target)
+        words = {"target": target}
+        return self._turn(row, prompt, "absent", asked=asked, words=words, intent="absent", absent=target)
 
 
 def signs_of(finding: str | None, targets: Sequence[str], abnormal: Collection[str], only: bool) -> list[str]:
@@ -394,8 +378,6 @@ def corpus_texts(
     Raises:
         ValueError: as [`Groups.index`] and [`Wordings.modality`].
     """
-    from processing_medsight.grounded_answer_medsight import tidy_answer
-
     if hasattr(rows, "remove_columns"):
         rows = rows.remove_columns(["image", "masks"])
     for _ in range(rounds):
@@ -414,10 +396,3 @@ def _literal(text: str) -> str:
 
 def _asked(name: str) -> dict[str, str]:
     return {"target": name, "a_target": with_article(name)}
-
-
-def _cite(regions: Mapping[str, Sequence[int]]) -> tuple[str, tuple[int, ...]]:
-    """ "liver {0}, spleen {1}", and the masks in the order of their slots."""
-    masks = [(target, index) for target, indices in regions.items() for index in indices]
-    cited = ", ".join(f"{_literal(target)} {{{slot}}}" for slot, (target, _) in enumerate(masks))
-    return cited, tuple(index for _, index in masks)

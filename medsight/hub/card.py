@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_url
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from medsight.checkpoint import read_json, weights_sha256
 from medsight.files import write_text
 
-from .files import ADAPTER_CONFIG, CARD, check_repo_id, files_to_push
+from .files import ADAPTER_CONFIG, CARD, check_repo_id, files_to_push, is_repo_id
 from .results import eval_results, read_metrics, results_text
 
 
 TEMPLATE = Path(__file__).with_name("hub_card.md").read_text(encoding="utf-8")
 TAGS = ["medical", "image-segmentation", "visual-question-answering", "grounded", "medsight"]
 TRAINING_RECORD = "training_record.json"  # which training writes into the folder of a run
-RECORD_FIELDS = ("datasets", "emissions", "data", "training")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,15 @@ def render_card(folder: Path, repo_id: str, facts: CardFacts | None = None) -> s
     """
     facts = facts or CardFacts()
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    header, sections = _of_adapter(folder, facts) if adapter else _of_model(folder, repo_id, facts)
+    header, sections = _of_training(folder, facts.run, adapter)
+    if adapter:
+        if facts.metrics:
+            raise ValueError(f"{folder} is an adapter, not evaluated alone: publish figures with a merged model")
+        header["base_model"] = base_model_of_adapter(folder, facts.base_model)
+        header["base_model_relation"] = "adapter"
+    else:
+        header["base_model"] = facts.base_model
+        _add_model(header, sections, folder, repo_id, facts)
     data = ModelCardData(
         language="en",
         license=facts.license or "other",
@@ -90,73 +96,44 @@ def base_model_of_adapter(folder: Path, base_model: str | None) -> str:
         ValueError: it is no Hub id.
     """
     name = base_model or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    try:
-        validate_repo_id(name)
-        known = "/" in name and not Path(name).exists()
-    except HFValidationError:
-        known = False
-    if not known:
+    if not is_repo_id(name) or Path(name).exists():
         raise ValueError(
             f"{folder / ADAPTER_CONFIG}: base model {name!r} is no Hub id: name it with base_model (--base-model)"
         )
     return name
 
 
-def _of_adapter(folder: Path, facts: CardFacts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header fields and sections of an adapter's card."""
-    if facts.metrics:
-        raise ValueError(f"{folder} is an adapter, which is not evaluated alone: publish figures with a merged model")
-    header, sections = _of_training(facts.run)
-    header |= {"base_model": base_model_of_adapter(folder, facts.base_model), "base_model_relation": "adapter"}
-    return header, sections
-
-
-def _of_model(folder: Path, repo_id: str, facts: CardFacts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header fields and sections of a whole model's card."""
-    run = facts.run
-    if run is not None:
-        _refuse_other_run(folder, run)
-    elif folder.absolute().name == "model" and (folder.absolute().parent / TRAINING_RECORD).is_file():
-        run = folder.absolute().parent
-    header, sections = _of_training(run)
+def _add_model(header: dict[str, Any], sections: dict[str, Any], folder: Path, repo_id: str, facts: CardFacts) -> None:
+    """The example and the figures of a whole model."""
     config = read_json(folder / "config.json")
     classes = config.get("mask_class_names") or ["liver"]
     prompt = facts.prompt or f"Segment the {classes[0]}."
-    widget = {"text": prompt, "example_title": "Segmentation"}
-    if (folder / "example.png").is_file():
-        widget["src"] = hf_hub_url(repo_id, "example.png")
-    header |= {"base_model": facts.base_model, "widget": [widget]}
     sections |= {"prompt": prompt, "image_size": config.get("image_size")}
+    header["widget"] = [{"text": prompt, "example_title": "Segmentation"}]
+    if (folder / "example.png").is_file():
+        header["widget"][0]["src"] = hf_hub_url(repo_id, "example.png")
     paths = facts.metrics or tuple(sorted(folder.glob("metrics*.json")))
     if paths:
         measured = read_metrics(paths, weights_sha256(folder))
         header |= {"eval_results": eval_results(measured), "model_name": repo_id.split("/")[-1]}
         sections["results"] = results_text(measured)
-    return header, sections
 
 
-def _of_training(run: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_training(folder: Path, run: Path | None, adapter: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header fields and sections from what training recorded in the folder of a run, if there is one."""
+    above = folder.absolute().parent
+    if run is None and folder.absolute().name == "model" and (above / TRAINING_RECORD).is_file():
+        run = above
     if run is None:
         return {}, {}
     path = run / TRAINING_RECORD
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{run} has no {TRAINING_RECORD}, which training writes when a stage ends: train on with this version, or "
-            "leave out --run"
-        )
-    record = read_json(path)
-    missing = [name for name in RECORD_FIELDS if name not in record]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}: it is no record of training")
-    header = {"datasets": record["datasets"], "co2_eq_emissions": record["emissions"]}
-    return header, {"training_data": record["data"], "training": record["training"]}
-
-
-def _refuse_other_run(folder: Path, run: Path) -> None:
-    result = run / "model"
-    if not result.is_dir():
-        raise FileNotFoundError(f"{run} is no finished training run: it has no folder model")
-    ours, theirs = weights_sha256(folder), weights_sha256(result)
-    if ours != theirs:
+        raise FileNotFoundError(f"{path} is not there: train on with this version, which writes it, or omit --run")
+    if not adapter and (theirs := weights_sha256(run / "model")) != (ours := weights_sha256(folder)):
         raise ValueError(f"the run {run} ended with weights {theirs[:12]}…, but those to publish are {ours[:12]}…")
+    record = read_json(path)
+    try:
+        header = {"datasets": record["datasets"], "co2_eq_emissions": record["emissions"]}
+        return header, {"training_data": record["data"], "training": record["training"]}
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: it is no record of training") from error

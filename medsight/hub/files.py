@@ -2,11 +2,12 @@
 
 import re
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_medsight
@@ -21,6 +22,7 @@ from medsight.checkpoint import (
     WEIGHTS_FILE,
     check_checkpoint,
     read_json,
+    tensor_names,
     weight_files,
 )
 from processing_medsight import MedSightProcessor
@@ -29,27 +31,24 @@ from processing_medsight.region_codes_medsight import find_region_codes, is_regi
 
 CARD, CODE = "README.md", "*_medsight.py"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DOCUMENTS = (CARD, CODES_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "example.png")
-TEMPLATES, SHEETS = "additional_chat_templates", "region_codes"
-UNFINISHED = (".saving-*", ".*.partial", "*.incomplete", ".*.new")
-RESUMABLE = ("optimizer*", "scheduler.*", "rng_state*", "scaler.*", "stage_state.safetensors")
-# The first pattern that fits says why a file stays. None needs to fit: only what is known to belong goes.
+DOCUMENTS = (CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "example.png")
+SHEETS = "region_codes"
+UNFINISHED = [".saving-*", ".*.partial", "*.incomplete", ".*.new"]
+RESUMABLE = ["optimizer*", "scheduler.*", "rng_state*", "scaler.*", "stage_state.safetensors"]
+# Why a file stays: the first reason with a pattern that fits. None needs to fit: only what is known to belong goes.
 REASONS = {
-    ".*": "hidden",
-    "checkpoint-*": "a checkpoint to resume training from",
-    "metrics*.json": "its figures are in the card; it also names single rows",
-    "*.safetensors": "weights that the checkpoint does not use",
-    "*.index.json": "an index of weights that are not there",
-    **dict.fromkeys(("*.bin", "*.p[tk]*", "*.ckpt"), "a pickle, which may run code when it is read"),
-    **dict.fromkeys(("trainer_state.json", "steps.jsonl", "*_results.json"), "a record of training"),
-    **dict.fromkeys(("*.log", "events.out.*", "runs", "logs", "wandb", "emissions.csv"), "a log"),
-    SHEETS: "pictures of the data; contact_sheets names the folder where they may be published",
-    **dict.fromkeys(
-        ("*.png", "*.jp*g", "*.tif*", "*.dcm", "*.nii", "*.nii.gz", "examples"),
-        "a picture or scan, which may show a patient",
-    ),
-    CODE: "code that the checkpoint does not use",
-    "*.py": "not the model's own code",
+    "hidden": [".*"],
+    "a checkpoint to resume training from": ["checkpoint-*"],
+    "its figures are in the card; it also names single rows": ["metrics*.json"],
+    "weights that the checkpoint does not use": ["*.safetensors", "*.index.json"],
+    "a pickle, which may run code when it is read": ["*.bin", "*.p[tk]*", "*.ckpt"],
+    "a record of training": ["trainer_state.json", "steps.jsonl", "*_results.json"],
+    "a log": ["*.log", "events.out.*", "runs", "logs", "wandb", "emissions.csv"],
+    "pictures of the data; contact_sheets names the folder where they may be published": [SHEETS],
+    "a picture or scan, which may show a patient": ["*.png", "*.jp*g", "*.tif*", "*.dcm", "*.nii*", "examples"],
+    "code that the checkpoint does not use": [CODE],
+    "not the model's own code": ["*.py"],
+    "not a file of a checkpoint": ["*"],
 }
 _PLACEHOLDER = "[More Information Needed]"  # of the cards that peft and transformers make
 
@@ -66,19 +65,27 @@ class Upload:
 
     kind: str
     files: dict[str, Path | bytes]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {
-            path: len(file) if isinstance(file, bytes) else file.stat().st_size for path, file in self.files.items()
-        }
+        """Bytes of each file, by its path."""
+        files = sorted(self.files.items())
+        return {path: len(file) if isinstance(file, bytes) else file.stat().st_size for path, file in files}
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether it is a `namespace/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def check_repo_id(repo_id: str) -> None:
     """Raises ValueError, with an example, where it is no `namespace/name`."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, flags=re.ASCII):
+    if not is_repo_id(repo_id):
         raise ValueError(f"repository {repo_id!r}: expected NAMESPACE/NAME, for example my-name/medsight-nano")
 
 
@@ -96,102 +103,79 @@ def files_to_push(folder: Path, contact_sheets: Path | None = None) -> Upload:
         OSError: the folder, or a file that a checkpoint needs, is missing.
         ValueError: the folder is no finished checkpoint, or would not load from the Hub.
     """
-    refuse_unfinished(folder)
+    _refuse_unfinished(folder)
     kind = "adapter" if (folder / ADAPTER_CONFIG).is_file() else "model"
+    allowed = _adapter_names(folder) if kind == "adapter" else _model_names(folder)
     files: dict[str, Path | bytes] = {}
-    if kind == "model":
-        allowed = _model_names(folder)
-        if not any(folder.glob(CODE)):
-            files |= package_code()
-    else:
-        allowed = _adapter_names(folder)
     left_out = {}
     for path in sorted(folder.iterdir()):
         if path.name == CARD and path.is_file() and _PLACEHOLDER.encode() in path.read_bytes():
             left_out[CARD] = f"has {_PLACEHOLDER} in it; another is rendered"
         elif path.is_file() and path.name in allowed:
             files[path.name] = path
-        elif path.is_dir() and path.name == TEMPLATES and kind == "model":
-            files |= {f"{TEMPLATES}/{file.name}": file for file in sorted(path.glob("*.jinja"))}
         else:
-            reasons = (reason for pattern, reason in REASONS.items() if fnmatch(path.name, pattern))
             name = f"{path.name}/" if path.is_dir() else path.name
-            left_out[name] = next(reasons, "not a file of a checkpoint")
+            left_out[name] = next(why for why, patterns in REASONS.items() if _fits(path.name, patterns))
+    if kind == "model" and not any(folder.glob(CODE)):
+        files |= _package_code()
     if contact_sheets is not None:
         files |= _sheets(contact_sheets)
-    upload = Upload(kind, dict(sorted(files.items())), left_out)
-    for name, size in upload.sizes.items():
-        if size == 0:
-            raise ValueError(f"{folder / name} is empty: save the checkpoint again")
-    return upload
+    return Upload(kind, files, left_out)
 
 
-def package_code() -> dict[str, Path | bytes]:
+def _package_code() -> dict[str, Path | bytes]:
     """The code of a whole checkpoint, as saving the model and the processor of this package writes it."""
     with tempfile.TemporaryDirectory() as folder:
         write_remote_code(folder, *modeling_medsight.__path__, *processing_medsight.__path__)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def refuse_unfinished(folder: Path) -> None:
-    """Raise where a folder is still being written, is a whole run's, or holds what resumes a training.
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
-    Raises:
-        OSError: there is no such folder.
-        ValueError: naming what was found, and what to publish in its place.
-    """
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raise where a folder is still being written, is a whole run's, or holds what resumes a training."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: no such folder; name a checkpoint folder")
     if (folder / "stages").is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is the folder of a whole training run: push {folder / 'model'}, its result")
-    entries = [path.name for path in folder.iterdir()]
-    for name in (folder.absolute().name, *entries):
-        if any(fnmatch(name, pattern) for pattern in UNFINISHED):
+    names = [path.name for path in folder.iterdir()]
+    for name in (folder.absolute().name, *names):
+        if _fits(name, UNFINISHED):
             raise ValueError(f"{folder} is not finished: {name} is still being written, or was left by a crash")
-    for name in entries:
-        if any(fnmatch(name, pattern) for pattern in RESUMABLE):
-            raise ValueError(
-                f"{folder} is a checkpoint to resume training from ({name}): push the model that training ends with"
-            )
-
-
-def refuse_unloadable(folder: Path) -> None:
-    """Raise ValueError, naming the folder, where its settings, tokenizer or meanings of codes cannot be read."""
-    try:
-        MedSightConfig.from_pretrained(folder, local_files_only=True).refuse_contradictions()
-        MedSightProcessor.from_pretrained(folder, local_files_only=True)
-        find_region_codes(folder, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} would not load from the Hub ({type(error).__name__}: {reason})") from error
+    for name in names:
+        if _fits(name, RESUMABLE):
+            raise ValueError(f"{folder} is to resume training from ({name}): push the model that training ends with")
 
 
 def _model_names(folder: Path) -> set[str]:
+    """The files of a checkpoint that may go; raises where it would not load from the Hub."""
     check_checkpoint(folder)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the processor into the same folder")
     for path in folder.glob("*.json"):
         read_json(path)
-    refuse_unloadable(folder)
+    try:
+        MedSightConfig.from_pretrained(folder, local_files_only=True)
+        MedSightProcessor.from_pretrained(folder, local_files_only=True)
+        find_region_codes(folder, local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} would not load from the Hub ({type(error).__name__}: {reason})") from error
     weights = {path.name for path in weight_files(folder)}
-    index = {INDEX_FILE} if weights != {WEIGHTS_FILE} else set()
-    return {*NEEDED, *OPTIONAL, *DOCUMENTS, *weights, *index, *_code_names(folder)}
+    index = set() if weights == {WEIGHTS_FILE} else {INDEX_FILE}
+    return {*NEEDED, *OPTIONAL, *DOCUMENTS, CODES_FILE, *weights, *index, *_code_names(folder)}
 
 
 def _adapter_names(folder: Path) -> set[str]:
+    """The files of an adapter that may go; raises where one is missing or damaged."""
     read_json(folder / ADAPTER_CONFIG)
-    weights = folder / ADAPTER_WEIGHTS
-    if not weights.is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has an {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}: save the adapter again")
-    try:
-        with safe_open(weights, framework="np") as tensors:
-            names = list(tensors.keys())
-    except SafetensorError as error:
-        raise ValueError(f"weights file {weights} is damaged or incomplete ({error}); copy it again") from error
-    if not names:
-        raise ValueError(f"{weights} holds no tensors: save the adapter again")
-    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in DOCUMENTS if name != CODES_FILE)}
+    tensor_names(folder / ADAPTER_WEIGHTS)
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *DOCUMENTS}
 
 
 def _code_names(folder: Path) -> set[str]:
@@ -201,13 +185,13 @@ def _code_names(folder: Path) -> set[str]:
         FileNotFoundError: one is missing.
         ValueError: an entry points into another repository, or there are none.
     """
-    maps = [read_json(folder / name).get("auto_map") or {} for name in ("config.json", "processor_config.json")]
-    if not all(maps):
-        raise ValueError(f"{folder} does not name its own code (auto_map): save model and processor again")
-    entries = {str(entry) for auto_map in maps for entry in auto_map.values()}
-    foreign = sorted(entry for entry in entries if not re.fullmatch(r"\w+_medsight\.\w+", entry))
-    if foreign:
-        raise ValueError(f"{folder}: auto_map has {foreign[0]}, expected MODULE.CLASS: save model and processor again")
+    maps = [
+        read_json(folder / name).get("auto_map") or {"": None} for name in ("config.json", "processor_config.json")
+    ]
+    entries = sorted({str(entry) for auto_map in maps for entry in auto_map.values()})
+    for entry in entries:
+        if not re.fullmatch(r"\w+_medsight\.\w+", entry):
+            raise ValueError(f"{folder}: auto_map has {entry}, expected MODULE.CLASS: save model and processor again")
     if not any(folder.glob(CODE)):
         return set()
     named = {folder / f"{entry.partition('.')[0]}.py" for entry in entries}
@@ -220,13 +204,8 @@ def _code_names(folder: Path) -> set[str]:
 
 
 def _sheets(folder: Path) -> dict[str, Path]:
-    paths = sorted(folder.iterdir())
-    sheets = [path for path in paths if _is_sheet(path)]
-    if not sheets or len(sheets) != len(paths):
-        other = next((path.name for path in paths if path not in sheets), "nothing")
-        raise ValueError(f"contact sheets {folder}: expected C0_0.png and the like alone, found {other}")
-    return {f"{SHEETS}/{path.name}": path for path in sheets}
-
-
-def _is_sheet(path: Path) -> bool:
-    return path.suffix == ".png" and is_region_code(f"[{path.stem}]") and path.is_file()
+    sheets = {path.name: path for path in sorted(folder.iterdir())}
+    for name in sheets or ["nothing"]:
+        if not (name.endswith(".png") and is_region_code(f"[{Path(name).stem}]")):
+            raise ValueError(f"contact sheets {folder}: expected C0_0.png and the like alone, found {name}")
+    return {f"{SHEETS}/{name}": path for name, path in sheets.items()}

@@ -1,8 +1,6 @@
 """The upload of a checkpoint folder: one commit with all of it, or none."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,16 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.utils import filter_repo_objects
 
 from medsight import __version__
-from medsight.checkpoint import CODES_FILE, INDEX_FILE, read_json
+from medsight.checkpoint import CODES_FILE, INDEX_FILE, OPTIONAL, read_json
 
 from .card import CardFacts, base_model_of_adapter, render_card
-from .files import ADAPTER_CONFIG, CARD, CODE, TEMPLATES, Upload, check_repo_id, files_to_push
+from .files import ADAPTER_CONFIG, CARD, CODE, Upload, check_repo_id, files_to_push
 
 
 # What an earlier push may have left in the repository and would be loaded in place of, or beside, the new files.
 STALE = [
     *("model*.safetensors", INDEX_FILE, CODE, ADAPTER_CONFIG, "adapter_model*", CODES_FILE),
-    *("generation_config.json", "preprocessor_config.json", "chat_template.*", f"{TEMPLATES}/*"),
-    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.*", "additional_chat_templates/*", *OPTIONAL),
 ]
 MESSAGES = {
     401: "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN",
@@ -91,35 +88,32 @@ def push(
     folder, branch = Path(folder), revision or "main"
     check_repo_id(repo_id)
     upload = files_to_push(folder, None if contact_sheets is None else Path(contact_sheets))
-    upload = replace(upload, files={**upload.files, **_rendered(folder, repo_id, upload, facts)})
-    planned = Push(repo_id, branch, upload.kind, dict(sorted(upload.sizes.items())), upload.left_out, deleted=[])
+    upload = replace(upload, files={**upload.files, **_rendered(folder, repo_id, upload, facts or CardFacts())})
+    planned = Push(repo_id, branch, upload.kind, upload.sizes, upload.left_out, deleted=[])
     if dry_run:
         return planned
-    with plain_errors(repo_id):
+    try:
         commit, deleted = _commit(upload, repo_id, private, branch, message or f"Upload {upload.kind}", token)
+    except (OfflineModeIsEnabled, HTTPError) as error:
+        raise OSError(f"{repo_id}: {_plainly(error)}") from error
     return replace(planned, deleted=deleted, url=commit.commit_url, commit=commit.oid)
 
 
-def _rendered(folder: Path, repo_id: str, upload: Upload, facts: CardFacts | None) -> dict[str, Path | bytes]:
+def _rendered(folder: Path, repo_id: str, upload: Upload, facts: CardFacts) -> dict[str, Path | bytes]:
     """The files that are made for an upload: its card, and an adapter's configuration with its base model's Hub id.
 
     Raises:
         ValueError: facts are given for a card that the folder has already.
     """
-    facts = facts or CardFacts()
     files: dict[str, Path | bytes] = {}
     if upload.kind == "adapter":
-        config = read_json(folder / ADAPTER_CONFIG)
-        base = base_model_of_adapter(folder, facts.base_model)
-        if config.get("base_model_name_or_path") != base:
-            text = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True)
-            files[ADAPTER_CONFIG] = text.encode()
+        base_model = base_model_of_adapter(folder, facts.base_model)
+        config = read_json(folder / ADAPTER_CONFIG) | {"base_model_name_or_path": base_model}
+        files[ADAPTER_CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
     if CARD not in upload.files:
         files[CARD] = render_card(folder, repo_id, facts).encode()
     elif facts != CardFacts(base_model=facts.base_model if upload.kind == "adapter" else None):
-        raise ValueError(
-            f"{folder / CARD} is published as it is, so nothing can be added to it: remove it to have a card rendered"
-        )
+        raise ValueError(f"{folder / CARD} is published as it is: to add to it, remove it and have a card rendered")
     return files
 
 
@@ -140,21 +134,13 @@ def _commit(
     return api.create_commit(repo_id, operations, commit_message=message, revision=branch), stale
 
 
-@contextmanager
-def plain_errors(repo_id: str) -> Iterator[None]:
-    """Says what the Hub's answers mean, in one line each.
-
-    Raises:
-        OSError: the Hub refuses, fails, or cannot be reached.
-    """
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise OSError(f"{repo_id}: offline mode is on: unset HF_HUB_OFFLINE to push") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        meaning = MESSAGES.get(status) or ("the Hub failed: push again" if status >= 500 else "the Hub refused it")
-        said = " ".join((error.server_message or "").split())
-        raise OSError(f"{repo_id}: {meaning} (HTTP {status}{f', {said}' if said else ''})") from error
-    except HTTPError as error:
-        raise OSError(f"{repo_id}: the Hub cannot be reached ({error}): push again") from error
+def _plainly(error: Exception) -> str:
+    """What an answer of the Hub means, in one line."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on: unset HF_HUB_OFFLINE to push"
+    if not isinstance(error, HfHubHTTPError):
+        return f"the Hub cannot be reached ({error}): push again"
+    status = error.response.status_code
+    meaning = MESSAGES.get(status) or ("the Hub failed: push again" if status >= 500 else "the Hub refused it")
+    said = "".join(f", {line}" for line in (error.server_message or "").splitlines())
+    return f"{meaning} (HTTP {status}{said})"

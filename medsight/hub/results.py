@@ -1,6 +1,6 @@
 """The figures of a card, from metrics.json files of `medsight evaluate`: as Markdown and as the Hub's model index."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,73 +33,62 @@ def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, A
         OSError: a file is missing.
         ValueError: a file holds something else, figures of other weights, or a benchmark twice.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str | None], dict[str, Any]] = {}
     for path in paths:
         file = path / METRICS if path.is_dir() else path
         metrics = read_json(file)
-        missing = [name for name in ("benchmark", "title", "task", "scores", "by", "run") if name not in metrics]
-        if missing:
-            raise ValueError(f"{file} is no {METRICS} of medsight evaluate: it has no {missing[0]!r}")
+        if not {"benchmark", "title", "task", "scores", "by", "run"} <= metrics.keys():
+            raise ValueError(f"{file} is no {METRICS} of medsight evaluate")
         measured = (metrics["run"].get("checkpoint") or {}).get("weights_sha256")
         if measured != weights_sha256:
             said = "does not say which weights answered" if measured is None else f"is about weights {measured[:12]}…"
             raise ValueError(
                 f"{file} {said}, but those to publish are {weights_sha256[:12]}…: run medsight evaluate on this folder"
             )
-        name = f"{metrics['benchmark']} of {(metrics['run'].get('data') or {}).get('sha256')}"
+        name = metrics["benchmark"], (metrics["run"].get("data") or {}).get("sha256")
         if name in found:
-            raise ValueError(f"{file}: the benchmark {metrics['benchmark']} is given twice, on the same rows")
+            raise ValueError(f"{file}: the benchmark {name[0]} is given twice, on the same rows")
         found[name] = metrics
     return list(found.values())
 
 
-def results_text(all_metrics: Iterable[Mapping[str, Any]]) -> str | None:
+def results_text(measured: Sequence[Mapping[str, Any]]) -> str | None:
     """Tables of all figures with their intervals, the main ones of all benchmarks first; None where nothing was
     measured."""
-    measured = list(all_metrics)
     if not measured:
         return None
-    sections = [*([_overview(measured)] if len(measured) > 1 else []), *map(_section, measured)]
     head = (
         "Measured with `medsight evaluate` on the weights published here. In percent, but for millimetres; in "
         "brackets 95% bootstrap intervals."
     )
-    return "\n\n".join([head, *sections])
-
-
-def eval_results(all_metrics: Iterable[Mapping[str, Any]]) -> list[EvalResult]:
-    """The main figures as `huggingface_hub.EvalResult`, fractions between 0 and 1, intervals in `metric_args`."""
-    found = []
-    for metrics in all_metrics:
-        for score in _main_scores(metrics):
-            for kind in ("micro", "macro"):
-                figure = metrics["scores"][score][kind]
-                over = "rows" if kind == "micro" else "modalities"
-                found.append(
-                    EvalResult(
-                        task_type=TASKS[metrics["task"]],
-                        dataset_type=metrics["benchmark"],
-                        dataset_name=metrics["title"],
-                        # The Hub tells data sets apart by type and configuration, not by name.
-                        dataset_config=metrics["title"],
-                        metric_type=score,
-                        metric_name=f"{label(metrics, score)}, mean over {over}",
-                        metric_value=figure["value"],
-                        metric_args={name: figure[name] for name in ("low", "high", "n")},
-                    )
-                )
-    return found
-
-
-def _overview(all_metrics: Iterable[Mapping[str, Any]]) -> str:
-    """A benchmark's main score a line, the mean over rows."""
-    lines = ["| benchmark | | mean over rows | rows |", "|---|---|---|---|"]
-    for metrics in all_metrics:
+    rows = [("benchmark", "", "mean over rows", "rows")]
+    for metrics in measured:
         for score in _main_scores(metrics):
             figure = metrics["scores"][score]["micro"]
-            cells = (metrics["title"], label(metrics, score), _figure(score, figure), f"{figure['n']:,}")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((metrics["title"], label(metrics, score), _figure(score, figure), f"{figure['n']:,}"))
+    overview = [_table(*rows)] if len(measured) > 1 else []
+    return "\n\n".join([head, *overview, *map(_section, measured)])
+
+
+def eval_results(measured: Iterable[Mapping[str, Any]]) -> list[EvalResult]:
+    """The main figures as `huggingface_hub.EvalResult`, fractions between 0 and 1, intervals in `metric_args`."""
+    return [
+        EvalResult(
+            task_type=TASKS[metrics["task"]],
+            dataset_type=metrics["benchmark"],
+            dataset_name=metrics["title"],
+            # The Hub tells data sets apart by type and configuration, not by name.
+            dataset_config=metrics["title"],
+            metric_type=score,
+            metric_name=f"{label(metrics, score)}, mean over {over}",
+            metric_value=figure["value"],
+            metric_args={name: figure[name] for name in ("low", "high", "n")},
+        )
+        for metrics in measured
+        for score in _main_scores(metrics)
+        for kind, over in (("micro", "rows"), ("macro", "modalities"))
+        for figure in [metrics["scores"][score][kind]]
+    ]
 
 
 def _main_scores(metrics: Mapping[str, Any]) -> list[str]:
@@ -108,28 +97,31 @@ def _main_scores(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _section(metrics: Mapping[str, Any]) -> str:
-    lines = [
-        f"### {metrics['title']}",
-        "",
-        f"{row_count(metrics)}; protocol {protocol_text(metrics)}; intervals drawn by "
-        f"{metrics.get('interval_unit', 'row')}; medsight {metrics['run'].get('medsight_version')}.",
-        "",
-        "| | mean over rows | mean over modalities | rows |",
-        "|---|---|---|---|",
-    ]
+    """Title, conditions, figures and notes of one benchmark."""
+    unit, version = metrics.get("interval_unit", "row"), metrics["run"].get("medsight_version")
+    rows = [("", "mean over rows", "mean over modalities", "rows")]
     for score, both in metrics["scores"].items():
         micro, macro = both["micro"], both["macro"]
-        lines.append(
-            f"| {label(metrics, score)} | {_figure(score, micro)} | {_figure(score, macro)} | {micro['n']:,} |"
-        )
-    for title, figure in rates(metrics):
-        lines.append(f"| {title} | {_figure('rate', figure)} | | {figure['n']:,} |")
+        rows.append((label(metrics, score), _figure(score, micro), _figure(score, macro), f"{micro['n']:,}"))
+    rows += [(title, _figure("rate", figure), "", f"{figure['n']:,}") for title, figure in rates(metrics)]
+    parts = [
+        f"### {metrics['title']}",
+        f"{row_count(metrics)}; protocol {protocol_text(metrics)}; intervals drawn by {unit}; medsight {version}.",
+        _table(*rows),
+    ]
     main = main_score(metrics)
     sets = {name: scores[main] for name, scores in metrics["by"].get("dataset", {}).items() if main in scores}
     if len(sets) > 1:
-        lines += ["", f"| data set | {label(metrics, main)} | rows |", "|---|---|---|"]
-        lines += [f"| {name} | {_figure(main, figure)} | {figure['n']:,} |" for name, figure in sets.items()]
-    return "\n".join([*lines, "", *(f"* {note}" for note in notes_of(metrics, name_rows=False))]).rstrip()
+        figures = [(name, _figure(main, figure), f"{figure['n']:,}") for name, figure in sets.items()]
+        parts.append(_table(("data set", label(metrics, main), "rows"), *figures))
+    parts.append("\n".join(f"* {note}" for note in notes_of(metrics, name_rows=False)))
+    return "\n\n".join(parts).rstrip()
+
+
+def _table(*rows: Sequence[str]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _figure(score: str, figure: Mapping[str, Any]) -> str:

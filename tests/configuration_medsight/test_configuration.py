@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, CLIPVisionConfig, Qwen3Config
+from transformers import AutoConfig
 
 from configuration_medsight import MedSightConfig, configuration_medsight
 from configuration_medsight.presets_medsight import PRESETS
@@ -19,8 +19,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"image_size": 56}, ("image_size=56", "vision_config.image_size=28")),
     ({"vision_config": {**CLIP, "image_size": 30}}, ("image_size=30", "7 pixels")),
     ({"vision_config": RESNET, "image_size": 36, "vision_feature_layer": -1}, ("image_size=36", "8 pixels", "32")),
-    ({"vision_feature_layer": 3}, ("vision_feature_layer=3", "3 hidden states")),
-    ({"vision_feature_layer": -4}, ("vision_feature_layer=-4", "3 hidden states")),
+    *(({"vision_feature_layer": i}, (f"vision_feature_layer={i}", "3 hidden states")) for i in (3, -4)),
     ({"vision_config": {**CLIP, "hidden_size": 18}}, ("18", "4")),
     ({"vision_config": {"model_type": "bert"}}, ("bert", "CLIP")),
     ({"use_region_codebook": False}, ("use_region_codebook=False", "num_groups=3", "codes_per_group=4")),
@@ -29,18 +28,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"mask_class_names": ["liver", "lung"]}, ("2 entries", "num_mask_classes=7")),
     ({"region_code_start_id": 309}, ("309", "320", "vocab_size=320")),
     ({"region_code_start_id": -1}, ("-1", "10", "vocab_size=320")),
-    ({"image_token_id": 282}, ("image_token_id=282", "282 to 293")),
-    ({"image_token_id": 293}, ("image_token_id=293", "282 to 293")),
-    ({"image_token_id": 320}, ("image_token_id=320", "vocab_size=320")),
+    *(({"image_token_id": i}, (f"image_token_id={i}", "vocab_size=320", "282 to 293")) for i in (282, 293, 320)),
     ({"mask_decoder": "mlp"}, ("mlp", "perceiver", "head")),
     ({"region_state_offset": 1}, ("region_state_offset=1", "-1")),
-    *[
-        ({name: 0}, (f"{name}=0", "1"))
-        for name in (
-            *("num_region_queries", "perceiver_num_stages", "perceiver_num_heads", "perceiver_head_dim"),
-            *("perceiver_ffn_multiplier", "num_mask_classes", "num_groups", "codes_per_group", "code_dim"),
-        )
-    ],
+    *(({name: 0}, (f"{name}=0", "1")) for name in configuration_medsight.COUNTS),
 ]
 
 
@@ -81,24 +72,19 @@ def test_every_preset_survives_json_and_a_folder(name: str, tmp_path: Path) -> N
     assert MedSightConfig.from_dict(json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
 
 
-def test_a_preset_is_not_changed_by_its_use() -> None:
+def test_a_preset_is_not_changed_by_its_use_and_an_unknown_one_is_refused_with_the_known_ones() -> None:
+    before = MedSightConfig.from_preset("tiny").to_dict()
     config = MedSightConfig.from_preset("tiny", image_token_id=300)
     config.text_config.hidden_size = 1
     config.group_names.append("another")
-    assert MedSightConfig.from_preset("tiny").text_config.hidden_size == 32
-    assert MedSightConfig.from_preset("tiny").image_token_id == 268
-    assert len(MedSightConfig.from_preset("tiny").group_names) == 3
-
-
-def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    assert MedSightConfig.from_preset("tiny").to_dict() == before != config.to_dict()
     with pytest.raises(ValueError, match="'huge'.*8b, nano, small, tiny"):
         MedSightConfig.from_preset("huge")
 
 
 def test_sub_configurations_may_be_objects() -> None:
-    text = Qwen3Config(**{key: value for key, value in PRESETS["tiny"]["text_config"].items() if key != "model_type"})
-    vision = CLIPVisionConfig(**{key: value for key, value in CLIP.items() if key != "model_type"})
-    given = MedSightConfig(**{**PRESETS["tiny"], "text_config": text, "vision_config": vision})
+    parts = {name: AutoConfig.for_model(**PRESETS["tiny"][name]) for name in ("text_config", "vision_config")}
+    given = MedSightConfig(**{**PRESETS["tiny"], **parts})
     assert given.to_dict() == MedSightConfig.from_preset("tiny").to_dict()
 
 
@@ -116,15 +102,14 @@ def test_region_code_tokens_are_spelled_row_major_from_nought() -> None:
     for group, index in ((3, 0), (0, 4), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match=f"no code {index} of group {group}"):
             config.region_code_token(group, index)
-    one = MedSightConfig.from_preset("tiny", use_region_codebook=False, num_groups=1, codes_per_group=1)
-    assert one.region_code_token(0, 0) == "[SEG]"
+    single = MedSightConfig.from_preset("tiny", use_region_codebook=False, num_groups=1, codes_per_group=1)
+    assert single.region_code_token(0, 0) == "[SEG]"
 
 
 @pytest.mark.parametrize("use_region_embeddings", [True, False])
 def test_an_image_block_is_the_patch_rows_and_then_the_region_rows(use_region_embeddings: bool) -> None:
     config = MedSightConfig.from_preset("tiny", use_region_embeddings=use_region_embeddings)
-    assert config.patch_grid == (4, 4)
-    assert config.mask_size == (16, 16)
+    assert (config.patch_grid, config.mask_size) == ((4, 4), (16, 16))
     assert config.image_seq_length == 16 + 5 * use_region_embeddings
 
 

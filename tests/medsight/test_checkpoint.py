@@ -17,6 +17,10 @@ def shorten(path: Path, end: int) -> None:
     path.write_bytes(path.read_bytes()[:end])
 
 
+def add_region_queries(config: Path) -> None:
+    config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
+
+
 # What is wrong with a copy of a checkpoint, and what the error names.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (shutil.rmtree, "does not exist"),
@@ -25,18 +29,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken config": (lambda folder: shorten(folder / "config.json", 50), "config.json"),
     "another model": (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "llava"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
-    "pickled weights": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        "pytorch_model.bin",
-    ),
+    "pickled weights": (lambda folder: (folder / "model.safetensors").rename(folder / "old.bin"), "old.bin"),
     "truncated weights": (lambda folder: shorten(folder / "model.safetensors", -100), "model.safetensors"),
     "weights of another size": (lambda folder: add_region_queries(folder / "config.json"), "region_queries"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
 }
-
-
-def add_region_queries(config: Path) -> None:
-    config.write_text(config.read_text("utf-8").replace('"num_region_queries": ', '"num_region_queries": 1'))
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, required
+from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, picture
 from ..registry import Entry, Layout, Source, register
 from ..schema import region_row
 from ..splits import canonical_split
@@ -40,16 +40,21 @@ def biomedparse_shards(source: Source) -> list[str]:
         return [str(path)]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    if (path / MANIFEST).is_file():
-        return [str(path / MANIFEST)]
-    if split_folders(path):
-        # One set of a folder that has a manifest: the patients stand there.
-        above = path.absolute().parent / MANIFEST
-        return [str(above if above.is_file() else path)]
-    sets = [child for child in sorted(path.iterdir()) if child.is_dir() and split_folders(child)]
-    if not sets:
+    found = _manifests_or_sets(path)
+    if not found:
         raise ValueError(f"{path}: no {MANIFEST}, and no folder such as train beside a train_mask in it or one below")
-    return [str(folder / MANIFEST if (folder / MANIFEST).is_file() else folder) for folder in sets]
+    # One set of a folder that has a manifest: the patients stand there.
+    above = path.absolute().parent / MANIFEST
+    return [str(above)] if found == [path] and above.is_file() else list(map(str, found))
+
+
+def _manifests_or_sets(folder: Path, depth: int = 1) -> list[Path]:
+    if (folder / MANIFEST).is_file():
+        return [folder / MANIFEST]
+    if split_folders(folder):
+        return [folder]
+    below = [child for child in sorted(folder.iterdir()) if child.is_dir()] if depth else []
+    return [found for child in below for found in _manifests_or_sets(child, depth - 1)]
 
 
 def biomedparse_rows(shard: str, source: Source) -> Iterator[Entry]:
@@ -61,6 +66,7 @@ def biomedparse_rows(shard: str, source: Source) -> Iterator[Entry]:
 
 
 def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
+    root = Path(source.images or manifest.parent)
     only = Path(source.path).absolute()
     prefix = f"{only.name}/" if only.is_dir() and only.parent == manifest.absolute().parent else ""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -68,21 +74,20 @@ def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
         try:
             if isinstance(record, ValueError):
                 raise record
-            image = as_text(required(record, place, "image"), place, "image")
-            for name in ("modality", "site", "target", "split"):
-                as_text(required(record, place, name), place, name)
+            for name in ("image", "modality", "site", "target", "split"):
+                as_text(record.get(name), place, name)
             if bool(record.get("absent")) == bool(record.get("mask")):
                 raise ValueError(f"{place}: expected a mask, or `absent: true` and mask null; got {record}")
-            split = canonical_split(record["split"])
         except ValueError as error:
             yield Entry(place, error=error)
             continue
-        if image.startswith(prefix) and source.takes(record, split):
-            rows[image].append({**record, "split": split})
+        split = canonical_split(record["split"])
+        if record["image"].startswith(prefix) and source.takes(record, split):
+            rows[record["image"]].append({**record, "split": split})
     for image, records in rows.items():
         place = f"{manifest}: {image}"
         try:
-            row = _manifest_row(Path(source.images) if source.images else manifest.parent, image, records, place)
+            row = _manifest_row(root, image, records, place)
             yield Entry(place, row, known_leak=any(record.get("same_volume_in_train") for record in records))
         except ValueError as error:
             yield Entry(place, error=error)
@@ -97,8 +102,8 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
     parts = Path(image).parts
     dataset = parts[0] if len(parts) > 2 else root.absolute().name
     row = region_row(
-        {"path": str(root / image), "bytes": None},
-        [{"path": str(root / record["mask"]), "bytes": None} for record in present],
+        picture(root / image),
+        [picture(root / record["mask"]) for record in present],
         [record["target"] for record in present],
         **{name: first[name] for name in ("modality", "site", "split")},
         spacing_mm=[_pixel_size(record.get("voxel_mm")) for record in present],
@@ -126,7 +131,7 @@ def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
         found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
         for file in (*_pictures(images), *_pictures(masks)):
             stem, target = file.stem, ""
-            if not _is_text(str(file)):
+            if file.name != file.name.encode(errors="replace").decode():  # neither rows nor JSON hold such a name
                 yield _bad(file, "its name is not UTF-8 text: rename it")
             elif file.parent == images:
                 if stem in by_stem:
@@ -139,9 +144,7 @@ def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
                 if stem in by_stem and target:
                     found[stem].append((target.replace("+", " "), file))
                 else:
-                    yield _bad(
-                        file, f"a mask without an image: expected the name of an image in {images}, then _TARGET"
-                    )
+                    yield _bad(file, f"a mask without an image: expected an image's name in {images}, then _TARGET")
         for stem, file in by_stem.items():
             fields = stem.rsplit("_", 2)
             if len(fields) < 3 or not all(fields):
@@ -149,8 +152,8 @@ def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
                 continue
             identity, modality, site = (part.replace("+", " ") for part in fields)
             row = region_row(
-                {"path": str(file), "bytes": None},
-                [{"path": str(path), "bytes": None} for _, path in found[stem]],
+                picture(file),
+                [picture(path) for _, path in found[stem]],
                 [target for target, _ in found[stem]],
                 split,
                 **{"dataset": dataset, "modality": modality, "site": site, "patient": f"{dataset}:{identity}"},
@@ -167,21 +170,8 @@ def _bad(file: Path, problem: str) -> Entry:
     return Entry(str(file), error=ValueError(f"{file}: {problem}"))
 
 
-def _is_text(name: str) -> bool:
-    """Whether a name can be written down: neither the rows of `datasets` nor JSON hold one that is not UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _looks_like(path: Path, record: Mapping[str, Any] | None) -> bool:
-    if not path.is_dir():
-        return record is not None and {"mask", "target"} <= set(record)
-    if (path / MANIFEST).is_file() or split_folders(path):
-        return True
-    return any(child.is_dir() and split_folders(child) for child in path.iterdir())
+def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
+    return bool(_manifests_or_sets(path)) if path.is_dir() else {"mask", "target"} <= record.keys()
 
 
 register(Layout("biomedparse", "regions", biomedparse_shards, biomedparse_rows, _looks_like))

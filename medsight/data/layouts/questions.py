@@ -3,69 +3,58 @@
 Each question is a conversation of one turn, "<image>" and the question; where there are options, one a line.
 """
 
+import dataclasses
 import hashlib
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..records import as_text, convert, json_records, parquet_records, required
+from ..records import Record, as_text, convert, json_records, parquet_records, picture, required
 from ..registry import Entry, Layout, Source, register
 from ..schema import IMAGE_MARKER, conversation_row
-from ..splits import canonical_split
 
 
 _VQA_RAD_FILES = ("questions.jsonl", "VQA_RAD Dataset Public.json")
+# What the sets call what a row says of a question; a few entries of OmniMedVQA's files spell it "modality".
+_NUMBER = ("id", "qid", "question_id")
+_ANSWER = ("answer", "gt_answer")
+_ORIGIN = {"modality": ("modality_type", "modality"), "site": ("site", "image_organ", "location")}
 
 
 def question_row(
-    record: dict[str, Any],
-    place: str,
-    *,
-    number: Any,
-    image: dict[str, Any],
-    answer: str = "answer",
-    **origin: Any,
+    record: dict[str, Any], place: str, split: str, image: dict[str, Any], dataset: str, patient: str | None = None
 ) -> dict[str, Any]:
-    """A row of conversations from the record of a question.
-
-    Args:
-        number: what the question is called.
-        answer: the field of the record that has the answer.
-        origin: dataset and split, and modality, site, patient if known.
+    """A row of conversations from the record of a question; its patient is the image, where none is named.
 
     Raises:
-        ValueError: question or answer is missing or empty, or the answer is none of the options.
+        ValueError: question, answer or number is missing or empty, or the answer is none of the options.
     """
     asked = as_text(required(record, place, "question"), place, "question")
-    options = [(letter, record.get(f"option_{letter}")) for letter in string.ascii_uppercase]
-    given = [(letter, as_text(option, place, f"option_{letter}")) for letter, option in options if option is not None]
-    said = as_text(required(record, place, answer), place, answer)
-    if given and said.strip().casefold() not in {option.strip().casefold() for _, option in given}:
-        raise ValueError(f"{place}: the answer {said!r} is none of the options {[option for _, option in given]}")
+    letters = [letter for letter in string.ascii_uppercase if record.get(f"option_{letter}") is not None]
+    options = [as_text(record[f"option_{letter}"], place, f"option_{letter}") for letter in letters]
+    said = as_text(required(record, place, *_ANSWER), place, "answer")
+    if options and said.strip().casefold() not in {option.strip().casefold() for option in options}:
+        raise ValueError(f"{place}: the answer {said!r} is none of the options {options}")
     stated = str(record.get("answer_type") or "").strip().upper()
-    lines = [asked, *(f"{letter}. {option}" for letter, option in given)]
-    messages = [
-        {"role": "user", "content": f"{IMAGE_MARKER}\n" + "\n".join(lines)},
-        {"role": "assistant", "content": said},
-    ]
-    known = {
-        "answer_type": "CLOSED" if given else stated if stated in ("CLOSED", "OPEN") else None,
-        "options": [option for _, option in given],
-        "patient": image["path"],
-    }
-    return conversation_row(str(number), [image], messages, **{**known, **origin})
+    lines = [IMAGE_MARKER, asked, *map("{}. {}".format, letters, options)]
+    return conversation_row(
+        str(required(record, place, *_NUMBER)),
+        [image],
+        [{"role": "user", "content": "\n".join(lines)}, {"role": "assistant", "content": said}],
+        split,
+        answer_type="CLOSED" if options else stated if stated in ("CLOSED", "OPEN") else None,
+        options=options,
+        dataset=dataset,
+        patient=patient or image["path"],
+        **{name: next(filter(None, map(record.get, fields)), None) for name, fields in _ORIGIN.items()},
+    )
 
 
 def vqa_rad_shards(source: Source) -> list[str]:
     """`questions.jsonl`, the published `VQA_RAD Dataset Public.json`, or the parquet files of the Hub's copies."""
-    folder = Path(source.path)
-    for name in _VQA_RAD_FILES:
-        if (folder / name).is_file():
-            return [str(folder / name)]
-    if folder.is_file():
-        return [str(folder)]
-    return source.files((".parquet",), recursive=True)
+    files = [Path(source.path) / name for name in _VQA_RAD_FILES]
+    return [str(file) for file in files if file.is_file()][:1] or source.files((".parquet",), recursive=True)
 
 
 def vqa_rad_rows(shard: str, source: Source) -> Iterator[Entry]:
@@ -73,61 +62,39 @@ def vqa_rad_rows(shard: str, source: Source) -> Iterator[Entry]:
     if shard.endswith(".parquet"):
         yield from hub_rows(shard, source)
         return
-    folder = Path(shard).parent
 
-    def split(record: dict[str, Any]) -> str:
-        # The published file tells the split by the phrase type: freeform, para, test_freeform, test_para.
-        return record.get("split") or ("test" if str(record.get("phrase_type")).startswith("test") else "train")
+    def records() -> Iterator[Record]:
+        for place, record in json_records(shard):
+            # The published file tells the split by the phrase type: freeform, para, test_freeform, test_para.
+            if isinstance(record, dict) and str(record.get("phrase_type")).startswith("test"):
+                record.setdefault("split", "test")
+            yield place, record
 
-    def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
-        if "image_name" in record:
-            image = (Path(source.images) if source.images else folder / "VQA_RAD Image Folder") / record["image_name"]
-        else:
-            image = Path(source.images or folder) / required(record, place, "image")
-        return question_row(
-            record,
-            place,
-            number=required(record, place, "id", "qid"),
-            image={"path": str(image), "bytes": None},
-            dataset=source.layout,
-            site=record.get("site") or record.get("image_organ"),
-            split=canonical_split(split(record)),
-        )
+    def row_of(record: dict[str, Any], place: str, split: str) -> dict[str, Any]:
+        folder = Path(shard).parent / ("VQA_RAD Image Folder" if "image_name" in record else "")
+        image = Path(source.images or folder) / required(record, place, "image", "image_name")
+        return question_row(record, place, split, picture(image), source.layout)
 
-    def leaks(record: dict[str, Any]) -> bool:
-        return record.get("image_in_test") is True
-
-    yield from convert(json_records(shard), row_of, lambda record: source.takes(record, split(record)), leaks)
+    yield from convert(records(), source, "train", row_of)
 
 
 def slake_rows(shard: str, source: Source) -> Iterator[Entry]:
     """SLAKE's questions; only the English ones, unless `where` says something of q_lang."""
-    folder = Path(source.images) if source.images else Path(shard).parent / "imgs"
-    split = source.split_of(shard) or source.split or "train"
+    folder = Path(source.images or Path(shard).parent / "imgs")
+    source = dataclasses.replace(source, where={"q_lang": "en", **(source.where or {})})
 
-    def takes(record: dict[str, Any]) -> bool:
-        return source.takes(record, split) and ("q_lang" in (source.where or {}) or record.get("q_lang", "en") == "en")
+    def row_of(record: dict[str, Any], place: str, split: str) -> dict[str, Any]:
+        image = picture(folder / required(record, place, "img_name"))
+        return question_row(record, place, split, image, source.layout)
 
-    def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
-        return question_row(
-            record,
-            place,
-            number=required(record, place, "qid"),
-            image={"path": str(folder / required(record, place, "img_name")), "bytes": None},
-            dataset=source.layout,
-            modality=record.get("modality"),
-            site=record.get("location"),
-            split=split,
-        )
-
-    yield from convert(json_records(shard), row_of, takes)
+    yield from convert(json_records(shard), source, source.split_of(shard), row_of)
 
 
 def pathvqa_shards(source: Source) -> list[str]:
     """The parquet files of the Hub's copies; raises ValueError for the original pickles, which run code when read."""
     folder = Path(source.path)
-    pickles = sorted(folder.rglob("*.pkl")) if folder.is_dir() else [folder] if folder.suffix == ".pkl" else []
-    if pickles and not (folder.is_dir() and any(folder.rglob("*.parquet"))):
+    pickles = [folder] if folder.suffix == ".pkl" else sorted(folder.rglob("*.pkl"))
+    if pickles and not any(folder.rglob("*.parquet")):
         raise ValueError(
             f"{pickles[0]}: a pickle can run any code when it is read, so it is not: take PathVQA's parquet files "
             "(columns image, question, answer)"
@@ -137,76 +104,57 @@ def pathvqa_shards(source: Source) -> list[str]:
 
 def hub_rows(shard: str, source: Source) -> Iterator[Entry]:
     """Questions of a parquet file with the columns image, question and answer, as on the Hub."""
-    split = source.split_of(shard) or source.split or "train"
 
-    def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
+    def row_of(record: dict[str, Any], place: str, split: str) -> dict[str, Any]:
         image = required(record, place, "image")
         content = image.get("bytes") if isinstance(image, dict) else None
         if content is None:
             raise ValueError(f"{place}: expected an image with its bytes, got {image!r}")
         # The Hub's copies repeat an image for each of its questions, so its content tells which it is.
         digest = hashlib.sha256(content).hexdigest()[:16]
-        return question_row(
-            record,
-            place,
-            number=place,
-            image={"path": f"{place}, image {image.get('path') or digest}", "bytes": content},
-            dataset=source.layout,
-            split=split,
-            patient=digest,
-        )
+        image = {"path": f"{place}, image {image.get('path') or digest}", "bytes": content}
+        return question_row({**record, "id": place}, place, split, image, source.layout, patient=digest)
 
-    yield from convert(parquet_records(shard), row_of, lambda record: source.takes(record, split))
+    yield from convert(parquet_records(shard), source, source.split_of(shard), row_of)
 
 
 def omnimedvqa_shards(source: Source) -> list[str]:
     """The JSON files below `QA_information`, or of the folder or pattern that is given."""
     folder = Path(source.path)
-    if (folder / "QA_information").is_dir():
-        return sorted(str(file) for file in (folder / "QA_information").rglob("*.json"))
-    if folder.is_dir():
-        return sorted(str(file) for file in folder.rglob("*.json"))
-    return source.files((".json",))
+    if not folder.is_dir():
+        return source.files((".json",))
+    inside = folder / "QA_information"
+    return sorted(map(str, (inside if inside.is_dir() else folder).rglob("*.json")))
 
 
 def omnimedvqa_rows(shard: str, source: Source) -> Iterator[Entry]:
     """OmniMedVQA's multiple-choice questions, all of the split test: it is published to measure by."""
     above = [folder.parent for folder in Path(shard).absolute().parents if folder.name == "QA_information"]
-    base = Path(source.images) if source.images else above[0] if above else Path(shard).parent
+    base = Path(source.images or (above or [Path(shard).parent])[0])
 
-    def row_of(record: dict[str, Any], place: str) -> dict[str, Any]:
-        return question_row(
-            record,
-            place,
-            number=required(record, place, "question_id"),
-            answer="gt_answer",
-            image={"path": str(base / required(record, place, "image_path")), "bytes": None},
-            dataset=str(record.get("dataset") or source.name),
-            # A few entries of the published files spell the key without "_type".
-            modality=record.get("modality_type") or record.get("modality"),
-            split="test",
-        )
+    def row_of(record: dict[str, Any], place: str, split: str) -> dict[str, Any]:
+        image = picture(base / required(record, place, "image_path"))
+        return question_row(record, place, split, image, str(record.get("dataset") or source.name))
 
-    yield from convert(json_records(shard), row_of, lambda record: source.takes(record, "test"))
+    yield from convert(json_records(shard), source, "test", row_of)
 
 
-def _looks_like_vqa_rad(path: Path, record: Mapping[str, Any] | None) -> bool:
+def _looks_like_vqa_rad(path: Path, record: Mapping[str, Any]) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in _VQA_RAD_FILES)
-    keys = set(record or {})
-    return path.suffix != ".parquet" and {"question", "answer"} <= keys and "img_name" not in keys
+    return path.suffix != ".parquet" and {"question", "answer"} <= record.keys() and "img_name" not in record
 
 
-def _looks_like_slake(path: Path, record: Mapping[str, Any] | None) -> bool:
-    return record is not None and {"img_name", "qid"} <= set(record)
+def _looks_like_slake(path: Path, record: Mapping[str, Any]) -> bool:
+    return {"img_name", "qid"} <= record.keys()
 
 
-def _looks_like_pathvqa(path: Path, record: Mapping[str, Any] | None) -> bool:
-    return path.suffix == ".pkl" or path.suffix == ".parquet" and {"image", "question", "answer"} <= set(record or {})
+def _looks_like_pathvqa(path: Path, record: Mapping[str, Any]) -> bool:
+    return path.suffix == ".pkl" or path.suffix == ".parquet" and {"image", "question", "answer"} <= record.keys()
 
 
-def _looks_like_omnimedvqa(path: Path, record: Mapping[str, Any] | None) -> bool:
-    return (path / "QA_information").is_dir() or (record is not None and {"gt_answer", "image_path"} <= set(record))
+def _looks_like_omnimedvqa(path: Path, record: Mapping[str, Any]) -> bool:
+    return (path / "QA_information").is_dir() or {"gt_answer", "image_path"} <= record.keys()
 
 
 register(Layout("vqa_rad", "conversations", vqa_rad_shards, vqa_rad_rows, _looks_like_vqa_rad))

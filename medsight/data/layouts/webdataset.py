@@ -8,24 +8,24 @@ asks that all samples have the same members, which they have not where they have
 shards are read here.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..conversations import conversation
-from ..records import IMAGE_SUFFIXES, Record, as_text, check_regions, convert, patient_of
+from ..records import IMAGE_SUFFIXES, Record, as_text, check_regions, convert, json_object, patient_of
 from ..registry import Entry, Layout, Source, register
 from ..schema import region_row
-from ..splits import canonical_split
 
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SUFFIX = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-_IMAGE = re.compile(rf"(?:(\d+)\.)?(?:{_SUFFIX})", re.IGNORECASE)
-_MASK = re.compile(rf"mask\.(\d+)\.(?:{_SUFFIX})", re.IGNORECASE)
+_PICTURE = re.compile(rf"(?P<mask>mask\.)?(?:(?P<number>\d+)\.)?(?:{_SUFFIX})", re.IGNORECASE)
+_PICTURES = "pictures of the sample"  # no field of its JSON
 
 
 def webdataset_kind(shard: str) -> str:
@@ -33,112 +33,79 @@ def webdataset_kind(shard: str) -> str:
     for _, sample in _samples(shard):
         if isinstance(sample, ValueError):
             raise sample
-        return "conversations" if "conversations" in sample["json"] else "regions"
+        return "conversations" if "conversations" in sample else "regions"
     raise ValueError(f"{shard}: an empty tar file")
 
 
 def webdataset_rows(shard: str, source: Source) -> Iterator[Entry]:
     """The samples of a tar shard, read in one pass."""
-    split = source.split_of(shard)
 
-    def row_of(sample: dict[str, Any], place: str) -> dict[str, Any]:
-        meta = sample["json"]
-        images, masks = _numbered(sample, _IMAGE, place), _numbered(sample, _MASK, place)
-        unknown = [
-            name for name in sample if name != "json" and not _IMAGE.fullmatch(name) and not _MASK.fullmatch(name)
-        ]
-        if unknown:
-            raise ValueError(f"{place}: no use is known for the member .{unknown[0]}")
-        if "conversations" in meta:
-            return conversation({"id": place, **meta}, place, images, masks, source, split)
+    def row_of(sample: dict[str, Any], place: str, split: str) -> dict[str, Any]:
+        images, masks = _images_and_masks(sample.pop(_PICTURES), place)
+        if "conversations" in sample:
+            return conversation({"id": place, **sample}, place, images, masks, source, split)
         if len(images) != 1:
             raise ValueError(f"{place}: expected one image, got {len(images)}")
         row = region_row(
             images[0],
             masks,
-            meta.get("targets") or [],
-            canonical_split(meta.get("split") or split or source.split or "train"),
-            **{name: meta.get(name) for name in ("modality", "site", "finding", "label_origin")},
-            **{name: meta[name] for name in ("absent", "spacing_mm") if meta.get(name)},
-            dataset=meta.get("dataset") or source.name,
-            patient=patient_of(meta.get("patient")) or place,
+            sample.get("targets") or [],
+            split,
+            **{name: as_text(sample.get(name), place, name) for name in ("modality", "site")},
+            **{name: sample[name] for name in ("finding", "label_origin", "absent", "spacing_mm") if sample.get(name)},
+            dataset=sample.get("dataset") or source.name,
+            patient=patient_of(sample.get("patient")) or place,
         )
-        for name in ("modality", "site"):
-            as_text(row[name], place, name)
         check_regions(row, place)
         return row
 
-    def takes(sample: dict[str, Any]) -> bool:
-        return source.takes(sample["json"], sample["json"].get("split") or split)
-
-    yield from convert(_samples(shard), row_of, takes)
+    yield from convert(_samples(shard), source, source.split_of(shard), row_of)
 
 
 def _samples(shard: str) -> Iterator[Record]:
-    """The members of each sample by what follows their common name, the JSON parsed."""
-    for place, sample in _members(shard):
-        try:
-            yield place, sample if isinstance(sample, ValueError) else {**sample, "json": _meta(sample, place)}
-        except ValueError as error:
-            yield place, error
-
-
-def _members(shard: str) -> Iterator[Record]:
-    key: str | None = None
-    sample: dict[str, Any] = {}
+    """The JSON of each sample, with its pictures by what follows the sample's name."""
+    key = "none"
     try:
-        with tarfile.open(shard, "r|*") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                start, _, rest = name.partition(".")
-                if key is not None and f"{folder}/{start}" != key:
-                    yield f"{shard}, sample {key.lstrip('/')}", sample
-                    sample = {}
-                key = f"{folder}/{start}"
-                file = archive.extractfile(member)
-                sample[rest] = {"path": f"{shard}, {member.name}", "bytes": file.read() if file else b""}
+        for key, members in groupby(_members(shard), key=lambda member: member[0]):
+            place, sample = f"{shard}, sample {key}", {suffix: entry for _, suffix, entry in members}
+            if "json" not in sample:
+                yield place, ValueError(f"{place}: expected a member .json, got {sorted(sample)}")
+                continue
+            meta = sample.pop("json")
+            _, record = json_object(meta["path"], meta["bytes"])
+            yield place, record if isinstance(record, ValueError) else {**record, _PICTURES: sample}
     except (tarfile.TarError, EOFError, OSError) as error:
         yield shard, ValueError(f"{shard}: not a tar file, or a damaged one, after sample {key} ({error})")
-        return
-    if key is not None:
-        yield f"{shard}, sample {key.lstrip('/')}", sample
 
 
-def _meta(sample: dict[str, Any], place: str) -> dict[str, Any]:
-    if "json" not in sample:
-        raise ValueError(f"{place}: expected a member .json, got {sorted(sample)}")
-    try:
-        meta = json.loads(sample["json"]["bytes"])
-    except ValueError as error:
-        raise ValueError(f"{sample['json']['path']}: not JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{sample['json']['path']}: expected a JSON object, got {type(meta).__name__}")
-    return meta
+def _members(shard: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The name of the sample, what follows it, and the content of each file."""
+    with tarfile.open(shard, "r|*") as archive:
+        for member in archive:
+            if member.isfile() and (file := archive.extractfile(member)):
+                folder, _, name = member.name.rpartition("/")
+                start, _, suffix = name.partition(".")
+                key = f"{folder}/{start}".lstrip("/")
+                yield key, suffix, {"path": f"{shard}, {member.name}", "bytes": file.read()}
 
 
-def _numbered(sample: dict[str, Any], pattern: re.Pattern[str], place: str) -> list[dict[str, Any]]:
-    """The pictures that match, in the order of their numbers, which must count from 0."""
-    found = [(match[1], sample[name]) for name in sample if (match := pattern.fullmatch(name))]
-    if len(found) == 1 and found[0][0] is None:
-        return [found[0][1]]
-    numbers = sorted(int(number) if number is not None else -1 for number, _ in found)
-    if numbers != list(range(len(found))):
-        raise ValueError(f"{place}: expected pictures numbered from 0 without a gap, got {sorted(sample)}")
-    return [picture for _, picture in sorted(found, key=lambda pair: int(pair[0] or 0))]
+def _images_and_masks(pictures: dict[str, Any], place: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of each in the order of their numbers, which must count from 0; one image may have none."""
+    found: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
+    for suffix, entry in pictures.items():
+        match = _PICTURE.fullmatch(suffix)
+        if match is None:
+            raise ValueError(f"{place}: no use is known for the member .{suffix}")
+        found[bool(match["mask"])][int(match["number"] or 0)] = entry
+    if sum(map(len, found)) < len(pictures) or any(sorted(numbers) != [*range(len(numbers))] for numbers in found):
+        raise ValueError(f"{place}: expected pictures numbered from 0 without a gap, got {sorted(pictures)}")
+    images, masks = ([numbers[number] for number in sorted(numbers)] for numbers in found)
+    return images, masks
 
 
-def _looks_like(path: Path, record: Mapping[str, Any] | None) -> bool:
+def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
     return path.name.endswith(_TAR_SUFFIXES)
 
 
-register(
-    Layout(
-        "webdataset",
-        webdataset_kind,
-        lambda source: source.files(_TAR_SUFFIXES, recursive=True),
-        webdataset_rows,
-        _looks_like,
-    )
-)
+_shards = partial(Source.files, suffixes=_TAR_SUFFIXES, recursive=True)
+register(Layout("webdataset", webdataset_kind, _shards, webdataset_rows, _looks_like))

@@ -28,5 +28,5 @@ def test_where_the_probability_is_above_a_threshold_is_the_mask_of_that_threshol
 def test_a_heat_map_and_layers_have_the_same_size(tiny_predictor: object) -> None:
     image = Image.fromarray(np.full((50, 80), 90, dtype=np.uint8))
     heat = draw_heat_map(image, torch.full((5, 5), -9.0), tiny_predictor.processor)  # type: ignore[attr-defined]
-    assert heat.size == draw_layers(image, []).size == (640, 400)
+    assert heat.size == draw_layers(image, {}).size == (640, 400)
     assert np.abs(np.asarray(heat).astype(int) - 90).max() <= 1  # where nothing is likely, the picture shows

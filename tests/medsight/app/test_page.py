@@ -54,31 +54,21 @@ def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
     assert list((tmp_path / "sessions").iterdir()) == []
 
 
-def test_what_cannot_be_read_is_refused_without_its_name_and_leaves_nothing(
-    page: Any, session: Any, upload: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize("kind", ["no image", "half a DICOM file", "a damaged series"])
+def test_what_cannot_be_read_is_refused_by_number_without_name_or_path_and_leaves_nothing(
+    kind: str, page: Any, session: Any, upload: Callable[..., str], tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match="The upload") as caught:
-        updates = page.open_upload(session, [upload(b"no image at all", SECRET)], 0.5)
-    assert "Doe" not in str([str(warning.message) for warning in caught]) and str(tmp_path) not in str(
-        caught[0].message
-    )
+    files = [b"no image at all"]
+    if kind != "no image":
+        data = pytest.importorskip("pydicom.data")
+        content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+        files = [content[:400]] if kind == "half a DICOM file" else [content, content[:-5000]]
+    with pytest.warns(UserWarning, match="[Uu]pload") as caught:
+        updates = page.open_upload(session, [upload(file, SECRET) for file in files], 0.5)
+    warned = str([str(warning.message) for warning in caught])
+    assert not any(secret in warned for secret in (str(tmp_path), "Doe", "0000")), warned
     assert session.scan is None and updates[page.picture]["visible"] is False
     assert list((tmp_path / "sessions").iterdir()) == []
-
-
-def test_messages_name_files_of_an_upload_by_number_and_no_path(
-    page: Any, upload: Callable[..., str], tmp_path: Path
-) -> None:
-    data = pytest.importorskip("pydicom.data")
-    content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
-    with pytest.warns(UserWarning, match="^The upload") as caught:
-        page.open_upload(None, [upload(content[:400], SECRET)], 0.5)
-    files = [upload(content, "a"), upload(content[:-5000], SECRET)]
-    with pytest.warns(UserWarning, match="upload") as more:
-        session = page.open_upload(None, files, 0.5)[page.session]
-    told = [str(warning.message) for warning in [*caught, *more]]
-    assert not any(str(tmp_path) in text or "Doe" in text or "0000" in text for text in told), told
-    assert session.scan is None
 
 
 def test_a_picture_that_cannot_be_decoded_and_a_model_that_fails_are_told_and_the_page_goes_on(
@@ -226,18 +216,6 @@ def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
     assert page._mask(session.scan, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
     picture = page.open_upload(session, [upload(picture_file, "a.png")], 0.5)
     assert not picture[page.plane]["visible"] and not picture[page.window]["visible"]
-    with pytest.warns(UserWarning, match="is for NIfTI volumes"):
-        assert page.show_plane(session, "coronal", 0.5)[page.picture]["visible"]
-
-
-def test_a_window_is_offered_where_there_are_grey_levels_to_choose(page: Any, upload: Callable[..., str]) -> None:
-    wide, file = np.arange(2400, dtype=np.uint16).reshape(40, 60), io.BytesIO()
-    Image.fromarray(wide).save(file, "PNG")
-    updates = page.open_upload(None, [upload(file.getvalue(), "scan.png")], 0.5)
-    assert updates[page.window]["visible"]
-    plain = np.asarray(shown(updates, page.picture))
-    narrow = page.show_window(updates[page.session], "200/100", 0.5)
-    assert (np.asarray(shown(narrow, page.picture)) != plain).any()
 
 
 def test_a_window_is_a_name_or_two_numbers_or_refused(
@@ -273,20 +251,22 @@ def test_a_files_own_window_is_offered_where_it_has_one(
         assert page.show_window(updates[page.session], "file", 0.5) == {page.window: "default"}
 
 
-@pytest.mark.parametrize("kind", ["array", "tiff"])
-def test_arrays_and_pages_are_volumes_with_slices_and_masks_to_download(
-    kind: str, page: Any, upload: Callable[..., str]
+@pytest.mark.parametrize(("kind", "slices"), [("array", 6), ("TIFF", 6), ("PNG", 1)])
+def test_what_has_grey_levels_to_choose_offers_a_window_and_what_has_slices_a_slider(
+    kind: str, slices: int, page: Any, upload: Callable[..., str]
 ) -> None:
-    volume, file = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16), io.BytesIO()
+    volume, file = np.random.default_rng(0).integers(0, 900, (slices, 20, 24)).astype(np.uint16), io.BytesIO()
     if kind == "array":
         np.save(file, volume)
     else:
         first, *others = map(Image.fromarray, volume)
-        first.save(file, "TIFF", save_all=True, append_images=others)
+        first.save(file, kind, **({"save_all": True, "append_images": others} if others else {}))
     updates = page.open_upload(None, [upload(file.getvalue(), "a")], 0.5)
-    assert updates[page.slice]["visible"] and updates[page.slice]["maximum"] == 6
-    assert updates[page.window]["visible"] and "6 slices" in updates[page.facts]["value"]
-    assert updates[page.formats]["choices"] == ["png", "coco"]
+    assert updates[page.slice]["visible"] == ("6 slices" in updates[page.facts]["value"]) == (slices == 6)
+    assert updates[page.slice]["maximum"] == max(2, slices) and updates[page.formats]["choices"] == ["png", "coco"]
+    narrow = page.show_window(updates[page.session], "200/100", 0.5)
+    assert updates[page.window]["visible"]
+    assert (np.asarray(shown(narrow, page.picture)) != np.asarray(shown(updates, page.picture))).any()
 
 
 def test_a_stopped_answer_stays_with_its_masks(page: Any, session: Any) -> None:
@@ -352,11 +332,9 @@ def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
 def test_nothing_happens_without_an_image(page: Any) -> None:
     with pytest.warns(UserWarning, match="Open an image first"):
         assert list(page.ask(None, "What?", **ASK)) == [gr.skip()]
-    for event in (page.show_slice, page.show_plane, page.show_window):
+    for event, *values in ((page.show_slice, 1), (page.show_plane, 1), (page.show_window, 1), (page.save, [], False)):
         with pytest.warns(UserWarning, match="Open an image first"):
-            assert event(None, 1, 0.5) == gr.skip()
-    with pytest.warns(UserWarning, match="Open an image first"):
-        assert page.save(None, ["png"], False, 0.5) == gr.skip()
+            assert event(None, *values, 0.5) == gr.skip()
     with pytest.warns(UserWarning, match="not there any more"):
         assert page.show_heat_map(None, 0.5, click(finding=0)) == gr.skip()
     assert page.stop(None) == gr.skip()
@@ -368,7 +346,6 @@ def test_nothing_happens_without_an_image(page: Any) -> None:
     ("question", "positions", "message"),
     [
         ("  ", 4096, "prompt is empty"),
-        ("x" * 2001, 4096, "2,001 characters"),
         ("What is it?", 20, "begin a new conversation"),
     ],
 )
@@ -379,9 +356,8 @@ def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
     with pytest.warns(UserWarning, match=message):
         last = asked(page, session, question)[-1]
     assert session.turns == []
-    if len(question) <= 2000:
-        assert "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
-        assert last[page.question]["value"] == question
+    assert "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
+    assert last[page.question]["value"] == question
 
 
 def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:

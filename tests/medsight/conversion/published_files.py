@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer
 
 from configuration_medsight import MedSightConfig
+from configuration_medsight.presets_medsight import PRESETS
 from modeling_medsight import MedSightForConditionalGeneration
-from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
 from tests.tiny_checkpoint import byte_tokenizer
 
 
 GROUPS, CODES = 3, 4
+LOOSE = ("region_perceiver", "codebook", "image_encoder")
 COPIES = "model.vision_tower.vision_tower."
 PERCEIVER_NAMES = (
     (r"^stages\.(\d+)\.adapter\.", r"conv_adapters.\1.conv."),
@@ -64,53 +65,23 @@ class Published:
 
     def loose(self, *kinds: str) -> dict[str, Path | None]:
         """Arguments of `convert` for these loose files, `None` for the others; all of them by default."""
-        chosen = kinds or ("region_perceiver", "codebook", "image_encoder")
-        return {
-            kind: self.folder / f"{kind}.pt" if kind in chosen else None
-            for kind in ("region_perceiver", "codebook", "image_encoder")
-        }
+        return {kind: self.folder / f"{kind}.pt" if kind in (kinds or LOOSE) else None for kind in LOOSE}
 
 
 def random_model() -> MedSightForConditionalGeneration:
     torch.manual_seed(0)
-    first_code = 256 + len(QWEN3_ADDED_TOKENS)
     text = {
-        "model_type": "qwen3",
-        "vocab_size": 320,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
+        **PRESETS["tiny"]["text_config"],
+        **{"hidden_size": 24, "intermediate_size": 40, "max_position_embeddings": 256},
         "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
     }
     vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 1,
-        "image_size": 12,
-        "patch_size": 4,
-        "hidden_act": "quick_gelu",
+        **PRESETS["tiny"]["vision_config"],
+        **{"intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 1},
+        **{"image_size": 12, "patch_size": 4},
     }
-    config = MedSightConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=256 + [token for token, _ in QWEN3_ADDED_TOKENS].index("<|image_pad|>"),
-        region_code_start_id=first_code,
-        num_groups=GROUPS,
-        codes_per_group=CODES,
-        code_dim=6,
-        num_region_queries=5,
-        perceiver_num_stages=2,
-        perceiver_num_heads=2,
-        perceiver_head_dim=64,
-        perceiver_ffn_multiplier=3,
-        num_mask_classes=7,
-    )
+    sizes = {"code_dim": 6, "perceiver_head_dim": 64, "perceiver_ffn_multiplier": 3}
+    config = MedSightConfig.from_preset("tiny", text_config=text, vision_config=vision, **sizes)
     model = MedSightForConditionalGeneration(config).eval()
     with torch.no_grad():
         # No weight may stay at a value, such as a norm's 1, that would hide a mix-up.
@@ -170,16 +141,11 @@ def write_published(folder: Path, model: MedSightForConditionalGeneration) -> No
 
 
 def write_llm_config(folder: Path, model: MedSightForConditionalGeneration) -> None:
-    text = model.config.text_config
-    names = (
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-        *("head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"),
-        "tie_word_embeddings",
-    )
-    content: dict[str, Any] = {name: getattr(text, name) for name in names}
-    content |= {"model_type": "llava_qwen", "architectures": ["RegSegForCausalLM"], "torch_dtype": "float32"}
+    content = model.config.text_config.to_dict()
     # The vocabulary's size is left at the base model's, and RoPE in the older form: published files have both.
-    content |= {"vocab_size": 151936, "rope_theta": 5000.0, "rope_scaling": None, "eos_token_id": 258}
+    del content["rope_parameters"]
+    content |= {"vocab_size": 151936, "rope_theta": 5000.0, "rope_scaling": None}
+    content |= {"model_type": "llava_qwen", "architectures": ["RegSegForCausalLM"], "torch_dtype": "float32"}
     content |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
 

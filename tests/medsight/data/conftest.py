@@ -118,11 +118,19 @@ def grounded_file(tmp_path: Path, write_json: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def read_items(tmp_path: Path, write_json: Callable[..., Path]) -> Callable[..., list[dict]]:
+def read_items(tmp_path: Path, write_json: Callable[..., Path]) -> Callable[..., datasets.Dataset]:
     """Writes items to a file and reads them back as rows."""
 
-    def read(items: list[dict], name: str = "items.json", **settings) -> list[dict]:
+    def read(items: list[dict], name: str = "items.json", **settings) -> datasets.Dataset:
         path = write_json(tmp_path / name, items)
-        return list(load_source(Source("llava", str(path), **settings)))
+        return load_source(Source("llava", str(path), **settings))
 
     return read
+
+
+@pytest.fixture
+def conversations(read_items: Callable[..., datasets.Dataset]) -> Callable[[list[dict]], datasets.Dataset]:
+    """One about each of the items, which name an image, and perhaps a data set and a patient; `id` is the position."""
+    return lambda items: read_items(
+        [{"id": str(number), "conversations": [ASKED, ANSWERED], **item} for number, item in enumerate(items)]
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -18,8 +19,8 @@ def read(path: Path, **settings) -> list[dict]:
     return list(load_source(Source("biomedparse", str(path), **settings)))
 
 
-def errors(path: Path) -> list[str]:
-    return [str(item.error) for item in iterate(Source("biomedparse", str(path))) if item.error]
+def errors(path: Path, **settings) -> list[str]:
+    return [str(item.error) for item in iterate(Source("biomedparse", str(path), **settings)) if item.error]
 
 
 def test_file_names_alone_tell_all(named_sets: Path) -> None:
@@ -27,15 +28,8 @@ def test_file_names_alone_tell_all(named_sets: Path) -> None:
     assert [Path(row["image"]["path"]).name for row in rows[:2]] == ["case_0_CT_abdomen.png", "case_1_CT_abdomen.png"]
     assert len(rows) == 6 and rows[0]["targets"] == ["left kidney", "liver"]
     assert [Path(mask["path"]).name for mask in rows[0]["masks"]][0] == "case_0_CT_abdomen_left+kidney.png"
-    origin = {name: rows[-1][name] for name in ("dataset", "modality", "site", "split", "patient", "targets")}
-    assert origin == {
-        "dataset": "hc",
-        "modality": "ultrasound",
-        "site": "fetal head",
-        "split": "train",
-        "patient": "hc:7",
-        "targets": ["fetal head"],
-    }
+    origin = [rows[-1][name] for name in ("dataset", "modality", "site", "split", "patient", "targets")]
+    assert origin == ["hc", "ultrasound", "fetal head", "train", "hc:7", ["fetal head"]]
     assert [row["patient"] for row in read(named_sets, split="test")] == ["amos:case_5"]
     size = read_picture(rows[0]["image"]).size
     assert read_mask(rows[0]["masks"][0], size).sum() == 30
@@ -48,8 +42,9 @@ def test_patients_may_be_numbered_from_0(manifest_sets: Path) -> None:
     assert {row["patient"] for row in read(manifest_sets)} == {"0"}
 
 
-def test_a_set_alone_is_read_like_a_folder_of_sets(named_sets: Path) -> None:
-    assert read(named_sets / "amos") == [row for row in read(named_sets) if row["dataset"] == "amos"]
+def test_a_set_alone_is_read_like_a_folder_of_sets(named_sets: Path, manifest_sets: Path) -> None:
+    for folder, name in ((named_sets, "amos"), (manifest_sets, "torso")):
+        assert read(folder / name) == [row for row in read(folder) if row["dataset"] == name]
 
 
 @pytest.mark.parametrize(
@@ -65,22 +60,16 @@ def test_a_file_that_fits_nowhere_is_named(
     named_sets: Path, draw_picture: Callable[..., Path], name: str, message: str
 ) -> None:
     draw_picture(named_sets / name)
-    with pytest.raises(ValueError, match=message):
-        read(named_sets)
-    assert len(errors(named_sets)) == 1
+    (found,) = errors(named_sets)
+    assert re.search(message, found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names themselves")
 def test_a_name_that_is_not_utf_8_is_refused(named_sets: Path) -> None:
     for folder, name in (("test", b"caf\xe9_CT_abdomen.png"), ("test_mask", b"caf\xe9_CT_abdomen_liver.png")):
         shutil.copy(named_sets / "amos/test/case_5_CT_abdomen.png", named_sets / "amos" / folder / os.fsdecode(name))
-    source = Source("biomedparse", str(named_sets / "amos"), split="test")
-    found = list(iterate(source))
-    told = [str(item.error) for item in found if item.error]
+    told = errors(named_sets / "amos", split="test")
     assert len(told) == 2 and all(message.endswith("its name is not UTF-8 text: rename it") for message in told)
-    assert len([item for item in found if item.row]) == 1
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        load_source(source)
 
 
 def test_a_manifest_gathers_the_rows_of_an_image(manifest_sets: Path) -> None:
@@ -104,11 +93,6 @@ def test_a_manifest_may_lie_elsewhere_than_its_images(manifest_sets: Path, named
         read(named_sets / "amos", images=str(manifest_sets))
 
 
-def test_one_set_of_a_folder_with_a_manifest_keeps_its_patients(manifest_sets: Path) -> None:
-    rows = read(manifest_sets / "torso")
-    assert {row["patient"] for row in rows} == {"torso:a", "torso:b"} and len(rows) == 12
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -127,10 +111,8 @@ def test_a_bad_manifest_row_is_named(manifest_sets: Path, change: dict, message:
     rows.sort(key=lambda row: "a0_CT" not in row["image"])
     rows[0].update(change)
     path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    found = [str(item.error) for item in iterate(Source("biomedparse", str(manifest_sets), split=None)) if item.error]
-    assert len(found) == 1
-    with pytest.raises(ValueError, match=message):
-        read(manifest_sets, split=None)
+    (found,) = errors(manifest_sets, split=None)
+    assert re.search(message, found)
 
 
 def test_where_asks_for_values_of_the_manifest(manifest_sets: Path) -> None:
@@ -143,10 +125,3 @@ def test_a_folder_that_is_no_such_layout_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read(tmp_path / "nowhere")
-
-
-def test_shared_data_has_a_row_an_image_and_each_patient_on_one_side(shared_data: Path) -> None:
-    rows = load_source(Source("biomedparse", str(shared_data / "segmentation"), split=None))
-    assert len(rows) == 1434
-    counts = [(len(masks), len(absent)) for masks, absent in zip(rows["targets"], rows["absent"], strict=True)]
-    assert sum(map(sum, counts)) == 2252 and sum(absent for _, absent in counts) == 40

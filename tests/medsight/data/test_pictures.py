@@ -19,29 +19,25 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
 GREY = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
 
 
-def test_a_path_and_bytes_give_the_same_pixels(tmp_path: Path) -> None:
-    path = tmp_path / "grey.png"
-    path.write_bytes(encoded(GREY))
-    for entry in (path, str(path), {"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
-        assert np.array_equal(np.asarray(read_picture(entry)), np.asarray(GREY))
+def both(path: Path) -> tuple[dict, dict]:
+    """A picture by its path and by its bytes."""
+    return {"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}
 
 
-def test_a_16_bit_scan_stays_16_bit_and_exif_turns_it_upright(tmp_path: Path) -> None:
+def test_a_16_bit_scan_stays_16_bit() -> None:
     scan = Image.fromarray(np.full((6, 8), 40_000, dtype=np.uint16))
     assert np.asarray(read_picture({"bytes": encoded(scan)})).max() == 40_000
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    GREY.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").size == (6, 8)
-    assert read_picture({"bytes": (tmp_path / "turned.jpg").read_bytes()}).size == (6, 8)
 
 
-def test_a_turned_tiff_is_the_same_by_path_and_by_bytes(tmp_path: Path) -> None:
+def test_a_turned_picture_is_the_same_upright_by_path_and_by_bytes(tmp_path: Path) -> None:
     pixels = np.asarray(GREY)
-    upright = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
+    upright = {1: pixels, 5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
     for orientation, expected in upright.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
         GREY.save(tmp_path / "turned.tiff", tiffinfo={274: orientation})
-        for entry in (tmp_path / "turned.tiff", {"bytes": (tmp_path / "turned.tiff").read_bytes()}):
+        GREY.save(tmp_path / "turned.png", exif=exif)
+        for entry in (*both(tmp_path / "turned.tiff"), *both(tmp_path / "turned.png")):
             assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
 
 
@@ -49,7 +45,7 @@ def test_a_tiff_whose_0_is_white_is_inverted_by_path_and_by_bytes(tmp_path: Path
     white = np.full((6, 8), 2**16 - 1, dtype=np.uint16)
     white[2:4, 3:5] = 0
     Image.fromarray(white).save(tmp_path / "white.tiff", tiffinfo={262: 0})
-    for entry in (tmp_path / "white.tiff", {"bytes": (tmp_path / "white.tiff").read_bytes()}):
+    for entry in both(tmp_path / "white.tiff"):
         assert np.array_equal(read_mask(entry, (8, 6)), white == 0)
 
 
@@ -83,8 +79,6 @@ def test_a_bad_image_is_refused_by_name(tmp_path: Path, content: bytes, embedded
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"scan-17\.png"):
         read_picture({"path": str(path), "bytes": content if embedded else None})
-    with pytest.raises(ValueError, match="shard 3, row 5"):
-        read_picture({"path": None, "bytes": content}, name="shard 3, row 5")
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +91,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, mo
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     missing = tmp_path / ("x" * 80)  # as long as a base64 image might be
-    with pytest.raises(FileNotFoundError, match="x{80}"):
-        read_picture(missing)
     with pytest.raises(FileNotFoundError, match="x{80}"):
         read_mask({"path": str(missing), "bytes": None}, (8, 6))
     with pytest.raises(ValueError, match="neither"):
@@ -127,6 +119,6 @@ def test_a_mask_of_another_size_and_an_empty_one_are_refused_by_name(tmp_path: P
     path = tmp_path / "liver.png"
     Image.fromarray(np.zeros((6, 8), dtype=bool)).save(path)
     with pytest.raises(EmptyMaskError, match=r"liver\.png.*empty"):
-        read_mask(path, (8, 6))
+        read_mask({"path": path}, (8, 6))
     with pytest.raises(MaskSizeError, match=r"liver\.png.*8x6.*6x8"):
-        read_mask(path, (6, 8))
+        read_mask({"path": path}, (6, 8))

@@ -45,7 +45,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_another_package_brings_a_layout_by_an_entry_point(plugins: Path) -> None:
     source = Source("lines", str(plugins / "asked.lines"))
-    assert kind_of("lines") == "conversations"
+    assert kind_of(source) == "conversations"
     rows = load_source(source)
     assert [messages[0]["content"] for messages in rows["messages"]] == ["Is it big?", "Is it small?"]
     assert list(load_source(source, streaming=True)) == list(rows)
@@ -54,9 +54,9 @@ def test_another_package_brings_a_layout_by_an_entry_point(plugins: Path) -> Non
 
 
 def test_an_entry_point_to_something_else_is_named(plugins: Path) -> None:
-    with pytest.raises(ValueError, match="other = their_layouts:other: expected a Layout.*'no layout'"):
+    with pytest.raises(ValueError, match="other = their_layouts:other: expected a Layout"):
         find_layout("other")
-    with pytest.raises(ValueError, match="gone = their_layouts:gone: it cannot be loaded"):
+    with pytest.raises(ValueError, match="gone = their_layouts:gone: expected a Layout"):
         find_layout("gone")
 
 

@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from PIL import Image
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.data.sources import Source, load_source
 from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
-from tests.medsight.data.conftest import ANSWERED, ASKED
 
 
 def split(rows: Dataset, fraction: float, seed: int, *beside: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
@@ -59,61 +57,39 @@ def test_shared_data_has_each_patient_on_one_side(shared_data: Path) -> None:
     assert len(held) > 50 and {patient.split(":")[0] for patient in shared} <= few
 
 
-def test_all_conversations_of_an_image_come_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
-    turns = [ASKED, ANSWERED]
-    # Five patients of two images and two conversations each; p4's second shares an image with p3.
-    items = [
-        {"id": f"{p}.{n}", "image": [f"{p}-{n}.png", "3-0.png"][: 1 + (p == 4)], "conversations": turns}
-        for p in range(6)
-        for n in (0, 1, 0)
-    ]
-    for item in items:
-        item["patient"] = f"p{item['id'][0]}"
-    read_items(items)
-    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+Conversations = Callable[[list[dict]], Dataset]
+
+
+def test_all_conversations_of_an_image_come_on_one_side(conversations: Conversations) -> None:
+    # Six patients of two images, of which one has two conversations; p4's images come with one of p3's.
+    rows = conversations(
+        [
+            {"image": [f"{p}-{number}.png", "3-0.png"][: 1 + (p == 4)], "patient": f"p{p}"}
+            for p in range(6)
+            for number in (0, 1, 0)
+        ]
+    )
     for seed in range(12):
         training, held = split(rows, 0.2, seed)
-        assert len(training) + len(held) == len(rows) and len(held) in (3, 6)
+        assert len(training) + len(held) == len(rows)
         sides = [{path["path"] for row in side for path in row["images"]} for side in (training, held)]
         assert not sides[0] & sides[1]
         assert len(held) == (6 if {"p3", "p4"} & set(held["patient"]) else 3)
     assert len(split(rows, 0, 0)[1]) == 0
 
 
-def test_an_image_of_two_sets_is_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
-    turns = [ASKED, ANSWERED]
-    items = [
-        {"id": f"{name} {p}", "image": f"{p}.png", "conversations": turns, "dataset": name, "patient": f"{name} {p}"}
-        for name in ("one", "two")
-        for p in range(10)
-    ]
-    read_items(items)
-    rows = load_source(Source("llava", str(tmp_path / "items.json")))
-    for seed in range(4):
-        training, held = split(rows, 0.2, seed)
-        sides = [{row["images"][0]["path"] for row in side} for side in (training, held)]
-        assert not sides[0] & sides[1]
-        assert len(training) + len(held) == len(rows)
-
-
-def test_images_and_patients_are_on_the_side_of_their_masks(
-    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
-) -> None:
+def test_images_and_patients_are_on_the_side_of_their_masks(manifest_sets: Path, conversations: Conversations) -> None:
     """Conversations about images that have masks, others of the same patients, and about ones of neither."""
     regions = load_source(Source("biomedparse", str(manifest_sets)))
     told = [
         {"image": row["image"]["path"], "dataset": "questions", "patient": f"q{number}"}
         for number, row in enumerate(regions)
     ]
-    told += [
-        {"image": f"{number}.png", "dataset": "busi", "patient": row["patient"]}
-        for number, row in enumerate(regions)
-        if row["dataset"] == "busi"
-    ]
+    busi = enumerate(regions.filter(lambda row: row["dataset"] == "busi")["patient"])
+    told += [{"image": f"{number}.png", "dataset": "busi", "patient": patient} for number, patient in busi]
     free = [{"image": f"free {number}.png", "dataset": "questions", "patient": f"f{number}"} for number in range(40)]
     for some in (told + free, told):
-        read_items([{"id": str(n), "conversations": [ASKED, ANSWERED], **one} for n, one in enumerate(some)])
-        rows = load_source(Source("llava", str(tmp_path / "items.json")))
+        rows = conversations(some)
         for seed in range(4):
             both = split_regions(regions, 0.3, seed + 10)
             training, held = split(rows, 0.2, seed, both)
@@ -125,71 +101,55 @@ def test_images_and_patients_are_on_the_side_of_their_masks(
             assert len(some) == len(told) or any("free" in row["images"][0]["path"] for row in held)
 
 
-def sides_of(tmp_path: Path, read_items: Callable[..., list[dict]], items: list[dict], seed: int, *beside: Any) -> Any:
-    """The items that are trained on and those that are held out."""
-    read_items([{"id": str(n), "conversations": [ASKED, ANSWERED], **item} for n, item in enumerate(items)])
-    both = split(load_source(Source("llava", str(tmp_path / "items.json"))), 0.3, seed, *beside)
-    return [[items[int(n)] for n in some["id"]] for some in both]
-
-
 @pytest.mark.parametrize("turned", [False, True])
 def test_patients_of_masks_are_known_whatever_source_comes_first(
-    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, turned: bool
+    manifest_sets: Path, conversations: Conversations, turned: bool
 ) -> None:
     regions = load_source(Source("biomedparse", str(manifest_sets)))
     both = split_regions(regions, 0.3, 0)
-    patients = sorted(set(both[1].filter(lambda row: row["dataset"] == "busi")["patient"]))
+    patients = set(both[1].filter(lambda row: row["dataset"] == "busi")["patient"])
     assert patients
     asked = [{"image": f"other {p}.png", "dataset": "busi", "patient": p} for p in sorted({*regions["patient"]})]
     captions = [{"image": item["image"]} for item in asked]
-    items = captions + asked if turned else asked + captions
+    rows = conversations(captions + asked if turned else asked + captions)
     for seed in range(3):
-        training, held = sides_of(tmp_path, read_items, items, seed, both)
-        assert {f"other {p}.png" for p in patients} <= {item["image"] for item in held}
-        assert not {item["image"] for item in held} & {item["image"] for item in training}
+        sides = [{Path(row["images"][0]["path"]).name for row in side} for side in split(rows, 0.3, seed, both)]
+        assert {f"other {p}.png" for p in patients} <= sides[1] and not sides[0] & sides[1]
 
 
-def test_a_patient_of_two_sources_is_on_one_side(read_items: Callable[..., list[dict]], tmp_path: Path) -> None:
+def test_an_image_and_a_patient_of_two_sets_are_on_one_side(conversations: Conversations) -> None:
     items = [{"image": f"{p}-x.png", "dataset": "one", "patient": f"{p}"} for p in range(10)]
     items += [
         {"image": f"{p}-{part}.png", "dataset": "two", "patient": f"of two {p}"} for p in range(10) for part in "xy"
     ]
     items += [{"image": f"unlike {p}.png", "dataset": "three", "patient": f"{p}"} for p in range(10)]
-    told = set()
+    rows, told = conversations(items), set()
     for seed in range(6):
-        training, held = sides_of(tmp_path, read_items, items, seed)
-        sides = [
-            {item["image"].split("-")[0] for item in some if item["dataset"] != "three"} for some in (training, held)
-        ]
-        assert sides[1] and not sides[0] & sides[1]
+        sides = [[items[int(number)] for number in side["id"]] for side in split(rows, 0.3, seed)]
+        patients = [{item["image"].split("-")[0] for item in side if item["dataset"] != "three"} for side in sides]
+        assert patients[1] and not patients[0] & patients[1]
         # patients of one name in data sets that share no image are not one
-        told.add({i["image"] for i in held if i["dataset"] == "three"} == {f"unlike {p}.png" for p in sides[1]})
+        told.add({i["patient"] for i in sides[1] if i["dataset"] == "three"} == patients[1])
     assert told == {False}
 
 
-def test_embedded_images_are_told_apart_by_their_content(
-    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
-) -> None:
-    root = tmp_path / "listed"
-    for number, path in enumerate(sorted(root.glob("*/train/*.png"))):  # no two alike
+def test_embedded_images_are_told_apart_by_their_content(manifest_sets: Path) -> None:
+    for number, path in enumerate(sorted(manifest_sets.glob("*/train/*.png"))):  # no two alike
         Image.fromarray(np.full((12, 16), number, dtype=np.uint8)).save(path)
     regions = load_source(Source("biomedparse", str(manifest_sets)))
     both = split_regions(regions, 0.3, 0)
     rows = [
         {
-            "id": f"{turn}",
+            **dict.fromkeys(CONVERSATION_FEATURES),
             "images": [{"path": "picture.png", "bytes": Path(row["image"]["path"]).read_bytes()}],
-            "messages": [{"role": "user", "content": "<image>Hm?"}, {"role": "assistant", "content": "Yes."}],
-            **{name: row[name] for name in ("dataset", "modality", "site", "split", "patient")},
-            "masks": [],
-            "targets": [],
+            **{name: row[name] for name in ("dataset", "modality", "patient")},
         }
         for row in regions
-        for turn in range(3)
+        for _ in range(3)
     ]
-    conversations = Dataset.from_list(rows, features=CONVERSATION_FEATURES)
+    embedded = Dataset.from_list(rows, features=CONVERSATION_FEATURES)
     for regions_beside in ([both], []):
-        training, held = split(conversations, 0.3, 0, *regions_beside)
+        training, held = split(embedded, 0.3, 0, *regions_beside)
         sides = [{row["images"][0]["bytes"] for row in some} for some in (training, held)]
         assert len(held) and not sides[0] & sides[1] and len(training) + len(held) == len(rows)
         if regions_beside:
@@ -197,40 +157,25 @@ def test_embedded_images_are_told_apart_by_their_content(
 
 
 def test_what_cannot_be_validated_on_is_said(
-    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    manifest_sets: Path, conversations: Conversations, caplog: pytest.LogCaptureFixture
 ) -> None:
     both = split_regions(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
-    items = [{"id": str(n), "image": row["image"]["path"], "patient": str(n)} for n, row in enumerate(both[0])]
-    read_items([{**item, "conversations": [ASKED, ANSWERED]} for item in items])
-    rows = load_source(Source("llava", str(tmp_path / "items.json")))
+    rows = conversations([{"image": row["image"]["path"], "patient": str(n)} for n, row in enumerate(both[0])])
     training, held = split(rows, 0.2, 0, both)
-    assert len(training) == len(items) and not len(held) and "none is held out" in caplog.text
+    assert len(training) == len(rows) and not len(held) and "none is held out" in caplog.text
 
 
-def test_patients_may_be_numbered_from_0(read_items: Callable[..., list[dict]]) -> None:
-    found = read_items([{"id": "a", "image": "a.png", "conversations": [ASKED, ANSWERED], "patient": 0}])
-    assert found[0]["patient"] == "0"
-
-
-def test_the_same_patients_are_held_out_as_from_the_images(
-    manifest_sets: Path, read_items: Callable[..., list[dict]], tmp_path: Path
-) -> None:
+def test_the_same_patients_are_held_out_as_from_the_images(manifest_sets: Path, conversations: Conversations) -> None:
     regions = load_source(Source("biomedparse", str(manifest_sets)))
     items = [
-        {
-            "id": f"{turn}",
-            "image": row["image"]["path"],
-            "conversations": [ASKED, ANSWERED],
-            **{name: row[name] for name in ("dataset", "modality", "patient")},
-        }
+        {"image": row["image"]["path"], **{name: row[name] for name in ("dataset", "modality", "patient")}}
         for row in regions
-        for turn in range(2)
+        for _ in range(2)
     ]
-    read_items(items)
-    conversations = load_source(Source("llava", str(tmp_path / "items.json")))
+    rows = conversations(items)
     for seed in range(3):
         held = {row["image"]["path"] for row in split_regions(regions, 0.3, seed)[1]}
-        assert {row["images"][0]["path"] for row in split(conversations, 0.3, seed)[1]} == held
+        assert {row["images"][0]["path"] for row in split(rows, 0.3, seed)[1]} == held
 
 
 def drawn_rows() -> tuple[Dataset, Dataset]:

@@ -119,11 +119,6 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.answer()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def answer(self) -> None:
         self.path_only = unquote(urlsplit(self.path).path)
         self.content = self.read_body()
         try:
@@ -142,6 +137,8 @@ class HubHandler(BaseHTTPRequestHandler):
             headers |= {"X-Error-Code": refused.code} if refused.code else {}
             body = {"error": refused.message, **refused.body}
             self.send(refused.status, json.dumps(body).encode(), headers)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -184,13 +181,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def head(self, repo_id: str, revision: str) -> Commit:
         branches = self.repo(repo_id).branches
-        if revision in branches:
-            return branches[revision][-1]
-        for some in branches.values():
-            for one in some:
-                if one.oid == revision:
-                    return one
-        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        by_oid = {commit.oid: commit for commits in branches.values() for commit in commits}
+        found = branches[revision][-1] if revision in branches else by_oid.get(revision)
+        if found is None:
+            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return found
 
     # Repositories
 
@@ -234,11 +229,10 @@ class HubHandler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         front = re.match(r"---\n(.*?)\n---\n", json.loads(self.content)["content"], re.DOTALL)
         try:
-            good = front is not None and isinstance(yaml.safe_load(front[1]), dict)
+            yaml.safe_load(front[1] if front else "[")
         except yaml.YAMLError:
-            good = False
-        if not good:
-            raise RefusedError(400, "bad metadata", errors=[{"message": "no valid YAML header"}], warnings=[])
+            errors = [{"message": "no valid YAML header"}]
+            raise RefusedError(400, "bad metadata", errors=errors, warnings=[]) from None
         self.reply({"errors": [], "warnings": []})
 
     # Upload
@@ -275,13 +269,10 @@ class HubHandler(BaseHTTPRequestHandler):
         branch = self.repo(repo_id).branches.get(revision)
         if branch is None:
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        lines = [json.loads(line) for line in self.content.splitlines()]
-        files, changes, message = dict(branch[-1].files), [], ""
-        for line in lines:
-            key, value = line["key"], line["value"]
-            if key == "header":
-                message = value["summary"]
-                continue
+        header, *operations = (json.loads(line) for line in self.content.splitlines())
+        files, changes = dict(branch[-1].files), []
+        for operation in operations:
+            key, value = operation["key"], operation["value"]
             changes.append((key, value["path"]))
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -289,12 +280,9 @@ class HubHandler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.large:
                     raise RefusedError(422, f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
-            elif key == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    raise RefusedError(404, "A file with this name doesn't exist", "EntryNotFound")
-            else:
-                raise RefusedError(400, f"unknown operation {key}")
-        branch.append(commit(branch, message, files, changes))
+            elif files.pop(value["path"], None) is None:
+                raise RefusedError(404, f"{key}: a file with this name doesn't exist", "EntryNotFound")
+        branch.append(commit(branch, header["value"]["summary"], files, changes))
         url = f"{self.hub.url}/{repo_id}/commit/{branch[-1].oid}"
         self.reply({"success": True, "commitOid": branch[-1].oid, "commitUrl": url})
 
@@ -305,10 +293,10 @@ class HubHandler(BaseHTTPRequestHandler):
         if path not in head.files:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         content = head.files[path]
-        headers = {"X-Repo-Commit": head.oid}
+        etag = f'"{digest(content) if path.endswith(LARGE) else git_oid(content)}"'
+        headers = {"X-Repo-Commit": head.oid, "ETag": etag}
         if path.endswith(LARGE):
-            headers |= {"X-Linked-Etag": f'"{digest(content)}"', "X-Linked-Size": str(len(content))}
-        headers["ETag"] = f'"{digest(content) if path.endswith(LARGE) else git_oid(content)}"'
+            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
         self.send(200, content, headers)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from medsight import cli
 from medsight.checkpoint import weights_sha256
-from medsight.hub import CardFacts, push, render_card, write_card
+from medsight.hub import CardFacts, push, render_card
 from tests.medsight.hub.fake_hub import FakeHub
 
 
@@ -58,6 +58,10 @@ def save(path: Path, content: Any) -> Path:
     return path
 
 
+def card_of(folder: Path, *metrics: Path, **facts: Any) -> str:
+    return render_card(folder, "me/tiny", CardFacts(metrics=metrics, **facts))
+
+
 def section(card: str, title: str) -> str:
     return card.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
@@ -77,15 +81,19 @@ def test_a_card_without_facts_has_no_figures_and_says_so(folder: Path) -> None:
 
 def test_figures_and_intervals_are_those_of_metrics_json(folder: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "scores" / "metrics.json", metrics_of(folder, 0.6875))
-    text = render_card(folder, "me/tiny", CardFacts(license="cc-by-4.0", metrics=(path.parent,)))
+    text = card_of(folder, path.parent, license="cc-by-4.0")
     results = section(text, "Results")
-    assert "| Dice | 68.8 (63.7–73.8) | 34.4 (29.4–39.4) | 40 |" in results
-    assert "| busi | 81.2 (76.2–86.2) | 40 |" in results and "| tnbc | 6.2 | 1 |" in results
-    assert "| No mask where there is one | 25.0 (20.0–30.0) | | 40 |" in results
-    for note in ("11 rows are not an expert's: model (some network)", "Limited to the first", "empty reference"):
-        assert note in results
-    assert "hardly a figure: tnbc (3)" in results and "1 predictions with a problem: missing" in results
-    assert "intervals drawn by patient or image" in results and "Jane" not in text
+    for line in (
+        "| Dice | 68.8 (63.7–73.8) | 34.4 (29.4–39.4) | 40 |",
+        "| busi | 81.2 (76.2–86.2) | 40 |",
+        "| tnbc | 6.2 | 1 |",
+        "| No mask where there is one | 25.0 (20.0–30.0) | | 40 |",
+        *("11 rows are not an expert's: model (some network)", "Limited to the first", "empty reference"),
+        *("hardly a figure: tnbc (3)", "1 predictions with a problem: missing"),
+        "intervals drawn by patient or image",
+    ):
+        assert line in results
+    assert "Jane" not in text and "| benchmark |" not in results
     data = ModelCard(text).data
     assert data.license == "cc-by-4.0"
     found = {(one.metric_type, one.metric_name): (one.metric_value, one.metric_args) for one in data.eval_results}
@@ -93,49 +101,43 @@ def test_figures_and_intervals_are_those_of_metrics_json(folder: Path, tmp_path:
     assert len(found) == 2 and {one.task_type for one in data.eval_results} == {"image-segmentation"}
 
 
-def test_the_main_figures_of_several_benchmarks_come_first(folder: Path, tmp_path: Path) -> None:
+def test_the_main_figures_of_several_benchmarks_come_first_and_the_index_tells_them_apart(
+    folder: Path, tmp_path: Path
+) -> None:
     asked = {"benchmark": "presence", "title": "Is it there", "task": "vqa", "protocol": {"answers": "strict"}}
     asked |= {"scores": {"answer": {"micro": figure(0.75), "macro": figure(0.5)}}, "by": {}}
-    paths = [save(tmp_path / "one.json", metrics_of(folder, 0.6875))]
-    paths.append(save(tmp_path / "two.json", metrics_of(folder, 0.5) | asked))
-    both = section(render_card(folder, "me/tiny", CardFacts(metrics=tuple(paths))), "Results")
-    head = both.split("###")[0]
+    plain, held_out = metrics_of(folder, 0.6875), metrics_of(folder, 0.5)
+    held_out |= {"title": "Text-prompted segmentation, in wordings not trained on"}
+    held_out["run"] |= {"data": {"sha256": "cd"}}
+    every = (plain, held_out, metrics_of(folder, 0.5) | asked)
+    text = card_of(folder, *(save(tmp_path / f"{i}.json", content) for i, content in enumerate(every)))
+    head = section(text, "Results").split("###")[0]
     assert "| Text-prompted segmentation | Dice | 68.8 (63.7–73.8) | 40 |" in head
     assert "| Is it there | All questions | 75.0 (70.0–80.0) | 40 |" in head
-    alone = section(render_card(folder, "me/tiny", CardFacts(metrics=tuple(paths[:1]))), "Results")
-    assert "| benchmark |" not in alone
-
-
-def test_the_index_tells_one_benchmark_in_other_wordings_apart(folder: Path, tmp_path: Path) -> None:
-    plain = metrics_of(folder, 0.6875)
-    other = {"title": "Text-prompted segmentation, in wordings not trained on"}
-    held_out = metrics_of(folder, 0.5) | other
-    held_out["run"] = held_out["run"] | {"data": {"sha256": "cd"}}
-    paths = tuple(save(tmp_path / f"{i}.json", one) for i, one in enumerate((plain, held_out)))
-    index = ModelCard(render_card(folder, "me/tiny", CardFacts(metrics=paths))).data.to_dict()["model-index"]
+    index = ModelCard(text).data.to_dict()["model-index"]
     found = {one["dataset"]["name"]: one["metrics"][0]["value"] for one in index[0]["results"]}
-    assert found == {plain["title"]: 0.6875, held_out["title"]: 0.5}
+    assert found == {plain["title"]: 0.6875, held_out["title"]: 0.5, "Is it there": 0.75}
 
 
 def test_metrics_in_the_folder_are_taken_and_stay_there(folder: Path) -> None:
     save(folder / "metrics.json", metrics_of(folder, 0.6875))
     planned = push(folder, "me/tiny", dry_run=True)
-    assert "68.8" in render_card(folder, "me/tiny")
+    assert "68.8" in card_of(folder)
     assert "README.md" in planned.files and "metrics.json" in planned.left_out
 
 
 def test_figures_of_other_weights_or_of_unknown_ones_are_refused(folder: Path, tmp_path: Path) -> None:
     metrics = metrics_of(folder, 0.5)
+    path = save(tmp_path / "metrics.json", metrics)
+    with pytest.raises(ValueError, match="given twice"):
+        card_of(folder, path, path)
     for checkpoint, message in (({"weights_sha256": "f" * 64}, "is about weights ffff"), (None, "does not say which")):
         metrics["run"]["checkpoint"] = checkpoint
-        path = save(tmp_path / "metrics.json", metrics)
+        save(path, metrics)
         with pytest.raises(ValueError, match=message):
-            render_card(folder, "me/tiny", CardFacts(metrics=(path,)))
+            card_of(folder, path)
     with pytest.raises(ValueError, match=r"no metrics\.json of medsight evaluate"):
-        render_card(folder, "me/tiny", CardFacts(metrics=(save(tmp_path / "x.json", {"dice": 1}),)))
-    path = save(tmp_path / "metrics.json", metrics_of(folder, 0.5))
-    with pytest.raises(ValueError, match="given twice"):
-        render_card(folder, "me/tiny", CardFacts(metrics=(path, path)))
+        card_of(folder, save(tmp_path / "x.json", {"dice": 1}))
 
 
 RECORD = {
@@ -153,81 +155,62 @@ def run(folder: Path) -> Path:
     return folder.parent
 
 
-def test_a_run_tells_of_its_data_and_of_its_training(folder: Path, run: Path) -> None:
-    text = render_card(folder, "me/tiny")
+def test_a_run_tells_of_its_data_and_of_its_training(folder: Path, run: Path, adapter: Path) -> None:
+    text = card_of(folder)
     assert RECORD["data"] in section(text, "Training data and licences")
     assert RECORD["training"] in section(text, "Training, time and carbon")
-    data = ModelCard(text).data
-    assert data.datasets == RECORD["datasets"] and data["co2_eq_emissions"]["emissions"] == 1250.0
-    assert str(run) not in text
+    assert ModelCard(text).data["co2_eq_emissions"]["emissions"] == 1250.0 and str(run) not in text
+    of_adapter = card_of(adapter, base_model="me/tiny", run=run)
+    assert RECORD["training"] in of_adapter
+    assert ModelCard(text).data.datasets == ModelCard(of_adapter).data.datasets == RECORD["datasets"]
 
 
-def test_an_adapter_has_a_run_too(adapter: Path, run: Path) -> None:
-    text = render_card(adapter, "me/adapter", CardFacts(base_model="me/tiny", run=run))
-    assert RECORD["training"] in text and ModelCard(text).data.datasets == RECORD["datasets"]
-
-
-def test_a_run_without_emissions_or_known_sets_states_neither(folder: Path, run: Path) -> None:
-    save(run / "training_record.json", RECORD | {"datasets": [], "emissions": None})
-    data = ModelCard(render_card(folder, "me/tiny")).data.to_dict()
-    assert not {"datasets", "co2_eq_emissions"} & set(data)
-
-
-def test_a_run_whose_record_is_missing_or_damaged_is_named(folder: Path, run: Path) -> None:
-    path = save(run / "training_record.json", {"datasets": [], "emissions": None, "training": ""})
+def test_what_a_run_did_not_record_is_not_stated_and_a_damaged_record_is_named(folder: Path, run: Path) -> None:
+    path = save(run / "training_record.json", RECORD | {"datasets": [], "emissions": None})
+    assert not {"datasets", "co2_eq_emissions"} & set(ModelCard(card_of(folder)).data.to_dict())
+    save(path, {"datasets": [], "emissions": None, "training": ""})
     with pytest.raises(ValueError, match=r"training_record\.json has no 'data'"):
-        render_card(folder, "me/tiny")
+        card_of(folder)
     path.unlink()
-    assert "Not recorded" in render_card(folder, "me/tiny")
-    with pytest.raises(FileNotFoundError, match=r"has no training_record\.json.*train on.*leave out --run"):
-        render_card(folder, "me/tiny", CardFacts(run=run))
+    assert "Not recorded" in card_of(folder)
+    with pytest.raises(FileNotFoundError, match=r"training_record\.json is not there.*train on.*omit --run"):
+        card_of(folder, run=run)
 
 
 def test_a_run_that_ended_with_other_weights_is_refused(folder: Path, run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    facts = CardFacts(run=run)
-    assert RECORD["training"] in render_card(copy, "me/tiny", facts)
-    assert RECORD["training"] not in render_card(copy, "me/tiny")
+    assert RECORD["training"] in card_of(copy, run=run) and RECORD["training"] not in card_of(copy)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))
     with pytest.raises(ValueError, match="ended with weights"):
-        render_card(copy, "me/tiny", facts)
+        card_of(copy, run=run)
 
 
-def test_a_written_card_is_the_one_that_is_published(hub: FakeHub, folder: Path) -> None:
-    facts = CardFacts(license="cc-by-4.0", limits="* One more limit.", prompt="Segment the moon.")
-    Image.new("RGB", (8, 8)).save(folder / "example.png")
-    path = write_card(folder, "me/tiny", facts)
-    assert path.read_text("utf-8") == render_card(folder, "me/tiny", facts)
-    with pytest.raises(FileExistsError, match="exists"):
-        write_card(folder, "me/tiny", facts)
-    push(folder, "me/tiny")
-    card = ModelCard(hub.files("me/tiny")["README.md"].decode())
-    (widget,) = card.data["widget"]
-    assert widget["text"] == "Segment the moon." and "* One more limit." in card.text
-    assert widget["src"] == f"{hub.url}/me/tiny/resolve/main/example.png" and "example.png" in hub.files("me/tiny")
-
-
-def test_push_can_write_the_card_alone(
+def test_a_card_can_be_written_alone_and_is_then_the_one_that_is_published(
     hub: FakeHub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["push", str(folder), "--repo-id", "me/tiny"]
-    alone = [*command, "--write-card"]
-    assert cli.main([*alone, "--dry-run"]) == 1 and "leave out --dry-run" in capsys.readouterr().err
-    assert cli.main([*alone, "--license", "mit", "--json"]) == 0
-    path = Path(json.loads(capsys.readouterr().out)["card"])
-    assert path.read_text("utf-8") == render_card(folder, "me/tiny", CardFacts(license="mit"))
-    assert cli.main([*alone, "--license", "mit"]) == 1 and "README.md exists" in capsys.readouterr().err
-    assert cli.main([*command, "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["files"]["README.md"] == path.stat().st_size
-    assert not hub.log
-
+    Image.new("RGB", (8, 8)).save(folder / "example.png")
     half = Path(shutil.copytree(folder, tmp_path / "half"))
-    (half / "README.md").unlink()
     (half / "tokenizer.json").unlink()
+    alone = ["push", str(folder), "--repo-id", "me/tiny", "--write-card"]
+    alone += ["--license", "cc-by-4.0", "--limits", "* One more limit.", "--prompt", "Segment the moon."]
+    assert cli.main([*alone, "--dry-run"]) == 1 and "leave out --dry-run" in capsys.readouterr().err
+    assert cli.main([*alone, "--json"]) == 0
+    path = Path(json.loads(capsys.readouterr().out)["card"])
+    facts = {"license": "cc-by-4.0", "limits": "* One more limit.", "prompt": "Segment the moon."}
+    text = path.read_text("utf-8")
+    assert cli.main(alone) == 1 and "README.md exists" in capsys.readouterr().err
     assert cli.main(["push", str(half), "--repo-id", "me/tiny", "--write-card"]) == 1
     assert "has no tokenizer.json" in capsys.readouterr().err and not (half / "README.md").exists()
+    assert not hub.log and text == card_of(folder, **facts)
+
+    push(folder, "me/tiny")
+    assert hub.files("me/tiny")["README.md"].decode() == text and "example.png" in hub.files("me/tiny")
+    card = ModelCard(text)
+    (widget,) = card.data["widget"]
+    assert widget["text"] == "Segment the moon." and "* One more limit." in card.text
+    assert widget["src"] == f"{hub.url}/me/tiny/resolve/main/example.png"
 
 
 def test_the_example_in_the_card_runs_as_it_is_printed(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
