@@ -9,19 +9,18 @@ from medsight.cli.console import Json, results
 
 
 def build_diagseg(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Set, or folder of sets, in BiomedParse's layout.")],
-    output: Annotated[str, typer.Option(metavar="DIR", help="Output folder, new or empty.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Set, or folder of sets, in BiomedParse's layout.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Output folder, new or empty.")],
     table: Annotated[
-        str | None,
+        Path | None,
         typer.Option(
             metavar="FILE",
             help="Diagnoses: CSV with the columns image and diagnosis, or JSON lines  [default: what the data says].",
         ),
     ] = None,
     question: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Asked of every item  [default: for the diagnosis and its mask]."),
-    ] = None,
+        str, typer.Option(metavar="TEXT", help="Asked of every item  [default: for the diagnosis and its mask].")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Make diagnose-then-segment items from test images with masks and a table of diagnoses.
@@ -30,15 +29,12 @@ def build_diagseg(
     """
     from medsight.evaluation.diagseg import QUESTION, build
 
-    asked = QUESTION if question is None else question
-    if not asked.strip():
-        raise ValueError("--question is empty; ask for a diagnosis")
     with results(as_json) as out:
-        counts = build(Path(path), Path(output), None if table is None else Path(table), asked)
+        counts = build(path, output, table, question or QUESTION)
         left_out = {reason: count for reason, count in sorted(counts.items()) if reason != "items"}
         lines = [f"left out, {reason}: {count:,}" for reason, count in left_out.items()]
         lines.append(f"Written to {output}/: {counts['items']:,} items, README.md")
-        out.show({"folder": output, "items": counts["items"], "left_out": left_out}, "\n".join(lines))
+        out.show({"folder": str(output), "items": counts["items"], "left_out": left_out}, "\n".join(lines))
 
 
 commands = {"build-diagseg": build_diagseg}

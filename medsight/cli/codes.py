@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from medsight.checkpoint import CODES_FILE, check_checkpoint
+from medsight.checkpoint import CODES_FILE, check_checkpoint, weights_sha256
 from medsight.cli.console import Device, Json, results
-from medsight.files import check_empty, staged_folder
-from medsight.text import quiet_transformers
+from medsight.files import check_empty, staged_folder, write_json
+from medsight.text import Table, quiet_transformers
 
 
 def command(
@@ -24,16 +24,12 @@ def command(
     limit: Annotated[int | None, typer.Option(metavar="N", help="The first N images alone.")] = None,
     groups: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="YAML: code group -> patterns of MODALITY/SITE  [default: as the checkpoint says]."
-        ),
+        typer.Option(metavar="FILE", help="YAML: code group: patterns of MODALITY/SITE  [default: the checkpoint's]."),
     ] = None,
-    examples: Annotated[int, typer.Option(metavar="N", help="On a sheet.")] = 8,
+    examples: Annotated[int, typer.Option(min=1, metavar="N", help="On a sheet.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at once.")] = 8,
     device: Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the checkpoint folder says already.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the description that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find out which structures each region code stands for.
@@ -41,13 +37,14 @@ def command(
     Each reference mask gets the code that training would give it. What codes stand for is written into the checkpoint
     folder (region_codes.json), and one contact sheet per code (PNG) into the output folder.
     """
+    from tqdm import tqdm
+
     from medsight import __version__
     from medsight.data.groups import load_groups, match_groups
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.evaluation.codes import describe_codes, meanings_to_json
-    from medsight.evaluation.runner import RunSettings, checkpoint_fingerprint, load_for_evaluation
+    from medsight.evaluation.runner import RunSettings, load_for_evaluation
     from medsight.evaluation.scored_run import codebook_of
-    from medsight.files import write_json
 
     folder = Path(model)
     check_checkpoint(folder)
@@ -56,8 +53,6 @@ def command(
         raise FileExistsError(f"{target} exists: the codes are described already; add --overwrite to do it again")
     if output is not None:
         check_empty(Path(output))
-    if examples < 1:
-        raise ValueError(f"--examples {examples}: expected at least 1")
     source = Source(layout or detect_layout(data), data, split=split, limit=limit)
     if kind_of(source) != "regions":
         raise ValueError(f"{data}: layout {source.layout} holds conversations; images with masks are needed")
@@ -65,15 +60,16 @@ def command(
         rows = load_source(source, streaming=True)
         with quiet_transformers():
             loaded, processor = load_for_evaluation(folder, RunSettings(dtype="float32"), device)
-        names = list(codebook_of(loaded.config))
-        chosen = None if groups is None else load_groups(groups, names)
+        codebook = codebook_of(loaded.config)
+        chosen = None if groups is None else load_groups(groups, list(codebook))
         matched = match_groups(loaded.config, {(row["modality"], row["site"]) for row in rows}, chosen)
-        found = describe_codes(loaded, processor, _counted(rows), matched, examples, batch_size)
+        seen = tqdm(rows, unit="image", desc="looking")
+        found = describe_codes(loaded, processor, seen, matched, examples, batch_size)
         content = meanings_to_json(
             found,
-            codebook_of(loaded.config),
+            codebook,
             medsight_version=__version__,
-            weights_sha256=checkpoint_fingerprint(folder)["weights_sha256"],
+            weights_sha256=weights_sha256(folder),
             data=Path(data).name,
             split=split,
         )
@@ -84,12 +80,6 @@ def command(
         out.show(content, usage_rows(content), f"\nWritten to {target}{sheets}")
 
 
-def _counted(rows: Any) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(rows, unit="image", desc="looking")
-
-
 def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) -> None:
     """A contact sheet a code, `C0_16.png`; the folder appears whole or not at all."""
     from medsight.evaluation.codes import contact_sheet
@@ -98,35 +88,19 @@ def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) 
         for code, shown in examples.items():
             meaning = codes[code]
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in meaning["structures"].items())
-            title = f"{code}  {meaning['group']}"
-            sheet = contact_sheet(title, f"{meaning['n']:,} masks: {shares}", shown)
+            sheet = contact_sheet(f"{code}  {meaning['group']}", f"{meaning['n']:,} masks: {shares}", shown)
             sheet.save(folder / f"{code.strip('[]')}.png")
 
 
-def usage_rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
+def usage_rows(content: dict[str, Any]) -> Table:
     """Usage by group, for a terminal."""
-    lines: list[tuple[str, ...]] = [
-        ("group", "masks", "codes in use", "perplexity", "purity", "NMI", "the code used most")
-    ]
+    lines = [("group", "masks", "codes in use", "perplexity", "purity", "NMI", "the code used most")]
     for name, group in content["groups"].items():
-        if not group["citations"]:
-            continue
-        code = max((code for code, entry in content["codes"].items() if entry["group"] == name), key=_count(content))
-        structures = content["codes"][code]["structures"]
-        first = next(iter(structures))
-        lines.append(
-            (
-                name,
-                f"{group['citations']:,}",
-                f"{group['live_codes']} of {round(group['live_codes'] / group['live_share'])}",
-                f"{group['perplexity']:.1f}",
-                f"{group['purity']:.2f}",
-                f"{group['nmi']:.2f}",
-                f"{code} {first} {100 * structures[first]:.0f}%",
-            )
-        )
+        cited = {code: entry for code, entry in content["codes"].items() if entry["group"] == name}
+        if cited:
+            code, most = max(cited.items(), key=lambda entry: entry[1]["n"])
+            structure, share = next(iter(most["structures"].items()))
+            in_use = f"{group['live_codes']} of {round(group['live_codes'] / group['live_share'])}"
+            figures = (f"{group['perplexity']:.1f}", f"{group['purity']:.2f}", f"{group['nmi']:.2f}")
+            lines.append((name, f"{group['citations']:,}", in_use, *figures, f"{code} {structure} {100 * share:.0f}%"))
     return lines
-
-
-def _count(content: dict[str, Any]) -> Any:
-    return lambda code: content["codes"][code]["n"]

@@ -21,24 +21,6 @@ CLOSED, OPEN = "CLOSED", "OPEN"
 class Case:
     """One row of a benchmark.
 
-    Attributes:
-        id: unique in its benchmark, and the same wherever the data lies.
-        prompt: the user's words; "<image>" stands for the next of the images.
-        images: pictures, `{"path", "bytes"}`.
-        answer: the reference answer, for questions and diagnoses.
-        answer_type: "CLOSED" or "OPEN", for questions and diagnoses.
-        options: what can be chosen from, in multiple choice, else empty.
-        target: the structure asked for, or that shows the diagnosis; several structures in words.
-        absent: whether the right answer has no mask.
-        masks: reference masks of the target, pictures; several where it has several parts.
-        mask_targets: what each mask shows, where an answer's masks are told apart by what it calls them; else empty.
-        codes: the region codes that the data set itself gives to them, as `medsight data annotate` does; None where it
-            gives none. They mean something within the codebook that wrote them alone.
-        spacing_mm: (row, column) size of a pixel in millimetres, where known.
-        dataset, modality, site: where the image comes from, where known.
-        patient: whom it comes from; the image itself where the data name no patient, None where they name neither.
-        label_origin: "expert", "model", ..., where known.
-
     Example:
         >>> picture = {"path": "a.png", "bytes": None}
         >>> case = Case("a.png#liver", "<image>\\nSegment the liver.", (picture,), target="liver")
@@ -46,40 +28,35 @@ class Case:
         (False, ())
     """
 
-    id: str
-    prompt: str
-    images: tuple[dict[str, Any], ...]
-    answer: str | None = None
-    answer_type: str | None = None
-    options: tuple[str, ...] = ()
-    target: str | None = None
-    absent: bool = False
-    masks: tuple[dict[str, Any], ...] = ()
-    mask_targets: tuple[str, ...] = ()
-    codes: tuple[str, ...] | None = None
-    spacing_mm: tuple[float, float] | None = None
+    id: str  # unique in its benchmark, and the same wherever the data lies
+    prompt: str  # the user's words; "<image>" stands for the next of the images
+    images: tuple[dict[str, Any], ...]  # pictures, `{"path", "bytes"}`, as the masks
+    answer: str | None = None  # the reference answer, for questions and diagnoses
+    answer_type: str | None = None  # "CLOSED" or "OPEN", for questions and diagnoses
+    options: tuple[str, ...] = ()  # what can be chosen from, in multiple choice
+    target: str | None = None  # the structure asked for, or that shows the diagnosis; several structures in words
+    absent: bool = False  # whether the right answer has no mask
+    masks: tuple[dict[str, Any], ...] = ()  # reference masks of the target; several where it has several parts
+    mask_targets: tuple[str, ...] = ()  # what each mask shows, where an answer's masks are told apart by name
+    codes: tuple[str, ...] | None = None  # of each mask, where the data set gives them, as `medsight data annotate`
+    spacing_mm: tuple[float, float] | None = None  # (row, column) size of a pixel in millimetres, where known
     dataset: str = "-"
     modality: str = "-"
     site: str = "-"
-    patient: str | None = None
-    label_origin: str | None = None
+    patient: str | None = None  # the image where the data name no patient, None where they name neither
+    label_origin: str | None = None  # "expert", "model", ..., where known
 
 
 class Words(NamedTuple):
     """How prompts are made: the declaration's template, or a held-out wording drawn by the row's id.
-
-    Attributes:
-        template: with {target}, {modality}, {site} or {question} in braces.
-        held_out: other templates, of which each row gets one; none uses the declaration's.
-        seed: of that choice.
 
     Example:
         >>> Words("Segment the {target}.").prompt("a.png#liver", {"target": "liver"})
         '<image>\\nSegment the liver.'
     """
 
-    template: str
-    held_out: tuple[str, ...] = ()
+    template: str  # with {target}, {modality}, {site} or {question} in braces
+    held_out: tuple[str, ...] = ()  # other templates, of which each row gets one
     seed: int = 0
 
     def prompt(self, identity: str, fields: Mapping[str, str], images: int = 1) -> str:

@@ -1,10 +1,9 @@
 """What each region code stands for: the structures whose masks it gets, and where its mask is hottest."""
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,35 +19,20 @@ from .reference_codes import codes_in_image
 TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
 
 
-@dataclass(order=True)
-class Example:
-    """One image in which a code was given to a mask; the surer ones sort later.
+class Example(NamedTuple):
+    """An image in which a code was given to a mask, with the heat map over it, `TILE` pixels at most."""
 
-    Attributes:
-        score: mean probability of the code's mask inside itself.
-        order: the lower, the earlier in the data, negative so that earlier ones win a tie.
-        picture: the image with the heat map over it, `TILE` pixels at most.
-        target: the structure.
-    """
-
-    score: float
-    order: int
-    picture: Image.Image = field(compare=False)
-    target: str = field(compare=False)
+    score: float  # mean probability of the code's mask inside itself
+    target: str
+    picture: Image.Image
 
 
 @dataclass
 class CodeMeanings:
-    """What `describe_codes` found.
+    """What `describe_codes` found in a number of images."""
 
-    Attributes:
-        citations: (code, group's name, structure) of every reference mask.
-        examples: by code, the surest, best first.
-        images: how many were looked at.
-    """
-
-    citations: list[tuple[str, str, str]] = field(default_factory=list)
-    examples: dict[str, list[Example]] = field(default_factory=dict)
+    citations: list[tuple[str, str, str]] = field(default_factory=list)  # code, group's name, structure of every mask
+    examples: dict[str, list[Example]] = field(default_factory=dict)  # of each code, the surest first
     images: int = 0
 
 
@@ -57,57 +41,47 @@ def describe_codes(
     processor: Any,
     rows: Iterable[Mapping[str, Any]],
     groups: Groups,
-    examples: int = 8,
-    batch_size: int = 8,
+    examples: int,
+    batch_size: int,
 ) -> CodeMeanings:
     """Gives each reference mask its code, as training does, and keeps the surest masks that each code decodes to.
 
     Args:
-        model, processor: of one checkpoint with a trained codebook, in evaluation mode.
+        model, processor: of one checkpoint, in evaluation mode.
         rows: of `REGION_FEATURES`.
         groups: the code groups, named and ordered as in the model's configuration.
         examples: how many to keep a code.
-        batch_size: images at once.
 
     Raises:
         OSError, ValueError: an image or mask is missing or bad, an image has no group, or the model has no codes.
     """
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its one code [SEG] stands for anything")
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}: expected at least 1")
     found = CodeMeanings()
-    surest: dict[str, list[Example]] = {}
-    region_model = model.region_model
     with_masks = (row for row in rows if row["masks"])
     while batch := list(islice(with_masks, batch_size)):
         pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
         owners = [groups.index(row["modality"], row["site"]) for row in batch]
         with torch.inference_mode():
             regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
-            codes = [
-                codes_in_image(model, regions, i, masks[i], row["targets"], owners[i]) for i, row in enumerate(batch)
-            ]
-            pairs = [
-                torch.stack([torch.full_like(index, k), index], 1) for index, k in zip(codes, owners, strict=True)
-            ]
-            logits = region_model.decode_codes(code_indices=pairs, features=regions)
+            codes, pairs = [], []
+            for i, row in enumerate(batch):
+                codes.append(codes_in_image(model, regions, i, masks[i], row["targets"], owners[i]))
+                pairs.append(torch.stack([torch.full_like(codes[i], owners[i]), codes[i]], 1))
+            logits = model.region_model.decode_codes(code_indices=pairs, features=regions)
         for i, row in enumerate(batch):
             picture, heat = _picture(pixels[i], processor), logits[i].float().sigmoid().cpu().numpy()
             for code, target, probabilities in zip(codes[i].tolist(), row["targets"], heat, strict=True):
                 name = model.config.region_code_token(owners[i], code)
                 found.citations.append((name, groups.names[owners[i]], target))
-                inside = probabilities > 0.5
-                score = float(probabilities[inside].mean()) if inside.any() else 0.0
-                best = surest.setdefault(name, [])
-                if len(best) < examples or score > best[0].score:
-                    tile = heat_map(picture, probabilities)
-                    example = Example(score, -len(found.citations), tile, target)
-                    (heapq.heappush if len(best) < examples else heapq.heappushpop)(best, example)
+                inside = probabilities[probabilities > 0.5]
+                score = float(inside.mean()) if inside.size else 0.0
+                example = Example(score, target, heat_map(picture, probabilities))
+                best = sorted([*found.examples.get(name, []), example], key=lambda shown: -shown.score)
+                found.examples[name] = best[:examples]
             found.images += 1
     if not found.citations:
         raise ValueError("no row has a mask, so no code can be described")
-    found.examples = {name: sorted(best, reverse=True) for name, best in surest.items()}
     return found
 
 
@@ -136,8 +110,7 @@ def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Ima
     """The examples of one code on a white sheet, with the structure and the score below each."""
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
     rows = -(-len(examples) // COLUMNS)
-    columns = min(COLUMNS, max(2, len(examples)))
-    width = columns * (TILE + MARGIN) + MARGIN
+    width = min(COLUMNS, max(2, len(examples))) * (TILE + MARGIN) + MARGIN
     top, cell = MARGIN + 24 + LINE + MARGIN, TILE + LINE + MARGIN
     sheet = Image.new("RGB", (width, top + rows * cell), "white")
     canvas = ImageDraw.Draw(sheet)
@@ -146,9 +119,7 @@ def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Ima
     for number, example in enumerate(examples):
         left = MARGIN + number % COLUMNS * (TILE + MARGIN)
         y = top + number // COLUMNS * cell
-        offset = (TILE - example.picture.width) // 2, (TILE - example.picture.height) // 2
-        canvas.rectangle((left, y, left + TILE - 1, y + TILE - 1), fill="black")
-        sheet.paste(example.picture, (left + offset[0], y + offset[1]))
+        sheet.paste(example.picture, (left, y))
         text = shorten(f"{example.target}  {example.score:.2f}", TILE, small)
         canvas.text((left, y + TILE + 2), text, fill="black", font=small)
     return sheet
@@ -159,13 +130,7 @@ def meanings_to_json(found: CodeMeanings, codes_per_group: Mapping[str, int], **
     from medsight.metrics.region_codes.region_codes import code_usage  # needs the extra "eval"
 
     usage = code_usage(found.citations, dict(codes_per_group))
-    codes = {
-        code: {"group": name, **meaning}
-        for name, group in usage["groups"].items()
-        for code, meaning in group["codes"].items()
-    }
-    groups = {
-        name: {key: value for key, value in group.items() if key != "codes"} for name, group in usage["groups"].items()
-    }
-    overall = {key: value for key, value in usage.items() if key != "groups"}
-    return {**origin, "images": found.images, "overall": overall, "groups": groups, "codes": codes}
+    groups = usage.pop("groups")
+    meanings = {name: group.pop("codes") for name, group in groups.items()}
+    codes = {code: {"group": name, **said} for name, codes in meanings.items() for code, said in codes.items()}
+    return {**origin, "images": found.images, "overall": usage, "groups": groups, "codes": codes}

@@ -2,51 +2,39 @@
 
 import csv
 import filecmp
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medsight.data.records import as_text, json_records
 from medsight.data.sources import Source, iterate
 from medsight.files import check_empty, staged_folder, write_json, write_text
 
 from .cases import relative
-from .diagnosis import Diagnosis, diagnosis_of
+from .region_cases import Diagnosis, diagnosis_of
 
 
 QUESTION = "What is the diagnosis? Segment the finding."
-CARD = "README.md"
-RECORDS = "diagseg.json"
-TABLE_FIELDS = ("image", "diagnosis")
 
 
 def read_table(path: Path) -> dict[str, str]:
-    """Diagnoses by image from a CSV file (columns image, diagnosis) or JSON lines of the same fields.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a column is missing, a field is empty, or an image has two diagnoses.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: list[Any]
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            try:
-                rows = [json.loads(line) for line in file if line.strip()]
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: expected a CSV file, or a JSON object a line ({error})") from error
+    """Diagnoses by image from a CSV file (columns image, diagnosis) or JSON lines of the same fields."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[Any] = list(csv.DictReader(file))
+    else:
+        rows = [record for _, record in json_records(path)]
     table: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
-        for name in TABLE_FIELDS:
-            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"{path}, row {number}: expected text in {name!r}, got {row}")
-        image = row["image"].strip()
+        if isinstance(row, ValueError):
+            raise row
+        place = f"{path}, row {number}"
+        image, diagnosis = (as_text(row.get(name), place, name).strip() for name in ("image", "diagnosis"))
         if image in table:
-            raise ValueError(f"{path}, row {number}: {image} has a diagnosis already")
-        table[image] = row["diagnosis"].strip()
+            raise ValueError(f"{place}: {image} has a diagnosis already")
+        table[image] = diagnosis
     if not table:
         raise ValueError(f"{path}: expected rows of image and diagnosis, found none")
     return table
@@ -55,23 +43,20 @@ def read_table(path: Path) -> dict[str, str]:
 def build(data: Path, output: Path, table: Path | None = None, question: str = QUESTION) -> dict[str, int]:
     """Write diagnose-then-segment items from the test rows of a set in BiomedParse's layout.
 
-    The folder gets diagseg.json (qa_id, question, short_answer, image_file, mask_files, target, modality, site,
-    dataset, patient), copies of the images and masks that it names, and README.md, which says how it was made.
+    The new or empty folder gets, whole or not at all, diagseg.json (qa_id, question, short_answer, image_file,
+    mask_files, target, modality, site, dataset, patient), copies of the images and masks that it names, and README.md,
+    which says how it was made.
 
     Args:
         data: the set, or a folder of sets.
-        output: new or empty folder; appears whole or not at all.
         table: diagnoses by image (path below `data`, or file name); by default what the data itself says.
-        question: asked of every item.
 
     Returns:
         How many rows became items, and how many did not, by reason.
 
     Raises:
-        OSError: files are missing, or the output folder is not empty; or two files from outside the set would have one
-            name in it.
-        ValueError: a row is bad, a patient of the test rows is in another split too, the table names an image that is
-            not there, or no row has a diagnosis.
+        OSError: files are missing, the output folder is not empty, or two files would have one name in it.
+        ValueError: a row is bad, the table names an image that is not there, or no row has a diagnosis.
     """
     diagnoses = None if table is None else read_table(table)
     rows = [entry.checked() for entry in iterate(Source("biomedparse", str(data), split=None))]
@@ -93,8 +78,8 @@ def build(data: Path, output: Path, table: Path | None = None, question: str = Q
         raise ValueError(f"{data}: no test row has a diagnosis; name one for each image with --table FILE")
     with staged_folder(output, False, check_empty) as folder:
         records = [_copied(row, diagnosis, question, data, folder) for row, diagnosis in chosen]
-        write_json(folder / RECORDS, records)
-        write_text(folder / CARD, _card(records, counts, data, table))
+        write_json(folder / "diagseg.json", records)
+        write_text(folder / "README.md", _card(records, counts, data, table))
     return {**counts, "items": len(chosen)}
 
 
@@ -133,32 +118,27 @@ def _copied(row: Mapping[str, Any], diagnosis: Diagnosis, question: str, data: P
 
 def _card(records: Sequence[Mapping[str, Any]], left_out: Mapping[str, int], data: Path, table: Path | None) -> str:
     """README.md: how the items were made, and how many of each kind there are."""
-    found = (
-        "the data's own `finding`; where there is none, structures that are abnormal by their names."
-        if table is None
-        else f"from the table `{table.name}`."
-    )
-    lines = [
-        "# Diagnose, then segment",
-        "",
-        f"{len(records)} items from the test rows of `{data.name}`: a question, a short answer, and the masks that",
-        f'show it. Question: "{records[0]["question"]}"',
-        "",
-        f"How a diagnosis was found: {found}",
-        "Its masks: of the structures that name it, else of abnormal ones, else of the only one. A normal finding has",
-        "none, and giving a mask there is wrong.",
-        "",
-        "Patients: only those all of whose images are test rows.",
-        "",
-        *_table("left out", "rows", left_out),
-        *_table("modality", "items", Counter(record["modality"] for record in records)),
-        *_table("short answer", "items", Counter(record["short_answer"] for record in records)),
-        "Licences are those of the images' own sets. Score it with "
-        "`medsight evaluate --benchmark diagseg --data THIS_FOLDER`.",
-    ]
-    return "\n".join(lines) + "\n"
+    found = "the data's own `finding`; where there is none, structures that are abnormal by their names."
+    if table is not None:
+        found = f"from the table `{table.name}`."
+    return f"""# Diagnose, then segment
+
+{len(records)} items from the test rows of `{data.name}`: a question, a short answer, and the masks that
+show it. Question: "{records[0]["question"]}"
+
+How a diagnosis was found: {found}
+Its masks: of the structures that name it, else of abnormal ones, else of the only one. A normal finding has
+none, and giving a mask there is wrong.
+
+Patients: only those all of whose images are test rows.
+
+{_table("left out", "rows", left_out)}
+{_table("modality", "items", Counter(record["modality"] for record in records))}
+{_table("short answer", "items", Counter(record["short_answer"] for record in records))}
+Licences are those of the images' own sets. Score it with `medsight evaluate --benchmark diagseg --data THIS_FOLDER`.
+"""
 
 
-def _table(what: str, counted: str, counts: Mapping[str, int]) -> list[str]:
-    rows = [f"| {name} | {count} |" for name, count in sorted(counts.items())]
-    return [f"| {what} | {counted} |", "|---|---|", *rows, ""]
+def _table(what: str, counted: str, counts: Mapping[str, int]) -> str:
+    rows = [f"| {name} | {count} |\n" for name, count in sorted(counts.items())]
+    return f"| {what} | {counted} |\n|---|---|\n{''.join(rows)}"

@@ -36,9 +36,8 @@ def protocol_text(metrics: Mapping[str, Any]) -> str:
     protocol = metrics["protocol"]
     parts = [protocol["answers"]] if "answers" in protocol else []
     if "masks" in protocol:
-        flags = protocol["mask_flags"]
-        flags_text = ", ".join(f"{name} {value}" for name, value in flags.items())
-        parts.append(f"{protocol['masks']} ({flags_text})")
+        flags = ", ".join(f"{name} {value}" for name, value in protocol["mask_flags"].items())
+        parts.append(f"{protocol['masks']} ({flags})")
     return "; ".join(parts)
 
 
@@ -46,15 +45,12 @@ def figures_text(metrics: Mapping[str, Any]) -> str:
     """The main figures for a terminal."""
     lines = [("", "micro", "95%", "macro", "95%", "rows")]
     for name, both in metrics["scores"].items():
-        micro, macro = both["micro"], both["macro"]
-        lines.append(
-            (label(metrics, name), *number_and_range(name, micro), *number_and_range(name, macro), f"{micro['n']:,}")
-        )
+        figures = (*number_and_range(name, both["micro"]), *number_and_range(name, both["macro"]))
+        lines.append((label(metrics, name), *figures, f"{both['micro']['n']:,}"))
     for title, figure in rates(metrics):
         lines.append((title, *number_and_range("rate", figure), "", "", f"{figure['n']:,}"))
     head = f"{metrics['title']}: {metrics['system']}, {row_count(metrics)}, protocol {protocol_text(metrics)}"
-    notes = "".join(f"\nnote: {note}" for note in notes_of(metrics))
-    return f"{head}\n\n{align(lines)}{notes}"
+    return f"{head}\n\n{align(lines)}" + "".join(f"\nnote: {note}" for note in notes_of(metrics))
 
 
 def rates(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -71,13 +67,11 @@ def rates(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def number_and_range(score: str, figure: Mapping[str, Any]) -> tuple[str, str]:
     """A figure and its interval, "–" where it has none; in percent, but for millimetres."""
+    scale = 1 if score.endswith("_mm") else 100
     if figure["low"] is None:
-        return _number(score, figure["value"]), "–"
-    return _number(score, figure["value"]), f"{_number(score, figure['low'])}–{_number(score, figure['high'])}"
-
-
-def _number(score: str, value: float) -> str:
-    return f"{value:.1f}" if score.endswith("_mm") else f"{100 * value:.1f}"
+        return f"{scale * figure['value']:.1f}", "–"
+    value, low, high = (f"{scale * figure[end]:.1f}" for end in ("value", "low", "high"))
+    return value, f"{low}–{high}"
 
 
 def row_count(metrics: Mapping[str, Any]) -> str:
@@ -94,7 +88,13 @@ def has_modalities(metrics: Mapping[str, Any]) -> bool:
 def notes_of(metrics: Mapping[str, Any], name_rows: bool = True) -> list[str]:
     """What qualifies the figures, a sentence each; a row's name may be a patient's, so not all readers may see it."""
     notes = list(metrics["notes"])
-    notes += _reference_notes(metrics)
+    right = metrics.get("reference_codes")
+    if right is not None and right["unknown"]:
+        origins = first_few(list(right["unknown_by_origin"]))
+        why = f"no code group of the model is called like their modality and site ({origins})"
+        if right["group_unknown"] != right["unknown"]:
+            why = "neither the data nor the predictions name them"
+        notes.append(f"The right codes of {right['unknown']:,} rows are not known: {why}.")
     if cut := metrics["counts"].get("cut"):
         notes.append(f"{cut:,} answers were cut at the limit of length, and scored as they stood there.")
     for kind, reasons in metrics["refused"].items():
@@ -112,17 +112,3 @@ def notes_of(metrics: Mapping[str, Any], name_rows: bool = True) -> list[str]:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
         notes.append(f"Fewer than {FEW_ROWS} rows, so hardly a figure: {listed}.")
     return notes
-
-
-def _reference_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Why cited codes of some rows were not held against right ones."""
-    found = metrics.get("reference_codes")
-    if found is None or not found["unknown"]:
-        return []
-    origins = first_few(list(found["unknown_by_origin"]))
-    why = (
-        f"no code group of the model is called like their modality and site ({origins})"
-        if found["group_unknown"] == found["unknown"]
-        else "neither the data nor the predictions name them"
-    )
-    return [f"The right codes of {found['unknown']:,} rows are not known: {why}."]

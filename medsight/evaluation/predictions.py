@@ -13,22 +13,33 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
 
+from medsight.data.records import json_records
 from medsight.text import first_few
-from processing_medsight.region_codes_medsight import parse_region_code
+from processing_medsight.region_codes_medsight import REGION_CODE
 
 
-# What a prediction may list, an entry a mask, and what the entries are; masks and codes have checks of their own.
-_OF_MASKS = (
-    ("masks", object, "a mask"),
-    ("codes", object, "a code"),
-    ("groups", str, "text"),
-    ("phrases", str, "text"),
-    ("scores", (int, float), "numbers"),
-)
+# The fields of a line that are checked: the kind of a value, or of each entry of a list, and what it is called.
+_VALUES = {
+    "id": (str, "text"),
+    "answer": (str, "text"),
+    "raw_text": (str, "text"),
+    "group": (str, "text"),
+    "is_complete": (bool, "true or false"),
+}
+_LISTS: dict[str, tuple[Any, str]] = {
+    "masks": (object, "a mask"),
+    "codes": (str, "text"),
+    "groups": (str, "text"),
+    "phrases": (str, "text"),
+    "scores": ((int, float), "numbers"),
+    "reference_codes": (str, "text"),
+}
+_REQUIRED = ("id", "answer", "codes", "reference_codes")  # others may be null, as may be an entry of theirs
 # Characters 48 ('0') to 111 ('o') carry five bits and a sign of continuation each; a run takes at most seven.
 _COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
 
@@ -37,88 +48,49 @@ _COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
 class Prediction:
     """One answer.
 
-    Attributes:
-        id: of the case.
-        answer: clean text, without region codes.
-        raw_text: as generated, codes included; the answer where the system has none.
-        masks: COCO RLE, one a cited region.
-        codes, groups, phrases, scores: of each mask, where the system knows them.
-        group: the name of the code group that the system takes the image for, by its own classifier.
-        reference_codes: the codes that the system's codebook gives to the case's reference masks; None where unknown.
-        is_complete: whether the answer came to its end; False where a limit of length cut it; None where unknown.
-
     Example:
         >>> Prediction.from_mapping({"id": "a.png#liver", "answer": "Here it is."}, "line 1").masks
         ()
     """
 
-    id: str
-    answer: str
-    raw_text: str = ""
-    masks: Sequence[Mapping[str, Any]] = ()
-    codes: Sequence[str] = ()
+    id: str  # of the case
+    answer: str  # clean text, without region codes
+    raw_text: str = ""  # as generated, codes included; the answer where the system has none
+    masks: Sequence[Mapping[str, Any]] = ()  # COCO RLE, one a cited region
+    codes: Sequence[str] = ()  # of each mask, as the next three, where the system knows them
     groups: Sequence[str | None] = ()
     phrases: Sequence[str | None] = ()
     scores: Sequence[float | None] = ()
-    group: str | None = None
-    reference_codes: Sequence[str] | None = None
-    is_complete: bool | None = None
+    group: str | None = None  # that the system takes the image for, by its own classifier
+    reference_codes: Sequence[str] | None = None  # what its codebook gives to the reference masks; None where unknown
+    is_complete: bool | None = None  # False where a limit of length cut the answer; None where unknown
 
     @classmethod
-    def from_mapping(cls, record: Any, place: str) -> "Prediction":
+    def from_mapping(cls, record: Mapping[str, Any], place: str) -> "Prediction":
         """The prediction that a line holds; masks stay encoded and are checked when they are decoded.
 
         Raises:
             ValueError: a field is missing or of the wrong kind; the message begins with `place`.
         """
-        if not isinstance(record, dict):
-            raise ValueError(f"{place}: expected a JSON object, got {type(record).__name__}")
-
-        def check(name: str, value: Any, kinds: type | tuple[type, ...], called: str, required: bool = False) -> None:
-            if not isinstance(value, kinds) and (required or value is not None):
-                raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
-
-        for name in ("id", "answer"):
-            check(name, record.get(name), str, "text", required=True)
-        values: dict[str, tuple[Any, ...]] = {}
-        for name, kinds, called in _OF_MASKS:
-            listed = [] if record.get(name) is None else record[name]
-            if not isinstance(listed, list):
-                raise ValueError(f"{place}: expected a list in {name!r}, got {type(listed).__name__}")
-            if listed and len(listed) != len(values.get("masks", listed)):
-                raise ValueError(f"{place}: {len(listed)} {name} for {len(values['masks'])} masks")
-            for value in listed:
-                check(name, value, kinds, called)
-            values[name] = tuple(listed)
-        check("group", record.get("group"), str, "text")
-        check("is_complete", record.get("is_complete"), bool, "true or false")
-        codes = record.get("reference_codes")
-        if values["codes"]:
-            checked_codes(list(values["codes"]), place, "codes")
-        given: dict[str, Any] = {
-            **values,
-            **{name: record.get(name) for name in ("id", "answer", "group", "is_complete")},
-        }
-        given["raw_text"] = record.get("raw_text") or record["answer"]
-        if codes is not None:
-            given["reference_codes"] = tuple(checked_codes(codes, place, "reference_codes"))
+        given: dict[str, Any] = {name: record.get(name) for name in _VALUES}
+        listed: dict[str, Any] = {name: record[name] for name in _LISTS if record.get(name) is not None}
+        for name, values in listed.items():
+            if not isinstance(values, list):
+                raise ValueError(f"{place}: expected a list in {name!r}, got {type(values).__name__}")
+            masks = len(listed.get("masks", ()))
+            if name != "reference_codes" and len(values) not in (0, masks):
+                raise ValueError(f"{place}: {len(values)} {name} for {masks} masks")
+        for name, (kind, called) in (_VALUES | _LISTS).items():
+            for value in listed.get(name, ()) if name in _LISTS else [given[name]]:
+                if not isinstance(value, kind) and (value is not None or name in _REQUIRED):
+                    raise ValueError(f"{place}: expected {called} in {name!r}, got {value!r}")
+        for name in ("codes", "reference_codes"):
+            for code in listed.get(name, ()):
+                if not REGION_CODE.fullmatch(code):
+                    raise ValueError(f"{place}: {name}: {code!r} is not a region code")
+        given |= {name: tuple(values) for name, values in listed.items()}
+        given["raw_text"] = given["raw_text"] or given["answer"]
         return cls(**given)
-
-
-def checked_codes(codes: Any, place: str, name: str) -> list[str]:
-    """A list of region codes, as it is.
-
-    Raises:
-        ValueError: it is no list, or one of it is no region code; the message begins with `place`.
-    """
-    if not isinstance(codes, list) or not all(isinstance(code, str) for code in codes):
-        raise ValueError(f"{place}: expected a list of region codes in {name!r}, got {codes!r}")
-    for code in codes:
-        try:
-            parse_region_code(code)
-        except ValueError as error:
-            raise ValueError(f"{place}: {name}: {error}") from error
-    return codes
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -132,27 +104,23 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(encoded: Any, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """The boolean (height, width) mask of a COCO RLE, whose counts are text or a list of run lengths.
 
-    Decoded here, because pycocotools reads past the end of damaged counts.
-
-    Args:
-        name: what an error calls it.
-        size: the (height, width) that it must have.
+    Decoded here, because pycocotools reads past the end of damaged counts. `name` is what an error calls the mask.
 
     Raises:
-        ValueError: it is malformed, its runs do not fill its size, or its size is another one.
+        ValueError: it is malformed, its runs do not fill its size, or that is not the (height, width) asked for.
     """
     if not isinstance(encoded, Mapping) or set(encoded) != {"size", "counts"}:
-        raise ValueError(f"{name}: expected COCO RLE with size and counts, got {_shown(encoded)}")
+        raise ValueError(f"{name}: expected COCO RLE with size and counts, got {shortened(encoded)}")
     shape, counts = encoded["size"], encoded["counts"]
     if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_count(side) and side for side in shape)):
-        raise ValueError(f"{name}: expected size [height, width] of at least 1 each, got {_shown(shape)}")
+        raise ValueError(f"{name}: expected size [height, width] of at least 1 each, got {shortened(shape)}")
     height, width = shape
     if isinstance(counts, list):
         runs = counts if all(map(_is_count, counts)) else None
     else:
         runs = _runs(counts) if isinstance(counts, str) and _COUNTS.fullmatch(counts) else None
     if runs is None or min(runs, default=-1) < 0 or sum(runs) != height * width:
-        raise ValueError(f"{name}: malformed RLE: its runs do not fill {height} x {width} pixels ({_shown(counts)})")
+        raise ValueError(f"{name}: malformed RLE, does not fill {height} x {width} pixels ({shortened(counts)})")
     if size is not None and (height, width) != tuple(size):
         raise ValueError(
             f"{name}: the mask is {height} x {width} pixels (height x width), its reference {size[0]} x {size[1]}"
@@ -163,11 +131,6 @@ def decode_mask(encoded: Any, name: str, size: tuple[int, int] | None = None) ->
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _shown(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def _runs(counts: str) -> list[int]:
@@ -209,34 +172,16 @@ def drop_partial_line(path: Path) -> None:
 
 
 def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
-    """Each line's place and prediction.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is no prediction; the message names file and line.
-    """
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                place = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place}: not a JSON object ({error})") from error
-                yield place, Prediction.from_mapping(record, place)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 text ({error})") from error
+    """Each line's place and prediction; a line that is none raises ValueError, naming file and line."""
+    for place, record in json_records(path):
+        if isinstance(record, ValueError):
+            raise record
+        yield place, Prediction.from_mapping(record, place)
 
 
 @dataclass
 class Problems:
-    """What is wrong with predictions, by kind, each a list of ids (with a reason, where one helps).
-
-    Attributes:
-        missing: cases without a prediction. extra: predictions of no case. duplicate: ids predicted more than once.
-        masks: masks that are malformed or not of the reference's size. empty: answers without a word.
+    """What is wrong with predictions: ids by kind, with a reason where one helps.
 
     Example:
         >>> Problems(missing=["a.png"]).to_text()
@@ -246,8 +191,8 @@ class Problems:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
-    masks: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)  # malformed, or not of the reference's size
+    empty: list[str] = field(default_factory=list)  # answers without a word
 
     def refused(self) -> dict[str, list[str]]:
         """Those that stop the scoring unless they are accepted; an empty answer is scored as it is."""
@@ -262,20 +207,15 @@ class Problems:
 def match_predictions(
     ids: Sequence[str], predictions: Iterable[tuple[str, Prediction]], left_out: Collection[str] = ()
 ) -> tuple[dict[str, Prediction], Problems]:
-    """The first prediction of each case, and what does not match.
-
-    Args:
-        left_out: ids of cases that are not scored, whose predictions are passed over.
-    """
+    """The first prediction of each case, and what does not match; those of `left_out` cases are passed over."""
     problems, known = Problems(), set(ids)
     found: dict[str, Prediction] = {}
     for place, prediction in predictions:
         if prediction.id in left_out:
             continue
-        if prediction.id not in known:
-            problems.extra.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
-        elif prediction.id in found:
-            problems.duplicate.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
+        if prediction.id not in known or prediction.id in found:
+            wrong = problems.duplicate if prediction.id in found else problems.extra
+            wrong.append(f"{prediction.id} ({place.rpartition(', ')[2]})")
         else:
             found[prediction.id] = prediction
             if not prediction.answer.strip():

@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,21 +17,9 @@ from medsight.inference.code_assignment import assign_codes
 from .cases import Case
 
 
-def mapped_group(config: Any, modality: str, site: str) -> int | None:
-    """The index of the code group that holds images of a modality and site; None where none does."""
-    try:
-        return match_groups(config, [(modality, site)]).index(modality, site)
-    except ValueError:
-        return None
-
-
 class ReferenceCodes:
-    """Codes of reference masks by `assign_codes`, as training gives them: all masks of an image are matched together.
-
-    Args:
-        cases: all of the benchmark; what they say of one image is put together, whatever batches they come in.
-        model, processor: of one checkpoint, in evaluation mode.
-    """
+    """Codes of reference masks by `assign_codes`, as training gives them: all masks of an image are matched together,
+    in whatever batches and cases of the benchmark they come."""
 
     def __init__(self, cases: Sequence[Case], model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -44,55 +33,40 @@ class ReferenceCodes:
         self._codes: dict[str, dict[str, str]] = {}
 
     def of(self, cases: Sequence[Case], pixel_values: Any) -> list[tuple[str | None, tuple[str, ...] | None]]:
-        """For each case the group that the model takes its image for, and the codes of its reference masks.
+        """For each case the group that the model takes its (last) image for, and the codes of its reference masks.
 
-        Args:
-            pixel_values: all images of the cases, as the processor gives them, in the cases' order.
-
-        Returns:
-            The group's name: of the last image, None without one. The codes, one a mask: none for an absent structure;
-            None where the image's group is not known (no group of the model holds its modality and site), the
-            case has several images, or the model has no codebook.
-
-        Raises:
-            OSError, ValueError: a mask cannot be read, or the model's mask logits are not finite.
+        The codes are None where the image's group is not known (no group of the model holds its modality and site),
+        the case has several images, or the model has no codebook. `pixel_values` are of all images, in order.
         """
-        if not self.model.config.use_region_codebook or pixel_values is None:
+        if not self.model.config.use_region_codebook:
             return [(None, None)] * len(cases)
         with torch.inference_mode():
             regions = self.model.get_region_features(pixel_values)
         predicted = regions.group_logits.argmax(-1).tolist()
-        found: list[tuple[str | None, tuple[str, ...] | None]] = []
-        place = 0
-        for case in cases:
-            place += len(case.images)
-            group = self.names[predicted[place - 1]] if case.images else None
-            found.append((group, self._codes_of(case, regions, place - 1)))
-        return found
+        last = [place - 1 for place in accumulate(len(case.images) for case in cases)]
+        return [
+            (self.names[predicted[place]], self._codes_of(case, regions, place))
+            for case, place in zip(cases, last, strict=True)
+        ]
 
     def _codes_of(self, case: Case, regions: Any, place: int) -> tuple[str, ...] | None:
+        config = self.model.config
+        try:
+            group = match_groups(config, [(case.modality, case.site)]).index(case.modality, case.site)
+        except ValueError:
+            return None
         if len(case.images) != 1:
             return None
-        group = mapped_group(self.model.config, case.modality, case.site)
-        if group is None:
-            return None
-        if not case.masks:
-            return ()
         image = _key(case.images[0])
-        if image not in self._codes:
-            self._codes[image] = self._assigned(case, group, regions, place)
+        if case.masks and image not in self._codes:  # all masks of the image, whichever case they are of
+            known = self._masks[image]
+            size = read_picture(case.images[0]).size
+            masks = np.stack([read_mask(mask, size) for mask, _ in known.values()])
+            placed = self.processor.image_processor.preprocess_masks(masks, output_size=(config.image_size,) * 2)
+            codes = codes_in_image(self.model, regions, place, placed, [target for _, target in known.values()], group)
+            tokens = (config.region_code_token(group, code) for code in codes.tolist())
+            self._codes[image] = dict(zip(known, tokens, strict=True))
         return tuple(self._codes[image][_key(mask)] for mask in case.masks)
-
-    def _assigned(self, case: Case, group: int, regions: Any, place: int) -> dict[str, str]:
-        """The code of every mask of one image, by the mask's key."""
-        known = self._masks[_key(case.images[0])]
-        size = read_picture(case.images[0]).size
-        masks = np.stack([read_mask(mask, size) for mask, _ in known.values()])
-        side = self.model.config.image_size
-        placed = self.processor.image_processor.preprocess_masks(masks, output_size=(side, side))
-        codes = codes_in_image(self.model, regions, place, placed, [target for _, target in known.values()], group)
-        tokens = (self.model.config.region_code_token(group, code) for code in codes.tolist())
-        return dict(zip(known, tokens, strict=True))
 
 
 def codes_in_image(
@@ -105,13 +79,9 @@ def codes_in_image(
         place: of the image in it.
         masks: (n, H, W), on the model's canvas.
         targets: what each mask shows. Where one is no class of the model, masks are matched by their shape alone.
-        group: k of the image.
 
     Returns:
         (n,) long, indices within the group.
-
-    Raises:
-        ValueError: the model's mask logits are not finite.
     """
     needed = ("masks_queries_logits", "class_queries_logits", "region_embeddings")
     alone = SimpleNamespace(**{name: getattr(regions, name)[place : place + 1] for name in needed})

@@ -34,34 +34,32 @@ def choose_cases(
     middle = ranked[len(ranked) // 2][0] if ranked else 0.0
     orders = {
         "Worst": ranked,
-        "Around the median": sorted(ranked, key=lambda entry: (abs(entry[0] - middle), entry[1])),
         "Best": sorted(ranked, key=lambda entry: (-entry[0], entry[1])),
+        "Around the median": sorted(ranked, key=lambda entry: (abs(entry[0] - middle), entry[1])),
     }
-    picked, taken = {}, set()
-    for title in ("Worst", "Best", "Around the median"):
-        free = [entry for entry in orders[title] if entry[1] not in taken]
-        picked[title] = varied(free, rows)
-        taken |= {index for _, index in picked[title]}
-    picked = {title: picked[title] for title in orders}
-    groups = [
-        {"title": title, "cases": [_case(called, value, rows[i], cases[i], predictions) for value, i in entries]}
-        for title, entries in picked.items()
-        if entries
+    picked: dict[str, list[tuple[float | None, int]]] = {}
+    taken: set[int] = set()
+    for title, order in orders.items():
+        chosen = varied([entry for entry in order if entry[1] not in taken], rows)
+        taken |= {index for _, index in chosen}
+        picked[title] = [*chosen]
+    false = [(None, index) for index, row in enumerate(rows) if row.get("false_mask")]
+    picked["A mask where there is nothing to find"] = [*false[:CASES]]
+    shown = ("Worst", "Around the median", "Best", "A mask where there is nothing to find")
+    return [
+        {"title": title, "cases": [_case(called, value, rows[i], cases[i], predictions) for value, i in picked[title]]}
+        for title in shown
+        if picked[title]
     ]
-    false = [index for index, row in enumerate(rows) if row.get("false_mask")][:CASES]
-    if false:
-        shown = [_case(called, None, rows[i], cases[i], predictions) for i in false]
-        groups.append({"title": "A mask where there is nothing to find", "cases": shown})
-    return groups
 
 
 def varied(ranked: Sequence[tuple[float, int]], rows: Sequence[Row]) -> list[tuple[float, int]]:
     """Some of the first quarter of a ranking and of its ties, one a modality before a second of any."""
     seen: Counter[str] = Counter()
     rounds = []
-    last = ranked[min(len(ranked), max(CASES, len(ranked) // 4)) - 1][0] if ranked else 0.0
+    first = max(CASES, len(ranked) // 4)
     for place, (score, index) in enumerate(ranked):
-        if place >= max(CASES, len(ranked) // 4) and score != last:
+        if place >= first and score != ranked[first - 1][0]:
             break
         modality = rows[index]["modality"]
         rounds.append((seen[modality], place))

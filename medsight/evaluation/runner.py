@@ -5,9 +5,9 @@ masks do not depend on what else is in the batch, and one process and several gi
 """
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medsight.checkpoint import (
-    check_checkpoint,
-    read_json,
-    settings_files,
-    sha256_of,
-    weight_files,
-)
+from medsight.checkpoint import check_checkpoint, read_json
 from medsight.data.pictures import read_picture
 from medsight.data.schema import IMAGE_MARKER
 from medsight.files import write_json, write_text
@@ -29,6 +23,7 @@ from medsight.inference.predictor import decode_greedily, tokenize_chats
 from medsight.loading import choose_device, load_checkpoint
 
 from .cases import Case
+from .figures import METRICS, REPORT, ROWS
 from .predictions import Prediction, append_predictions, drop_partial_line, encode_mask, read_predictions, to_line
 from .reference_codes import ReferenceCodes
 
@@ -36,44 +31,21 @@ from .reference_codes import ReferenceCodes
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
 PART = "predictions.part-{:04d}.jsonl"
 PARTS = "predictions.part-*.jsonl"
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-MASK_SOURCES = ("states", "codes")
-SCORE_DIGITS = 6
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """What decides on the answers.
 
-    Attributes:
-        max_new_tokens: an answer is cut there, and said to be.
-        threshold: probability above which a pixel belongs to a mask.
-        dtype: precision; None takes float64 on the CPU and float32 elsewhere.
-        masks_from: what a mask is decoded from: "states", the language model's state where it gives the region code;
-            or "codes", the codebook's own entry of that code, whatever the state.
-
-    Raises:
-        ValueError: a value is out of range.
-
     Example:
         >>> RunSettings(max_new_tokens=64).threshold
         0.5
     """
 
-    max_new_tokens: int = 256
-    threshold: float = 0.5
-    dtype: str | None = None
-    masks_from: str = "states"
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        if self.masks_from not in MASK_SOURCES:
-            raise ValueError(f"masks_from {self.masks_from!r}: expected one of {', '.join(MASK_SOURCES)}")
+    max_new_tokens: int = 256  # an answer is cut there, and said to be
+    threshold: float = 0.5  # probability above which a pixel belongs to a mask
+    dtype: str | None = None  # precision; None takes float64 on the CPU and float32 elsewhere
+    masks_from: str = "states"  # of the language model where it cites a code; or "codes", the codebook's own entries
 
 
 class Processes:
@@ -93,11 +65,7 @@ class Processes:
             self._state = PartialState()
         self.rank: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
-
-    @property
-    def device(self) -> Any:
-        """The device of this process, where several share a machine's; None leaves the choice."""
-        return self._state.device if self._state else None
+        self.device: str = str(self._state.device) if self._state else "auto"  # "auto" leaves the choice
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -105,34 +73,21 @@ class Processes:
             self._state.wait_for_everyone()
 
 
-def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
-    """sha256 of a checkpoint's weight files, and of its configuration, tokenizer and processor settings.
-
-    Raises:
-        OSError, ValueError: see `medsight.checkpoint.weight_files`.
-    """
-    weights, settings = sorted(weight_files(folder)), settings_files(folder)
-    return {"weights_sha256": sha256_of(weights), "settings_sha256": sha256_of(settings)}
-
-
 def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> None:
     """Makes the output folder that of this run, or finds that an earlier start of the same run left it.
 
     Raises:
         FileExistsError: it holds something else, or the predictions of another run.
-        ValueError: its run.json is damaged.
     """
     previous = output / RUN
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} is a file; name a folder")
     if not previous.is_file():
         if output.is_dir() and any(output.iterdir()):
             raise FileExistsError(f"output folder {output} holds something else than an evaluation; name another one")
     elif overwrite:
-        for path in (*output.glob(PARTS), output / PREDICTIONS):
+        for path in (*output.glob(PARTS), *(output / name for name in (PREDICTIONS, METRICS, ROWS, REPORT))):
             path.unlink(missing_ok=True)
     else:
-        before = {"masks_from": "states", **read_json(previous)}  # what earlier versions knew alone
+        before = read_json(previous)
         differing = [key for key in described if before.get(key) != described[key]]
         if differing:
             raise FileExistsError(
@@ -150,11 +105,10 @@ def answer_cases(
     processor: Any,
     output: Path,
     settings: RunSettings,
-    batch_size: int = 8,
-    processes: Processes | None = None,
-    progress: bool = True,
+    batch_size: int,
+    processes: Processes,
 ) -> Path:
-    """Answers every case that the folder has no answer to yet, and writes predictions.jsonl in the cases' order.
+    """Answers every case that the folder has no answer to yet; the path of predictions.jsonl, in the cases' order.
 
     Args:
         model, processor: of one checkpoint, on the device and in the precision to run with.
@@ -162,59 +116,40 @@ def answer_cases(
         batch_size: cases at once.
         processes: those that share the cases; each writes a part, and the first merges them.
 
-    Returns:
-        The path of predictions.jsonl.
-
     Raises:
-        OSError: an image is missing.
-        ValueError: an image cannot be read, or `batch_size` is below 1; the message names it.
+        OSError, ValueError: an image is missing or cannot be read; the message names it.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}: expected at least 1")
-    processes = processes or Processes()
     merged = output / PREDICTIONS
     if processes.rank == 0:
         for path in (merged, *output.glob(PARTS)):
             drop_partial_line(path)
     processes.wait()
-    done = {prediction.id for _, prediction in _written(output)}
+    done = set(_written(output))
     processes.wait()  # nobody writes before everybody has read
     unanswered = [case for case in cases if case.id not in done]
     mine = unanswered[processes.rank :: processes.count]
     references = ReferenceCodes(cases, model, processor)
     path = merged if processes.count == 1 else output / PART.format(processes.rank)
-    bar = tqdm(
-        total=len(cases),
-        initial=len(cases) - len(unanswered),
-        unit="row",
-        desc="answering",
-        disable=not progress or processes.rank > 0,
-        file=sys.stderr,
-    )
-    with bar:
+    started = len(cases) - len(unanswered)
+    with tqdm(total=len(cases), initial=started, unit="row", desc="answering", disable=processes.rank > 0) as bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             append_predictions(path, answer_batch(batch, model, processor, settings, references))
             bar.update(min(len(batch) * processes.count, bar.total - bar.n))
     processes.wait()
     if processes.rank == 0:
-        _merge(cases, output)
+        found = _written(output)
+        write_text(merged, "".join(to_line(found[case.id]) for case in cases))
+        for part in output.glob(PARTS):
+            part.unlink()
     processes.wait()
     return merged
 
 
-def _written(output: Path) -> Iterator[tuple[str, Prediction]]:
-    for path in (output / PREDICTIONS, *sorted(output.glob(PARTS))):
-        if path.is_file():
-            yield from read_predictions(path)
-
-
-def _merge(cases: Sequence[Case], output: Path) -> None:
-    """All parts as one file, in the order of the cases."""
-    found = {prediction.id: prediction for _, prediction in _written(output)}
-    write_text(output / PREDICTIONS, "".join(to_line(found[case.id]) for case in cases))
-    for part in output.glob(PARTS):
-        part.unlink()
+def _written(output: Path) -> dict[str, Prediction]:
+    """The predictions in a folder, by their ids: the merged ones, and those of each process."""
+    files = [path for path in (output / PREDICTIONS, *sorted(output.glob(PARTS))) if path.is_file()]
+    return {prediction.id: prediction for path in files for _, prediction in read_predictions(path)}
 
 
 def answer_batch(
@@ -228,47 +163,47 @@ def answer_batch(
         output = masks_from_codes(model, output, inputs.get("pixel_values"), [len(case.images) for case in cases])
     answers = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)
     known = references.of(cases, inputs.get("pixel_values"))
-    return [
-        prediction_of(case, answer, group, codes)
-        for case, answer, (group, codes) in zip(cases, answers, known, strict=True)
-    ]
+    predictions = []
+    for case, answer, (group, codes) in zip(cases, answers, known, strict=True):
+        regions = [region for region in answer.regions if region.mask is not None]
+        predictions.append(
+            Prediction(
+                id=case.id,
+                answer=answer.text,
+                raw_text=answer.raw_text,
+                masks=[encode_mask(np.asarray(region.mask, dtype=bool)) for region in regions],
+                codes=[region.code for region in regions],
+                groups=[region.group_name for region in regions],
+                phrases=[region.phrase for region in regions],
+                scores=[None if region.score is None else round(float(region.score), 6) for region in regions],
+                group=group,
+                reference_codes=codes,
+                is_complete=answer.is_complete,
+            )
+        )
+    return predictions
 
 
 def masks_from_codes(model: Any, output: Any, pixel_values: Any, images: Sequence[int]) -> Any:
-    """What `generate` returned, with masks from the codebook alone. The scores, which weigh the other masks, go.
+    """What `generate` returned, with masks from the codebook alone; the scores, which weigh the other masks, go.
 
     Args:
-        output: with `mask_logits` and `region_code_ids`, an entry a row.
-        pixel_values: all images of the rows, in order; None without any.
-        images: how many each row has; codes belong to its last one.
-
-    Raises:
-        ValueError: the model has no codebook.
+        pixel_values: all images of the rows, in order.
+        images: how many each row has, at least one; codes belong to its last one.
     """
     if not model.config.use_region_codebook:
         raise ValueError("the model has no region codebook: its masks are decoded from states alone")
-    if pixel_values is None:
-        return output
     codes = [torch.zeros(0, dtype=torch.long)] * len(pixel_values)
-    last = (np.cumsum(images) - 1).tolist()
-    for count, image, ids in zip(images, last, output.region_code_ids, strict=True):
-        if count:
-            codes[image] = ids
+    last = [place - 1 for place in accumulate(images)]
+    for place, ids in zip(last, output.region_code_ids, strict=True):
+        codes[place] = ids
     with torch.inference_mode():
         masks = model.region_model.decode_codes(codes, pixel_values)
-    decoded = [
-        masks[image] if count else logits
-        for count, image, logits in zip(images, last, output.mask_logits, strict=True)
-    ]
-    return type(output)(**{**output, "mask_logits": decoded, "region_scores": None})
+    return type(output)(**{**output, "mask_logits": [masks[place] for place in last], "region_scores": None})
 
 
 def content_of(case: Case) -> list[dict[str, Any]]:
-    """A prompt as the parts of a message, each image where its marker stands.
-
-    Raises:
-        OSError, ValueError: an image is missing or cannot be read.
-    """
+    """A prompt as the parts of a message, each image where its marker stands."""
     texts = case.prompt.split(IMAGE_MARKER)
     if len(texts) != len(case.images) + 1:
         raise ValueError(f"case {case.id}: {len(texts) - 1} image markers in its prompt for {len(case.images)} images")
@@ -281,39 +216,10 @@ def content_of(case: Case) -> list[dict[str, Any]]:
     return parts
 
 
-def prediction_of(
-    case: Case, answer: Any, group: str | None = None, reference_codes: Sequence[str] | None = None
-) -> Prediction:
-    """A processor's grounded answer as a prediction, with what `ReferenceCodes` says of its case."""
-    regions = [region for region in answer.regions if region.mask is not None]
-    return Prediction(
-        id=case.id,
-        answer=answer.text,
-        raw_text=answer.raw_text,
-        masks=[encode_mask(np.asarray(region.mask, dtype=bool)) for region in regions],
-        codes=[region.code for region in regions],
-        groups=[region.group_name for region in regions],
-        phrases=[region.phrase for region in regions],
-        scores=[None if region.score is None else round(float(region.score), SCORE_DIGITS) for region in regions],
-        group=group,
-        reference_codes=reference_codes,
-        is_complete=answer.is_complete,
-    )
-
-
-def load_for_evaluation(
-    folder: Path, settings: RunSettings, device: str = "auto", process_device: Any = None
-) -> tuple[Any, Any]:
-    """Model and processor of a checkpoint folder, placed and in the precision of the settings.
-
-    Args:
-        process_device: where several processes share a machine, this process's device.
-
-    Raises:
-        OSError, ValueError: see `load_checkpoint` and `choose_device` of `medsight.loading`.
-    """
+def load_for_evaluation(folder: Path, settings: RunSettings, device: str = "auto") -> tuple[Any, Any]:
+    """Model and processor of a checkpoint folder, checked, placed and in the precision of the settings."""
     check_checkpoint(folder)
-    place = process_device if process_device is not None and device == "auto" else choose_device(device)
+    place = choose_device(device)
     # The short cuts of a GPU's single precision would let a batch's make-up show in the results.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model, processor = load_checkpoint(folder, settings.dtype or ("float64" if place.type == "cpu" else "float32"))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medsight import __version__
-from medsight.checkpoint import check_checkpoint, read_json, shipped_checkpoint
+from medsight.checkpoint import read_json, settings_files, sha256_of, shipped_checkpoint, weights_sha256
 from medsight.files import write_json, write_text
-from medsight.metrics.mask_dice.mask_counts import PRESETS
+from medsight.metrics.mask_dice.mask_counts import choose_protocol
 from medsight.text import quiet_transformers
 
 from .benchmarks import Benchmark, check_counts
@@ -19,15 +19,7 @@ from .figures import METRICS, REPORT, ROWS
 from .predictions import match_predictions, read_predictions
 from .readers import read_cases
 from .report import report_page
-from .runner import (
-    RUN,
-    Processes,
-    RunSettings,
-    answer_cases,
-    checkpoint_fingerprint,
-    load_for_evaluation,
-    prepare_output,
-)
+from .runner import RUN, Processes, RunSettings, answer_cases, load_for_evaluation, prepare_output
 from .scoring import Protocol, score_rows
 from .summary import summarise
 
@@ -35,36 +27,29 @@ from .summary import summarise
 def rows_to_score(
     benchmark: Benchmark, data: Path, limit: int | None, held_out_prompts: bool, seed: int, allow_row_count: bool
 ) -> tuple[list[Case], list[Case], list[str]]:
-    """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them.
-
-    Raises:
-        OSError, ValueError: see `read_cases` and `check_counts`; or the limit is below 1.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: expected at least 1")
+    """The rows of a benchmark to score, those that the limit leaves out, and what the report has to say of them."""
     cases, files = read_cases(benchmark, data, held_out_prompts, seed)
-    counted = check_counts(benchmark, len(cases), files, allow_row_count)
-    notes = [*benchmark.notes, *([counted] if counted else [])]
+    notes = [*benchmark.notes, *check_counts(benchmark, len(cases), files, allow_row_count)]
     if limit is not None and limit < len(cases):
         notes.append(f"Limited to the first {limit:,} of {len(cases):,} rows: not comparable with the whole set.")
-    count = len(cases) if limit is None else limit
-    return cases[:count], cases[count:], notes
+        return cases[:limit], cases[limit:], notes
+    return cases, [], notes
 
 
 def protocol_of(benchmark: Benchmark, answers: str | None, masks: str | None, flags: dict[str, Any]) -> Protocol:
-    """The benchmark's protocol, or what the arguments put in its place.
-
-    Raises:
-        ValueError: an argument is unknown, or is about what the benchmark does not score.
-    """
+    """The benchmark's protocol, or what the arguments put in its place; ValueError where they do not fit it."""
     if (flags or masks) and not benchmark.has_masks:
         raise ValueError(f"benchmark {benchmark.name} has no masks to score")
     if answers and benchmark.task == "segment":
         raise ValueError(f"benchmark {benchmark.name} has no answers to score")
-    masks = masks or (None if flags else benchmark.protocol.get("masks"))
-    if masks is not None and masks not in PRESETS:
-        raise ValueError(f"--masks {masks!r}: choose one of {', '.join(PRESETS)}")
-    return Protocol(answers or benchmark.protocol.get("answers"), masks, flags)
+    answers = answers or benchmark.protocol.get("answers")
+    if answers is not None:
+        from medsight.metrics.medical_vqa.medical_vqa import PROTOCOLS  # needs the extra "eval"
+
+        if answers not in PROTOCOLS:
+            raise ValueError(f"protocol of answers {answers!r}: choose one of {', '.join(PROTOCOLS)}")
+    preset = masks or (None if flags else benchmark.protocol.get("masks"))
+    return Protocol(answers, preset, choose_protocol(preset, **flags))
 
 
 def refuse_other_protocol(output: Path, protocol: dict[str, Any], overwrite: bool) -> None:
@@ -91,30 +76,22 @@ def answer(
     overwrite: bool,
     processes: Processes,
 ) -> tuple[dict[str, Any], Path]:
-    """Lets the checkpoint answer; what run.json says, and the path of the predictions.
-
-    Two runs of which run.json says the same give the same predictions.
-
-    Raises:
-        OSError, ValueError: see `check_checkpoint`, `load_for_evaluation`, `prepare_output` and `answer_cases`.
-    """
+    """Lets the checkpoint answer: what run.json says, which decides on the predictions, and their path."""
     folder = shipped_checkpoint() if model is None else Path(model)
-    check_checkpoint(folder)
     with quiet_transformers():
-        loaded, processor = load_for_evaluation(folder, settings, device, processes.device)
+        loaded, processor = load_for_evaluation(folder, settings, processes.device if device == "auto" else device)
+        settings_sha256 = sha256_of(settings_files(folder))
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
         described = {
             "medsight_version": __version__,
             "model": folder.name,
-            "checkpoint": checkpoint_fingerprint(folder),
+            "checkpoint": {"weights_sha256": weights_sha256(folder), "settings_sha256": settings_sha256},
             **questions(benchmark, data, cases),
             **({"codes_per_group": codebook_of(loaded.config)} if loaded.config.use_region_codebook else {}),
             **dataclasses.asdict(settings),
         }
         if processes.rank == 0:
             prepare_output(output, described, overwrite)
-            for name in (METRICS, ROWS, REPORT) if overwrite else ():
-                (output / name).unlink(missing_ok=True)
         processes.wait()
         path = answer_cases(cases, loaded, processor, output, settings, batch_size, processes)
     return described, path
@@ -135,48 +112,30 @@ def saved(
     overwrite: bool,
     accept_problems: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What is known of saved predictions: their own run.json, if one lies beside them, and their file's hash.
+    """What is known of saved predictions, by the run.json beside them and their file's hash; and notes for the report.
 
-    Args:
-        cases, left_out: see `rows_to_score`.
-        accept_problems: score answers to other questions too.
-
-    Returns:
-        What run.json is to say; and notes for the report.
-
-    Raises:
-        OSError: a file cannot be read, or the output folder holds something else.
-        ValueError: their run.json is damaged, or says that they answer another benchmark, other data or wordings,
-            which is not accepted.
+    Answers to another benchmark, other data or wordings raise ValueError, unless that is accepted.
     """
-    content = path.read_bytes()
-    described: dict[str, Any] = {"model": path.stem}
-    if (path.parent / RUN).is_file():
-        described = read_json(path.parent / RUN)
-    differing = _other_questions(described, benchmark, [*cases, *left_out])
-    if differing is not None and not accept_problems:
-        raise ValueError(
-            f"{path}: {differing}; ask as that run did (--benchmark, --data, --held-out-prompts, --seed), or add "
-            "--accept-problems to score them all the same, with a note"
-        )
-    described |= {"predictions_sha256": hashlib.sha256(content).hexdigest(), **questions(benchmark, data, cases)}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    run = path.parent / RUN
+    described: dict[str, Any] = read_json(run) if run.is_file() else {"model": path.stem}
+    notes = []
+    if "data" in described:
+        asked = [*cases, *left_out][: described["data"]["rows"]]  # a limited run has the first ones
+        was, now = (described["benchmark"], described["data"]["sha256"]), (benchmark.name, fingerprint(asked))
+        if was != now:
+            differing = (
+                f"its {RUN} is of the benchmark {was[0]} with data and wordings {was[1][:12]}, "
+                f"asked for is {now[0]} with {now[1][:12]}"
+            )
+            if not accept_problems:
+                raise ValueError(
+                    f"{path}: {differing}; ask as that run did (--benchmark, --data, --held-out-prompts, --seed), or "
+                    "add --accept-problems to score them all the same, with a note"
+                )
+            notes.append(f"The answers were given to other questions: {differing}.")
     _make_scores_folder(output, {RUN, path.name}, overwrite)
-    return described, [] if differing is None else [f"The answers were given to other questions: {differing}."]
-
-
-def _other_questions(described: dict[str, Any], benchmark: Benchmark, rows: list[Case]) -> str | None:
-    """In what a run's questions differ from the benchmark's rows, of which a limited run has the first; None if in
-    nothing, or if the run does not say."""
-    before = described.get("data")
-    if "benchmark" not in described or not isinstance(before, dict) or "sha256" not in before:
-        return None
-    now = fingerprint(rows[: before.get("rows")])
-    if (described["benchmark"], before["sha256"]) == (benchmark.name, now):
-        return None
-    return (
-        f"its {RUN} is of the benchmark {described['benchmark']} with data and wordings {before['sha256'][:12]}, "
-        f"asked for is {benchmark.name} with {now[:12]}"
-    )
+    return {**described, "predictions_sha256": sha256, **questions(benchmark, data, cases)}, notes
 
 
 def questions(benchmark: Benchmark, data: Path, cases: list[Case]) -> dict[str, Any]:
@@ -190,15 +149,12 @@ def questions(benchmark: Benchmark, data: Path, cases: list[Case]) -> dict[str, 
 def _make_scores_folder(output: Path, beside: set[str], overwrite: bool) -> None:
     """Makes the folder; one that holds more than scores and the files `beside` them is refused."""
     scores = {METRICS, ROWS, REPORT}
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} is a file; name a folder")
-    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    foreign = sorted(names - scores - beside)
-    if foreign:
+    output.mkdir(parents=True, exist_ok=True)
+    names = {entry.name for entry in output.iterdir()}
+    if foreign := sorted(names - scores - beside):
         raise FileExistsError(f"output folder {output} holds {foreign[0]}; name another one")
     if names & scores and not overwrite:
         raise FileExistsError(f"output folder {output} holds an evaluation; name another one, or add --overwrite")
-    output.mkdir(parents=True, exist_ok=True)
 
 
 def score(
@@ -216,11 +172,10 @@ def score(
 ) -> dict[str, Any]:
     """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns.
 
-    Args:
-        left_out: rows of the benchmark that are not scored, of which there may be predictions.
+    There may be predictions of rows that are `left_out`.
     """
-    ids, others = [case.id for case in cases], {case.id for case in left_out}
-    predictions, problems = match_predictions(ids, read_predictions(path), others)
+    ids, ignored = [case.id for case in cases], {case.id for case in left_out}
+    predictions, problems = match_predictions(ids, read_predictions(path), ignored)
     rows = score_rows(cases, predictions, benchmark, protocol, problems, accept_problems)
     saved_threshold = described.get("threshold")
     if benchmark.has_masks and saved_threshold not in (None, protocol.mask_protocol.threshold):
@@ -228,18 +183,18 @@ def score(
             f"The masks were saved at the threshold {saved_threshold}; that of the protocol, "
             f"{protocol.mask_protocol.threshold}, cannot be applied any more."
         )
-    from_codes = described.get("masks_from") == "codes"
-    if from_codes:
+    system = described["model"]
+    if described.get("masks_from") == "codes":
+        system += ", masks of codes alone"
         notes.append("The masks are decoded from the codebook's entries of the cited codes alone.")
-    listed = {kind: ids for kind, ids in dataclasses.asdict(problems).items() if ids}
     metrics = {
-        "system": name or f"{described['model']}{', masks of codes alone' if from_codes else ''}",
+        "system": name or system,
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "task": benchmark.task,
         "protocol": protocol.to_dict(benchmark.has_masks),
         **summarise(rows, benchmark, seed, described.get("codes_per_group")),
-        "problems": {kind: {"count": len(ids), "rows": ids} for kind, ids in listed.items()},
+        "problems": {kind: {"count": len(ids), "rows": ids} for kind, ids in vars(problems).items() if ids},
         "notes": notes,
         "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
         "run": described,

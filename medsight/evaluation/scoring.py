@@ -1,66 +1,41 @@
 """A score a row: answers by medical_vqa, masks by mask_dice, negatives by whether a mask is given."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from medsight.data.pictures import read_mask, read_picture
 from medsight.metrics import load
-from medsight.metrics.mask_dice.mask_counts import MaskProtocol, choose_protocol, score_item
+from medsight.metrics.mask_dice.mask_counts import MaskProtocol, score_item
 
 from .benchmarks import Benchmark
 from .cases import Case
 from .predictions import Prediction, Problems, decode_mask
 
 
+OF_CASE = ("id", "dataset", "modality", "site", "patient", "label_origin", "target", "absent", "prompt")
 MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How rows are scored.
-
-    Attributes:
-        answers: protocol of medical_vqa; None where answers are not scored.
-        masks: preset of mask_dice; None where masks are not scored, or by the flags.
-        flags: of mask_dice (threshold, missing, multi, formula), where no preset is meant.
-
-    Raises:
-        ValueError: a name or flag is unknown, or flags come beside a preset.
+    """How rows are scored; made by `protocol_of`.
 
     Example:
-        >>> Protocol(masks="medsight").mask_protocol.threshold
-        0.5
+        >>> Protocol("strict").to_dict(has_masks=False)
+        {'answers': 'strict'}
     """
 
-    answers: str | None = None
-    masks: str | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        choose_protocol(self.masks, **self.flags)
-        if self.answers is not None:
-            from medsight.metrics.medical_vqa.medical_vqa import PROTOCOLS
-
-            if self.answers not in PROTOCOLS:
-                raise ValueError(f"protocol of answers {self.answers!r}: choose one of {', '.join(PROTOCOLS)}")
-
-    @property
-    def mask_protocol(self) -> MaskProtocol:
-        """The `MaskProtocol` that the preset or the flags stand for."""
-        return choose_protocol(self.masks, **self.flags)
+    answers: str | None = None  # of medical_vqa; None where answers are not scored
+    masks: str | None = None  # preset of mask_dice; None where masks are not scored, or by flags
+    mask_protocol: MaskProtocol = MaskProtocol()  # what the preset or the flags stand for
 
     def to_dict(self, has_masks: bool) -> dict[str, Any]:
         """For metrics.json: names, and every flag that they stand for."""
-        described: dict[str, Any] = {}
-        if self.answers is not None:
-            described["answers"] = self.answers
-        if has_masks:
-            described["masks"] = self.masks or "flags"
-            described["mask_flags"] = dict(vars(self.mask_protocol))
-        return described
+        masks = {"masks": self.masks or "flags", "mask_flags": dict(vars(self.mask_protocol))}
+        return {**({"answers": self.answers} if self.answers else {}), **(masks if has_masks else {})}
 
 
 def score_rows(
@@ -73,31 +48,34 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """The scores of every case, in their order; a case without a prediction is scored as an empty answer.
 
-    Args:
-        problems: what `match_predictions` found; masks that are malformed or of another size are added.
-        accept_problems: score in spite of problems, bad masks as none; they stay counted and listed.
+    Problems that are accepted stay counted and listed, with bad masks, which are scored as none.
 
     Returns:
-        A dict a row: `id`, origin, `target`, `absent`, `prompt`, `answer`, `reference`, `answer_type`, `answer_score`
-        and `answer_refused` (why there is no score); `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows
-        with something to find; `n_masks`, `n_references`, `no_region` and `false_mask`; `codes`, `groups`, `group`,
-        `is_complete`; `code_structures`, what each code is cited for, None where the system does not say it of several
-        structures; `reference_codes` and `reference_codes_from` ("data set" or "codebook", the prediction's own),
-        `code_accuracy` and `group_accuracy`, shares of the cited codes that are right, None where no code is cited or
-        none is known.
+        A dict a row: what the case and the prediction say; `answer_score`, and `answer_refused`, why there is none;
+        `dice`, `iou`, `hd95_mm`, `surface_dice`, `mask_refused`, of rows with something to find; `n_masks`,
+        `n_references`, `no_region` and `false_mask`; `code_structures`, what each code is cited for, None where the
+        system does not say it of several structures; `reference_codes`, and whether the "data set" or the prediction's
+        own "codebook" gives them; `code_accuracy` and `group_accuracy`, shares of the cited codes that are right, None
+        where no code is cited or none is known.
 
     Raises:
-        OSError, ValueError: a reference mask cannot be read; a cited code is none, where reference codes are known; or
-            there are problems, which are not accepted.
+        OSError, ValueError: a reference mask cannot be read, or there are problems, which are not accepted.
     """
     refuse(problems, accept_problems)
-    answers = _answer_scores(cases, predictions, protocol) if protocol.answers is not None else None
+    given = [predictions.get(case.id) or Prediction(case.id, "") for case in cases]
+    answers: dict[str, Any] = {}
+    if protocol.answers is not None:
+        answers = load("medical_vqa").compute(
+            predictions=[prediction.answer for prediction in given],
+            references=[case.answer for case in cases],
+            answer_types=[case.answer_type for case in cases],
+            options=[list(case.options) for case in cases],
+            protocol=protocol.answers,
+        )
     rows = []
-    for number, case in enumerate(cases):
-        prediction = predictions.get(case.id) or Prediction(case.id, "")
+    for number, (case, prediction) in enumerate(zip(cases, given, strict=True)):
         row: dict[str, Any] = {
-            **{name: getattr(case, name) for name in ("id", "dataset", "modality", "site", "patient")},
-            **{name: getattr(case, name) for name in ("label_origin", "target", "absent", "prompt")},
+            **{name: getattr(case, name) for name in OF_CASE},
             "answer": prediction.raw_text or prediction.answer,
             "reference": case.answer,
             "answer_type": case.answer_type,
@@ -106,8 +84,8 @@ def score_rows(
             "group": prediction.group,
             "is_complete": prediction.is_complete,
         }
-        if answers is not None:
-            row["answer_score"], row["answer_refused"] = answers[number]
+        if answers:
+            row |= {"answer_score": answers["scores"][number], "answer_refused": answers["reasons"][number]}
         if benchmark.has_masks:
             row |= _mask_scores(case, prediction, protocol, problems)
             row |= {"code_structures": _cited_for(case, prediction), **_code_scores(case, prediction)}
@@ -125,25 +103,8 @@ def refuse(problems: Problems, accept: bool) -> None:
         )
 
 
-def _answer_scores(
-    cases: Sequence[Case], predictions: Mapping[str, Prediction], protocol: Protocol
-) -> list[tuple[float | None, str | None]]:
-    result = load("medical_vqa").compute(
-        predictions=[predictions[case.id].answer if case.id in predictions else "" for case in cases],
-        references=[case.answer for case in cases],
-        answer_types=[case.answer_type for case in cases],
-        options=[list(case.options) for case in cases],
-        protocol=protocol.answers,
-    )
-    return list(zip(result["scores"], result["reasons"], strict=True))
-
-
 def reference_masks(case: Case) -> list[np.ndarray]:
-    """A case's reference masks, boolean (height, width), at the image's size.
-
-    Raises:
-        OSError, ValueError: a mask or the image is missing, damaged, of another size, or empty.
-    """
+    """A case's reference masks, boolean (height, width), at the image's size; a bad one raises an error."""
     if not case.masks:
         return []
     size = read_picture(case.images[0]).size
@@ -177,9 +138,8 @@ def by_name(
     last. Where the answer names none, its masks keep their order.
 
     Args:
-        masks: by their place in the answer.
+        masks: by their place in the answer, of the references' size.
         phrases: what the answer calls each, whatever the case; empty where the system names none.
-        references: reference masks, of the masks' size.
         names: what each reference shows.
     """
     wanted: dict[str, list[np.ndarray]] = {}
@@ -200,11 +160,11 @@ def _cited_for(case: Case, prediction: Prediction) -> list[str] | None:
     """What each cited code stands for: the one structure that is asked for, or of several what the answer calls it."""
     if not case.mask_targets:
         return [case.target or "-"] * len(prediction.codes)
-    if len(prediction.phrases) != len(prediction.codes):
-        return None
     names = {name.casefold(): name for name in case.mask_targets}
-    found = [names.get((phrase or "").casefold(), phrase) for phrase in prediction.phrases]
-    return None if None in found else [name for name in found if name is not None]
+    phrases = [phrase for phrase in prediction.phrases if phrase is not None]
+    if len(phrases) != len(prediction.codes):
+        return None
+    return [names.get(phrase.casefold(), phrase) for phrase in phrases]
 
 
 def _code_scores(case: Case, prediction: Prediction) -> dict[str, Any]:
@@ -212,21 +172,15 @@ def _code_scores(case: Case, prediction: Prediction) -> dict[str, Any]:
 
     # Codes that the data set gives are what it asks for; without any, those of the codebook that the answer cites.
     known = prediction.reference_codes if case.codes is None else case.codes
-    row: dict[str, Any] = {
-        "reference_codes": None if known is None else list(known),
-        "reference_codes_from": None if known is None else "codebook" if case.codes is None else "data set",
-        "code_accuracy": None,
-        "group_accuracy": None,
-    }
     if known is not None and len(known) != len(case.masks):
         raise ValueError(f"prediction {case.id}: {len(known)} reference codes for {len(case.masks)} reference masks")
-    if not known:
-        return row
-    try:
-        shares = cited_right(prediction.codes, known)
-    except ValueError as error:
-        raise ValueError(f"prediction {case.id}: {error}") from error
-    return row if shares is None else {**row, "code_accuracy": shares[0], "group_accuracy": shares[1]}
+    exact, in_group = cited_right(prediction.codes, known or ()) or (None, None)
+    return {
+        "reference_codes": None if known is None else list(known),
+        "reference_codes_from": None if known is None else "codebook" if case.codes is None else "data set",
+        "code_accuracy": exact,
+        "group_accuracy": in_group,
+    }
 
 
 def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:
@@ -245,5 +199,5 @@ def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problem
         return row
     if case.mask_targets:
         shown, references = by_name(placed, prediction.phrases, references, case.mask_targets)
-    scores = score_item(shown, references, preset=protocol.masks, **protocol.flags, spacing_mm=case.spacing_mm)
+    scores = score_item(shown, references, **vars(protocol.mask_protocol), spacing_mm=case.spacing_mm)
     return {**row, **{name: scores[name] for name in MASK_SCORES}, "mask_refused": scores["reason"]}

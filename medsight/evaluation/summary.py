@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from medsight.metrics import load
-from medsight.metrics.intervals import bootstrap_interval
+from medsight.metrics.intervals import Interval, bootstrap_interval
 
 from .benchmarks import Benchmark
 
@@ -15,21 +15,11 @@ DIGITS = 6
 NO_CODE = "no code"
 Row = Mapping[str, Any]
 Entry = TypeVar("Entry")
-# What is scored, by its name in metrics.json: the value of a row, None where the row has none.
-SCORES: dict[str, Callable[[Row], float | None]] = {
-    "answer": lambda row: row.get("answer_score"),
-    "closed_accuracy": lambda row: row.get("answer_score") if row["answer_type"] == "CLOSED" else None,
-    "open_recall": lambda row: row.get("answer_score") if row["answer_type"] == "OPEN" else None,
-    "dice": lambda row: row.get("dice"),
-    "iou": lambda row: row.get("iou"),
-    "hd95_mm": lambda row: row.get("hd95_mm"),
-    "surface_dice": lambda row: row.get("surface_dice"),
-    "code_accuracy": lambda row: row.get("code_accuracy"),
-    "group_accuracy": lambda row: row.get("group_accuracy"),
-}
+_ANSWERS = {"answer": None, "closed_accuracy": "CLOSED", "open_recall": "OPEN"}  # by the kind of questions
 _MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice", "code_accuracy", "group_accuracy")
+SCORES = (*_ANSWERS, *_MASK_SCORES)
 TASK_SCORES = {
-    "vqa": ("answer", "closed_accuracy", "open_recall"),
+    "vqa": tuple(_ANSWERS),
     "segment": _MASK_SCORES,
     "diagnose": ("answer", *_MASK_SCORES),
 }
@@ -40,30 +30,32 @@ BY = {
 }
 
 
+def value_of(row: Row, score: str) -> float | None:
+    """A row's value of a score: one of an answer, or a field of the row; None where the row has none."""
+    if score not in _ANSWERS:
+        return row.get(score)
+    return row.get("answer_score") if _ANSWERS[score] in (None, row["answer_type"]) else None
+
+
 def estimate(rows: Sequence[Row], score: str, seed: int, macro_by: str | None = None) -> dict[str, Any] | None:
     """A mean over rows (or the unweighted mean over groups of them) with its 95% bootstrap interval.
-
-    Args:
-        macro_by: field of the rows whose values are the groups.
 
     Returns:
         `value`, `low` and `high` (None where nothing varies), `n` rows, `units` that the interval draws; None where no
         row has the score.
     """
-    scored = [(row, value) for row in rows if (value := SCORES[score](row)) is not None]
-    groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
-    return interval([value for _, value in scored], [unit_of(row) for row, _ in scored], seed, groups)
-
-
-def interval(
-    values: Sequence[float], units: Sequence[str], seed: int, groups: Sequence[str] | None = None
-) -> dict[str, Any] | None:
-    """A mean, over groups where they are given, with its interval over units, rounded; None over nothing."""
-    if not values:
+    scored = [(row, value) for row in rows if (value := value_of(row, score)) is not None]
+    if not scored:
         return None
-    found = bootstrap_interval(values, groups, "mean" if groups is None else "macro", units, seed=seed)
-    rounded = {name: None if end is None else round(end, DIGITS) for name, end in found._asdict().items()}
-    return {**rounded, "n": len(values), "units": len(set(units))}
+    groups = [str(row[macro_by]) for row, _ in scored] if macro_by else None
+    units = [unit_of(row) for row, _ in scored]
+    value, low, high = rounded(bootstrap_interval([value for _, value in scored], groups, units, seed=seed))
+    return {"value": value, "low": low, "high": high, "n": len(scored), "units": len(set(units))}
+
+
+def rounded(interval: Interval) -> tuple[float | None, ...]:
+    """A value and the ends of its interval, as they are written."""
+    return tuple(None if end is None else round(end, DIGITS) for end in interval)
 
 
 def unit_of(row: Row) -> str:
@@ -81,24 +73,18 @@ def interval_unit(rows: Iterable[Row]) -> str:
 def summarise(
     rows: Sequence[Row], benchmark: Benchmark, seed: int = 0, codes_per_group: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """All figures of metrics.json that follow from the rows' scores.
-
-    Args:
-        seed: of the bootstrap, which draws patients with all of their rows, where the rows name them.
-        codes_per_group: the size of the codebook, where it is known.
-    """
-    names = [name for name in TASK_SCORES[benchmark.task] if any(SCORES[name](row) is not None for row in rows)]
+    """All figures of metrics.json that follow from the rows' scores; with the codebook's size, where it is known."""
+    names = [name for name in TASK_SCORES[benchmark.task] if any(value_of(row, name) is not None for row in rows)]
     scores = {
         name: {"micro": estimate(rows, name, seed), "macro": estimate(rows, name, seed, macro_by="modality")}
         for name in names
     }
-    by = {
-        field: {
+    by: dict[str, dict[str, Any]] = {}
+    for field in BY[benchmark.task]:
+        by[field] = {
             value: {"n": len(inside)} | {name: found for name in names if (found := estimate(inside, name, seed))}
             for value, inside in grouped(rows, (row[field] for row in rows))
         }
-        for field in BY[benchmark.task]
-    }
     result: dict[str, Any] = {
         "n": len(rows),
         "patients": len({(row["dataset"], row["patient"]) for row in rows if row["patient"]}) or None,
@@ -113,7 +99,11 @@ def summarise(
             "label_origin": dict(Counter(row["label_origin"] or "unknown" for row in rows)),
             "cut": sum(row.get("is_complete") is False for row in rows),
         },
-        "refused": _refusals(rows),
+        "refused": {
+            kind: dict(reasons)
+            for kind in ("answer", "mask")
+            if (reasons := Counter(row[f"{kind}_refused"] for row in rows if row.get(f"{kind}_refused")))
+        },
     }
     if benchmark.has_masks:
         result |= _mask_figures(rows, seed, codes_per_group)
@@ -125,10 +115,8 @@ def summarise(
 def group_confusion(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Which code group images of each modality and site are taken for; None without any group.
 
-    Returns:
-        `by`: "classifier", the model's own, over all rows, where every prediction says what it found; else "cited
-        codes", the group of the first code of an answer about something present. `counts` {"MODALITY SITE": {group:
-        rows}}, with "no code" for answers without one.
+    `by` the "classifier", the model's own, over all rows, where every prediction says what it found; else by "cited
+    codes", the group of the first code of an answer about something present, with "no code" for one without.
     """
     known = [row for row in rows if row["modality"] != "-"]
     classified = bool(known) and all(row.get("group") for row in known)
@@ -155,35 +143,31 @@ def grouped(rows: Iterable[Entry], keys: Iterable[Any]) -> list[tuple[str, list[
     return sorted(inside.items())
 
 
-def _refusals(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """Rows without a score, by reason: none is dropped silently."""
-    counted = {}
-    for kind in ("answer_refused", "mask_refused"):
-        reasons = Counter(row[kind] for row in rows if row.get(kind))
-        if reasons:
-            counted[kind.removesuffix("_refused")] = dict(reasons)
-    return counted
-
-
 def _mask_figures(rows: Sequence[Row], seed: int, codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
     present = [row for row in rows if not row["absent"]]
     absent = [row for row in rows if row["absent"]]
     figures: dict[str, Any] = {
         "present": {
             "n": len(present),
-            "no_region_rate": _rate(present, "no_region", seed),
+            "no_region_rate": estimate(present, "no_region", seed),
             "masks_per_answer": _mean([row["n_masks"] for row in present]),
             "references_per_row": _mean([row["n_references"] for row in present]),
         },
         "negatives": {
             "n": len(absent),
-            "no_region_rate": _rate(absent, "no_region", seed),
-            "false_mask_rate": _rate(absent, "false_mask", seed),
+            "no_region_rate": estimate(absent, "no_region", seed),
+            "false_mask_rate": estimate(absent, "false_mask", seed),
         },
     }
     if any(row["codes"] for row in rows):
         figures["codes"] = _codes(rows, codes_per_group)
-        figures["reference_codes"] = _reference_codes(present)
+        without = [row for row in present if row["reference_codes"] is None]
+        figures["reference_codes"] = {
+            "from": dict(Counter(row["reference_codes_from"] for row in present if row["reference_codes_from"])),
+            "unknown": len(without),
+            "unknown_by_origin": dict(sorted(Counter(f"{row['modality']} {row['site']}" for row in without).items())),
+            "group_unknown": sum(row["group"] is not None for row in without),
+        }
     return figures
 
 
@@ -191,25 +175,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), DIGITS) if values else None
 
 
-def _rate(rows: Sequence[Row], field: str, seed: int) -> dict[str, Any] | None:
-    return interval([float(row[field]) for row in rows], [unit_of(row) for row in rows], seed)
-
-
-def _reference_codes(present: Sequence[Row]) -> dict[str, Any]:
-    """Where the right codes come from, and how many rows have none, by modality and site."""
-    without = [row for row in present if row["reference_codes"] is None]
-    return {
-        "from": dict(Counter(row["reference_codes_from"] for row in present if row["reference_codes_from"])),
-        "unknown": len(without),
-        "unknown_by_origin": dict(sorted(Counter(f"{row['modality']} {row['site']}" for row in without).items())),
-        "group_unknown": sum(row["group"] is not None for row in without),
-    }
-
-
 def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> dict[str, Any]:
     """What region_codes says of the codes that the answers cite."""
-    # Whether a mask is given where there is none to find is told of the masks themselves, not of the codes.
-    of_masks = ("false_mask_rate", "no_region_rate")
     named = all(len(row["groups"]) == len(row["codes"]) and None not in row["groups"] for row in rows)
     found = load("region_codes").compute(
         predictions=[row["codes"] for row in rows],
@@ -220,5 +187,6 @@ def _codes(rows: Sequence[Row], codes_per_group: Mapping[str, int] | None) -> di
         groups=[row["groups"] if named else None for row in rows],
         codes_per_group=dict(codes_per_group) if codes_per_group and named else None,
     )
-    answers = {name: value for name, value in found["answers"].items() if name not in of_masks}
-    return {**found, "answers": answers}
+    for name in ("false_mask_rate", "no_region_rate"):  # told of the masks themselves, not of their codes
+        del found["answers"][name]
+    return found

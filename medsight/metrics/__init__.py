@@ -21,12 +21,9 @@ def load(name: str, **kwargs: Any) -> "evaluate.Metric":
     """A metric of this package, from its folder: nothing is fetched.
 
     Args:
-        name: one of `METRICS`.
+        name: one of `METRICS`; another one raises ValueError.
         kwargs: passed to `evaluate.load`. Rows are kept in memory unless `num_process` or `keep_in_memory` says
             otherwise, so that runs beside each other share no file.
-
-    Raises:
-        ValueError: there is no such metric.
     """
     if name not in METRICS:
         raise ValueError(f"metric {name!r}: choose one of {', '.join(METRICS)}")

@@ -10,15 +10,20 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import zoom
 
 
-MISSING = ("zero", "skip")
-MULTI = ("mean", "union", "best", "order", "first", "last", "single")
-AVERAGES = ("micro", "macro")
-FORMULAS = ("plain", "smoothed", "from-iou", "epsilon")
+CHOICES = {
+    "missing": ("zero", "skip"),
+    "multi": ("mean", "union", "best", "order", "first", "last", "single"),
+    "formula": ("plain", "smoothed", "from-iou", "epsilon"),
+    "average": ("micro", "macro"),
+}
+COUNTS = ("intersection", "predicted_area", "reference_area")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class MaskProtocol:
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold {self.threshold!r}: expected a probability between 0 and 1")
-        for name, allowed in (("missing", MISSING), ("multi", MULTI), ("formula", FORMULAS), ("average", AVERAGES)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
 
@@ -70,8 +75,7 @@ PRESETS = {
 def choose_protocol(preset: str | None = None, **flags: Any) -> MaskProtocol:
     """A preset, or the default with these flags; a flag that is None counts as not given.
 
-    Raises:
-        ValueError: the preset or a flag is unknown, or a flag is given beside a preset, whose name would then lie.
+    A flag beside a preset, whose name would then lie, raises ValueError.
     """
     flags = {name: value for name, value in flags.items() if value is not None}
     if preset is None:
@@ -88,13 +92,10 @@ def score_item(
     references: Sequence[Any],
     *,
     preset: str | None = None,
-    threshold: float | None = None,
-    missing: str | None = None,
-    multi: str | None = None,
-    formula: str | None = None,
     values: str = "logits",
     spacing_mm: Sequence[float] | None = None,
     tolerance_mm: float = 2.0,
+    **flags: Any,
 ) -> dict[str, Any]:
     """Score one answer's masks; keep what this returns, not the masks.
 
@@ -102,7 +103,7 @@ def score_item(
         predicted: masks of the answer: (height, width) booleans at the references' size, or (h, w) floats, which are
             resized bilinearly to it before the threshold. Empty where the answer shows none.
         references: (height, width) booleans, all of one size. Empty where there is nothing to find.
-        preset, threshold, missing, multi, formula: see `MaskProtocol`; a preset or flags.
+        preset, flags: see `MaskProtocol`; a preset, or some of threshold, missing, multi and formula.
         values: what floats are, "logits" (before the sigmoid) or "probabilities".
         spacing_mm: height and width of a pixel in millimetres, where they are known.
         tolerance_mm: distance up to which a boundary counts as met in surface Dice.
@@ -119,48 +120,56 @@ def score_item(
         ValueError: a mask is not of two dimensions, of another size or type, or holds NaN; probabilities lie outside 0
             to 1; a flag, the spacing or the tolerance is out of range.
         ImportError: the spacing is given and `segmentationmetrics` is not installed.
+
+    Example:
+        >>> mask = np.eye(4, dtype=bool)
+        >>> score_item([mask], [mask], preset="medplib")["dice"]
+        1.0
     """
-    protocol = choose_protocol(preset, threshold=threshold, missing=missing, multi=multi, formula=formula)
-    spacing = _checked_spacing(spacing_mm, tolerance_mm)
-    wanted = [_boolean(mask, f"reference {i}") for i, mask in enumerate(references)]
-    for i, mask in enumerate(wanted):
-        if mask.shape != wanted[0].shape:
-            raise ValueError(f"reference {i}: its size {mask.shape} is not {wanted[0].shape}, that of reference 0")
-    size = wanted[0].shape if wanted else None
-    shown = []
+    protocol = choose_protocol(preset, **flags)
+    if values not in ("logits", "probabilities"):
+        raise ValueError(f"values={values!r}: choose logits or probabilities")
+    if tolerance_mm < 0 or (spacing_mm is not None and (len(spacing_mm) != 2 or min(spacing_mm) <= 0)):
+        raise ValueError(
+            f"spacing_mm {spacing_mm!r}, tolerance_mm {tolerance_mm!r}: expected millimetres, a pixel's height and "
+            "width above 0 and a tolerance of at least 0"
+        )
+    size, wanted, shown = None, [], []
+    for i, mask in enumerate(references):
+        wanted.append(_checked(mask, f"reference {i}", size, (bool,)))
+        size = wanted[0].shape
     for i, mask in enumerate(predicted):
-        shown.append(_thresholded(np.asarray(mask), f"predicted mask {i}", size, protocol.threshold, values))
+        shown.append(_thresholded(mask, f"predicted mask {i}", size, protocol.threshold, values))
         size = size or shown[0].shape
+    reason = None
+    if not shown and protocol.missing == "skip":
+        reason = "no mask in the answer"
+    elif protocol.multi == "single" and max(len(shown), len(wanted)) > 1:
+        reason = "several masks where the protocol takes one"
     item: dict[str, Any] = {
-        "dice": None,
-        "iou": None,
-        "hd95_mm": None,
-        "surface_dice": None,
+        **dict.fromkeys(("dice", "iou", "hd95_mm", "surface_dice")),
         "n_predicted": len(shown),
         "n_references": len(wanted),
-        "intersection": 0,
-        "predicted_area": 0,
-        "reference_area": 0,
-        "reason": _refusal(protocol, shown, wanted),
+        **dict.fromkeys(COUNTS, 0),
+        "reason": reason,
         "thresholded": any(np.asarray(mask).dtype != bool for mask in predicted),
         "protocol": str(protocol),
         "tolerance_mm": float(tolerance_mm),
     }
-    if item["reason"] is not None:
+    if reason is not None:
         return item
     nothing = np.zeros(size or (1, 1), dtype=bool)
-    pairs = _comparisons(shown, wanted, nothing, protocol)
+    pairs = _comparisons(shown or [nothing], wanted or [nothing], nothing, protocol)
     counts = [_counts(*pair) for pair in pairs]
+    item |= zip(COUNTS, map(sum, zip(*counts, strict=True)), strict=True)
     if not shown and any(mask.any() for mask in wanted):
         item["dice"] = item["iou"] = 0.0  # a smoothed formula would give a little more
     else:
         both_empty = round(dice(0, 0, 0, formula=protocol.formula))
         item["dice"] = _mean([dice(*count, formula=protocol.formula) for count in counts])
         item["iou"] = _mean([i / (p + g - i) if p + g else both_empty for i, p, g in counts])
-    for i, name in enumerate(("intersection", "predicted_area", "reference_area")):
-        item[name] = sum(count[i] for count in counts)
-    if spacing is not None:
-        distances = [boundary_distances(*pair, spacing, tolerance_mm) for pair in pairs]
+    if spacing_mm is not None:
+        distances = [boundary_distances(*pair, tuple(spacing_mm), tolerance_mm) for pair in pairs]
         item["hd95_mm"] = None if any(hd is None for hd, _ in distances) else _mean([hd for hd, _ in distances])
         item["surface_dice"] = _mean([surface for _, surface in distances])
     return item
@@ -182,7 +191,7 @@ def dice(intersection: int, predicted_area: int, reference_area: int, formula: s
 
 
 def boundary_distances(
-    predicted: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float], tolerance_mm: float
+    predicted: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
 ) -> tuple[float | None, float]:
     """HD95 in millimetres and surface Dice of two boolean masks of one size, boundaries weighted by their length."""
     if not predicted.any() or not reference.any():
@@ -198,40 +207,24 @@ def boundary_distances(
     return float(hd95), float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm))
 
 
-def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_bilinear(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """(h, w) values at the pixel centres of another (height, width), as torch's `interpolate(align_corners=False)`."""
-    for axis, length in enumerate(size):
-        position = ((np.arange(length) + 0.5) * values.shape[axis] / length - 0.5).clip(0, values.shape[axis] - 1)
-        before = np.floor(position).astype(int)
-        after = np.minimum(before + 1, values.shape[axis] - 1)
-        share = (position - before).reshape((-1, 1) if axis == 0 else (1, -1))
-        values = values.take(before, axis) * (1 - share) + values.take(after, axis) * share
-    return values
-
-
-def _refusal(protocol: MaskProtocol, shown: list[np.ndarray], wanted: list[np.ndarray]) -> str | None:
-    if not shown and protocol.missing == "skip":
-        return "no mask in the answer"
-    if protocol.multi == "single" and max(len(shown), len(wanted)) > 1:
-        return "several masks where the protocol takes one"
-    return None
+    factors = (size[0] / values.shape[0], size[1] / values.shape[1])
+    return zoom(values, factors, order=1, mode="nearest", grid_mode=True)
 
 
 def _comparisons(
-    shown: list[np.ndarray], wanted: list[np.ndarray], nothing: np.ndarray, protocol: MaskProtocol
+    p: list[np.ndarray], g: list[np.ndarray], nothing: np.ndarray, protocol: MaskProtocol
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of a predicted mask and a reference; at least one, `nothing` where a side has none."""
-    p, g = shown or [nothing], wanted or [nothing]
+    """Pairs of a predicted mask and a reference; `nothing` stands for one that a list lacks."""
     if protocol.multi == "mean":
-        everything = np.logical_or.reduce(g)
-        return [(mask, everything) for mask in p]
+        return [(mask, np.logical_or.reduce(g)) for mask in p]
     if protocol.multi == "union":
         return [(np.logical_or.reduce(p), np.logical_or.reduce(g))]
     if protocol.multi == "best":
         return [(max(p, key=lambda m: dice(*_counts(m, mask), formula=protocol.formula)), mask) for mask in g]
     if protocol.multi == "order":
-        longer = max(len(p), len(g))
-        return list(zip(p + [nothing] * (longer - len(p)), g + [nothing] * (longer - len(g)), strict=True))
+        return list(zip_longest(p, g, fillvalue=nothing))
     last = min(len(p), len(g)) - 1 if protocol.multi == "last" else 0
     return [(p[last], g[last])]
 
@@ -241,50 +234,30 @@ def _counts(predicted: np.ndarray, reference: np.ndarray) -> tuple[int, int, int
     return int(both), int(np.count_nonzero(predicted)), int(np.count_nonzero(reference))
 
 
-def _thresholded(mask: np.ndarray, name: str, size: Any, threshold: float, values: str) -> np.ndarray:
-    if values not in ("logits", "probabilities"):
-        raise ValueError(f"values={values!r}: choose logits or probabilities")
-    if not np.issubdtype(mask.dtype, np.floating):
-        mask = _boolean(mask, name)
-        if size is not None and mask.shape != size:
-            raise ValueError(f"{name}: its size {mask.shape} is not the reference's {size}")
+def _thresholded(mask: Any, name: str, size: tuple[int, ...] | None, threshold: float, values: str) -> np.ndarray:
+    mask = _checked(mask, name, size, (bool, np.floating))
+    if mask.dtype == bool:
         return mask
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"{name}: expected two dimensions, (height, width), got shape {mask.shape}")
     if np.isnan(mask).any():
         raise ValueError(f"{name}: {np.count_nonzero(np.isnan(mask))} of its {mask.size} values are NaN")
-    mask = mask.astype(np.float64)
-    if values == "probabilities":
-        if mask.min() < 0 or mask.max() > 1:
-            raise ValueError(f"{name}: probabilities from {mask.min():g} to {mask.max():g}, expected 0 to 1")
-        cut = threshold
-    else:
+    mask, cut = mask.astype(np.float64), threshold
+    if values == "logits":
         mask, cut = mask.clip(-1e6, 1e6), math.log(threshold / (1 - threshold))  # infinities do not interpolate
-    if size is not None and mask.shape != size:
-        mask = resize_bilinear(mask, size)
-    return mask > cut
+    elif mask.min() < 0 or mask.max() > 1:
+        raise ValueError(f"{name}: probabilities from {mask.min():g} to {mask.max():g}, expected 0 to 1")
+    return (mask if size in (None, mask.shape) else resize_bilinear(mask, size)) > cut
 
 
-def _boolean(mask: Any, name: str) -> np.ndarray:
+def _checked(mask: Any, name: str, size: tuple[int, ...] | None, kinds: tuple[type, ...]) -> np.ndarray:
+    """A mask as an array of such a kind; booleans of that size."""
     mask = np.asarray(mask)
-    if mask.dtype != bool:
+    if not any(np.issubdtype(mask.dtype, kind) for kind in kinds):
         raise ValueError(f"{name}: expected booleans, got {mask.dtype}")
     if mask.ndim != 2 or 0 in mask.shape:
         raise ValueError(f"{name}: expected two dimensions, (height, width), got shape {mask.shape}")
+    if mask.dtype == bool and size not in (None, mask.shape):
+        raise ValueError(f"{name}: its size {mask.shape} is not {size}, that of the masks before it")
     return mask
-
-
-def _checked_spacing(spacing_mm: Sequence[float] | None, tolerance_mm: float) -> tuple[float, float] | None:
-    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
-        raise ValueError(f"tolerance_mm {tolerance_mm!r}: expected millimetres, at least 0")
-    if spacing_mm is None:
-        return None
-    spacing = tuple(float(side) for side in spacing_mm)
-    if len(spacing) != 2 or not all(math.isfinite(side) and side > 0 for side in spacing):
-        raise ValueError(
-            f"spacing_mm {spacing_mm!r}: expected a pixel's height and width in millimetres, both above 0"
-        )
-    return spacing[0], spacing[1]
 
 
 def _mean(values: list[Any]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from .mask_counts import PRESETS, MaskProtocol, choose_protocol, dice, score_item
+from .mask_counts import COUNTS, PRESETS, MaskProtocol, choose_protocol, dice, score_item
 
 
 __all__ = ["PRESETS", "MaskDice", "MaskProtocol", "choose_protocol", "score_item"]
@@ -27,12 +27,10 @@ Args:
     threshold, missing, multi, formula: held against the flags that the items were scored by, where given.
     average: "micro" (default) or "macro", which `dice` is.
 Returns:
-    dice, by the protocol's average; dice_micro and iou_micro, means over items; dice_macro and iou_macro, unweighted
-    means over groups; dice_pooled, 2 I / (P + G) of all pixels; hd95_mm with hd95_items, surface_dice with
-    surface_dice_items and tolerance_mm, means over the items that have one; n, scored, refused and refusals
-    {reason: count}; thresholded, items whose masks came as floats; no_mask_rate, masks_per_answer and
-    references_per_item over all items; groups {name: the same of its items}; scores, Dice an item, None where it is
-    refused; preset and protocol. None stands for a mean over nothing.
+    dice, by the protocol's average; dice_micro, iou_micro, dice_macro, iou_macro, dice_pooled; hd95_mm, surface_dice
+    and their numbers of items; n, scored, refused, refusals {reason: count}, thresholded; no_mask_rate,
+    masks_per_answer, references_per_item; groups {name: the same}; scores, a float an item, None where it is refused;
+    preset and protocol. None stands for a mean over nothing.
 Examples:
     >>> from medsight.metrics.mask_dice.mask_dice import score_item
     >>> mask = numpy.eye(4, dtype=bool)
@@ -56,7 +54,7 @@ def summarize(items: list[dict[str, Any]]) -> dict[str, Any]:
     scored = [item for item in items if item["dice"] is not None]
     distances = [item["hd95_mm"] for item in items if item["hd95_mm"] is not None]
     surfaces = [item["surface_dice"] for item in items if item["surface_dice"] is not None]
-    pixels = [sum(item[name] for item in scored) for name in ("intersection", "predicted_area", "reference_area")]
+    pixels = [sum(item[name] for item in scored) for name in COUNTS]
     return {
         "dice_micro": _mean([item["dice"] for item in scored]),
         "iou_micro": _mean([item["iou"] for item in scored]),
@@ -81,15 +79,8 @@ class MaskDice(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         number, count, text = (datasets.Value(kind) for kind in ("float64", "int64", "string"))
         record = {
-            "dice": number,
-            "iou": number,
-            "hd95_mm": number,
-            "surface_dice": number,
-            "n_predicted": count,
-            "n_references": count,
-            "intersection": count,
-            "predicted_area": count,
-            "reference_area": count,
+            **dict.fromkeys(("dice", "iou", "hd95_mm", "surface_dice"), number),
+            **dict.fromkeys(("n_predicted", "n_references", *COUNTS), count),
             "reason": text,
             "thresholded": datasets.Value("bool"),
             "protocol": text,
@@ -100,53 +91,39 @@ class MaskDice(evaluate.Metric):
             citation=CITATION,
             inputs_description=INPUTS,
             features=datasets.Features({"items": record, "groups": text}),
-            reference_urls=["https://arxiv.org/abs/1809.04430", "https://arxiv.org/abs/2606.06760"],
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add a batch of records, `items`, with `groups` where the average is macro.
+    def add_batch(self, *, items: list[dict[str, Any]], groups: list[str] | None = None) -> None:
+        """Add a batch of records of `score_item`, with groups where the average is macro.
 
         Raises:
-            ValueError: there are not as many groups as items, or an item is no record of `score_item`.
+            ValueError: there are not as many groups as items, or an item is no such record.
         """
-        items, groups = kwargs.pop("items", None), kwargs.pop("groups", None)
-        if predictions is not None or references is not None or items is None:
-            raise ValueError("expected items=[records of score_item], and groups=[str]; masks are not kept")
         expected = list(self.features["items"])
         for i, item in enumerate(items):
             if not isinstance(item, dict) or set(item) != set(expected):
-                got = sorted(item) if isinstance(item, dict) else type(item).__name__
-                raise ValueError(f"item {i}: expected score_item's record ({', '.join(expected)}), got {got}")
-        groups = [""] * len(items) if groups is None else list(groups)
-        if len(groups) != len(items):
-            raise ValueError(f"groups: expected {len(items)}, as many as items, got {len(groups)}")
+                raise ValueError(f"item {i}: expected score_item's record ({', '.join(expected)}), got {item!r}")
         # evaluate refuses None for text; a reason is the one text that may be absent.
         filled = [{**item, "reason": item["reason"] or ""} for item in items]
-        evaluate.Metric.add_batch(self, items=filled, groups=groups, **kwargs)
+        evaluate.Metric.add_batch(self, items=filled, groups=groups or [""] * len(items))
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Means of the records given here, or added before.
-
-        Raises:
-            ValueError: there are none, they were scored by another protocol than asked for, or groups are missing.
-        """
-        items, groups = kwargs.pop("items", None), kwargs.pop("groups", None)
-        if items is not None or predictions is not None or references is not None:
-            self.add_batch(predictions=predictions, references=references, items=items, groups=groups)
+    def compute(self, *, items: Any = None, groups: Any = None, **protocol: Any) -> dict[str, Any]:
+        """Means of the records given here, or added before; ValueError where another protocol scored them."""
+        if items is not None:
+            self.add_batch(items=items, groups=groups)
         if len(self) == 0:
-            raise ValueError("no items to score: add some, or pass items")
-        return evaluate.Metric.compute(self, **kwargs)
+            raise ValueError("no items to score: add some, or pass items, the records of score_item")
+        return evaluate.Metric.compute(self, **protocol)
 
     def _compute(
         self, items: list[dict[str, Any]], groups: list[str], preset: str | None = None, **flags: Any
     ) -> dict[str, Any]:
         protocol = choose_protocol(preset, **flags)
-        checked = {"protocol"} if preset else {name for name, flag in flags.items() if flag is not None} - {"average"}
         found = sorted({item["protocol"] for item in items})
         if len(found) > 1 or len({item["tolerance_mm"] for item in items}) > 1:
             raise ValueError(f"the items were scored by several protocols or tolerances: {'; '.join(found)}")
-        parts, wanted = found[0].split(), str(protocol).split()
-        differing = [part for part in wanted if part not in parts and (preset or part.split("=")[0] in checked)]
+        asked = [f"{name}={flag}" for name, flag in flags.items() if flag is not None and name != "average"]
+        differing = [part for part in (str(protocol).split() if preset else asked) if part not in found[0].split()]
         if differing:
             raise ValueError(f"expected items scored by {' '.join(differing)}, got {found[0]}")
         if protocol.average == "macro" and "" in groups:

@@ -26,14 +26,11 @@ STRICT_WORD = re.compile(r"\d+\.\d+|[^\W_]+(?:'[^\W_]+)*")
 
 
 def normalize(text: str) -> str:
-    """VQAv2-style normalisation, which this field's published numbers rest on.
+    """VQAv2-style normalisation, which this field's published numbers rest on; the card lists its steps.
 
-    1. Lower case.
-    2. Each mark of `MARKS`: all its occurrences are deleted if one of them touches a space *or* the text holds digit,
-       comma, digit anywhere; else all become a space: "left,right" is two words, "left,right, both" "leftright both".
-       So VQAv2's public evaluation does it.
-    3. Full stops that do not stand between two digits go.
-    4. Number words from none and zero to ten become digits; a, an, the go; contractions get their apostrophe back.
+    All occurrences of a mark are deleted if one of them touches a space *or* the text holds digit, comma, digit
+    anywhere; else all become a space, as in VQAv2's public evaluation: "left,right" is two words, "left,right, both"
+    "leftright both".
     """
     text = text.lower()
     counts_in_thousands = DIGIT_COMMA_DIGIT.search(text) is not None

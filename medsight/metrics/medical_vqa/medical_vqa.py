@@ -6,6 +6,7 @@ OmniMedVQA (Hu et al., 2024, arXiv 2402.09181); MMMU (Yue et al., 2024, arXiv 23
 
 from collections import Counter
 from difflib import SequenceMatcher
+from string import ascii_uppercase
 from typing import Any
 
 import datasets
@@ -14,9 +15,7 @@ import evaluate
 from .answer_words import normalize, strict_words
 
 
-CLOSED = "CLOSED"
-OPEN = "OPEN"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CLOSED, OPEN = "CLOSED", "OPEN"
 
 DESCRIPTION = """\
 Scores answers to medical visual questions: accuracy of closed questions, recall of open ones, by a named protocol."""
@@ -29,10 +28,9 @@ Args:
     groups: list of str, such as the modality; adds a mean a group and the unweighted mean over groups.
     protocol: "llava-med" (default), "strict", "multiple-choice" or "first-letter".
 Returns:
-    protocol; closed_accuracy, open_recall, overall (mean over all items) and macro (unweighted mean over groups), each
-    from 0 to 1 and over the scored items, None where there are none; counts {closed, open}; scored; refused, refusals
-    {reason: count} and refused_as_wrong {closed_accuracy, open_recall, overall}; groups {name: {n, score, refused}};
-    scores, a float an item, None where it is refused; reasons, a str where it is refused, else None.
+    protocol; closed_accuracy, open_recall, overall and macro, each from 0 to 1 over the scored items, None where there
+    are none; counts {closed, open}; scored; refused, refusals {reason: count}, refused_as_wrong; groups {name: {n,
+    score, refused}}; scores and reasons, a float or else a str an item.
 Examples:
     >>> metric = evaluate.load("medsight/metrics/medical_vqa")
     >>> metric.compute(predictions=["Yes, it is."], references=["yes"], answer_types=["CLOSED"])["closed_accuracy"]
@@ -52,10 +50,10 @@ class RefusedError(ValueError):
 
 
 def llava_med_open(prediction: str, reference: str) -> float:
-    """Recall over bags of words, TP / (TP + FN); 0 where either has no word.
+    """Recall over bags of words, TP / (TP + FN); 0 where either has no word. Repeating a right word raises the score.
 
     TP counts the *prediction's* occurrences of words that also stand in the reference, FN the reference's occurrences
-    of words absent from the prediction: repeating a right word raises the score.
+    of words absent from the prediction.
     """
     predicted = Counter(normalize(prediction).split())
     wanted = Counter(normalize(reference).split())
@@ -75,13 +73,7 @@ def llava_med_closed(prediction: str, reference: str) -> float:
 
 
 def strict_open(prediction: str, reference: str) -> float:
-    """Recall over bags of words with the reference's counts, sum of min(prediction, reference) over the reference's.
-
-    Repeating a word gains nothing.
-
-    Raises:
-        RefusedError: the reference has no word.
-    """
+    """Recall over bags of words with the reference's counts, sum of min(answer, reference) over the reference's."""
     predicted, wanted = Counter(strict_words(prediction)), Counter(strict_words(reference))
     if not wanted:
         raise RefusedError("the reference has no word")
@@ -89,11 +81,7 @@ def strict_open(prediction: str, reference: str) -> float:
 
 
 def strict_closed(prediction: str, reference: str) -> float:
-    """1 if the reference's words stand in the prediction as whole words, one after the other.
-
-    Raises:
-        RefusedError: the reference is yes or no and the prediction holds both, or the reference has no word.
-    """
+    """1 if the reference's words stand in the prediction as whole words, one after the other."""
     predicted, wanted = strict_words(prediction), strict_words(reference)
     if not wanted:
         raise RefusedError("the reference has no word")
@@ -102,39 +90,29 @@ def strict_closed(prediction: str, reference: str) -> float:
     return float(any(predicted[i : i + len(wanted)] == wanted for i in range(len(predicted))))
 
 
-def multiple_choice(prediction: str, reference: str, options: list[str] | None) -> float:
+def multiple_choice(prediction: str, reference: str, options: list[str]) -> float:
     """1 if prediction and reference are most like the same option, by `difflib.SequenceMatcher(option, text).ratio()`.
 
     Case counts, the first option wins a tie, an answer like none of them is wrong (OmniMedVQA).
-
-    Raises:
-        RefusedError: there are no options, or the reference is like none of them.
     """
-    if not options:
-        raise RefusedError("no options to choose from")
     right = _most_similar(options, reference)
     if right is None:
         raise RefusedError("the reference is like none of the options")
     return float(_most_similar(options, prediction) == right)
 
 
-def first_letter(prediction: str, reference: str, options: list[str] | None) -> float:
+def first_letter(prediction: str, reference: str, options: list[str]) -> float:
     """1 if the first allowed letter is the reference's (MMMU): A for the first option, B for the second, and so on.
 
     A letter counts where it is a capital and stands alone ("B", "(B)", "Answer: B."), or is all that the answer holds;
     an answer without one is wrong.
-
-    Raises:
-        RefusedError: there are no options, or the reference is neither an allowed letter nor an option.
     """
-    if not options:
-        raise RefusedError("no options to choose from")
-    allowed = LETTERS[: len(options)]
+    allowed = ascii_uppercase[: len(options)]
     right = reference.strip()
     if len(right) != 1 or right not in allowed:
         if reference not in options:
             raise RefusedError("the reference is neither an allowed letter nor an option")
-        right = LETTERS[options.index(reference)]
+        right = ascii_uppercase[options.index(reference)]
     words = "".join(character if character.isalnum() else " " for character in prediction).split()
     if len(words) == 1:
         words = [words[0].upper()]
@@ -151,7 +129,7 @@ WORD_PROTOCOLS = {
     "strict": {CLOSED: strict_closed, OPEN: strict_open},
 }
 CHOICE_PROTOCOLS = {"multiple-choice": multiple_choice, "first-letter": first_letter}
-OPTIONAL: dict[str, Any] = {"answer_types": "", "options": None, "groups": ""}
+OPTIONAL = {"answer_types": "", "options": None, "groups": ""}
 PROTOCOLS = (*WORD_PROTOCOLS, *CHOICE_PROTOCOLS)
 
 
@@ -167,6 +145,8 @@ def score_answer(
     if answer_type not in (CLOSED, OPEN):
         raise ValueError(f"answer type {answer_type!r}: expected CLOSED or OPEN")
     if protocol in CHOICE_PROTOCOLS:
+        if not options:
+            raise RefusedError("no options to choose from")
         return CHOICE_PROTOCOLS[protocol](prediction, reference, options)
     if protocol in WORD_PROTOCOLS:
         return WORD_PROTOCOLS[protocol][answer_type](prediction, reference)
@@ -178,11 +158,8 @@ def _mean(scores: list[float]) -> float | None:
 
 
 def _by_type(scores: list[tuple[str, float]]) -> dict[str, float | None]:
-    return {
-        "closed_accuracy": _mean([score for kind, score in scores if kind == CLOSED]),
-        "open_recall": _mean([score for kind, score in scores if kind == OPEN]),
-        "overall": _mean([score for _, score in scores]),
-    }
+    kinds = {"closed_accuracy": (CLOSED,), "open_recall": (OPEN,), "overall": (CLOSED, OPEN)}
+    return {name: _mean([score for kind, score in scores if kind in wanted]) for name, wanted in kinds.items()}
 
 
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
@@ -195,53 +172,35 @@ class MedicalVqa(evaluate.Metric):
             inputs_description=INPUTS,
             features=datasets.Features(
                 {
-                    "predictions": text,
-                    "references": text,
-                    "answer_types": text,
+                    **dict.fromkeys(("predictions", "references", "answer_types", "groups"), text),
                     "options": datasets.Sequence(text),
-                    "groups": text,
                 }
             ),
-            reference_urls=[
-                "https://github.com/microsoft/LLaVA-Med",
-                "https://github.com/OpenGVLab/Multi-Modality-Arena",
-            ],
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+    def add_batch(self, *, predictions: list[str], references: list[str], **optional: Any) -> None:
         """Add a batch of answers, with answer_types, options and groups where the protocol needs them.
 
         Raises:
             ValueError: the inputs are of unequal lengths, or not text.
         """
-        if predictions is None or references is None:
-            raise ValueError("predictions and references: expected a list of str each")
-        size = len(predictions)
-        columns = {"references": references}
+        columns = {"predictions": predictions, "references": references, **optional}
         for name, absent in OPTIONAL.items():
-            given = kwargs.pop(name, None)
-            columns[name] = [absent] * size if given is None else list(given)
-        for name, column in columns.items():
-            if len(column) != size:
-                raise ValueError(f"{name}: expected {size} items, as many as predictions, got {len(column)}")
-        for name, column in {"predictions": predictions, **columns}.items():
-            wrong = [i for i, value in enumerate(column) if name != "options" and not isinstance(value, str)]
-            if wrong:
-                raise ValueError(f"{name}: expected str, got {column[wrong[0]]!r} in item {wrong[0]}")
-        evaluate.Metric.add_batch(self, predictions=predictions, **columns, **kwargs)
+            if columns.get(name) is None:
+                columns[name] = [absent] * len(predictions)
+        for name in ("predictions", "references", "answer_types", "groups"):
+            for i, value in enumerate(columns[name]):
+                if not isinstance(value, str):
+                    raise ValueError(f"{name}: expected str, got {value!r} in item {i}")
+        evaluate.Metric.add_batch(self, **columns)
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Score the answers given here, or added before.
-
-        Raises:
-            ValueError: there are none, an answer type or the protocol is unknown, or the lengths differ.
-        """
-        optional = {name: kwargs.pop(name, None) for name in OPTIONAL}
-        if predictions is not None:
-            self.add_batch(predictions=predictions, references=references, **optional)
+    def compute(self, *, protocol: str = "llava-med", **batch: Any) -> dict[str, Any]:
+        """Score the answers of a batch given here, or added before; ValueError where they cannot be scored."""
+        if batch.get("predictions") is not None:
+            self.add_batch(**batch)
         if len(self) == 0:
             raise ValueError("no answers to score: add some, or pass predictions and references")
-        return evaluate.Metric.compute(self, **kwargs)
+        return evaluate.Metric.compute(self, protocol=protocol)
 
     def _compute(
         self,
@@ -250,20 +209,21 @@ class MedicalVqa(evaluate.Metric):
         answer_types: list[str],
         options: list[list[str] | None],
         groups: list[str],
-        protocol: str = "llava-med",
+        protocol: str,
     ) -> dict[str, Any]:
         scores: list[float | None] = []
         reasons: list[str | None] = []
         kinds = [kind or (CLOSED if protocol in CHOICE_PROTOCOLS else "") for kind in answer_types]
         for i, row in enumerate(zip(predictions, references, kinds, options, strict=True)):
+            score, reason = None, None
             try:
-                scores.append(score_answer(*row, protocol=protocol))
-                reasons.append(None)
-            except RefusedError as reason:
-                scores.append(None)
-                reasons.append(str(reason))
+                score = score_answer(*row, protocol=protocol)
+            except RefusedError as refusal:
+                reason = str(refusal)
             except ValueError as error:
                 raise ValueError(f"item {i}: {error}") from error
+            scores.append(score)
+            reasons.append(reason)
         scored = [(kind, score) for kind, score in zip(kinds, scores, strict=True) if score is not None]
         by_group: dict[str, dict[str, Any]] = {}
         for name in sorted(set(groups) - {""}):

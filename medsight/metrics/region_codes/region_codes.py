@@ -8,7 +8,7 @@ ICML 2026).
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ import datasets
 import evaluate
 
 
+KNOWN = ("references", "reference_counts", "absent", "structures", "groups")
 CODE = re.compile(r"\[C(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\]")
 
 DESCRIPTION = """\
@@ -45,11 +46,7 @@ CITATION = """\
 
 
 def group_of(code: str) -> str:
-    """The group's number in a code's spelling, "0" for `[C0_16]` and for `[SEG]`.
-
-    Raises:
-        ValueError: it is no region code.
-    """
+    """The group's number in a code's spelling, "0" for `[C0_16]` and for `[SEG]`; ValueError for anything else."""
     match = CODE.fullmatch(code)
     if match is None and code != "[SEG]":
         raise ValueError(f"{code!r} is not a region code: expected [C<group>_<index>] or [SEG], or a name in groups")
@@ -63,20 +60,16 @@ def entropy(counts: list[int]) -> float:
 
 
 def purity(table: Counter[tuple[str, str]]) -> float:
-    """Share of citations whose structure is their code's most frequent one: 1/N sum over codes of max over structures.
-
-    It rises with the number of codes, to 1 where each code is cited once: read it beside the number of citations.
-    """
-    best: dict[str, int] = {}
-    for (code, _), count in table.items():
-        best[code] = max(best.get(code, 0), count)
-    return sum(best.values()) / sum(table.values())
+    """Share of citations whose structure is their code's most frequent one: 1/N sum over codes of the largest."""
+    codes = _margins(table)[0]
+    best = [max(count for (other, _), count in table.items() if other == code) for code in codes]
+    return sum(best) / sum(table.values())
 
 
 def normalized_mutual_information(table: Counter[tuple[str, str]]) -> float:
     """2 I(code; structure) / (H(code) + H(structure)); 1 where there is one code and one structure.
 
-    I = H(code) + H(structure) - H(code, structure). It is biased upwards where citations are few.
+    I = H(code) + H(structure) - H(code, structure).
     """
     codes, structures = _margins(table)
     both = entropy(list(codes.values())) + entropy(list(structures.values()))
@@ -93,23 +86,22 @@ def code_usage(
         codes_per_group: size of each group's codebook; groups that a mapping names are listed even if never cited.
 
     Returns:
-        groups {name: citations, purity, nmi, perplexity (exp of the entropy of the codes' shares), live_codes,
-        live_share (of the codebook; None without its size), codes {code: {n, structures {name: share}}}}, codes and
-        structures the most frequent first; purity over all citations; and the unweighted means over cited groups
-        purity_macro, nmi_macro, perplexity_macro, and live_share_macro over all groups. None stands for a mean over
-        nothing.
+        `groups` {name: citations, purity, nmi, perplexity, live_codes, live_share, codes {code: {n, structures {name:
+        share}}}}, the most frequent codes and structures first; `citations` and `purity` over all; and the unweighted
+        means over groups `purity_macro`, `nmi_macro`, `perplexity_macro`, `live_share_macro`. The card says what each
+        is; None stands for a mean over nothing, and for a share of a codebook of unknown size.
 
     Raises:
         ValueError: a code is cited in two groups, a group has more codes than its codebook, or is not in the mapping.
     """
     owner: dict[str, str] = {}
-    tables: dict[str, Counter[tuple[str, str]]] = {}
+    tables: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
     if isinstance(codes_per_group, dict):
-        tables = {name: Counter() for name in codes_per_group}
+        tables |= {name: Counter() for name in codes_per_group}
     for code, group, structure in citations:
         if owner.setdefault(code, group) != group:
             raise ValueError(f"code {code} is cited in two groups, {owner[code]!r} and {group!r}")
-        tables.setdefault(group, Counter())[code, structure] += 1
+        tables[group][code, structure] += 1
     groups = {name: _group_usage(name, tables[name], codes_per_group) for name in sorted(tables)}
     everything = sum((table for table in tables.values()), Counter[tuple[str, str]]())
     return {
@@ -127,11 +119,7 @@ def _group_usage(
     name: str, table: Counter[tuple[str, str]], codes_per_group: int | dict[str, int] | None
 ) -> dict[str, Any]:
     codes = _margins(table)[0]
-    size = codes_per_group
-    if isinstance(codes_per_group, dict):
-        if name not in codes_per_group:
-            raise ValueError(f"codes_per_group: no size for group {name!r}, which is cited")
-        size = codes_per_group[name]
+    size = codes_per_group.get(name, 0) if isinstance(codes_per_group, dict) else codes_per_group
     if isinstance(size, int) and (size < 1 or len(codes) > size):
         raise ValueError(f"codes_per_group: {size} codes in group {name!r}, of which {len(codes)} are cited")
     meanings: dict[str, Any] = {}
@@ -150,18 +138,10 @@ def _group_usage(
 
 
 def cited_right(codes: Sequence[str], right: Sequence[str]) -> tuple[float, float] | None:
-    """Shares of an answer's codes that are right: as they stand, and in their group.
+    """Shares of an answer's codes that are among the reference codes, and whose group is one of theirs.
 
-    Args:
-        codes: the codes that the answer cites.
-        right: the reference codes; each makes one citation right, so a repeated one has to be cited as often.
-
-    Returns:
-        The share that is among the reference codes, and the share whose group is one of theirs; None where the answer
-        cites no code or there is no reference code.
-
-    Raises:
-        ValueError: one is no region code.
+    Each reference code makes one citation right, so a repeated one has to be cited as often. None where the answer
+    cites no code or there is no reference code; ValueError where one is no region code.
     """
     if not codes or not right:
         return None
@@ -178,29 +158,23 @@ def answer_rates(
     """How often codes are missing, false or wrong.
 
     Returns:
-        n_present and no_code_rate, share of the questions about something present that are answered without a code;
-        n_absent and false_mask_rate, share of those about something absent that are answered with one (each code is a
-        mask), with no_region_rate its complement; n_counted, codes_per_answer, references_per_answer, count_exact and
-        count_error (mean absolute difference of the two numbers), over the present ones whose number is known;
-        n_judged, code_accuracy and group_accuracy, the means of `cited_right` over the n answers that cite a
-        code and have reference codes; n_reference_codes and code_recall, the share of all reference codes that are
-        cited; codes_exact, share of answers that cite just the reference codes, in any order. None stands for a mean
-        over nothing.
+        The rates of the metric's card, each with the number that it is over; None stands for a mean over nothing.
 
     Raises:
         ValueError: the lists differ in length, or an absent thing has reference codes or a count.
     """
-    counts = [None] * len(predicted) if reference_counts is None else reference_counts
+    counts = reference_counts or [None] * len(predicted)
     numbers: list[tuple[int, int]] = []
     matched: list[tuple[int, int, bool]] = []
     judged: list[tuple[float, float]] = []
     for i, (codes, right, gone, count) in enumerate(zip(predicted, references, absent, counts, strict=True)):
-        if gone and (right or count):
-            raise ValueError(f"item {i}: nothing is there to show, yet it has reference codes or a count")
-        count = len(right) if count is None and right is not None else count
-        if not gone and count is not None:
-            numbers.append((len(codes), count))
-        if not gone and right:
+        if gone:
+            if right or count:
+                raise ValueError(f"item {i}: nothing is there to show, yet it has reference codes or a count")
+            continue
+        if count is not None or right is not None:
+            numbers.append((len(codes), len(right or ()) if count is None else count))
+        if right:
             hits = _common(codes, right)
             matched.append((len(right), hits, hits == len(right) == len(codes)))
             if (shares := cited_right(codes, right)) is not None:
@@ -229,11 +203,8 @@ def answer_rates(
 
 
 def _margins(table: Counter[tuple[str, str]]) -> tuple[Counter[str], Counter[str]]:
-    codes, structures = Counter[str](), Counter[str]()
-    for (code, structure), count in table.items():
-        codes[code] += count
-        structures[structure] += count
-    return codes, structures
+    cited = list(table.elements())
+    return Counter(code for code, _ in cited), Counter(structure for _, structure in cited)
 
 
 def _descending(counts: Counter[str]) -> list[tuple[str, int]]:
@@ -258,56 +229,42 @@ class RegionCodes(evaluate.Metric):
             inputs_description=INPUTS,
             features=datasets.Features(
                 {
-                    "predictions": codes,
-                    "references": codes,
+                    **dict.fromkeys(("predictions", "references", "structures", "groups"), codes),
                     "reference_counts": datasets.Value("int64"),
                     "absent": datasets.Value("bool"),
-                    "structures": codes,
-                    "groups": codes,
                 }
             ),
-            reference_urls=["https://arxiv.org/abs/2606.06760"],
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+    def add_batch(self, *, predictions: list[list[str]], **known: Any) -> None:
         """Add a batch of answers' codes, and what is known of them.
 
         Raises:
             ValueError: the inputs are of unequal lengths, or not codes.
         """
-        if predictions is None:
-            raise ValueError("predictions: expected a list of lists of codes, an empty list where an answer has none")
-        size = len(predictions)
-        columns = {"references": references}
-        columns |= {name: kwargs.pop(name, None) for name in ("reference_counts", "absent", "structures", "groups")}
-        for name, column in columns.items():
-            if column is None:
-                columns[name] = [False if name == "absent" else None] * size
-            elif len(column) != size:
-                raise ValueError(f"{name}: expected {size} items, as many as predictions, got {len(column)}")
-        columns["predictions"] = predictions
+        columns = {"predictions": predictions, **known}
+        for name in KNOWN:
+            if columns.get(name) is None:
+                columns[name] = [False if name == "absent" else None] * len(predictions)
         for name in ("predictions", "references", "structures", "groups"):
             for i, texts in enumerate(columns[name]):
-                if name != "predictions" and texts is None:
+                if texts is None and name != "predictions":
                     continue
                 if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
                     raise ValueError(f"{name}: expected lists of str, got {texts!r} in item {i}")
                 if name in ("structures", "groups") and len(texts) != len(predictions[i]):
                     raise ValueError(f"item {i}: {len(texts)} {name} for {len(predictions[i])} codes")
-        evaluate.Metric.add_batch(self, **columns, **kwargs)
+        evaluate.Metric.add_batch(self, **columns)
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Rates and usage of the codes given here, or added before.
-
-        Raises:
-            ValueError: there are no answers, or they contradict themselves.
-        """
-        named = {name: kwargs.pop(name, None) for name in ("reference_counts", "absent", "structures", "groups")}
+    def compute(
+        self, *, codes_per_group: int | dict[str, int] | None = None, predictions: Any = None, **known: Any
+    ) -> dict[str, Any]:
+        """Rates and usage of the codes given here, or added before; ValueError where they contradict themselves."""
         if predictions is not None:
-            self.add_batch(predictions=predictions, references=references, **named)
+            self.add_batch(predictions=predictions, **known)
         if len(self) == 0:
             raise ValueError("no answers: add some, or pass predictions")
-        return evaluate.Metric.compute(self, **kwargs)
+        return evaluate.Metric.compute(self, codes_per_group=codes_per_group)
 
     def _compute(
         self,
@@ -317,7 +274,7 @@ class RegionCodes(evaluate.Metric):
         absent: list[bool],
         structures: list[list[str] | None],
         groups: list[list[str] | None],
-        codes_per_group: int | dict[str, int] | None = None,
+        codes_per_group: int | dict[str, int] | None,
     ) -> dict[str, Any]:
         citations = [
             citation

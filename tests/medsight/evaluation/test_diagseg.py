@@ -10,9 +10,11 @@ import pytest
 
 from medsight import cli
 from medsight.evaluation.benchmarks import load_benchmark
-from medsight.evaluation.diagnosis import Diagnosis, diagnosis_of
-from medsight.evaluation.diagseg import read_table
 from medsight.evaluation.readers import read_cases
+from medsight.evaluation.region_cases import Diagnosis, diagnosis_of
+
+
+Write = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +57,15 @@ def test_items_are_self_contained_and_can_be_evaluated(
     assert "left out, no diagnosis: 2" in capsys.readouterr().out
 
 
-def test_a_table_names_the_diagnoses(regions: Path, tmp_path: Path) -> None:
-    table = tmp_path / "table.csv"
-    table.write_text("image,diagnosis\nset/test/0.png,liver abscess\n2.png,carcinoma\n")
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_table_names_the_diagnoses(regions: Path, tmp_path: Path, write_lines: Write, ending: str) -> None:
+    table, found = tmp_path / f"table.{ending}", {"set/test/0.png": "liver abscess", "2.png": "carcinoma"}
+    if ending == "csv":
+        table.write_text("\n".join(["image,diagnosis", *map(",".join, found.items())]))
+    else:
+        write_lines(table, [{"image": image, "diagnosis": diagnosis} for image, diagnosis in found.items()])
     assert build(regions, tmp_path / "out", "--table", str(table)) == 0
+    assert build(regions, tmp_path / "out", "--table", str(table)) == 1  # what is there is not touched
     records = json.loads((tmp_path / "out" / "diagseg.json").read_text())
     assert [(record["qa_id"], record["short_answer"], len(record["mask_files"])) for record in records] == [
         ("set/test/0.png", "liver abscess", 0),
@@ -100,11 +107,7 @@ def test_a_bad_table_is_refused_and_nothing_written(
 
 @pytest.mark.parametrize("clash", [False, True])
 def test_files_outside_the_set_are_copied_into_the_folder(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    draw_picture: Callable[..., Path],
-    write_lines: Callable[..., Path],
-    clash: bool,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], draw_picture: Write, write_lines: Write, clash: bool
 ) -> None:
     rows = []
     for number, place in enumerate(["b/images/test", "c/images/test"] if clash else ["b/images/test"]):
@@ -124,16 +127,3 @@ def test_files_outside_the_set_are_copied_into_the_folder(
     assert {path.relative_to(output).as_posix() for path in output.rglob("*.png")} == {
         "files/images/test/a.png", "files/images/test/a_mask.png",
     }  # fmt: skip
-
-
-def test_a_folder_with_something_in_it_is_not_touched(
-    regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("x")
-    assert build(regions, tmp_path / "out") == 1
-    assert "out is not empty" in capsys.readouterr().err
-
-
-def test_json_lines_are_a_table_too(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
-    assert read_table(write_lines(tmp_path / "t.jsonl", [{"image": "a", "diagnosis": "b"}])) == {"a": "b"}

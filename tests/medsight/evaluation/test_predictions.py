@@ -1,6 +1,7 @@
 """predictions.jsonl: run-length encodings, appending, and what does not fit."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,8 @@ from medsight.evaluation.predictions import (
 
 def runs_by_hand(mask: np.ndarray) -> list[int]:
     """COCO's uncompressed counts: column by column, the first run of zeros."""
-    runs, value, length = [], False, 0
-    for pixel in mask.T.reshape(-1).tolist():
-        if pixel == value:
-            length += 1
-        else:
-            runs.append(length)
-            value, length = pixel, 1
-    return [*runs, length]
+    runs = [(value, len(list(pixels))) for value, pixels in groupby(mask.T.reshape(-1).tolist())]
+    return [*([0] if runs[0][0] else []), *(length for _, length in runs)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
@@ -44,15 +39,15 @@ def test_masks_come_back_and_agree_with_runs_counted_by_hand(share: float) -> No
     [
         ("x", "expected COCO RLE"),
         ({"size": [4, 4]}, "expected COCO RLE"),
-        ({"size": [4, 4], "counts": ""}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": "0140"}, "do not fill 4 x 4"),  # the library would read on into other memory
-        ({"size": [4, 4], "counts": "P"}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": "zz!"}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": "é"}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": [16, 1]}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": [20, -4]}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": [16.0]}, "do not fill 4 x 4"),
-        ({"size": [4, 4], "counts": 16}, "do not fill 4 x 4"),
+        ({"size": [4, 4], "counts": ""}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": "0140"}, "not fill 4 x 4"),  # the library would read on into other memory
+        ({"size": [4, 4], "counts": "P"}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": "zz!"}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": "é"}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": [16, 1]}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": [20, -4]}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": [16.0]}, "not fill 4 x 4"),
+        ({"size": [4, 4], "counts": 16}, "not fill 4 x 4"),
         ({"size": [0, 4], "counts": []}, "at least 1 each"),
         ({"size": [4], "counts": "`0"}, "size .height, width"),
         ({"size": [True, 16], "counts": "`0"}, "size .height, width"),
@@ -87,13 +82,14 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
         ('{"id": "b", "answer": null}', "line 2: expected text in 'answer'"),
         ('{"id": "b", "answer": "", "masks": {}}', "line 2: expected a list in 'masks'"),
         ('{"id": "b", "answer": "", "codes": ["[C0_1]"]}', "line 2: 1 codes for 0 masks"),
-        (
-            '{"id": "b", "answer": "", "masks": [{}], "codes": [5]}',
-            "line 2: expected a list of region codes in 'codes'",
-        ),
+        ('{"id": "b", "answer": "", "masks": [{}], "codes": [5]}', "line 2: expected text in 'codes', got 5"),
         ('{"id": "b", "answer": "", "masks": [{}], "codes": ["SEG1"]}', "line 2: codes: 'SEG1' is not a region code"),
         ('{"id": "b", "answer": "", "masks": [{}], "groups": [2]}', "line 2: expected text in 'groups', got 2"),
         ('{"id": "b", "answer": "", "masks": [{}], "scores": ["x"]}', "line 2: expected numbers in 'scores', got 'x'"),
+        ('{"id": "b", "answer": "", "reference_codes": ["red"]}', "reference_codes: 'red' is not a region code"),
+        ('{"id": "b", "answer": "", "reference_codes": "[C0_1]"}', "expected a list in 'reference_codes', got str"),
+        ('{"id": "b", "answer": "", "group": 3}', "line 2: expected text in 'group', got 3"),
+        ('{"id": "b", "answer": "", "is_complete": "yes"}', "expected true or false in 'is_complete', got 'yes'"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, message: str) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import encode_mask
+from medsight.evaluation.report import belongs, confusion
 from medsight.evaluation.report_cases import PICTURE_SIDE, case_picture, varied
-from medsight.evaluation.report_codes import belongs, confusion
 from medsight.evaluation.summary import group_confusion
 
 
@@ -38,28 +38,13 @@ def report(
         draw_picture(root / "data" / f"{number}.png", seed=number)
         modality = [*NAMES, *(f"modality {index}" for index in range(14))][number % 18]
         absent = number % 10 == 9
-        cases.append(
-            {
-                "qa_id": f"q{number}",
-                "question": "What is it? <image-like> " + "x" * 200,
-                "short_answer": NAMES[number % 4],
-                "image_file": f"{number}.png",
-                "mask_files": [] if absent else [mask.name],
-                "modality": modality,
-                "site": "torso",
-                "dataset": f"set {number % 3}",
-            }
-        )
-        shown = generator.random((16, 20)) < 0.4
-        predictions.append(
-            {
-                "id": f"q{number}",
-                "answer": f"{NAMES[(number + 1) % 4]} {'long' * 40}",
-                "masks": [encode_mask(shown)] * (number % 3),
-                "codes": [f"[C{number % 5}_{index}]" for index in range(number % 3)],
-                "groups": [f"group {number % 5} of a long name"] * (number % 3),
-            }
-        )
+        case = {"qa_id": f"q{number}", "question": "What is it? <image-like> " + "x" * 200, "modality": modality}
+        case |= {"short_answer": NAMES[number % 4], "image_file": f"{number}.png", "dataset": f"set {number % 3}"}
+        cases.append({**case, "mask_files": [] if absent else [mask.name], "site": "torso"})
+        count, shown = number % 3, encode_mask(generator.random((16, 20)) < 0.4)
+        answer = {"id": f"q{number}", "answer": f"{NAMES[(number + 1) % 4]} {'long' * 40}", "masks": [shown] * count}
+        codes = [f"[C{number % 5}_{index}]" for index in range(count)]
+        predictions.append({**answer, "codes": codes, "groups": [f"group {number % 5} of a long name"] * count})
     (root / "data" / "cases.json").write_text(json.dumps(cases))
     (root / "saved.jsonl").write_text("".join(json.dumps(record) + "\n" for record in predictions))
     arguments = ["--benchmark", declare("diagseg"), "--data", root / "data", "--output", root / "out"]

@@ -29,10 +29,6 @@ def square(top: int, left: int, side: int = 20, size: int = 60) -> np.ndarray:
 A, B, C, EMPTY = strip(0, 1, 2, 3), strip(2, 3, 4, 5), strip(8, 9), strip()
 
 
-def dice_of(predicted: list[np.ndarray], references: list[np.ndarray], **flags: Any) -> float | None:
-    return score_item(predicted, references, **flags)["dice"]
-
-
 def test_dice_and_iou_of_half_overlapping_masks() -> None:
     item = score_item([A], [B])
     assert (item["dice"], item["iou"]) == (1 / 2, 1 / 3)
@@ -60,7 +56,7 @@ def test_dice_and_iou_of_half_overlapping_masks() -> None:
     ],
 )
 def test_several_masks(multi: str, predicted: list[np.ndarray], references: list[np.ndarray], expected: float) -> None:
-    assert dice_of(predicted, references, multi=multi) == pytest.approx(expected, abs=1e-12)
+    assert score_item(predicted, references, multi=multi)["dice"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("multi", ["mean", "union", "best", "order", "first", "last", "single"])
@@ -74,56 +70,47 @@ def test_plain_both_empty_scores_1_and_one_empty_0(multi: str) -> None:
 
 
 def test_a_missing_mask_is_0_or_skipped() -> None:
-    assert dice_of([], [A], missing="zero") == 0.0
+    assert score_item([], [A], missing="zero")["dice"] == 0.0
     skipped = score_item([], [A], missing="skip", spacing_mm=(1, 1))
     assert (skipped["dice"], skipped["iou"], skipped["surface_dice"]) == (None, None, None)
     assert skipped["reason"] == "no mask in the answer"
-    assert dice_of([EMPTY], [A], missing="skip") == 0.0  # an empty mask is not a missing one
+    assert score_item([EMPTY], [A], missing="skip")["dice"] == 0.0  # an empty mask is not a missing one
 
 
-def test_medsight_takes_the_mean_over_all_cited_codes() -> None:
-    expected = ((8 + 1e-8) / (8 + 1e-8) + (4 + 1e-8) / (8 + 1e-8)) / 2
-    assert dice_of([A, B], [A], preset="medsight") == expected
-    assert dice_of([], [A], preset="medsight") == 0.0
-    assert dice_of([EMPTY], [EMPTY], preset="medsight") == 1.0
+TENTH = math.log(0.1 / 0.9)
 
 
-def test_medsight_thresholds_logits_above_0() -> None:
-    logits = np.where(A, 0.01, 0.0)
-    assert dice_of([logits], [A], preset="medsight") == 1.0
-
-
-def test_medplib_quirk_the_threshold_is_a_tenth() -> None:
-    cut = math.log(0.1 / 0.9)
-    logits = np.where(A, cut + 1e-6, cut - 1e-6)
-    assert dice_of([logits], [A], preset="medplib") == 1.0
-    assert dice_of([logits], [A], preset="medsight") == pytest.approx(0, abs=1e-8)
-
-
-def test_medplib_quirk_only_the_last_pair_counts_and_dice_comes_from_iou() -> None:
-    iou = 2 / 6
-    assert dice_of([C, A], [A, B], preset="medplib") == 2 * iou / (1 + iou)
-
-
-def test_medplib_quirk_an_empty_union_scores_0() -> None:
-    item = score_item([EMPTY], [EMPTY], preset="medplib")
-    assert (item["dice"], item["iou"]) == (0.0, 0.0)
-
-
-def test_citrus_takes_the_first_mask_and_an_empty_one_where_there_is_none() -> None:
-    assert dice_of([B, A], [A], preset="citrus") == 1 / 2
-    assert dice_of([], [A], preset="citrus") == 0.0
-    assert dice_of([], [EMPTY], preset="citrus") == dice_of([], [], preset="citrus") == 1.0
-
-
-def test_biomedparse_smooths_the_denominator_only() -> None:
-    assert dice_of([A], [A], preset="biomedparse") == 8 / (8 + 1e-6)
-    assert dice_of([EMPTY], [EMPTY], preset="biomedparse") == 0.0
-
-
-def test_biomedparse_refuses_several_masks() -> None:
-    item = score_item([A, B], [A], preset="biomedparse")
-    assert item["dice"] is None and item["reason"] == "several masks where the protocol takes one"
+@pytest.mark.parametrize(
+    ("preset", "predicted", "references", "expected"),
+    [
+        (
+            "medsight",
+            [A, B],
+            [A],
+            ((8 + 1e-8) / (8 + 1e-8) + (4 + 1e-8) / (8 + 1e-8)) / 2,
+        ),  # mean over all cited codes
+        ("medsight", [], [A], 0.0),
+        ("medsight", [EMPTY], [EMPTY], 1.0),
+        ("medsight", [np.where(A, 0.01, 0.0)], [A], 1.0),  # logits above 0
+        ("medsight", [np.where(A, TENTH + 1e-6, TENTH - 1e-6)], [A], 1e-8 / (4 + 1e-8)),
+        ("medplib", [np.where(A, TENTH + 1e-6, TENTH - 1e-6)], [A], 1.0),  # quirk: the threshold is a tenth
+        ("medplib", [C, A], [A, B], 2 * (2 / 6) / (1 + 2 / 6)),  # quirk: the last pair, and Dice from IoU
+        ("medplib", [EMPTY], [EMPTY], 0.0),  # quirk: an empty union scores 0
+        ("citrus", [B, A], [A], 1 / 2),  # the first mask, an empty one where there is none
+        ("citrus", [], [A], 0.0),
+        ("citrus", [], [EMPTY], 1.0),
+        ("citrus", [], [], 1.0),
+        ("biomedparse", [A], [A], 8 / (8 + 1e-6)),  # the denominator alone is smoothed
+        ("biomedparse", [EMPTY], [EMPTY], 0.0),
+        ("biomedparse", [A, B], [A], None),
+    ],
+)
+def test_presets_by_hand(preset: str, predicted: list[Any], references: list[Any], expected: float | None) -> None:
+    item = score_item(predicted, references, preset=preset)
+    assert item["dice"] == expected
+    assert item["reason"] == (None if expected is not None else "several masks where the protocol takes one")
+    if preset == "medplib" and expected == 0:
+        assert item["iou"] == 0.0
 
 
 def test_presets_average_as_they_say() -> None:
@@ -164,33 +151,32 @@ def test_distances_of_a_shifted_square_by_hand() -> None:
     assert score_item([square(12, 10)], [square(10, 10)], spacing_mm=(1, 1))["surface_dice"] == 1.0
 
 
-def test_distances_are_in_millimetres_of_each_axis() -> None:
-    down = score_item([square(12, 10)], [square(10, 10)], spacing_mm=(0.5, 3))
-    across = score_item([square(10, 12)], [square(10, 10)], spacing_mm=(0.5, 3))
-    assert (down["hd95_mm"], across["hd95_mm"]) == (1.0, 6.0)
+SPECKLED = square(10, 10)
+SPECKLED[55, 55] = True
+NOTHING = np.zeros((60, 60), dtype=bool)
 
 
-def test_hd95_forgives_a_speck_that_the_maximum_would_not() -> None:
-    speckled = square(10, 10)
-    speckled[55, 55] = True
-    item = score_item([speckled], [square(10, 10)], spacing_mm=(1, 1))
-    assert item["hd95_mm"] == 0.0 and item["surface_dice"] < 1
-
-
-def test_distances_of_equal_and_of_empty_masks() -> None:
-    for predicted, references, expected in (
-        ([square(5, 5)], [square(5, 5)], (0.0, 1.0)),
-        ([], [square(5, 5)], (None, 0.0)),
-        ([square(5, 5)], [], (None, 0.0)),
-        ([], [], (None, 1.0)),
-        ([square(5, 5), np.zeros((60, 60), dtype=bool)], [square(5, 5)], (None, 0.5)),
-    ):
-        item = score_item(predicted, references, spacing_mm=(1, 1))
-        assert (item["hd95_mm"], item["surface_dice"]) == expected
-    assert score_item([A], [A])["hd95_mm"] is None
+@pytest.mark.parametrize(
+    ("predicted", "references", "spacing", "expected"),
+    [
+        ([square(12, 10)], [square(10, 10)], (0.5, 3), (1.0, 1.0)),  # millimetres of each axis
+        ([square(10, 12)], [square(10, 10)], (0.5, 3), (6.0, None)),
+        ([SPECKLED], [square(10, 10)], (1, 1), (0.0, None)),  # the maximum would not forgive the speck
+        ([square(5, 5)], [square(5, 5)], (1, 1), (0.0, 1.0)),
+        ([], [square(5, 5)], (1, 1), (None, 0.0)),
+        ([square(5, 5)], [], (1, 1), (None, 0.0)),
+        ([], [], (1, 1), (None, 1.0)),
+        ([square(5, 5), NOTHING], [square(5, 5)], (1, 1), (None, 0.5)),
+    ],
+)
+def test_distances(predicted: list[Any], references: list[Any], spacing: Any, expected: tuple[Any, Any]) -> None:
+    item = score_item(predicted, references, spacing_mm=spacing)
+    assert item["hd95_mm"] == expected[0]
+    assert item["surface_dice"] < 1 if expected[1] is None else item["surface_dice"] == expected[1]
 
 
 def test_distances_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert score_item([A], [A])["hd95_mm"] is None
     monkeypatch.setitem(sys.modules, "segmentationmetrics", None)
     with pytest.raises(ImportError, match=r"pip install 'medsight\[eval\]'"):
         score_item([A], [A], spacing_mm=(1, 1))
@@ -200,7 +186,7 @@ def test_distances_without_their_library_say_what_to_install(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("predicted", "references", "flags", "message"),
     [
-        ([A], [strip()[:, :9]], {}, r"predicted mask 0: its size \(1, 10\) is not the reference's \(1, 9\)"),
+        ([A], [strip()[:, :9]], {}, r"predicted mask 0: its size \(1, 10\) is not \(1, 9\)"),
         ([A], [A, strip()[:, :9]], {}, r"reference 1: its size \(1, 9\) is not \(1, 10\)"),
         ([A, A[:, :9]], [], {}, "predicted mask 1: its size"),
         ([np.full((1, 10), np.nan)], [A], {}, "predicted mask 0: 10 of its 10 values are NaN"),
@@ -256,75 +242,70 @@ def test_a_preset_means_one_protocol() -> None:
     assert metric.compute(items=items, preset="medplib")["preset"] == "medplib"
 
 
-def test_the_macro_mean_needs_groups() -> None:
+def test_groups_and_records_are_needed() -> None:
     with pytest.raises(ValueError, match="macro average needs groups"):
         load("mask_dice").compute(items=[score_item([A], [A], preset="medsight")], preset="medsight")
-    with pytest.raises(ValueError, match="groups: expected 1, as many as items, got 2"):
+    with pytest.raises(ValueError, match="number of items .1. and groups .2."):
         load("mask_dice").compute(items=[score_item([A], [A])], groups=["CT", "MR"])
-
-
-def test_masks_are_not_taken_in_place_of_records() -> None:
-    with pytest.raises(ValueError, match="masks are not kept"):
+    with pytest.raises(ValueError, match="no items to score: .* pass items, the records of score_item"):
         load("mask_dice").compute(predictions=[[A.tolist()]], references=[[A.tolist()]])
 
 
 Grid = list[list[float]]
 
 
+def slow_inside(grid: Grid, y: int, x: int, height: int, width: int, cut: float) -> bool:
+    """Whether a pixel of the resized grid lies above the cut."""
+    if (len(grid), len(grid[0])) == (height, width):
+        return grid[y][x] > cut
+    total = 0.0
+    at_y = min(max((y + 0.5) * len(grid) / height - 0.5, 0), len(grid) - 1)
+    at_x = min(max((x + 0.5) * len(grid[0]) / width - 0.5, 0), len(grid[0]) - 1)
+    for j, row in enumerate(grid):
+        for i, value in enumerate(row):
+            total += value * max(0, 1 - abs(at_y - j)) * max(0, 1 - abs(at_x - i))
+    return total > cut
+
+
 def slow_item(predicted: list[Grid], references: list[list[list[bool]]], name: str) -> float | None:
     """Dice of one item by a preset, once more, a pixel at a time, in plain Python."""
     height, width = len(references[0]), len(references[0][0])
-    cut = -math.log(9) if name == "medplib" else 0.0
-
-    def inside(grid: Grid, y: int, x: int) -> bool:
-        if (len(grid), len(grid[0])) != (height, width):
-            total = 0.0
-            at_y = min(max((y + 0.5) * len(grid) / height - 0.5, 0), len(grid) - 1)
-            at_x = min(max((x + 0.5) * len(grid[0]) / width - 0.5, 0), len(grid[0]) - 1)
-            for j, row in enumerate(grid):
-                for i, value in enumerate(row):
-                    total += value * max(0, 1 - abs(at_y - j)) * max(0, 1 - abs(at_x - i))
-            return total > cut
-        return grid[y][x] > cut
-
-    def count(grid: Grid | None, references: list[list[list[bool]]]) -> tuple[int, int, int]:
+    nothing = [[False] * width] * height
+    if name == "biomedparse" and max(len(predicted), len(references)) > 1:
+        return None
+    if not predicted and any(any(map(any, reference)) for reference in references):
+        return 0.0
+    first: Grid | None = predicted[0] if predicted else None
+    pairs: list[tuple[Grid | None, list[list[list[bool]]]]] = [(first, references[:1])]
+    if name == "medsight":
+        pairs = [(grid, references) for grid in predicted or [None]]
+    if name == "medplib" and predicted:
+        last = min(len(predicted), len(references)) - 1
+        pairs = [(predicted[last], [references[last]])]
+    if name == "named":
+        pairs = []
+        for place in range(max(len(predicted), len(references))):
+            grid = predicted[place] if place < len(predicted) else None
+            pairs.append((grid, [references[place] if place < len(references) else nothing]))
+    scores = []
+    for grid, wanted in pairs:
         i = p = g = 0
         for y in range(height):
             for x in range(width):
-                said = grid is not None and inside(grid, y, x)
-                true = any(reference[y][x] for reference in references)
+                cut = -math.log(9) if name == "medplib" else 0.0
+                said = grid is not None and slow_inside(grid, y, x, height, width, cut)
+                true = any(reference[y][x] for reference in wanted)
                 i, p, g = i + (said and true), p + said, g + true
-        return i, p, g
-
-    if name == "medsight":
-        scores = []
-        for grid in predicted:
-            i, p, g = count(grid, references)
+        if name == "medsight":
             scores.append((2 * i + 1e-8) / (p + g + 1e-8))
-        return sum(scores) / len(scores) if scores else float(count(None, references)[2] == 0)
-    if name == "medplib":
-        shared = min(len(predicted), len(references))
-        i, p, g = count(predicted[shared - 1], [references[shared - 1]]) if shared else (0, 0, 0)
-        iou = i / (p + g - i) if p + g - i else 0.0
-        return 2 * iou / (1 + iou)
-    if name == "citrus":
-        i, p, g = count(predicted[0] if predicted else None, [references[0]])
-        if not predicted and any(any(map(any, reference)) for reference in references):
-            return 0.0
-        return 1.0 if p + g == 0 else 2 * i / (p + g)
-    if name == "named":
-        if not predicted and any(any(map(any, reference)) for reference in references):
-            return 0.0
-        nothing, scores = [[False] * width] * height, []
-        for place in range(max(len(predicted), len(references))):
-            grid = predicted[place] if place < len(predicted) else None
-            i, p, g = count(grid, [references[place] if place < len(references) else nothing])
+        elif name == "medplib":
+            iou = i / (p + g - i) if p + g - i else 0.0
+            scores.append(2 * iou / (1 + iou))
+        elif name == "biomedparse":
+            scores.append(2 * i / (p + g + 1e-6))
+        else:
             scores.append(1.0 if p + g == 0 else 2 * i / (p + g))
-        return sum(scores) / len(scores)
-    if len(predicted) > 1 or len(references) > 1:
-        return None
-    i, p, g = count(predicted[0] if predicted else None, references)
-    return 2 * i / (p + g + 1e-6)
+    return sum(scores) / len(scores)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
