@@ -95,12 +95,10 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
         ValueError: if a text would still become such a token (one of a single character, for example), or if a message
             is not one.
     """
-    if _is_batch(conversations):
-        return [
-            neutralise_conversations(getattr(chat, "messages", chat), tokenizer, image_token) for chat in conversations
-        ]
     if not conversations:
         raise ValueError("a conversation is empty: expected a list of messages")
+    if isinstance(conversations[0], (list, tuple)):
+        return [neutralise_conversations(chat, tokenizer, image_token) for chat in conversations]
     added = tokenizer.added_tokens_decoder
     everything = {i: token.content for i, token in added.items() if token.content and not token.content.isspace()}
     special = {i: text for i, text in everything.items() if added[i].special or text == image_token}
@@ -119,13 +117,12 @@ def _check_content(content: Any, where: str) -> None:
     """Raises ValueError for what a template would render as something else, or not at all."""
     if content is None or isinstance(content, str):
         return
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}: expected text or a list of parts as its content, got {content!r:.200}")
-    for part in content:
-        if not isinstance(part, dict) or "type" not in part:
-            raise ValueError(f"{where}: expected parts such as {{'type': 'text', 'text': ...}}, got {part!r:.200}")
-        if part["type"] == "text" and not isinstance(part.get("text"), str):
-            raise ValueError(f"{where}: expected text in a part of type text, got {part.get('text')!r:.200}")
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        is_part = isinstance(part, dict) and "type" in part and (part["type"] != "text" or _is_text_part(part))
+        if not is_part or part is content:
+            raise ValueError(
+                f"{where}: expected text or a list of parts such as {{'type': 'text', 'text': ...}}, got {part!r:.200}"
+            )
 
 
 def neutralise(text: str, tokens: Iterable[str]) -> str:
@@ -167,15 +164,8 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _is_batch(conversations: Any) -> bool:
-    first = conversations[0] if isinstance(conversations, (list, tuple)) and len(conversations) else None
-    return isinstance(first, (list, tuple)) or hasattr(first, "messages")
-
-
 @lru_cache(maxsize=32)
 def _beginnings(tokens: tuple[str, ...]) -> re.Pattern:
     """Matches the first character of every place where a token begins, also of places that overlap."""
-    if not tokens:
-        return re.compile("(?!)")
     first = "".join(sorted({re.escape(token[0]) for token in tokens}))
     return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, tokens))})(?:.)", flags=re.DOTALL)

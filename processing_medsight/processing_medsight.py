@@ -13,7 +13,7 @@ from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixi
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
-from .image_processing_medsight import MedSightImageProcessorKwargs, flatten_images, refuse_scan_arguments
+from .image_processing_medsight import MedSightImageProcessorKwargs, flatten_images
 from .region_codes_medsight import (
     IMAGE_TOKEN,
     code_meaning,
@@ -80,7 +80,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        chat_template: str | dict[str, str] | None = None,
+        chat_template: str | None = None,
         image_seq_length: int = 596,
         group_names: list[str] | None = None,
     ) -> None:
@@ -122,8 +122,6 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]
     ) -> tuple:
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
-        if images is not None:
-            refuse_scan_arguments({**kwargs, **kwargs.get("images_kwargs", {})})
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
             nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
@@ -145,7 +143,14 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         if kwargs.get("videos") is not None or kwargs.get("audio") is not None:
             raise ValueError("MedSIGHT takes images and text only, no videos and no audio")
         if text is not None and all(isinstance(sample, str) for sample in text):
-            self._check_image_counts(images, text)
+            wanted = [sample.count(self.image_token) for sample in text]
+            nested = images is not None and isinstance(images[0], list)
+            given = [len(entry) for entry in images] if nested else len(images or ())
+            if given != (wanted if nested else sum(wanted)):
+                raise ValueError(
+                    f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
+                    f"but {given or 'no'} images were given"
+                )
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def apply_chat_template(
@@ -185,16 +190,9 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
             out.update(BatchFeature({"assistant_masks": masks}, tensor_type=kwargs.get("return_tensors")))
         return out
 
-    def post_process_masks(
-        self,
-        mask_logits: Any,
-        original_sizes: Any,
-        threshold: float = 0.5,
-        fit: str | None = None,
-        size: int | dict[str, int] | None = None,
-    ) -> list[torch.Tensor]:
+    def post_process_masks(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """Boolean masks at the images' own sizes: see [`MedSightImageProcessor.post_process_masks`]."""
-        return self.image_processor.post_process_masks(mask_logits, original_sizes, threshold, fit=fit, size=size)
+        return self.image_processor.post_process_masks(*args, **kwargs)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -260,20 +258,18 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
                     positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
             ids = sequence[positions].tolist()
             pieces, codes, raw_text = split_at_codes(self.tokenizer, ids, skip_special_tokens)
-            image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
-            images = [int(image_rows[: positions[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
+            text, spans = tidy_answer(pieces)
             token_ids = [ids[i] for i in codes]
             logits, scores = self._masks_of_row(outputs, row, token_ids, has_images=bool(sizes[prompt]))
-            masks: list[torch.Tensor | None] = [None] * len(codes)
-            for image, original in enumerate(sizes[prompt] if logits is not None else ()):
-                cited = [i for i, cited_image in enumerate(images) if cited_image == image]
-                (resized,) = self.post_process_masks([logits[cited]], [original], threshold, fit=fit, size=size)
-                for i, mask in zip(cited, resized.cpu(), strict=True):
-                    masks[i] = mask
-            text, spans = tidy_answer(pieces)
-            regions = [
-                self._region(*region, text) for region in zip(token_ids, spans, images, masks, scores, strict=True)
-            ]
+            image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
+            regions = []
+            for i, (place, span) in enumerate(zip(codes, spans, strict=True)):
+                image = int(image_rows[: positions[place] + 1][-1]) // self.image_seq_length - 1
+                mask = None
+                if logits is not None and image >= 0:
+                    (masks,) = self.post_process_masks([logits[[i]]], [sizes[prompt][image]], threshold, fit, size)
+                    mask = masks[0].cpu()
+                regions.append(self._region(ids[place], text, span, image, mask, scores[i]))
             answers.append(GroundedAnswer(text, raw_text, regions, None if complete is None else bool(complete[row])))
         return answers
 
@@ -296,34 +292,13 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
-    def _check_image_counts(self, images: Any, text: Sequence[str]) -> None:
-        wanted = [sample.count(self.image_token) for sample in text]
-        if images is None or not any(isinstance(entry, list) for entry in images):
-            count = 0 if images is None else len(images)
-            if sum(wanted) != count:
-                raise ValueError(
-                    f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
-                    f"but {count or 'no'} images were given"
-                )
-            return
-        counts = [len(entry) for entry in images]
-        if wanted != counts:
-            wrong = [i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]]
-            raise ValueError(
-                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {counts}; "
-                + (f"text {wrong[0]} is the first that differs" if wrong else "the numbers of texts differ")
-            )
-
     def _assistant_masks(
         self, conversation: Any, chat_template: str | None, attention_mask: Any, variables: dict[str, Any]
     ) -> list[list[int]]:
         """1 for every token of an assistant's turn; counted before placeholders grow, as transformers 5.17 does it."""
-        template = chat_template or self.chat_template
-        if isinstance(self.chat_template, dict):
-            template = self.chat_template.get(chat_template or "default", chat_template)
         encoded = self.tokenizer.apply_chat_template(
             conversation if isinstance(conversation[0], list) else [conversation],
-            chat_template=template,
+            chat_template=chat_template or self.chat_template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -371,11 +346,11 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     def _region(
         self,
         token_id: int,
+        text: str,
         span: tuple[int, int] | None,
         image: int,
         mask: torch.Tensor | None,
         score: float | None,
-        text: str,
     ) -> GroundedRegion:
         code = self.tokenizer.convert_ids_to_tokens(token_id)
         group, index = parse_region_code(code)

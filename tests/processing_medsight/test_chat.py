@@ -137,7 +137,6 @@ def test_overlapping_tokens_are_all_broken() -> None:
     assert neutralise("abcab", ["ab", "bc"]) == f"a{WORD_JOINER}b{WORD_JOINER}ca{WORD_JOINER}b"
     assert neutralise("aaa", ["aa"]) == f"a{WORD_JOINER}a{WORD_JOINER}a"
     assert neutralise("^-]\\", ["^-", "]\\"]) == f"^{WORD_JOINER}-]{WORD_JOINER}\\"
-    assert neutralise("anything", []) == "anything"
 
 
 @pytest.mark.parametrize(
@@ -156,11 +155,11 @@ def test_what_cannot_be_told_apart_is_refused(token: AddedToken, text: str, proc
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "text", "text": None}], "expected text in a part of type text, got None"),
-        ([{"text": "Hm?"}], "expected parts such as .*got {'text': 'Hm\\?'}"),
-        (["Hm?"], "expected parts such as"),
-        ({"type": "text", "text": "Hm?"}, "expected text or a list of parts"),
-        (3, "expected text or a list of parts"),
+        ([{"type": "text", "text": None}], "{'type': 'text', 'text': None}"),
+        ([{"text": "Hm?"}], "{'text': 'Hm\\?'}"),
+        (["Hm?"], "'Hm\\?'"),
+        ({"type": "text", "text": "Hm?"}, "{'type': 'text', 'text': 'Hm\\?'}"),
+        (3, "3"),
     ],
 )
 def test_content_that_a_template_would_garble_is_refused(
@@ -168,7 +167,7 @@ def test_content_that_a_template_would_garble_is_refused(
 ) -> None:
     chat = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": content}]
     for conversations in (chat, [chat, chat]):
-        with pytest.raises(ValueError, match=f"message 1: {message}"):
+        with pytest.raises(ValueError, match=f"message 1: expected text or a list of parts .*, got {message}"):
             processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
 
 

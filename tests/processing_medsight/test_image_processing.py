@@ -87,7 +87,7 @@ def test_a_setting_of_a_call_is_that_of_construction(settings: dict, image: Imag
         ({"size": 0}, "positive|size"),
         ({"do_center_crop": True, "crop_size": 20}, "do_center_crop, crop_size.*fit"),
         ({"do_pad": True, "pad_size": 20}, "do_pad, pad_size.*fit"),
-        ({"image_mean": [0.5, 0.5]}, "image_mean has 2 values but the image has 3 channels"),
+        ({"image_mean": [0.5, 0.5]}, "mean must have 3 elements"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, message: str, image: Image.Image) -> None:
