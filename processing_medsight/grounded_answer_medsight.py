@@ -57,7 +57,7 @@ _GENERIC = frozenset(
     """.split()
 )
 _INNER = frozenset(("of", "in"))
-_INNER_ARTICLES = frozenset(("the", "a", "an"))
+_ARTICLES = frozenset(("the", "a", "an"))
 _LONGEST_PHRASE = 8  # words
 _REACH = 400  # characters before a code that are looked at
 
@@ -178,7 +178,9 @@ def _phrase_before(marked: str, start: int, end: int) -> tuple[int, int] | None:
     first = len(words)
     for i in range(len(words) - 1, -1, -1):
         gap = segment[words[i].end() : words[i + 1].start() if i + 1 < len(words) else len(segment)]
-        if gap.strip(" ") or (_is_stop(words[i][0]) and not _joins(words, i, first)):
+        # The article of "lobe of the liver" holds a phrase together (its "of" is no stop word).
+        joins = words[i][0].lower() in _ARTICLES and first == i + 1 and i > 0 and words[i - 1][0].lower() in _INNER
+        if gap.strip(" ") or (words[i][0].lower() in _STOP_WORDS and not joins):
             break
         first = i
     return _trimmed(words[first:], start)
@@ -190,33 +192,21 @@ def _phrase_after(marked: str, start: int, end: int) -> tuple[int, int] | None:
     words: list[re.Match[str]] = []
     for word in re.finditer(_WORD, marked[offset:end]):
         gap = marked[offset + (words[-1].end() if words else 0) : offset + word.start()]
-        if gap.strip(" ") or (_is_stop(word[0]) and not (word[0].lower() in _INNER_ARTICLES and not words)):
+        if gap.strip(" ") or (word[0].lower() in _STOP_WORDS and (words or word[0].lower() not in _ARTICLES)):
             break
         words.append(word)
     return _trimmed(words, offset)
-
-
-def _joins(words: list[re.Match[str]], i: int, first: int) -> bool:
-    """Whether word i holds a phrase together: the article of "lobe of the liver" (its "of" is no stop word)."""
-    return words[i][0].lower() in _INNER_ARTICLES and first == i + 1 and i > 0 and words[i - 1][0].lower() in _INNER
-
-
-def _is_stop(word: str) -> bool:
-    return word.lower() in _STOP_WORDS
-
-
-def _leads_in(text: Sequence[str]) -> bool:
-    """Whether a phrase begins as "segmentation of the liver" does: what follows is what a code shows."""
-    return len(text) > 2 and text[0] in _GENERIC and text[1] == "of"
 
 
 def _trimmed(words: list[re.Match[str]], offset: int) -> tuple[int, int] | None:
     """The span of `words` without articles, numerals, prepositions at its ends; `None` if none or too many stay."""
     words = list(words)
     text = [word[0].lower() for word in words]
-    while text and (text[0] in _STOP_WORDS or text[0] in _INNER or text[0].isdigit() or _leads_in(text)):
+    edge = _STOP_WORDS | _INNER
+    # What follows "segmentation of" is what a code shows.
+    while text and (text[0] in edge or text[0].isdigit() or (text[0] in _GENERIC and text[1:2] == ["of"] != text[1:])):
         del words[0], text[0]
-    while text and (text[-1] in _STOP_WORDS or text[-1] in _INNER):
+    while text and text[-1] in edge:
         del words[-1], text[-1]
     if len(words) > _LONGEST_PHRASE or _GENERIC.issuperset(text):
         return None

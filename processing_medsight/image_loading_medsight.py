@@ -36,8 +36,7 @@ HEAD_BYTES = 1024  # by which a file is recognised
 GZIP_MAGIC, _NPY_MAGIC = b"\x1f\x8b", b"\x93NUMPY"
 _LONGEST_NAME = 120  # characters of a base64 string that a message shows
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
-_PHOTOMETRIC, _BITS, _ORIENTATION = 262, 258, 274  # tags of a TIFF
-_WHITE_IS_ZERO = 0
+_PHOTOMETRIC, _BITS = 262, 258  # tags of a TIFF
 _SCAN_FORMATS = ("DICOM", "NIfTI", "gzip")
 # Not whatever Pillow can open: some of its readers start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -167,7 +166,9 @@ def load_array(source: Path | bytes, name: str) -> np.ndarray:
 
 
 def decode(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
-    """A Pillow image with its pixels decoded, after a look at its size, and with `black_is_zero`.
+    """A Pillow image with its pixels decoded, after a look at its size.
+
+    A 16-bit TIFF whose 0 is white is inverted: Pillow sees to fewer bits alone.
 
     Args:
         name: what to call the image in an error.
@@ -183,18 +184,11 @@ def decode(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:
         raise ValueError(f"{name} is damaged or truncated: it cannot be decoded ({error})") from error
-    return black_is_zero(image)
-
-
-def black_is_zero(image: Image.Image) -> Image.Image:
-    """A decoded image; inverted where it is a 16-bit TIFF whose 0 is white: Pillow sees to fewer bits alone.
-
-    An inverted image is no TIFF any more, and so is never inverted again.
-    """
     tags = getattr(image, "tag_v2", {})
-    if not image.mode.startswith("I;16") or tags.get(_PHOTOMETRIC) != _WHITE_IS_ZERO:
-        return image
-    return Image.fromarray(2 ** tags[_BITS][0] - 1 - np.asarray(image))
+    if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0:
+        # What is returned is no TIFF any more, and so is never inverted again.
+        image = Image.fromarray(2 ** tags[_BITS][0] - 1 - np.asarray(image))
+    return image
 
 
 def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_last: bool | None = None) -> np.ndarray:
@@ -254,10 +248,9 @@ def display_name(source: str | os.PathLike | bytes) -> str:
     """What to call a source in messages: a path whole, however long; a base64 string by its beginning."""
     if isinstance(source, bytes):
         return "bytes"
-    text = os.fspath(source)
-    if not isinstance(source, os.PathLike) and not os.path.exists(text) and len(text) > _LONGEST_NAME:
-        text = f"{text[:_LONGEST_NAME]}..."
-    return text or "the empty path"
+    if isinstance(source, str) and len(source) > _LONGEST_NAME and not os.path.exists(source):
+        return f"{source[:_LONGEST_NAME]}..."
+    return os.fspath(source) or "the empty path"
 
 
 def open_image(source: Path | bytes, name: str) -> ImageFile.ImageFile:
@@ -383,7 +376,7 @@ def _check_size(height: int, width: int, name: str) -> None:
 
 def _is_nifti(head: bytes) -> bool:
     """By the size of its header, which comes first: 348 bytes, or of version 2 540, and then a magic."""
-    sizes = [int.from_bytes(head[:4], order) for order in ("little", "big")]  # type: ignore[arg-type]
+    sizes = [int.from_bytes(head[:4], order) for order in ("little", "big")]
     return (348 in sizes and len(head) >= 348) or (540 in sizes and head[4:7] in (b"n+2", b"ni2"))
 
 

@@ -210,10 +210,8 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
 
     def _preprocess_one(self, image: Any, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
         """(channels, h, w) float32 for the model, and the image's own (height, width)."""
-        given, wanted = (
-            ChannelDimension(settings[key]) if settings[key] else None for key in ("input_data_format", "data_format")
-        )
-        last = None if given is None else given == ChannelDimension.LAST
+        given, wanted = settings["input_data_format"], settings["data_format"]
+        last = None if given is None else ChannelDimension(given) == ChannelDimension.LAST
         pixels = to_array(image, name, settings["do_convert_rgb"], settings["do_rescale"], last)
         original = pixels.shape[0], pixels.shape[1]
         if settings["do_resize"]:
@@ -223,10 +221,9 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         if settings["do_rescale"]:
             pixels = pixels * np.float32(settings["rescale_factor"])
         if settings["do_normalize"]:
-            pixels = normalize(
-                pixels, settings["image_mean"], settings["image_std"], input_data_format=ChannelDimension.LAST
-            )
-        if wanted != ChannelDimension.LAST:
+            mean, std = settings["image_mean"], settings["image_std"]
+            pixels = normalize(pixels, mean, std, input_data_format=ChannelDimension.LAST)
+        if wanted is None or ChannelDimension(wanted) == ChannelDimension.FIRST:
             pixels = np.moveaxis(pixels, 2, 0)
         return np.ascontiguousarray(pixels), original
 

@@ -124,13 +124,11 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
-            nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
-            if nested and not all(isinstance(entry, list) for entry in images):
-                raise ValueError(
-                    "images mixes single images and lists: give a flat list, or one list of images a text"
-                )
-            images = [list(flatten_images(e)) for e in images] if nested else list(flatten_images(images))
-            if not any(len(entry) if nested else True for entry in images):
+            if isinstance(images, list) and any(isinstance(entry, list) for entry in images):
+                images = [list(flatten_images(entry)) for entry in images]
+            else:
+                images = list(flatten_images(images))
+            if not any(True for _ in flatten_images(images)):
                 images = None
         return images, *others
 
@@ -197,13 +195,9 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """Text of generated sequences, region codes included.
+        """Text of generated sequences, region codes included: they are not special tokens.
 
-        Args:
-            generated_outputs: what `generate` returned: a ModelOutput with `sequences`, or the (rows, length) token
-                ids.
-            skip_special_tokens: whether to leave out turn markers, padding and the like. Region codes are not special.
-            kwargs: for the tokenizer's `decode`.
+        `generated_outputs` is a ModelOutput of `generate`, or its (rows, length) token ids; `kwargs` are for `decode`.
         """
         sequences = getattr(generated_outputs, "sequences", generated_outputs)
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
@@ -269,7 +263,25 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
                 if logits is not None and image >= 0:
                     (masks,) = self.post_process_masks([logits[[i]]], [sizes[prompt][image]], threshold, fit, size)
                     mask = masks[0].cpu()
-                regions.append(self._region(ids[place], text, span, image, mask, scores[i]))
+                code = self.tokenizer.convert_ids_to_tokens(ids[place])
+                group, index = parse_region_code(code)
+                regions.append(
+                    GroundedRegion(
+                        code=code,
+                        token_id=ids[place],
+                        group=group,
+                        code_index=index,
+                        group_name=dict(enumerate(self.group_names or ())).get(group),
+                        phrase=None if span is None else text[slice(*span)],
+                        span=span,
+                        image_index=image if image >= 0 else None,
+                        mask=mask,
+                        box=None if mask is None else mask_box(mask),
+                        area=0 if mask is None else int(mask.sum()),
+                        score=scores[i],
+                        meaning=code_meaning(self.region_codes, code),
+                    )
+                )
             answers.append(GroundedAnswer(text, raw_text, regions, None if complete is None else bool(complete[row])))
         return answers
 
@@ -316,16 +328,16 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
 
     def _original_sizes_by_prompt(self, prompts: torch.Tensor, original_sizes: Any) -> list[list[tuple[int, int]]]:
         """The (height, width) of each prompt's images, which stand in `original_sizes` one after the other."""
-        sizes = [(int(height), int(width)) for height, width in original_sizes] if original_sizes is not None else []
+        sizes = [] if original_sizes is None else [(int(height), int(width)) for height, width in original_sizes]
         rows = (prompts == self.image_token_id).sum(dim=1)
-        if int((rows % self.image_seq_length).sum()) or int(rows.sum()) != len(sizes) * self.image_seq_length:
+        counts = rows // self.image_seq_length
+        if (rows % self.image_seq_length).any() or int(counts.sum()) != len(sizes):
             raise ValueError(
                 f"inputs has {rows.tolist()} image rows, prompt by prompt, and {len(sizes)} original_sizes: expected "
                 f"{self.image_seq_length} rows an image"
             )
-        counts = (rows // self.image_seq_length).tolist()
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [sizes[start : start + count] for start, count in zip(starts, counts, strict=True)]
+        remaining = iter(sizes)
+        return [[next(remaining) for _ in range(count)] for count in counts]
 
     def _masks_of_row(
         self, outputs: Any, row: int, token_ids: list[int], has_images: bool
@@ -342,30 +354,3 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
                 raise ValueError(f"sequence {row} holds {len(token_ids)} region codes, but {len(logits)} mask_logits")
         scores = [] if scores is None else torch.as_tensor(scores[row]).tolist()
         return logits, scores or [None] * len(token_ids)
-
-    def _region(
-        self,
-        token_id: int,
-        text: str,
-        span: tuple[int, int] | None,
-        image: int,
-        mask: torch.Tensor | None,
-        score: float | None,
-    ) -> GroundedRegion:
-        code = self.tokenizer.convert_ids_to_tokens(token_id)
-        group, index = parse_region_code(code)
-        return GroundedRegion(
-            code=code,
-            token_id=token_id,
-            group=group,
-            code_index=index,
-            group_name=self.group_names[group] if self.group_names and group < len(self.group_names) else None,
-            phrase=None if span is None else text[slice(*span)],
-            span=span,
-            image_index=image if image >= 0 else None,
-            mask=mask,
-            box=None if mask is None else mask_box(mask),
-            area=0 if mask is None else int(mask.sum()),
-            score=score,
-            meaning=code_meaning(self.region_codes, code),
-        )

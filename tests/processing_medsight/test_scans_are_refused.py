@@ -1,8 +1,6 @@
 """The processor takes pictures: whoever hands it a scan, or a choice that is of scans, is shown what opens one."""
 
 import gzip
-import logging
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -57,17 +55,6 @@ def test_an_array_of_slices_is_refused_and_one_of_channels_is_a_picture(tmp_path
     expected = processor(picture, return_tensors="pt")["pixel_values"]
     for source in (tmp_path / "picture.npy", npy_bytes(picture), np.stack([picture] * 3), npy_bytes(picture[None])):
         assert torch.equal(processor(source, return_tensors="pt")["pixel_values"], expected)
-
-
-def test_of_a_tiff_of_several_pages_the_first_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    pages = [Image.new("L", (9, 6), level) for level in (50, 200)]
-    file = BytesIO()
-    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
-    processor = MedSightImageProcessor(size=28)
-    with caplog.at_level(logging.WARNING):
-        shown = processor(file.getvalue(), return_tensors="pt")["pixel_values"]
-    assert torch.equal(shown, processor(pages[0], return_tensors="pt")["pixel_values"])
-    assert "image holds 2 frames: only the first is used" in caplog.text
 
 
 def test_no_module_of_a_checkpoint_knows_a_scanner() -> None:
