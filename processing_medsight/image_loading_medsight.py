@@ -66,7 +66,8 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         if frames > 1 and opened.format != "MPO":
             logger.warning(f"{name} holds {frames} frames: only the first is used")
         image = decode(opened, name, upright=True)
-    image.filename, image.format = os.fspath(found) if isinstance(found, Path) else "", opened.format
+    image.format = opened.format
+    image.filename = os.fspath(found) if isinstance(found, Path) else ""  # type: ignore[attr-defined]
     return image
 
 
@@ -80,8 +81,7 @@ def load_picture(source: str | os.PathLike | bytes, name: str | None = None) -> 
 def find_file(source: str | os.PathLike | bytes, name: str) -> Path | bytes:
     """The path of a file that exists, or the bytes that are given, or stand behind an address or in a base64 string.
 
-    Raises:
-        ValueError: there is no such file, it is a folder, or the address gives none.
+    A ValueError says that there is no such file, that it is a folder, or that the address gives none.
     """
     if isinstance(source, bytes):
         return source
@@ -100,11 +100,7 @@ def find_file(source: str | os.PathLike | bytes, name: str) -> Path | bytes:
 
 
 def head_of(source: Path | bytes, name: str) -> bytes:
-    """The first bytes of a file, by which it is recognised.
-
-    Raises:
-        ValueError: it has none, or cannot be read.
-    """
+    """The first bytes of a file, by which it is recognised; a ValueError where it has none or cannot be read."""
     try:
         with open_source(source) as file:
             head = file.read(HEAD_BYTES)
@@ -130,11 +126,7 @@ def format_of(head: bytes) -> str | None:
 
 
 def count_frames(opened: Image.Image, name: str) -> int:
-    """The number of frames or pages of an opened file.
-
-    Raises:
-        ValueError: if they cannot be counted, because the file is damaged.
-    """
+    """The number of frames or pages of an opened file; a ValueError where it is damaged."""
     try:
         return getattr(opened, "n_frames", 1)
     except Exception as error:
@@ -144,8 +136,7 @@ def count_frames(opened: Image.Image, name: str) -> int:
 def load_array(source: Path | bytes, name: str) -> np.ndarray:
     """The array of a .npy file, which is never unpickled; a view of the file where it is one.
 
-    Raises:
-        ValueError: for a damaged header, Python objects, or more entries than the file holds.
+    A ValueError says that its header is damaged, that it holds no numbers, or fewer than its header claims.
     """
     with open_source(source) as file:
         try:
@@ -232,11 +223,7 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
 
 
 def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    """A (height, width) array as a Pillow image of the same range: transformers wants arrays to have a channel axis.
-
-    Raises:
-        ValueError: if it has no pixels or does not hold numbers.
-    """
+    """A (height, width) array as a Pillow image of the same range: transformers wants arrays of three axes."""
     pixels = as_numpy(image, name)
     _check_size(pixels.shape[0], pixels.shape[1], name)
     if pixels.dtype not in (np.bool_, np.uint8, np.uint16):
@@ -254,11 +241,7 @@ def display_name(source: str | os.PathLike | bytes) -> str:
 
 
 def open_image(source: Path | bytes, name: str) -> ImageFile.ImageFile:
-    """A picture file of a known format, opened and not yet decoded.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
+    """A picture file of a known format, opened and not yet decoded; a ValueError for any other."""
     try:
         opened = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
@@ -299,11 +282,7 @@ def _rgb_on_black(image: Image.Image, name: str) -> np.ndarray:
 
 
 def as_numpy(image: Any, name: str) -> np.ndarray:
-    """An array or tensor of numbers as a NumPy array.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """An array or tensor of numbers as a NumPy array; a ValueError for anything else."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float().numpy() if image.dtype == torch.bfloat16 else image.numpy()

@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
-from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
+from .geometry_medsight import AxisFit, fit_image, grid_to_masks, mask_to_grid
 from .image_loading_medsight import as_numpy, grey_to_pillow, load_picture, to_array
 
 
@@ -85,17 +85,9 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     def fetch_images(self, images: Any, name: str | None = None) -> Any:
-        """Read what is named, in lists of any depth. Pictures in memory pass through.
+        """Read what is named, in lists of any depth; pictures in memory pass through.
 
-        Args:
-            images: paths, http(s) addresses, base64, bytes, Pillow images, arrays or tensors, or lists of these.
-            name: what to call it in an error.
-
-        Returns:
-            As many images in as deep lists.
-
-        Raises:
-            ValueError: naming the file, or the position in the list, of what cannot be read.
+        A ValueError names the file, or the position in the list, of what cannot be read; or `name`.
         """
         if isinstance(images, (list, tuple)):
             prefix = "image " if name is None else f"{name}."  # image 0, and image 0.1 where lists are nested
@@ -185,10 +177,7 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         super()._validate_preprocess_kwargs(**kwargs)
         if unused := [name for name in _NOT_USED if kwargs.get(name)]:
             raise ValueError(f"{', '.join(unused)}: not used by MedSIGHT; `size` and `fit` say it all")
-        if kwargs.get("fit") not in FITS:
-            raise ValueError(f"fit={kwargs.get('fit')!r}: choose one of {', '.join(FITS)}")
-        if kwargs.get("do_resize"):
-            _height_and_width(kwargs.get("size"))
+        fit_image((1, 1), _height_and_width(kwargs["size"]), kwargs["fit"])  # refuses an unknown fit
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **settings: Any) -> BatchFeature:
         flat = list(flatten_images(self.fetch_images(images)))

@@ -133,11 +133,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         return images, *others
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]) -> None:
-        """Hold the number of images against the number of placeholders.
-
-        Raises:
-            ValueError: if they differ, saying where; or for videos and audio.
-        """
+        """Refuse videos, audio, and images that are not as many as the placeholders of their text."""
         if kwargs.get("videos") is not None or kwargs.get("audio") is not None:
             raise ValueError("MedSIGHT takes images and text only, no videos and no audio")
         if text is not None and all(isinstance(sample, str) for sample in text):
@@ -241,15 +237,13 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         sizes = self._original_sizes_by_prompt(prompts, inputs.get("original_sizes"))
         attended = inputs.get("attention_mask")
         complete = outputs.get("is_complete")
+        names = self.group_names or ()
         answers = []
         for row, sequence in enumerate(sequences):
             prompt = row // (len(sequences) // len(prompts))
-            if generated is not None:
-                positions = torch.arange(prompts.shape[1], len(sequence))
-            else:
-                positions = torch.arange(len(sequence))
-                if attended is not None:
-                    positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
+            positions = torch.arange(0 if generated is None else prompts.shape[1], len(sequence))
+            if generated is None and attended is not None:
+                positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
             ids = sequence[positions].tolist()
             pieces, codes, raw_text = split_at_codes(self.tokenizer, ids, skip_special_tokens)
             text, spans = tidy_answer(pieces)
@@ -271,7 +265,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
                         token_id=ids[place],
                         group=group,
                         code_index=index,
-                        group_name=dict(enumerate(self.group_names or ())).get(group),
+                        group_name=names[group] if group < len(names) else None,
                         phrase=None if span is None else text[slice(*span)],
                         span=span,
                         image_index=image if image >= 0 else None,

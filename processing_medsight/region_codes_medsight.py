@@ -148,12 +148,7 @@ def code_meaning(region_codes: Mapping[str, Any] | None, code: str) -> CodeMeani
 
 
 def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a region_codes.json.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged; the message names it.
-    """
+    """The content of a region_codes.json; a ValueError names a damaged one, an OSError one that cannot be read."""
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         for code, entry in content["codes"].items():
@@ -170,11 +165,7 @@ def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
 def find_region_codes(folder: str | os.PathLike, **hub: Any) -> dict[str, Any] | None:
     """The content of the region_codes.json of a checkpoint folder, or of a repository on the Hub, if it has one.
 
-    Args:
-        hub: `revision`, `token`, `subfolder` and the like, as for `from_pretrained`.
-
-    Raises:
-        OSError, ValueError: see `read_region_codes`.
+    `hub` is `revision`, `token`, `subfolder` and the like, as for `from_pretrained`; errors as of `read_region_codes`.
     """
     absent_is_none = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
     path = cached_file(folder, REGION_CODES_FILE, **absent_is_none, **hub)
