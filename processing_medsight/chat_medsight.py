@@ -79,12 +79,11 @@ _MEDIA = ("image", "image_url", "video", "audio")
 def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerBase, image_token: str) -> Any:
     """Copies of chat messages in which no text is a token that it must not write.
 
-    What stands in a user's, system's or any other turn never becomes an added token of the tokenizer: no turn marker,
-    image placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added
-    tokens that are not special), but writes no turn marker and no placeholder. Wherever such a token begins, an
-    invisible word joiner (U+2060) is put after its first character: the text reads the same and is tokenized as
-    ordinary text. Nothing is removed, so nothing can close up into a new token; neighbouring text parts are joined
-    first, as a template joins them.
+    What stands in any turn but the assistant's never becomes an added token of the tokenizer: no turn marker, image
+    placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added tokens
+    that are not special). Wherever such a token begins, an invisible word joiner (U+2060) is put after its first
+    character: the text reads the same and is tokenized as ordinary text. Nothing is removed, so nothing can close up
+    into a new token; neighbouring text parts are joined first, as a template joins them.
 
     Args:
         conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes. Not changed.

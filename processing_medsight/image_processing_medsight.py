@@ -266,10 +266,10 @@ def _mask_planes(masks: Any) -> list[np.ndarray]:
         masks = masks[None] if masks.ndim == 2 else masks
     planes = [np.asarray(mask) for mask in masks]
     for i, plane in enumerate(planes):
-        if plane.ndim != 2 or not plane.size or plane.shape != planes[0].shape:
+        is_mask = plane.ndim == 2 and plane.size and plane.shape == planes[0].shape and plane.dtype.kind in "biuf"
+        if not is_mask or (plane.dtype.kind == "f" and not (plane.min() >= 0 and plane.max() <= 1)):
             raise ValueError(
-                f"mask {i}: expected shape (height, width), the same for all masks of an image, got {plane.shape}"
+                f"mask {i}: expected shape (height, width), the same for all masks of an image, of bool, integers, or "
+                f"floats in [0, 1], got {plane.shape} of {plane.dtype}"
             )
-        if plane.dtype.kind not in "biuf" or (plane.dtype.kind == "f" and not (plane.min() >= 0 and plane.max() <= 1)):
-            raise ValueError(f"mask {i}: expected bool, integers, or floats in [0, 1], got {plane.dtype} outside")
     return [(plane if plane.dtype.kind == "f" else plane != 0).astype(np.float32) for plane in planes]

@@ -231,9 +231,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         generated = outputs.get("sequences")
         sequences = prompts if generated is None else torch.as_tensor(generated).cpu()
         if len(sequences) % len(prompts):
-            raise ValueError(
-                f"outputs has {len(sequences)} sequences, no multiple of the {len(prompts)} prompts in inputs"
-            )
+            raise ValueError(f"outputs has {len(sequences)} sequences, no multiple of inputs' {len(prompts)} prompts")
         sizes = self._original_sizes_by_prompt(prompts, inputs.get("original_sizes"))
         attended = inputs.get("attention_mask")
         complete = outputs.get("is_complete")
@@ -314,7 +312,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         for ids, spoken, attended in zip(
             encoded["input_ids"], encoded["assistant_masks"], attention_mask, strict=True
         ):
-            rows = [self.image_seq_length if token == self.image_token_id else 1 for token in ids]
+            rows = (self.image_seq_length if token == self.image_token_id else 1 for token in ids)
             grown = [flag for flag, count in zip(spoken, rows, strict=True) for _ in range(count)]
             remaining = iter(grown[-int(sum(attended)) :] if self.tokenizer.truncation_side == "left" else grown)
             masks.append([next(remaining) if flag else 0 for flag in attended])
@@ -339,9 +337,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
         named, logits, scores = (outputs.get(name) for name in ("region_code_ids", "mask_logits", "region_scores"))
         if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
-            raise ValueError(
-                f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}"
-            )
+            raise ValueError(f"sequence {row} holds the region codes {token_ids}, not region_code_ids, {named[row]}")
         if logits is not None:
             logits = torch.as_tensor(logits[row])
             if len(logits) != len(token_ids) and (len(logits) or has_images):

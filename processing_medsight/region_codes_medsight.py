@@ -84,10 +84,9 @@ def add_region_codes(
     if present:
         first = present[0][0]
         if present != [(first + offset, token) for offset, token in enumerate(tokens)]:
-            last, last_token = present[-1]
             raise ValueError(
-                f"the tokenizer already has {len(present)} region codes, {present[0][1]} (id {first}) to {last_token} "
-                f"(id {last}): they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
+                f"the tokenizer already has {len(present)} region codes, {present[0][1]} (id {first}) to "
+                f"{present[-1][1]}: they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
             )
         return first
     first = len(tokenizer)

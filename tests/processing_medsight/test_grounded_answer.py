@@ -113,15 +113,9 @@ def generated(processor: MedSightProcessor, prompts: Any, answers: list[str], bo
     )
 
 
-def ask(processor: MedSightProcessor, *conversations: list) -> Any:
-    return processor.apply_chat_template(
-        list(conversations),
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+def ask(processor: MedSightProcessor, *conversations: list, add_generation_prompt: bool = True) -> Any:
+    tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    return processor.apply_chat_template(list(conversations), add_generation_prompt=add_generation_prompt, **tensors)
 
 
 def question(*images: Image.Image, text: str = "Segment.") -> list[dict]:
@@ -187,13 +181,7 @@ def test_codes_of_a_given_conversation_belong_to_the_image_before_them(processor
         *question(blank(40, 20), text="And here?"),
         {"role": "assistant", "content": "spleen [C0_1], polyp [C2_2]"},
     ]
-    inputs = processor.apply_chat_template(
-        [conversation, question(blank(5, 5))],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    inputs = ask(processor, conversation, question(blank(5, 5)), add_generation_prompt=False)
     decoded = ModelOutput(
         mask_logits=[logits_of(*[(0, 0, 1, 1)] * 3), logits_of()],
         region_code_ids=[torch.tensor(processor.tokenizer.convert_tokens_to_ids(["[C0_0]", "[C0_1]", "[C2_2]"])), []],
