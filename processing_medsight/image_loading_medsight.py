@@ -244,6 +244,8 @@ def open_image(source: Path | bytes, name: str) -> ImageFile.ImageFile:
     """A picture file of a known format, opened and not yet decoded; a ValueError for any other."""
     try:
         opened = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is not an image, or its header is damaged: neither DICOM nor NIfTI nor .npy, and Pillow finds no "
