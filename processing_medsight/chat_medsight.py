@@ -79,12 +79,11 @@ _MEDIA = ("image", "image_url", "video", "audio")
 def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerBase, image_token: str) -> Any:
     """Copies of chat messages in which no text is a token that it must not write.
 
-    What stands in a user's, system's or any other turn never becomes an added token of the tokenizer: no turn marker,
-    image placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added
-    tokens that are not special), but writes no turn marker and no placeholder. Wherever such a token begins, an
-    invisible word joiner (U+2060) is put after its first character: the text reads the same and is tokenized as
-    ordinary text. Nothing is removed, so nothing can close up into a new token; neighbouring text parts are joined
-    first, as a template joins them.
+    What stands in any turn but the assistant's never becomes an added token of the tokenizer: no turn marker, image
+    placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added tokens
+    that are not special). Wherever such a token begins, an invisible word joiner (U+2060) is put after its first
+    character: the text reads the same and is tokenized as ordinary text. Nothing is removed, so nothing can close up
+    into a new token; neighbouring text parts are joined first, as a template joins them.
 
     Args:
         conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes. Not changed.
@@ -95,12 +94,10 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
         ValueError: if a text would still become such a token (one of a single character, for example), or if a message
             is not one.
     """
-    if _is_batch(conversations):
-        return [
-            neutralise_conversations(getattr(chat, "messages", chat), tokenizer, image_token) for chat in conversations
-        ]
     if not conversations:
         raise ValueError("a conversation is empty: expected a list of messages")
+    if isinstance(conversations[0], (list, tuple)):
+        return [neutralise_conversations(chat, tokenizer, image_token) for chat in conversations]
     added = tokenizer.added_tokens_decoder
     everything = {i: token.content for i, token in added.items() if token.content and not token.content.isspace()}
     special = {i: text for i, text in everything.items() if added[i].special or text == image_token}
@@ -119,18 +116,24 @@ def _check_content(content: Any, where: str) -> None:
     """Raises ValueError for what a template would render as something else, or not at all."""
     if content is None or isinstance(content, str):
         return
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}: expected text or a list of parts as its content, got {content!r:.200}")
-    for part in content:
-        if not isinstance(part, dict) or "type" not in part:
-            raise ValueError(f"{where}: expected parts such as {{'type': 'text', 'text': ...}}, got {part!r:.200}")
-        if part["type"] == "text" and not isinstance(part.get("text"), str):
-            raise ValueError(f"{where}: expected text in a part of type text, got {part.get('text')!r:.200}")
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        is_part = isinstance(part, dict) and "type" in part and (part["type"] != "text" or _is_text_part(part))
+        if not is_part or part is content:
+            raise ValueError(
+                f"{where}: expected text or a list of parts such as {{'type': 'text', 'text': ...}}, got {part!r:.200}"
+            )
 
 
 def neutralise(text: str, tokens: Iterable[str]) -> str:
     """`text` with a word joiner after the first character of every place where one of `tokens` begins."""
-    return _beginnings(tuple(sorted(tokens))).sub(rf"\g<0>{WORD_JOINER}", text)
+    return _beginnings(tuple(tokens)).sub(rf"\g<0>{WORD_JOINER}", text)
+
+
+@lru_cache(maxsize=32)
+def _beginnings(tokens: tuple[str, ...]) -> re.Pattern:
+    """Matches the first character of every place where a token begins, also of places that overlap."""
+    first = "|".join({re.escape(token[0]) for token in tokens})  # looked for before the tokens, to be fast
+    return re.compile(f"(?={first})(?={'|'.join(map(re.escape, tokens))}).", flags=re.DOTALL)
 
 
 def _neutralise(value: Any, forbidden: dict[int, str], tokenizer: PreTrainedTokenizerBase, where: str) -> Any:
@@ -165,17 +168,3 @@ def _join_text_parts(parts: Iterable[Any]) -> list[Any]:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _is_batch(conversations: Any) -> bool:
-    first = conversations[0] if isinstance(conversations, (list, tuple)) and len(conversations) else None
-    return isinstance(first, (list, tuple)) or hasattr(first, "messages")
-
-
-@lru_cache(maxsize=32)
-def _beginnings(tokens: tuple[str, ...]) -> re.Pattern:
-    """Matches the first character of every place where a token begins, also of places that overlap."""
-    if not tokens:
-        return re.compile("(?!)")
-    first = "".join(sorted({re.escape(token[0]) for token in tokens}))
-    return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, tokens))})(?:.)", flags=re.DOTALL)

@@ -89,9 +89,8 @@ def fit_image(original: tuple[int, int], size: tuple[int, int], fit: str) -> tup
 def mask_to_grid(mask: np.ndarray, vertical: AxisFit, horizontal: AxisFit, grid: tuple[int, int]) -> np.ndarray:
     """Carry a mask of the original image onto a grid over the model's input.
 
-    A cell's value is the share of its area that the mask covers. Unlike nearest sampling, this neither loses a lesion
-    smaller than a cell nor moves an edge, and a soft edge is what binary cross-entropy and Dice want as a target;
-    `>= 0.5` gives a hard mask. Padding counts as not covered.
+    A cell's value is the share of its area that the mask covers; padding counts as not covered. Unlike nearest
+    sampling, this neither loses a lesion smaller than a cell nor moves an edge.
 
     Args:
         mask: (height, width) float32, the share of each original pixel that is inside (0 or 1, as a rule).
@@ -106,15 +105,12 @@ def mask_to_grid(mask: np.ndarray, vertical: AxisFit, horizontal: AxisFit, grid:
 def grid_to_masks(logits: torch.Tensor, vertical: AxisFit, horizontal: AxisFit, threshold: float) -> torch.Tensor:
     """Carry mask logits on a grid over the model's input back to the original image's pixels, as masks.
 
-    They are interpolated by `grid_to_pixels`, then compared with the threshold's logit. What a crop left out of the
-    input is `False`.
-
     Args:
         logits: (n, h, w), before the sigmoid.
         threshold: probability above which a pixel is inside.
 
     Returns:
-        (n, height, width) bool, on the device of `logits`.
+        (n, height, width) bool, on the device of `logits`; `False` where a crop left the image out.
     """
     cut = torch.logit(torch.tensor(float(threshold), dtype=torch.float64)).item()
     out = torch.empty((len(logits), vertical.length, horizontal.length), dtype=torch.bool, device=logits.device)

@@ -7,6 +7,7 @@ over the end of a sentence or over another code. Where no rule fits, a code has 
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ CODE = "\ufffc"  # stands for one region code while an answer is taken apart: Un
 
 # Spaces are counted everywhere: an answer of nothing but spaces must not make a pattern quadratic.
 _GAP = r"(?:[\s,;&]|\band\b|\bor\b){0,8}"
-_RUN = rf"{CODE}(?:{_GAP}{CODE})*"
+_RUN = re.compile(rf"{CODE}(?:{_GAP}{CODE})*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 _WORD = r"[^\W_]+(?:[-'’/+.][^\W_]+)*%?"
 _SHOWN = (
@@ -56,7 +57,7 @@ _GENERIC = frozenset(
     """.split()
 )
 _INNER = frozenset(("of", "in"))
-_INNER_ARTICLES = frozenset(("the", "a", "an"))
+_ARTICLES = frozenset(("the", "a", "an"))
 _LONGEST_PHRASE = 8  # words
 _REACH = 400  # characters before a code that are looked at
 
@@ -143,37 +144,26 @@ def tidy_answer(pieces: Sequence[str]) -> tuple[str, list[tuple[int, int] | None
         The text without codes, and for each code the (start, end) of its phrase in that text, or `None`.
     """
     marked = CODE.join(piece.replace(CODE, "\ufffd") for piece in pieces)
-    spans = find_phrases(marked)
     kept = _kept_characters(marked)
+    text = "".join(marked[i] for i in kept).replace(CODE, " ")
     # Characters are only ever taken out, so a place in the clean text is the number of characters kept before it.
-    before = [0]
-    for keep in kept:
-        before.append(before[-1] + keep)
-    text = "".join(character for character, keep in zip(marked, kept, strict=True) if keep).replace(CODE, " ")
-    return text, [None if span is None else (before[span[0]], before[span[1]]) for span in spans]
+    return text, [span and (bisect_left(kept, span[0]), bisect_left(kept, span[1])) for span in find_phrases(marked)]
 
 
 def find_phrases(marked: str) -> list[tuple[int, int] | None]:
     """(start, end) in `marked` of the phrase that each code (`CODE`) stands for, or `None`."""
     spans: list[tuple[int, int] | None] = []
-    start = 0
-    for end in [match.start() for match in _SENTENCE_END.finditer(marked)] + [len(marked)]:
-        spans += _phrases_of_sentence(marked, start, end)
-        start = end
-    return spans
-
-
-def _phrases_of_sentence(marked: str, start: int, end: int) -> list[tuple[int, int] | None]:
-    spans: list[tuple[int, int] | None] = []
-    free = start  # where the text begins that no earlier code has claimed
-    for run in re.compile(_RUN).finditer(marked, start, end):
-        span = _phrase_before(marked, free, run.start())
-        free = run.end()
-        if span is None:
-            following = marked.find(CODE, run.end(), end)
-            span = _phrase_after(marked, run.end(), end if following < 0 else following)
-            free = span[1] if span else free
-        spans += [span] * run[0].count(CODE)
+    ends = [*(match.start() for match in _SENTENCE_END.finditer(marked)), len(marked)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        free = start  # where the text begins that no earlier code has claimed
+        for run in _RUN.finditer(marked, start, end):
+            span = _phrase_before(marked, free, run.start())
+            free = run.end()
+            if span is None:
+                following = marked.find(CODE, run.end(), end)
+                span = _phrase_after(marked, run.end(), end if following < 0 else following)
+                free = span[1] if span else free
+            spans += [span] * run[0].count(CODE)
     return spans
 
 
@@ -188,7 +178,9 @@ def _phrase_before(marked: str, start: int, end: int) -> tuple[int, int] | None:
     first = len(words)
     for i in range(len(words) - 1, -1, -1):
         gap = segment[words[i].end() : words[i + 1].start() if i + 1 < len(words) else len(segment)]
-        if gap.strip(" ") or (_is_stop(words[i][0]) and not _joins(words, i, first)):
+        # The article of "lobe of the liver" holds a phrase together (its "of" is no stop word).
+        joins = words[i][0].lower() in _ARTICLES and first == i + 1 and i > 0 and words[i - 1][0].lower() in _INNER
+        if gap.strip(" ") or (words[i][0].lower() in _STOP_WORDS and not joins):
             break
         first = i
     return _trimmed(words[first:], start)
@@ -200,33 +192,21 @@ def _phrase_after(marked: str, start: int, end: int) -> tuple[int, int] | None:
     words: list[re.Match[str]] = []
     for word in re.finditer(_WORD, marked[offset:end]):
         gap = marked[offset + (words[-1].end() if words else 0) : offset + word.start()]
-        if gap.strip(" ") or (_is_stop(word[0]) and not (word[0].lower() in _INNER_ARTICLES and not words)):
+        if gap.strip(" ") or (word[0].lower() in _STOP_WORDS and (words or word[0].lower() not in _ARTICLES)):
             break
         words.append(word)
     return _trimmed(words, offset)
-
-
-def _joins(words: list[re.Match[str]], i: int, first: int) -> bool:
-    """Whether word i holds a phrase together: the article of "lobe of the liver" (its "of" is no stop word)."""
-    return words[i][0].lower() in _INNER_ARTICLES and first == i + 1 and i > 0 and words[i - 1][0].lower() in _INNER
-
-
-def _is_stop(word: str) -> bool:
-    return word.lower() in _STOP_WORDS
-
-
-def _leads_in(text: Sequence[str]) -> bool:
-    """Whether a phrase begins as "segmentation of the liver" does: what follows is what a code shows."""
-    return len(text) > 2 and text[0] in _GENERIC and text[1] == "of"
 
 
 def _trimmed(words: list[re.Match[str]], offset: int) -> tuple[int, int] | None:
     """The span of `words` without articles, numerals, prepositions at its ends; `None` if none or too many stay."""
     words = list(words)
     text = [word[0].lower() for word in words]
-    while text and (text[0] in _STOP_WORDS or text[0] in _INNER or text[0].isdigit() or _leads_in(text)):
+    edge = _STOP_WORDS | _INNER
+    # What follows "segmentation of" is what a code shows.
+    while text and (text[0] in edge or text[0].isdigit() or (text[0] in _GENERIC and text[1:2] == ["of"] != text[1:])):
         del words[0], text[0]
-    while text and (text[-1] in _STOP_WORDS or text[-1] in _INNER):
+    while text and text[-1] in edge:
         del words[-1], text[-1]
     if len(words) > _LONGEST_PHRASE or _GENERIC.issuperset(text):
         return None
@@ -251,15 +231,12 @@ _TIDY = tuple(
 )
 
 
-def _kept_characters(marked: str) -> list[bool]:
-    """For each character of `marked`, whether it stays in the clean text."""
+def _kept_characters(marked: str) -> list[int]:
+    """The places in `marked` of the characters that stay in the clean text."""
     kept = list(range(len(marked)))
     for pattern in _TIDY:
         current = "".join(marked[i] for i in kept)
-        gone: set[int] = set()
-        for match in pattern.finditer(current):
-            gone.update(kept[match.start() : match.end()])
-        kept = [i for i in kept if i not in gone]
+        for match in reversed(list(pattern.finditer(current))):
+            del kept[match.start() : match.end()]
     current = "".join(marked[i] for i in kept)
-    stays = set(kept[len(current) - len(current.lstrip()) : len(current.rstrip())])
-    return [i in stays for i in range(len(marked))]
+    return kept[len(current) - len(current.lstrip()) : len(current.rstrip())]

@@ -1,7 +1,7 @@
 """Pixels into the model and masks out of it, in Pillow and NumPy: the same numbers with and without torchvision."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,19 +9,16 @@ import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_transforms import normalize
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import logging
 
 from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
-from .geometry_medsight import FITS, AxisFit, fit_image, grid_to_masks, mask_to_grid
-from .image_loading_medsight import OPEN_SCAN, grey_to_pillow, load_picture, to_array
+from .geometry_medsight import AxisFit, fit_image, grid_to_masks, mask_to_grid
+from .image_loading_medsight import as_numpy, grey_to_pillow, load_picture, to_array
 
 
-logger = logging.get_logger(__name__)
-
-_OF_SCANS = ("slices", "window", "plane")  # settings of earlier versions, which read scans
 _NOT_USED = ("do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
@@ -83,26 +80,14 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
     image_std = OPENAI_CLIP_STD
 
     def __init__(self, **kwargs: Unpack[MedSightImageProcessorKwargs]) -> None:
-        settings: dict[str, Any] = dict(kwargs)
-        of_scans = {name: settings.pop(name) for name in _OF_SCANS if name in settings}
-        if any(value not in (None, "middle") for value in of_scans.values()):
-            logger.warning(f"{of_scans}: not read any more, because the processor takes pictures. {OPEN_SCAN}")
-        super().__init__(**settings)
-        self._set_attributes(**settings)
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     def fetch_images(self, images: Any, name: str | None = None) -> Any:
-        """Read what is named, in lists of any depth. Pictures in memory pass through.
+        """Read what is named, in lists of any depth; pictures in memory pass through.
 
-        Args:
-            images: paths, http(s) addresses, base64, bytes, Pillow images, arrays or tensors, or lists of these.
-            name: what to call it in an error.
-
-        Returns:
-            As many images in as deep lists.
-
-        Raises:
-            ValueError: naming the file, or the position in the list, of what cannot be read.
+        A ValueError names the file, or the position in the list, of what cannot be read; or `name`.
         """
         if isinstance(images, (list, tuple)):
             prefix = "image " if name is None else f"{name}."  # image 0, and image 0.1 where lists are nested
@@ -110,16 +95,10 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         name = name or "image"
         if isinstance(images, (str, os.PathLike, bytes)):
             images = load_picture(images, name if isinstance(images, bytes) else None)
-        if isinstance(images, (np.ndarray, torch.Tensor)):
-            return grey_to_pillow(images, name) if images.ndim == 2 else images
-        if not isinstance(images, Image.Image):
-            kind = type(images).__name__
-            raise ValueError(f"{name}: expected a Pillow image, an array, a tensor, bytes or a path, got {kind}")
-        return images
-
-    def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[MedSightImageProcessorKwargs]) -> BatchFeature:
-        refuse_scan_arguments(kwargs)
-        return super().preprocess(self.fetch_images(images), *args, **kwargs)
+        if isinstance(images, Image.Image):
+            return images
+        pixels = as_numpy(images, name)
+        return grey_to_pillow(pixels, name) if pixels.ndim == 2 else pixels
 
     def post_process_masks(
         self,
@@ -155,10 +134,8 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         masks = []
         for i, (logits, original) in enumerate(zip(mask_logits, sizes, strict=True)):
             logits = torch.as_tensor(logits)
-            if logits.ndim != 3:
-                raise ValueError(f"mask_logits[{i}]: expected shape (n, h, w), got {tuple(logits.shape)}")
-            if logits.isnan().any():
-                raise ValueError(f"mask_logits[{i}] holds NaN")
+            if logits.ndim != 3 or logits.isnan().any():
+                raise ValueError(f"mask_logits[{i}]: expected shape (n, h, w) and no NaN, got {tuple(logits.shape)}")
             masks.append(grid_to_masks(logits, *self._axes(original, fit, size), threshold))
         return masks
 
@@ -189,9 +166,8 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         planes = _mask_planes(masks)
         if not planes:
             return torch.zeros((0, *output_size))
-        height, width = planes[0].shape
-        axes = self._axes((height, width), fit, size)
-        return torch.from_numpy(np.stack([mask_to_grid(_covered(plane), *axes, output_size) for plane in planes]))
+        axes = self._axes(planes[0].shape, fit, size)
+        return torch.from_numpy(np.stack([mask_to_grid(plane, *axes, output_size) for plane in planes]))
 
     def to_dict(self) -> dict[str, Any]:
         # A folder loaded from the Hub carries "repo--module.Class" entries; the files beside a save are plain again.
@@ -199,64 +175,44 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
-        unused = [name for name in _NOT_USED if kwargs.get(name)]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)}: not used by MedSIGHT; `size` and `fit` ({', '.join(FITS)}) say it all"
-            )
-        if kwargs.get("fit") not in FITS:
-            raise ValueError(f"fit={kwargs.get('fit')!r}: choose one of {', '.join(FITS)}")
-        if kwargs.get("do_resize"):
-            _height_and_width(kwargs.get("size"))
+        if unused := [name for name in _NOT_USED if kwargs.get(name)]:
+            raise ValueError(f"{', '.join(unused)}: not used by MedSIGHT; `size` and `fit` say it all")
+        fit_image((1, 1), _height_and_width(kwargs["size"]), kwargs["fit"])  # refuses an unknown fit
 
-    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        flat = list(flatten_images(images))
+    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **settings: Any) -> BatchFeature:
+        flat = list(flatten_images(self.fetch_images(images)))
         if not flat:
             raise ValueError("images is empty: expected at least one image")
-        paths = [getattr(image, "filename", None) for image in flat]
-        names = [f"image {i} ({path})" if path else f"image {i}" for i, path in enumerate(paths)]
-        processed = [self._preprocess_one(image, name, **kwargs) for image, name in zip(flat, names, strict=True)]
-        pixel_values, original_sizes = [pixels for pixels, _ in processed], [original for _, original in processed]
+        pixel_values, original_sizes = [], []
+        for i, image in enumerate(flat):
+            path = getattr(image, "filename", None)
+            pixels, original = self._preprocess_one(image, f"image {i} ({path})" if path else f"image {i}", settings)
+            pixel_values.append(pixels)
+            original_sizes.append(original)
         shapes = {pixels.shape for pixels in pixel_values}
-        if len(shapes) > 1 and kwargs["return_tensors"] is not None:
+        if len(shapes) > 1 and settings["return_tensors"] is not None:
             raise ValueError(
                 f"images of different shapes {sorted(shapes)} make no batch: leave do_resize and do_convert_rgb on"
             )
         data = {"pixel_values": pixel_values, "original_sizes": original_sizes}
-        return BatchFeature(data, tensor_type=kwargs["return_tensors"])
+        return BatchFeature(data, tensor_type=settings["return_tensors"])
 
-    def _preprocess_one(
-        self,
-        image: Any,
-        name: str,
-        *,
-        do_convert_rgb: bool,
-        do_resize: bool,
-        size: SizeDict,
-        fit: str,
-        resample: int,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-        data_format: str | ChannelDimension | None,
-        input_data_format: str | ChannelDimension | None,
-        **_: Any,
-    ) -> tuple[np.ndarray, tuple[int, int]]:
+    def _preprocess_one(self, image: Any, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
         """(channels, h, w) float32 for the model, and the image's own (height, width)."""
-        last = None if input_data_format is None else ChannelDimension(input_data_format) == ChannelDimension.LAST
-        pixels = to_array(image, name, do_convert_rgb, do_rescale, last)
+        given, wanted = settings["input_data_format"], settings["data_format"]
+        last = None if given is None else ChannelDimension(given) == ChannelDimension.LAST
+        pixels = to_array(image, name, settings["do_convert_rgb"], settings["do_rescale"], last)
         original = pixels.shape[0], pixels.shape[1]
-        if do_resize:
-            pixels = _resize(pixels, *fit_image(original, _height_and_width(size), fit), resample)
+        if settings["do_resize"]:
+            axes = fit_image(original, _height_and_width(settings["size"]), settings["fit"])
+            pixels = _resize(pixels, *axes, settings["resample"])
         pixels = pixels.astype(np.float32)
-        if do_rescale:
-            pixels = pixels * np.float32(rescale_factor)
-        if do_normalize:
-            mean, std = _per_channel(image_mean, "image_mean", pixels), _per_channel(image_std, "image_std", pixels)
-            pixels = (pixels - mean) / std
-        if data_format is None or ChannelDimension(data_format) == ChannelDimension.FIRST:
+        if settings["do_rescale"]:
+            pixels = pixels * np.float32(settings["rescale_factor"])
+        if settings["do_normalize"]:
+            mean, std = settings["image_mean"], settings["image_std"]
+            pixels = normalize(pixels, mean, std, input_data_format=ChannelDimension.LAST)
+        if wanted is None or ChannelDimension(wanted) == ChannelDimension.FIRST:
             pixels = np.moveaxis(pixels, 2, 0)
         return np.ascontiguousarray(pixels), original
 
@@ -264,19 +220,9 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         self, original: tuple[int, int], fit: str | None, size: int | dict[str, int] | None
     ) -> tuple[AxisFit, AxisFit]:
         """Both axes of an image, as the processor (or this call's `fit` and `size`) places it."""
-        if fit is None:
-            fit = self.fit if self.do_resize else "stretch"
-        if size is None:
-            size = self.size
-        return fit_image(
-            original, _height_and_width({"height": size, "width": size} if isinstance(size, int) else size), fit
-        )
-
-
-def refuse_scan_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError where a call has arguments that are for scans, so that none is ignored silently."""
-    if found := [name for name in _OF_SCANS if arguments.get(name) is not None]:
-        raise ValueError(f"{', '.join(found)}: of scans, but the processor takes pictures. {OPEN_SCAN}")
+        fit = fit or (self.fit if self.do_resize else "stretch")
+        size = {"height": size, "width": size} if isinstance(size, int) else size or self.size
+        return fit_image(original, _height_and_width(size), fit)
 
 
 def flatten_images(images: Any) -> Iterable[Any]:
@@ -284,7 +230,7 @@ def flatten_images(images: Any) -> Iterable[Any]:
     if isinstance(images, (list, tuple)):
         for entry in images:
             yield from flatten_images(entry)
-    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+    elif isinstance(images, np.ndarray) and images.ndim == 4:
         yield from images
     else:
         yield images
@@ -298,12 +244,9 @@ def _resize(pixels: np.ndarray, vertical: AxisFit, horizontal: AxisFit, resample
     box = (*corner, horizontal.to_original(float(right)), vertical.to_original(float(bottom)))
     target = (right - left, bottom - top)
     out = np.zeros((vertical.size, horizontal.size, pixels.shape[2]), dtype=pixels.dtype)
-    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
-        out[top:bottom, left:right] = Image.fromarray(pixels).resize(target, resample, box=box)
-    else:
-        for channel in range(pixels.shape[2]):
-            plane = Image.fromarray(np.ascontiguousarray(pixels[:, :, channel]))
-            out[top:bottom, left:right, channel] = plane.resize(target, resample, box=box)
+    for channel in range(pixels.shape[2]):
+        plane = Image.fromarray(pixels[:, :, channel])
+        out[top:bottom, left:right, channel] = plane.resize(target, resample, box=box)
     return out
 
 
@@ -316,36 +259,17 @@ def _height_and_width(size: Any) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-def _per_channel(value: float | Sequence[float], name: str, pixels: np.ndarray) -> np.ndarray:
-    values = np.asarray(value, dtype=np.float32)
-    if values.ndim and len(values) != pixels.shape[2]:
-        raise ValueError(f"{name} has {len(values)} values but the image has {pixels.shape[2]} channels")
-    return values
-
-
 def _mask_planes(masks: Any) -> list[np.ndarray]:
-    """The single (height, width) masks of one image."""
-    if isinstance(masks, (list, tuple)):
-        planes = [_as_array(mask) for mask in masks]
-    else:
-        array = _as_array(masks)
-        planes = [array] if array.ndim == 2 else list(array)
+    """The single masks of one image: (height, width) float32, the share of each pixel that is inside."""
+    if not isinstance(masks, (list, tuple)):
+        masks = np.asarray(masks)
+        masks = masks[None] if masks.ndim == 2 else masks
+    planes = [np.asarray(mask) for mask in masks]
     for i, plane in enumerate(planes):
-        if plane.ndim != 2 or 0 in plane.shape:
-            raise ValueError(f"mask {i}: expected shape (height, width), got {plane.shape}")
-        if plane.shape != planes[0].shape:
-            raise ValueError(f"masks of one image must have one size: mask 0 has {planes[0].shape}, {i} {plane.shape}")
-        if plane.dtype.kind not in "biuf" or (plane.dtype.kind == "f" and not (plane.min() >= 0 and plane.max() <= 1)):
+        is_mask = plane.ndim == 2 and plane.size and plane.shape == planes[0].shape and plane.dtype.kind in "biuf"
+        if not is_mask or (plane.dtype.kind == "f" and not (plane.min() >= 0 and plane.max() <= 1)):
             raise ValueError(
-                f"mask {i}: expected bool, integers, or floats in [0, 1], got {plane.dtype} values outside"
+                f"mask {i}: expected shape (height, width), the same for all masks of an image, of bool, integers, or "
+                f"floats in [0, 1], got {plane.shape} of {plane.dtype}"
             )
-    return planes
-
-
-def _as_array(mask: Any) -> np.ndarray:
-    return np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
-
-
-def _covered(plane: np.ndarray) -> np.ndarray:
-    """(height, width) float32, the share of each pixel that is inside."""
-    return (plane if plane.dtype.kind == "f" else plane != 0).astype(np.float32)
+    return [(plane if plane.dtype.kind == "f" else plane != 0).astype(np.float32) for plane in planes]

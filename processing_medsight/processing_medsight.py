@@ -13,7 +13,7 @@ from configuration_medsight.remote_code_medsight import AUTO_MAP, RemoteCodeMixi
 
 from .chat_medsight import CHAT_TEMPLATE, neutralise_conversations
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion, mask_box, tidy_answer
-from .image_processing_medsight import MedSightImageProcessorKwargs, flatten_images, refuse_scan_arguments
+from .image_processing_medsight import MedSightImageProcessorKwargs, flatten_images
 from .region_codes_medsight import (
     IMAGE_TOKEN,
     code_meaning,
@@ -80,7 +80,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        chat_template: str | dict[str, str] | None = None,
+        chat_template: str | None = None,
         image_seq_length: int = 596,
         group_names: list[str] | None = None,
     ) -> None:
@@ -122,30 +122,29 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]
     ) -> tuple:
         """Read the images; bring them to a flat list, or to one list a text if they came in lists; none is `None`."""
-        if images is not None:
-            refuse_scan_arguments({**kwargs, **kwargs.get("images_kwargs", {})})
         images, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None:
-            nested = isinstance(images, list) and any(isinstance(entry, list) for entry in images)
-            if nested and not all(isinstance(entry, list) for entry in images):
-                raise ValueError(
-                    "images mixes single images and lists: give a flat list, or one list of images a text"
-                )
-            images = [list(flatten_images(e)) for e in images] if nested else list(flatten_images(images))
-            if not any(len(entry) if nested else True for entry in images):
+            if isinstance(images, list) and any(isinstance(entry, list) for entry in images):
+                images = [list(flatten_images(entry)) for entry in images]
+            else:
+                images = list(flatten_images(images))
+            if not any(True for _ in flatten_images(images)):
                 images = None
         return images, *others
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Unpack[MedSightProcessorKwargs]) -> None:
-        """Hold the number of images against the number of placeholders.
-
-        Raises:
-            ValueError: if they differ, saying where; or for videos and audio.
-        """
+        """Refuse videos, audio, and images that are not as many as the placeholders of their text."""
         if kwargs.get("videos") is not None or kwargs.get("audio") is not None:
             raise ValueError("MedSIGHT takes images and text only, no videos and no audio")
         if text is not None and all(isinstance(sample, str) for sample in text):
-            self._check_image_counts(images, text)
+            wanted = [sample.count(self.image_token) for sample in text]
+            nested = images is not None and isinstance(images[0], list)
+            given = [len(entry) for entry in images] if nested else len(images or ())
+            if given != (wanted if nested else sum(wanted)):
+                raise ValueError(
+                    f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
+                    f"but {given or 'no'} images were given"
+                )
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def apply_chat_template(
@@ -185,27 +184,16 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
             out.update(BatchFeature({"assistant_masks": masks}, tensor_type=kwargs.get("return_tensors")))
         return out
 
-    def post_process_masks(
-        self,
-        mask_logits: Any,
-        original_sizes: Any,
-        threshold: float = 0.5,
-        fit: str | None = None,
-        size: int | dict[str, int] | None = None,
-    ) -> list[torch.Tensor]:
+    def post_process_masks(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """Boolean masks at the images' own sizes: see [`MedSightImageProcessor.post_process_masks`]."""
-        return self.image_processor.post_process_masks(mask_logits, original_sizes, threshold, fit=fit, size=size)
+        return self.image_processor.post_process_masks(*args, **kwargs)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """Text of generated sequences, region codes included.
+        """Text of generated sequences, region codes included: they are not special tokens.
 
-        Args:
-            generated_outputs: what `generate` returned: a ModelOutput with `sequences`, or the (rows, length) token
-                ids.
-            skip_special_tokens: whether to leave out turn markers, padding and the like. Region codes are not special.
-            kwargs: for the tokenizer's `decode`.
+        `generated_outputs` is a ModelOutput of `generate`, or its (rows, length) token ids; `kwargs` are for `decode`.
         """
         sequences = getattr(generated_outputs, "sequences", generated_outputs)
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
@@ -243,37 +231,49 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         generated = outputs.get("sequences")
         sequences = prompts if generated is None else torch.as_tensor(generated).cpu()
         if len(sequences) % len(prompts):
-            raise ValueError(
-                f"outputs has {len(sequences)} sequences, no multiple of the {len(prompts)} prompts in inputs"
-            )
+            raise ValueError(f"outputs has {len(sequences)} sequences, no multiple of inputs' {len(prompts)} prompts")
         sizes = self._original_sizes_by_prompt(prompts, inputs.get("original_sizes"))
         attended = inputs.get("attention_mask")
         complete = outputs.get("is_complete")
+        names = self.group_names or ()
         answers = []
         for row, sequence in enumerate(sequences):
             prompt = row // (len(sequences) // len(prompts))
-            if generated is not None:
-                positions = torch.arange(prompts.shape[1], len(sequence))
-            else:
-                positions = torch.arange(len(sequence))
-                if attended is not None:
-                    positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
+            positions = torch.arange(0 if generated is None else prompts.shape[1], len(sequence))
+            if generated is None and attended is not None:
+                positions = positions[torch.as_tensor(attended)[row].cpu().bool()]
             ids = sequence[positions].tolist()
             pieces, codes, raw_text = split_at_codes(self.tokenizer, ids, skip_special_tokens)
-            image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
-            images = [int(image_rows[: positions[i] + 1][-1]) // self.image_seq_length - 1 for i in codes]
+            text, spans = tidy_answer(pieces)
             token_ids = [ids[i] for i in codes]
             logits, scores = self._masks_of_row(outputs, row, token_ids, has_images=bool(sizes[prompt]))
-            masks: list[torch.Tensor | None] = [None] * len(codes)
-            for image, original in enumerate(sizes[prompt] if logits is not None else ()):
-                cited = [i for i, cited_image in enumerate(images) if cited_image == image]
-                (resized,) = self.post_process_masks([logits[cited]], [original], threshold, fit=fit, size=size)
-                for i, mask in zip(cited, resized.cpu(), strict=True):
-                    masks[i] = mask
-            text, spans = tidy_answer(pieces)
-            regions = [
-                self._region(*region, text) for region in zip(token_ids, spans, images, masks, scores, strict=True)
-            ]
+            image_rows = (prompts[prompt] == self.image_token_id).long().cumsum(0)
+            regions = []
+            for i, (place, span) in enumerate(zip(codes, spans, strict=True)):
+                image = int(image_rows[: positions[place] + 1][-1]) // self.image_seq_length - 1
+                mask = None
+                if logits is not None and image >= 0:
+                    (masks,) = self.post_process_masks([logits[[i]]], [sizes[prompt][image]], threshold, fit, size)
+                    mask = masks[0].cpu()
+                code = self.tokenizer.convert_ids_to_tokens(ids[place])
+                group, index = parse_region_code(code)
+                regions.append(
+                    GroundedRegion(
+                        code=code,
+                        token_id=ids[place],
+                        group=group,
+                        code_index=index,
+                        group_name=names[group] if group < len(names) else None,
+                        phrase=None if span is None else text[slice(*span)],
+                        span=span,
+                        image_index=image if image >= 0 else None,
+                        mask=mask,
+                        box=None if mask is None else mask_box(mask),
+                        area=0 if mask is None else int(mask.sum()),
+                        score=scores[i],
+                        meaning=code_meaning(self.region_codes, code),
+                    )
+                )
             answers.append(GroundedAnswer(text, raw_text, regions, None if complete is None else bool(complete[row])))
         return answers
 
@@ -296,34 +296,13 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
-    def _check_image_counts(self, images: Any, text: Sequence[str]) -> None:
-        wanted = [sample.count(self.image_token) for sample in text]
-        if images is None or not any(isinstance(entry, list) for entry in images):
-            count = 0 if images is None else len(images)
-            if sum(wanted) != count:
-                raise ValueError(
-                    f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
-                    f"but {count or 'no'} images were given"
-                )
-            return
-        counts = [len(entry) for entry in images]
-        if wanted != counts:
-            wrong = [i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]]
-            raise ValueError(
-                f"image placeholders {self.image_token} text by text: {wanted}, images text by text: {counts}; "
-                + (f"text {wrong[0]} is the first that differs" if wrong else "the numbers of texts differ")
-            )
-
     def _assistant_masks(
         self, conversation: Any, chat_template: str | None, attention_mask: Any, variables: dict[str, Any]
     ) -> list[list[int]]:
         """1 for every token of an assistant's turn; counted before placeholders grow, as transformers 5.17 does it."""
-        template = chat_template or self.chat_template
-        if isinstance(self.chat_template, dict):
-            template = self.chat_template.get(chat_template or "default", chat_template)
         encoded = self.tokenizer.apply_chat_template(
             conversation if isinstance(conversation[0], list) else [conversation],
-            chat_template=template,
+            chat_template=chat_template or self.chat_template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -333,7 +312,7 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         for ids, spoken, attended in zip(
             encoded["input_ids"], encoded["assistant_masks"], attention_mask, strict=True
         ):
-            rows = [self.image_seq_length if token == self.image_token_id else 1 for token in ids]
+            rows = (self.image_seq_length if token == self.image_token_id else 1 for token in ids)
             grown = [flag for flag, count in zip(spoken, rows, strict=True) for _ in range(count)]
             remaining = iter(grown[-int(sum(attended)) :] if self.tokenizer.truncation_side == "left" else grown)
             masks.append([next(remaining) if flag else 0 for flag in attended])
@@ -341,16 +320,16 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
 
     def _original_sizes_by_prompt(self, prompts: torch.Tensor, original_sizes: Any) -> list[list[tuple[int, int]]]:
         """The (height, width) of each prompt's images, which stand in `original_sizes` one after the other."""
-        sizes = [(int(height), int(width)) for height, width in original_sizes] if original_sizes is not None else []
+        sizes = [] if original_sizes is None else [(int(height), int(width)) for height, width in original_sizes]
         rows = (prompts == self.image_token_id).sum(dim=1)
-        if int((rows % self.image_seq_length).sum()) or int(rows.sum()) != len(sizes) * self.image_seq_length:
+        counts = rows // self.image_seq_length
+        if (rows % self.image_seq_length).any() or int(counts.sum()) != len(sizes):
             raise ValueError(
                 f"inputs has {rows.tolist()} image rows, prompt by prompt, and {len(sizes)} original_sizes: expected "
                 f"{self.image_seq_length} rows an image"
             )
-        counts = (rows // self.image_seq_length).tolist()
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [sizes[start : start + count] for start, count in zip(starts, counts, strict=True)]
+        remaining = iter(sizes)
+        return [[next(remaining) for _ in range(count)] for count in counts]
 
     def _masks_of_row(
         self, outputs: Any, row: int, token_ids: list[int], has_images: bool
@@ -358,39 +337,10 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
         """The row's mask logits (`None` if outputs has none) and scores, held against the codes in its text."""
         named, logits, scores = (outputs.get(name) for name in ("region_code_ids", "mask_logits", "region_scores"))
         if named is not None and torch.as_tensor(named[row]).tolist() != token_ids:
-            raise ValueError(
-                f"sequence {row} holds the region codes {token_ids}, but region_code_ids says {named[row]}"
-            )
+            raise ValueError(f"sequence {row} holds the region codes {token_ids}, not region_code_ids, {named[row]}")
         if logits is not None:
             logits = torch.as_tensor(logits[row])
             if len(logits) != len(token_ids) and (len(logits) or has_images):
                 raise ValueError(f"sequence {row} holds {len(token_ids)} region codes, but {len(logits)} mask_logits")
         scores = [] if scores is None else torch.as_tensor(scores[row]).tolist()
         return logits, scores or [None] * len(token_ids)
-
-    def _region(
-        self,
-        token_id: int,
-        span: tuple[int, int] | None,
-        image: int,
-        mask: torch.Tensor | None,
-        score: float | None,
-        text: str,
-    ) -> GroundedRegion:
-        code = self.tokenizer.convert_ids_to_tokens(token_id)
-        group, index = parse_region_code(code)
-        return GroundedRegion(
-            code=code,
-            token_id=token_id,
-            group=group,
-            code_index=index,
-            group_name=self.group_names[group] if self.group_names and group < len(self.group_names) else None,
-            phrase=None if span is None else text[slice(*span)],
-            span=span,
-            image_index=image if image >= 0 else None,
-            mask=mask,
-            box=None if mask is None else mask_box(mask),
-            area=0 if mask is None else int(mask.sum()),
-            score=score,
-            meaning=code_meaning(self.region_codes, code),
-        )

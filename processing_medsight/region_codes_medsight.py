@@ -84,17 +84,13 @@ def add_region_codes(
     if present:
         first = present[0][0]
         if present != [(first + offset, token) for offset, token in enumerate(tokens)]:
-            last, last_token = present[-1]
             raise ValueError(
-                f"the tokenizer already has {len(present)} region codes, {present[0][1]} (id {first}) to {last_token} "
-                f"(id {last}): they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
+                f"the tokenizer already has {len(present)} region codes, {present[0][1]} (id {first}) to "
+                f"{present[-1][1]}: they are not the {len(tokens)} codes {tokens[0]} to {tokens[-1]} in a row"
             )
         return first
     first = len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
-    ids = tokenizer.convert_tokens_to_ids(tokens)
-    if ids != list(range(first, first + len(tokens))):
-        raise ValueError(f"the tokenizer gave the region codes ids {ids[0]} to {ids[-1]}, expected a row from {first}")
     return first
 
 
@@ -151,50 +147,31 @@ def code_meaning(region_codes: Mapping[str, Any] | None, code: str) -> CodeMeani
 
 
 def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a region_codes.json.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged; the message names it.
-    """
-    remedy = "remove the file, and write it with medsight codes"
+    """The content of a region_codes.json; a ValueError names a damaged one, an OSError one that cannot be read."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
-    codes = content.get("codes") if isinstance(content, dict) else None
-    if not isinstance(codes, dict):
-        raise ValueError(f"{path}: expected an object 'codes'; {remedy}")
-    for code, entry in codes.items():
-        if not is_region_code(code):
-            raise ValueError(f"{path}: {code!r} is not a region code; {remedy}")
-        structures, count = (entry.get("structures"), entry.get("n")) if isinstance(entry, dict) else (None, None)
-        shares = structures.values() if isinstance(structures, dict) else ()
-        if not shares or not all(isinstance(share, (int, float)) for share in shares) or not isinstance(count, int):
-            raise ValueError(
-                f"{path}: code {code}: expected a count 'n' and shares in 'structures', got {entry!r}; {remedy}"
-            )
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        for code, entry in content["codes"].items():
+            parse_region_code(code)
+            if not isinstance(entry["n"], int) or not sum(entry["structures"].values()) > 0:
+                raise ValueError(f"{code}: expected a count 'n' and shares in 'structures', got {entry!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it, and write it with medsight codes"
+        ) from error
     return content
 
 
 def find_region_codes(folder: str | os.PathLike, **hub: Any) -> dict[str, Any] | None:
     """The content of the region_codes.json of a checkpoint folder, or of a repository on the Hub, if it has one.
 
-    Args:
-        hub: `revision`, `token`, `subfolder` and the like, as for `from_pretrained`.
-
-    Raises:
-        OSError, ValueError: see `read_region_codes`.
+    `hub` is `revision`, `token`, `subfolder` and the like, as for `from_pretrained`; errors as of `read_region_codes`.
     """
     absent_is_none = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
     path = cached_file(folder, REGION_CODES_FILE, **absent_is_none, **hub)
     return None if path is None else read_region_codes(path)
 
 
-def write_region_codes(content: Mapping[str, Any], folder: str | os.PathLike) -> Path:
-    """Write region_codes.json into a folder, whole or not at all; returns its path."""
-    path = Path(folder) / REGION_CODES_FILE
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
-    return path
+def write_region_codes(content: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Write region_codes.json into a folder."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (Path(folder) / REGION_CODES_FILE).write_text(text, encoding="utf-8")

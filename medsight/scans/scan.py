@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from processing_medsight.image_loading_medsight import black_is_zero, decode, grey_to_pillow, to_array
+from processing_medsight.image_loading_medsight import decode, grey_to_pillow, to_array
 
 from .windows import Window, apply_window, is_file_window, no_file_window, parse_window
 
@@ -240,8 +240,7 @@ class Picture(Scan):
         super().__init__(name, files)
         wide = is_wide(image)
         if isinstance(image, Image.Image):
-            decode(image, name)
-            image = black_is_zero(image)
+            image = decode(image, name)
         elif image.ndim == 2:
             image = grey_to_pillow(image, name)
         self._values = np.asarray(image) if wide else None

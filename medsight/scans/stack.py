@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, count_frames, decode_upright, open_image
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, count_frames, decode, open_image
 
 from .scan import MAX_VOXELS, Scan, is_wide, to_picture
 from .windows import Window, apply_window, percentile_window, sampled_slices
@@ -93,7 +93,7 @@ class PageStack(Stack):
                 self._opened.seek(index)
             except Exception as error:
                 raise ValueError(f"{name} is damaged or truncated ({error})") from error
-            return decode_upright(self._opened, name).copy()
+            return decode(self._opened, name, upright=True).copy()
 
 
 def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:

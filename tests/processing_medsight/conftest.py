@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from processing_medsight import MedSightImageProcessor, MedSightProcessor, add_region_codes
+from tests.processing_medsight.qwen3_tokenizer import build_qwen3_tokenizer, build_tiny_tokenizer
 
 
 GROUPS, CODES = 3, 4
@@ -17,28 +17,13 @@ IMAGE_ROWS = 5
 
 
 @pytest.fixture(scope="session")
-def builder() -> ModuleType:
-    """The module that builds tokenizers for these tests."""
-    spec = importlib.util.spec_from_file_location("qwen3_tokenizer", Path(__file__).with_name("qwen3_tokenizer.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def qwen3_ranks() -> Path:
-    """The file of Qwen3's ranks, which the package dashscope ships (install it with --no-deps)."""
+def qwen3_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Qwen3's tokenizer, from the ranks that the package dashscope ships (install it with --no-deps)."""
     spec = importlib.util.find_spec("dashscope")
     if spec is None:
         pytest.skip("the package dashscope, which ships Qwen's vocabulary, is not installed")
-    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
-
-
-@pytest.fixture(scope="session")
-def qwen3_saved(builder: ModuleType, qwen3_ranks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with Qwen3's tokenizer, without region codes."""
     folder = tmp_path_factory.mktemp("qwen3")
-    builder.build_qwen3_tokenizer(qwen3_ranks).save_pretrained(folder)
+    build_qwen3_tokenizer(Path(spec.origin).parent / "resources" / "qwen.tiktoken").save_pretrained(folder)
     return folder
 
 
@@ -51,8 +36,8 @@ def qwen3_with_codes(qwen3_saved: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def bare_tokenizer(builder: ModuleType) -> PreTrainedTokenizerBase:
-    return builder.build_tiny_tokenizer()
+def bare_tokenizer() -> PreTrainedTokenizerBase:
+    return build_tiny_tokenizer()
 
 
 @pytest.fixture

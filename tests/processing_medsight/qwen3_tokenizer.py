@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from processing_medsight import QWEN3_ADDED_TOKENS
 
@@ -31,46 +32,34 @@ def build_tiny_tokenizer() -> Qwen2Tokenizer:
     return _with_added_tokens(vocab, merges)
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """A tiktoken file: base64 token and rank a line."""
-    lines = path.read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-
-
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The one merge that makes each token of more than a byte: the two parts that lower ranks leave of it."""
+    """The one merge that makes each token of more than a byte: the two parts that lower ranks leave of it.
+
+    tiktoken's rule: always merge the neighbours whose union has the lowest rank.
+    """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = byte_pair_encode(token, ranks, below=rank)
-            if len(parts) != 2:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            unions = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
+            at = unions.index(min(unions))
+            if unions[at] == rank:
                 raise ValueError(f"rank {rank} ({token!r}) is not made of two lower ranks: {parts}")
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
 
 
-def byte_pair_encode(text: bytes, ranks: dict[bytes, int], below: int | None = None) -> list[bytes]:
-    """tiktoken's rule: always merge the neighbours whose union has the lowest rank (below `below`)."""
-    parts = [text[i : i + 1] for i in range(len(text))]
-    while True:
-        best, at = below, None
-        for i in range(len(parts) - 1):
-            rank = ranks.get(parts[i] + parts[i + 1])
-            if rank is not None and (best is None or rank < best):
-                best, at = rank, i
-        if at is None:
-            return parts
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
 def build_qwen3_tokenizer(path: Path) -> Qwen2Tokenizer:
     """Qwen3's tokenizer, byte for byte: 151,643 ranks, 151,387 merges, 26 added tokens."""
-    letters = byte_letters()
+    letters = bytes_to_unicode()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    ranks = read_ranks(path)
+    lines = path.read_bytes().splitlines()  # base64 token and rank a line
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     vocab = {spell(token): rank for token, rank in ranks.items()}
     return _with_added_tokens(vocab, [(spell(left), spell(right)) for left, right in merges_of(ranks)])
 
@@ -80,13 +69,3 @@ def _with_added_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -> 
     tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in QWEN3_ADDED_TOKENS])
     tokenizer.eos_token = "<|im_end|>"
     return tokenizer
-
-
-def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in letters:
-            letters[byte] = chr(256 + len(letters) - len(printable))
-    return letters

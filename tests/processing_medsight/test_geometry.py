@@ -13,19 +13,7 @@ from processing_medsight.geometry_medsight import FITS, fit_image
 from processing_medsight.image_processing_medsight import MedSightImageProcessor
 
 
-ORIGINALS = [
-    (1, 1),
-    (2, 3),
-    (1, 90),
-    (90, 1),
-    (7, 150),
-    (150, 7),
-    (97, 64),
-    (64, 97),
-    (112, 112),
-    (61, 200),
-    (333, 250),
-]
+ORIGINALS = [(1, 1), (2, 3), (1, 90), (90, 1), (7, 150), (150, 7), (97, 64), (112, 112), (61, 200), (333, 250)]
 SIZES = [(56, 56), (28, 84), (90, 30)]
 
 
@@ -172,18 +160,18 @@ def test_geometry_of_a_call_can_differ_from_the_processors() -> None:
     assert (back.numpy()[0] == mask).all()
 
 
-@pytest.mark.parametrize("kind", ["bool", "uint8", "float", "tensor", "pillow", "list"])
-def test_mask_labels_from_any_kind_of_mask(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["uint8", "float", "tensor", "pillow", "list"])
+def test_mask_labels_from_any_kind_of_mask_and_from_none(kind: str) -> None:
     processor, masks = MedSightImageProcessor(size=16), some_masks(20, 30)
-    given = {
-        "bool": masks,
-        "uint8": masks.astype(np.uint8) * 255,
-        "float": masks.astype(np.float32),
-        "tensor": torch.from_numpy(masks),
-        "pillow": [Image.fromarray(mask) for mask in masks],
-        "list": list(masks),
+    make = {
+        "uint8": lambda masks: masks.astype(np.uint8) * 255,
+        "float": lambda masks: masks.astype(np.float32),
+        "tensor": torch.from_numpy,
+        "pillow": lambda masks: [Image.fromarray(mask) for mask in masks],
+        "list": list,
     }[kind]
-    assert torch.equal(processor.preprocess_masks(given, (8, 8)), processor.preprocess_masks(masks, (8, 8)))
+    assert torch.equal(processor.preprocess_masks(make(masks), (8, 8)), processor.preprocess_masks(masks, (8, 8)))
+    assert processor.preprocess_masks(make(masks[:0]), (4, 4)).shape == (0, 4, 4)
 
 
 def test_a_region_smaller_than_a_cell_leaves_a_trace() -> None:
@@ -198,7 +186,7 @@ def test_a_region_smaller_than_a_cell_leaves_a_trace() -> None:
     [
         ([torch.zeros(1, 4, 4)], [(8, 8), (8, 8)], "1 entries but original_sizes has 2"),
         ([torch.zeros(4, 4)], [(8, 8)], r"mask_logits\[0\]: expected shape"),
-        ([torch.full((1, 4, 4), float("nan"))], [(8, 8)], r"mask_logits\[0\] holds NaN"),
+        ([torch.full((1, 4, 4), float("nan"))], [(8, 8)], r"mask_logits\[0\]: .*no NaN"),
         ([torch.zeros(1, 4, 4)], [(0, 8)], "cannot be fitted"),
     ],
 )
@@ -210,7 +198,7 @@ def test_masks_that_cannot_be_placed_are_refused(logits: list, sizes: list, mess
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ([np.zeros((4, 4)), np.zeros((4, 5))], "one size"),
+        ([np.zeros((4, 4)), np.zeros((4, 5))], "mask 1: .*the same for all"),
         (np.full((1, 4, 4), 1.5), "mask 0"),
         (np.full((1, 4, 4), np.nan), "mask 0"),
         (np.zeros((1, 1, 4, 4)), "expected shape"),
@@ -220,11 +208,6 @@ def test_masks_that_cannot_be_placed_are_refused(logits: list, sizes: list, mess
 def test_bad_masks_are_refused(masks: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MedSightImageProcessor(size=8).preprocess_masks(masks, (4, 4))
-
-
-def test_no_masks_are_no_masks() -> None:
-    for masks in ([], np.zeros((0, 9, 9), bool), torch.zeros(0, 9, 9)):
-        assert MedSightImageProcessor(size=8).preprocess_masks(masks, (4, 4)).shape == (0, 4, 4)
 
 
 def test_real_masks_come_back_to_within_one_pixel(shared_data: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.utils import ModelOutput
 
 from processing_medsight import MedSightProcessor
-from processing_medsight.grounded_answer_medsight import mask_box, tidy_answer
+from processing_medsight.grounded_answer_medsight import tidy_answer
 
 
 CODE = re.compile(r"\[C\d+_\d+\]")
@@ -113,15 +113,9 @@ def generated(processor: MedSightProcessor, prompts: Any, answers: list[str], bo
     )
 
 
-def ask(processor: MedSightProcessor, *conversations: list) -> Any:
-    return processor.apply_chat_template(
-        list(conversations),
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+def ask(processor: MedSightProcessor, *conversations: list, add_generation_prompt: bool = True) -> Any:
+    tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    return processor.apply_chat_template(list(conversations), add_generation_prompt=add_generation_prompt, **tensors)
 
 
 def question(*images: Image.Image, text: str = "Segment.") -> list[dict]:
@@ -187,13 +181,7 @@ def test_codes_of_a_given_conversation_belong_to_the_image_before_them(processor
         *question(blank(40, 20), text="And here?"),
         {"role": "assistant", "content": "spleen [C0_1], polyp [C2_2]"},
     ]
-    inputs = processor.apply_chat_template(
-        [conversation, question(blank(5, 5))],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    inputs = ask(processor, conversation, question(blank(5, 5)), add_generation_prompt=False)
     decoded = ModelOutput(
         mask_logits=[logits_of(*[(0, 0, 1, 1)] * 3), logits_of()],
         region_code_ids=[torch.tensor(processor.tokenizer.convert_tokens_to_ids(["[C0_0]", "[C0_1]", "[C2_2]"])), []],
@@ -229,29 +217,22 @@ def test_an_answer_says_whether_it_came_to_its_end_and_can_keep_special_tokens(p
     assert [a.is_complete for a in processor.post_process_grounded_answer(decoded, inputs)] == [None, None]
 
 
-@pytest.mark.parametrize("fault", ["codes", "masks", "rows", "sizes", "tensor"])
-def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out, _: {**out, "region_code_ids": out["region_code_ids"][1:] * 2}, "sequence 0.*region codes"),
+        (lambda out, _: {**out, "mask_logits": out["mask_logits"][:1] * 2}, "sequence 1.*mask_logits"),
+        (lambda out, _: {**out, "sequences": out["sequences"][[0, 1, 1]]}, "3 sequences, no multiple"),
+        (lambda out, inputs: inputs.update(original_sizes=[(5, 5)]) or out, "original_sizes"),
+        (lambda out, _: out["sequences"], "plain tensor"),
+    ],
+    ids=["codes", "masks", "rows", "sizes", "tensor"],
+)
+def test_what_does_not_belong_together_is_refused(processor: MedSightProcessor, change: Any, message: str) -> None:
     inputs = ask(processor, question(blank(5, 5)), question(blank(6, 6)))
     out = generated(processor, inputs, ["a [C0_1]", "b [C0_2] [C0_3]"], [[(0, 0, 1, 1)], [(0, 0, 1, 1)] * 2])
-    message = {
-        "codes": "sequence 0.*region codes",
-        "masks": "sequence 1.*mask_logits",
-        "rows": "3 sequences, no multiple",
-        "sizes": "original_sizes",
-        "tensor": "plain tensor",
-    }[fault]
-    if fault == "codes":
-        out["region_code_ids"] = out["region_code_ids"][::-1][:1] + out["region_code_ids"][:1]
-    elif fault == "masks":
-        out["mask_logits"] = [out["mask_logits"][0]] * 2
-    elif fault == "rows":
-        out["sequences"] = out["sequences"][[0, 1, 1]]
-    elif fault == "sizes":
-        inputs["original_sizes"] = inputs["original_sizes"][:1]
-    else:
-        out = out["sequences"]
     with pytest.raises(ValueError, match=message):
-        processor.post_process_grounded_answer(out, inputs)
+        processor.post_process_grounded_answer(change(out, inputs), inputs)
 
 
 def test_a_region_says_what_its_code_usually_stands_for(processor: MedSightProcessor) -> None:
@@ -266,12 +247,3 @@ def test_a_region_says_what_its_code_usually_stands_for(processor: MedSightProce
     assert spleen.meaning is None
     processor.region_codes = None
     assert [r.meaning for r in processor.post_process_grounded_answer(out, inputs)[0].regions] == [None, None]
-
-
-def test_boxes_exclude_their_end() -> None:
-    mask = torch.zeros(6, 8, dtype=torch.bool)
-    assert mask_box(mask) is None
-    mask[2, 3] = True
-    assert mask_box(mask) == (3, 2, 4, 3)
-    mask[5, 7] = True
-    assert mask_box(mask) == (3, 2, 8, 6)

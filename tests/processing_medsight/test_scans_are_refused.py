@@ -1,9 +1,6 @@
 """The processor takes pictures: whoever hands it a scan, or a choice that is of scans, is shown what opens one."""
 
 import gzip
-import json
-import logging
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -58,46 +55,6 @@ def test_an_array_of_slices_is_refused_and_one_of_channels_is_a_picture(tmp_path
     expected = processor(picture, return_tensors="pt")["pixel_values"]
     for source in (tmp_path / "picture.npy", npy_bytes(picture), np.stack([picture] * 3), npy_bytes(picture[None])):
         assert torch.equal(processor(source, return_tensors="pt")["pixel_values"], expected)
-
-
-def test_of_a_tiff_of_several_pages_the_first_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    pages = [Image.new("L", (9, 6), level) for level in (50, 200)]
-    file = BytesIO()
-    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
-    processor = MedSightImageProcessor(size=28)
-    with caplog.at_level(logging.WARNING):
-        shown = processor(file.getvalue(), return_tensors="pt")["pixel_values"]
-    assert torch.equal(shown, processor(pages[0], return_tensors="pt")["pixel_values"])
-    assert "image holds 2 frames: only the first is used" in caplog.text
-
-
-@pytest.mark.parametrize("choice", [{"slices": "all"}, {"window": (40, 400)}, {"plane": "axial"}])
-def test_choices_of_scans_are_refused_in_a_call(choice: dict, processor: MedSightProcessor) -> None:
-    image = Image.new("L", (8, 8))
-    message = f"{next(iter(choice))}: of scans, but the processor takes pictures.*{HOW}"
-    for arguments in (choice, {"images_kwargs": choice}):
-        with pytest.raises(ValueError, match=message):
-            processor(text="<|image_pad|>", images=image, **arguments)
-    with pytest.raises(ValueError, match=message):
-        processor.image_processor(image, **choice)
-
-
-@pytest.mark.parametrize(
-    ("choices", "said"), [({"slices": "middle"}, False), ({"slices": "all", "window": "lung"}, True)]
-)
-def test_a_folder_of_an_earlier_version_loads_and_loses_its_choices_of_scans(
-    choices: dict, said: bool, processor: MedSightProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    processor.save_pretrained(tmp_path)
-    path = tmp_path / "processor_config.json"
-    settings = json.loads(path.read_text("utf-8"))
-    assert not {"slices", "window", "plane"} & settings["image_processor"].keys()
-    settings["image_processor"] |= choices
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    with caplog.at_level(logging.WARNING):
-        again = MedSightProcessor.from_pretrained(tmp_path)
-    assert again.to_dict() == processor.to_dict()
-    assert ("not read any more" in caplog.text) == said
 
 
 def test_no_module_of_a_checkpoint_knows_a_scanner() -> None:
