@@ -35,12 +35,9 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
     """
     if len(masks) != len(labels):
         raise ValueError(f"expected one label a mask, got {len(labels)} labels for {len(masks)} masks")
-    for index, mask in enumerate(masks):
+    for number, mask in enumerate(masks, 1):
         if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"mask {index + 1}: expected {image.width} x {image.height} pixels, as the image has, "
-                f"got {mask.shape[-1]} x {mask.shape[0]}"
-            )
+            raise ValueError(f"mask {number}: expected {image.height} x {image.width} pixels, got {mask.shape}")
     return add_legend(draw_regions(image, masks, readable_side(image)), labels)
 
 

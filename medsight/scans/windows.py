@@ -80,7 +80,8 @@ def sampled_slices(count: int) -> list[int]:
 
 
 def percentile_window(values: np.ndarray) -> Window:
-    """The window between the 1st and 99th percentile of `values`; of all of them where these coincide."""
+    """The window between the 1st and 99th percentile of what is finite; of all of it where these coincide."""
+    values = values[np.isfinite(values)]
     if not values.size:
         return Window(0, 1)
     low, high = np.percentile(values, PERCENTILES)
@@ -91,6 +92,7 @@ def percentile_window(values: np.ndarray) -> Window:
 
 def looks_like_hounsfield(values: np.ndarray) -> bool:
     """Whether grey levels without a stated unit are those of a CT: air at about -1000, tissue above 0."""
+    values = values[np.isfinite(values)]
     if not values.size:
         return False
     low, high = np.percentile(values, PERCENTILES)
