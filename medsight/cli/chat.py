@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ class Conversation:
 
         asked = [*self.messages, user_turn(prompt, None if self.messages else self.image.image)]
         streamer = None if on_text is None else streaming(self.predictor.processor.tokenizer, on_text)
-        answer = self.predictor.answer([asked], streamer=streamer, **self.settings.to_dict())[0]
+        answer = self.predictor.answer([asked], streamer=streamer, **asdict(self.settings))[0]
         self.messages = [*asked, assistant_turn(answer)]
         return self.predictor.prediction(answer, self.image, prompt, self.name)
 
@@ -125,9 +126,7 @@ def command(
     chosen = list(read_slices(scan, slice_choice, view))
     if len(chosen) != 1:
         raise ValueError(f"--slice {slice_choice} chooses {len(chosen)} slices; a conversation is about one of them")
-    folder = Path(output) if output is not None else Path(f"{safe_name(Path(image))}-chat")
-    if deidentify and output is None:
-        folder = Path("image-chat")
+    folder = Path(output or f"{'image' if deidentify else safe_name(Path(image))}-chat")
     check_empty(folder)
     with results(as_json) as out:
         with quiet_transformers():
@@ -145,8 +144,7 @@ def read_prompts() -> Iterator[str]:
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        if not (line := sys.stdin.readline()):
             return
         if line.strip():
             yield line.strip()

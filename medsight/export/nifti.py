@@ -81,7 +81,7 @@ def _image_of_dicom(scan: Scan, volume: np.ndarray) -> Any:
     """An image of (frames, rows, columns), its axes in NIfTI's usual order: columns, rows, frames."""
     import nibabel
 
-    turned = scan.affine[:, [2, 1, 0, 3]]
+    turned = np.asarray(scan.affine)[:, [2, 1, 0, 3]]
     image = nibabel.Nifti1Image(volume.transpose(2, 1, 0), turned)
     image.set_sform(turned, code="scanner")
     image.set_qform(turned, code="scanner")

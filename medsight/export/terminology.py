@@ -93,8 +93,10 @@ def segment_codes(label: str) -> SegmentCodes:
     if found is None and side in SIDES and rest:
         found, laterality = _structure(rest), getattr(codes.SCT, SIDES[side])
     last_word = _singular(name).rpartition(" ")[2]
-    category, property_type = found or _type_in_category(LAST_WORDS.get(last_word, "Tissue"))
-    return SegmentCodes(category, property_type, laterality)
+    found = found or _type_in_category(LAST_WORDS.get(last_word, "Tissue"))
+    if found is None:
+        raise LookupError(f"pydicom's context groups lack the code of {label!r}")
+    return SegmentCodes(*found, laterality)
 
 
 def _structure(name: str) -> "tuple[Code, Code] | None":

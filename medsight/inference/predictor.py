@@ -92,25 +92,11 @@ class Predictor:
         self.model.to(self.device).eval()
 
     @overload
-    def __call__(
-        self,
-        image: Source | Scan,
-        prompt: str,
-        slices: int | str | Sequence[int] = "middle",
-        window: Window = None,
-        batch_size: int = BATCH_SIZE,
-        **settings: Any,
-    ) -> Prediction: ...
+    def __call__(self, image: Source | Scan, prompt: str, *view: Any, **settings: Any) -> Prediction: ...
 
     @overload
     def __call__(
-        self,
-        image: list[Source | Scan] | tuple[Source | Scan, ...],
-        prompt: str | Sequence[str],
-        slices: int | str | Sequence[int] = "middle",
-        window: Window = None,
-        batch_size: int = BATCH_SIZE,
-        **settings: Any,
+        self, image: list[Any] | tuple[Any, ...], prompt: str | Sequence[str], *view: Any, **settings: Any
     ) -> list[Prediction]: ...
 
     def __call__(
@@ -158,7 +144,7 @@ class Predictor:
         )
         predictions: list[Prediction] = []
         while batch := list(islice(entries, batch_size)):
-            predictions += self.predict_slices(*(list(column) for column in zip(*batch, strict=True)), **settings)
+            predictions += self.predict_slices(*zip(*batch, strict=True), **settings)
         return predictions
 
     def predict_slices(
@@ -170,10 +156,8 @@ class Predictor:
             ValueError: an argument is out of range; the message names it.
         """
         chats = [[user_turn(prompt, shown.image)] for prompt, shown in zip(prompts, slices, strict=True)]
-        return [
-            self.prediction(*entry)
-            for entry in zip(self.answer(chats, **settings), slices, prompts, names, strict=True)
-        ]
+        answers = self.answer(chats, **settings)
+        return [self.prediction(*entry) for entry in zip(answers, slices, prompts, names, strict=True)]
 
     def prediction(self, answer: GroundedAnswer, shown: Slice, prompt: str, name: str) -> Prediction:
         """An answer with what was asked; `name` is what the image is called."""
@@ -217,10 +201,7 @@ class Predictor:
 
 
 def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Any:
-    """Conversations as one left-padded batch for `decode_greedily`, on the model's device and in its precision.
-
-    Args:
-        conversations: chat messages, as `apply_chat_template` takes them; each ends with a turn of the user.
+    """Conversations, each ending with a turn of the user, as one left-padded batch on the model's device.
 
     Raises:
         ValueError: one of them cannot be tokenized.
@@ -250,11 +231,7 @@ def check_length(model: Any, inputs: Any, max_new_tokens: int) -> None:
 
 
 def decode_greedily(model: Any, inputs: Any, **settings: Any) -> Any:
-    """What the model's `generate` returns for the inputs, at the likeliest token each time.
-
-    Args:
-        **settings: more of `generate`, such as `max_new_tokens` or `streamer`.
-    """
+    """What the model's `generate`, which `settings` are for, returns at the likeliest token each time."""
     with torch.inference_mode():
         return model.generate(**inputs, do_sample=False, num_beams=1, return_dict_in_generate=True, **settings)
 

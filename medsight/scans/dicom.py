@@ -64,7 +64,9 @@ class DicomScan(Scan):
         headers = [read_header(*entry) for entry in zip(sources, names, strict=True)]
         with guarded(name, "its header is damaged"):
             order = _series_order(headers, names, name) if len(sources) > 1 else [0]
-            self._headers, self._sources, self._names = ([e[i] for i in order] for e in (headers, sources, names))
+            self._headers = [headers[i] for i in order]
+            self._sources = [sources[i] for i in order]
+            self._names = [names[i] for i in order]
             self.files = tuple(source for source in self._sources if isinstance(source, Path))
             first = self._headers[0]
             self.num_slices = len(headers) if len(headers) > 1 else number_of_frames(first)
