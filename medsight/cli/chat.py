@@ -47,11 +47,14 @@ class Conversation:
     """
 
     def __init__(self, predictor: "Predictor", image: "Slice", name: str, settings: AnswerSettings) -> None:
+        from medsight.inference.predictor import EarlierTurns
+
         self.predictor = predictor
         self.image = image
         self.name = name
         self.settings = settings
         self.messages: list[dict[str, Any]] = []
+        self.turns = EarlierTurns()
 
     def ask(self, prompt: str, on_text: Callable[[str], None] | None = None) -> "Prediction":
         """Answers the next turn. A turn that fails is not part of the conversation.
@@ -66,7 +69,7 @@ class Conversation:
 
         asked = [*self.messages, user_turn(prompt, None if self.messages else self.image.image)]
         streamer = None if on_text is None else streaming(self.predictor.processor.tokenizer, on_text)
-        answer = self.predictor.answer([asked], streamer=streamer, **asdict(self.settings))[0]
+        answer = self.predictor.answer([asked], streamer, self.turns, **asdict(self.settings))[0]
         self.messages = [*asked, assistant_turn(answer)]
         return self.predictor.prediction(answer, self.image, prompt, self.name)
 

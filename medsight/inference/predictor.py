@@ -15,6 +15,7 @@ from medsight.loading import choose_device, load_checkpoint
 from medsight.scans.opening import Source, open_scan
 from medsight.scans.scan import Scan
 from medsight.text import printable
+from modeling_medsight.outputs_medsight import CACHE_NAME
 from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
 from .prediction import Prediction
@@ -173,7 +174,11 @@ class Predictor:
         )
 
     def answer(
-        self, conversations: Sequence[Sequence[dict[str, Any]]], streamer: Any = None, **settings: Any
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        streamer: Any = None,
+        turns: "EarlierTurns | None" = None,
+        **settings: Any,
     ) -> list[GroundedAnswer]:
         """Answers the last turn of each conversation, as one batch.
 
@@ -181,6 +186,7 @@ class Predictor:
             conversations: chat messages, as `apply_chat_template` takes them; see `user_turn`. The assistant's earlier
                 turns are `raw_text`s, so that their region codes are read again.
             streamer: one of transformers', which gets the tokens of the one conversation as they come.
+            turns: what the one conversation has been read up to; the same at each of its turns.
             **settings: fields of `AnswerSettings`.
 
         Returns:
@@ -193,11 +199,35 @@ class Predictor:
         chosen = AnswerSettings(**settings)
         inputs = tokenize_chats(self.model, self.processor, conversations)
         check_length(self.model, inputs, chosen.max_new_tokens)
-        output = decode_greedily(self.model, inputs, streamer=streamer, **chosen.decoding())
+        cached = {} if turns is None else turns.take(inputs["input_ids"][0])
+        output = decode_greedily(self.model, inputs, streamer=streamer, **cached, **chosen.decoding())
+        if turns is not None:
+            turns.keep(output)
         answers: list[GroundedAnswer] = self.processor.post_process_grounded_answer(
             output, inputs, threshold=chosen.threshold
         )
         return answers
+
+
+class EarlierTurns:
+    """The keys and values of a conversation's turns, which the next one need not read again."""
+
+    cache: Any = None
+    token_ids: torch.Tensor
+
+    def take(self, prompt: torch.Tensor) -> dict[str, Any]:
+        """The cache, for `generate`, if a prompt's token ids (length,) begin with those that it holds.
+
+        It is kept no longer: a turn that fails may have added to it.
+        """
+        cache, self.cache = self.cache, None
+        goes_on = cache is not None and prompt[: len(self.token_ids)].equal(self.token_ids)
+        return {CACHE_NAME: cache} if goes_on and len(prompt) > len(self.token_ids) else {}
+
+    def keep(self, output: Any) -> None:
+        """Keeps the cache that `generate` returned for one conversation."""
+        self.cache = output[CACHE_NAME]
+        self.token_ids = output.sequences[0, : self.cache.get_seq_length()]
 
 
 def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Any:
