@@ -63,21 +63,13 @@ Deidentify = Annotated[
 
 @dataclass(eq=False)
 class Job:
-    """An image to answer about.
-
-    Attributes:
-        image: its file, or the folder of its series.
-        folder: where the answer goes.
-        expected: how many slices of it are asked about.
-        predictions: those made so far.
-        error: why there is no answer.
-    """
+    """An image, or the folder of a series, to answer about."""
 
     image: Path
-    folder: Path = Path()
-    expected: int = 0
-    predictions: "list[Prediction]" = field(default_factory=list)
-    error: Exception | None = None
+    folder: Path = Path()  # where the answer goes
+    expected: int = 0  # slices of it that are asked about
+    predictions: "list[Prediction]" = field(default_factory=list)  # so far
+    error: Exception | None = None  # why there is no answer
 
     @cached_property
     def sha256(self) -> str:
@@ -198,12 +190,7 @@ def place(jobs: Sequence[Job], output: Path | None, is_single: bool, deidentify:
 
 
 def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds the answer that this run would give.
-
-    Raises:
-        FileExistsError: it holds something else, or the answer of other settings, and may not be overwritten.
-        ValueError: it holds a damaged answer.
-    """
+    """Whether the folder holds the answer that this run would give; an error if it holds anything else."""
     earlier = None if overwrite else read_answer(job.folder)
     if earlier is None:
         check_answer_folder(job.folder, overwrite)

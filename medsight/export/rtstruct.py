@@ -47,11 +47,8 @@ def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, dei
         structures = _structure_set(headers)
     for label in labels_with_pixels(regions):
         volume = scan.to_source(label.masks)
-        contours = [
-            contour
-            for frame in np.flatnonzero(volume.any(axis=(1, 2)))
-            for contour in _contours(scan, headers, int(frame), volume[frame])
-        ]
+        frames = np.flatnonzero(volume.any(axis=(1, 2))).tolist()
+        contours = [contour for i in frames for contour in _contours(scan, headers, i, volume[i])]
         _add_roi(structures, label, contours)
     # Implicit: in explicit syntaxes a contour of some thousand points outgrows the 64 KiB of its element.
     structures.file_meta = pydicom.dataset.FileMetaDataset()
@@ -161,10 +158,9 @@ def _add_roi(structures: "Dataset", label: Label, contours: list["Dataset"]) -> 
 
 
 def _reference(header: "Dataset", frame_number: int | None = None) -> "Dataset":
-    reference = _item(ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID)
-    if frame_number is not None:
-        reference.ReferencedFrameNumber = frame_number
-    return reference
+    frame = {} if frame_number is None else {"ReferencedFrameNumber": frame_number}
+    uids = {"ReferencedSOPClassUID": header.SOPClassUID, "ReferencedSOPInstanceUID": header.SOPInstanceUID}
+    return _item(**uids, **frame)
 
 
 def _item(**attributes: Any) -> "Dataset":

@@ -151,11 +151,7 @@ class Predictor:
     def predict_slices(
         self, slices: Sequence[Slice], prompts: Sequence[str], names: Sequence[str], **settings: Any
     ) -> list[Prediction]:
-        """Answers one batch: a prompt about each slice; `names` are what the images are called.
-
-        Raises:
-            ValueError: an argument is out of range; the message names it.
-        """
+        """Answers one batch: a prompt about each slice; `names` are what the images are called."""
         chats = [[user_turn(prompt, shown.image)] for prompt, shown in zip(prompts, slices, strict=True)]
         answers = self.answer(chats, **settings)
         return [self.prediction(*entry) for entry in zip(answers, slices, prompts, names, strict=True)]

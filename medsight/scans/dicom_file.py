@@ -22,7 +22,6 @@ from .dicom_header import code_of, number_of_frames, photometric_of
 
 
 MAX_FRAMES = 2**17  # tiles of a whole slide
-MAX_FILE_BYTES = 2**31
 MAX_INFLATED_BYTES = 2**28  # of a deflated data set
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
@@ -75,9 +74,6 @@ def read_whole(source: Path | bytes, name: str) -> Any:
     import pydicom
 
     with _stream(source, name) as file:
-        if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
-            raise RefusedError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
-        file.seek(0)
         dataset = pydicom.dcmread(file, force=True)
     _set_transfer_syntax(dataset)
     _index_frames(dataset)

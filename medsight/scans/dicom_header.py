@@ -11,6 +11,11 @@ from .windows import Window, file_window
 TOLERANCE = 0.01  # of direction cosines, of spacings that are to be the same, of the distance between slices
 _CENTIMETRES = 3  # of the physical units of an ultrasound region
 _IMAGE_REGION = 1  # a two-dimensional picture: no trace over time
+_REGION = (
+    *("RegionSpatialFormat", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection"),
+    *("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1"),
+    *("PhysicalDeltaX", "PhysicalDeltaY"),
+)
 
 
 def number_of_frames(dataset: Any) -> int:
@@ -82,19 +87,14 @@ def spacing_of(dataset: Any) -> tuple[float, float] | None:
 
 def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float] | None:
     """The spacing of a two-dimensional region in cm; `None` if it exceeds the picture, which was scaled since then."""
-    kind, *units = (
-        numbers_of(region.get(key), 1)
-        for key in ("RegionSpatialFormat", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection")
-    )
-    corners = [numbers_of(region.get(f"RegionLocationM{corner}"), 1) for corner in ("inX0", "inY0", "axX1", "axY1")]
-    deltas = [numbers_of(region.get(key), 1) for key in ("PhysicalDeltaY", "PhysicalDeltaX")]
-    if kind != (_IMAGE_REGION,) or set(units) != {(_CENTIMETRES,)} or None in corners or None in deltas:
+    values = [number for key in _REGION for number in numbers_of(region.get(key), 1) or ()]
+    if len(values) < len(_REGION):
         return None
-    (left,), (top,), (right,), (bottom,) = corners  # type: ignore[misc]
-    down, across = (10 * abs(delta[0]) for delta in deltas if delta is not None)
+    kind, unit_across, unit_down, left, top, right, bottom, across, down = values
+    known = kind == _IMAGE_REGION and unit_across == unit_down == _CENTIMETRES
     # Writers disagree on whether the last column belongs to the region.
     inside = 0 <= left < right <= columns and 0 <= top < bottom <= rows
-    return (down, across) if inside and down > 0 and across > 0 else None
+    return (10 * abs(down), 10 * abs(across)) if known and inside and down and across else None
 
 
 def voi_of(dataset: Any, frame: int) -> Any:

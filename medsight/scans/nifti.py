@@ -21,7 +21,6 @@ from transformers.utils import logging
 
 from processing_medsight.image_loading_medsight import GZIP_MAGIC, MAX_IMAGE_PIXELS, open_source
 
-from .file_kinds import check_gzip_ratio
 from .scan import MAX_VOXELS, Scan, warn_of_oblong_pixels
 from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, percentile_window
 
@@ -29,6 +28,9 @@ from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, perce
 logger = logging.get_logger(__name__)
 
 _MAX_HEADER = 2**24  # extensions stand between header and voxels
+# A label map compresses a hundredfold, a bomb a thousandfold; what is small when unpacked may be anything.
+_MAX_GZIP_RATIO = 256
+_GZIP_RATIO_FREE_BYTES = 2**26
 _SAMPLE = 2**20  # voxels that percentiles are taken from
 _LABELS = 1002  # NIFTI_INTENT_LABEL
 _COLOUR = (128, 2304)  # datatype codes of RGB and RGBA
@@ -100,9 +102,12 @@ class NiftiScan(Scan):
             raise ValueError(f"{self.name} has a damaged header: it puts the voxels at byte {offset:g}")
         needed = int(offset) + math.prod(self._shape) * self._dtype.itemsize
         held = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
-        if self._packed:
-            check_gzip_ratio(held, needed, self.name)
-        elif held < needed:
+        if self._packed and needed > max(_GZIP_RATIO_FREE_BYTES, _MAX_GZIP_RATIO * held):
+            raise ValueError(
+                f"{self.name} would unpack from {held:,} to {needed:,} bytes: more than {_MAX_GZIP_RATIO}-fold is "
+                "refused. Unpack it yourself if you trust it"
+            )
+        if not self._packed and held < needed:
             raise ValueError(
                 f"{self.name} is truncated: its header claims {needed:,} bytes ({' x '.join(map(str, self._shape))} "
                 f"voxels of {self._dtype}), the file holds {held:,}"

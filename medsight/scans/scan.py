@@ -254,8 +254,7 @@ class Picture(Scan):
         return self._values
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-        volume: np.ndarray = super().to_source(masks)[0]
-        return volume
+        return super().to_source(masks)[0]
 
 
 def is_wide(image: Image.Image | np.ndarray) -> bool:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 
 BRIGHT = 1000  # of tissue at 0: any sensible window tells them apart
@@ -122,30 +121,3 @@ def fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
                 if (y0 <= row + 0.5) != (y1 <= row + 0.5):
                     inside[row] ^= x < x0 + (row + 0.5 - y0) / (y1 - y0) * (x1 - x0)
     return inside
-
-
-def fill_with_pil(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """The same by PIL, which knows whole coordinates only and colours the border too: drawn fourfold, centres read."""
-    inside = np.zeros((height, width), dtype=bool)
-    for polygon in polygons:
-        canvas = Image.new("1", (4 * width, 4 * height))
-        ImageDraw.Draw(canvas).polygon([(4 * x, 4 * y) for x, y in polygon], fill=1)
-        inside |= np.asarray(canvas)[2::4, 2::4]
-    return inside
-
-
-def decode_run_lengths(counts: str, height: int, width: int) -> np.ndarray:
-    """A mask from COCO's compressed run lengths, by the description of their format."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts.encode("ascii"):
-        bits = character - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:
-            if bits & 0x10:
-                value |= -1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(width, height).T
