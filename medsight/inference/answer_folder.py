@@ -47,7 +47,8 @@ def check_answer_folder(folder: Path, overwrite: bool) -> None:
         known = []
     if foreign := [name for name in names if name not in known]:
         raise FileExistsError(
-            f"output folder {folder}: only an earlier answer is overwritten, and {foreign[0]} is no part of one; name another"
+            f"output folder {folder}: only an earlier answer is overwritten, and {foreign[0]} is no part of one; name "
+            "another"
         )
 
 

@@ -21,8 +21,8 @@ from .dicom_header import (
     directions_of,
     group_of,
     measures_of,
+    number_of,
     number_of_frames,
-    numbers_of,
     photometric_of,
     position_of,
     spacing_of,
@@ -106,9 +106,9 @@ class DicomScan(Scan):
             shown: np.ndarray | None
             if chosen is not None:
                 shown = apply_window(values, chosen)
-            else:
-                shown = self._shown_by_file(index, values) if by_file else self._shown_by_default(index, values)
-            if shown is None:
+            elif window is None:
+                shown = self._shown_by_default(index, values)
+            elif (shown := self._shown_by_file(index, values)) is None:
                 raise RefusedError(no_file_window(self._slice_name(index)))
             if photometric_of(self._headers[0]) == "MONOCHROME1":
                 shown = 255 - shown
@@ -133,20 +133,17 @@ class DicomScan(Scan):
         frames = [self._header(index) for index in range(self.num_slices)]
         turns = [directions_of(*frame) for frame in frames]
         placed = [position_of(*frame) for frame in frames]
-        directions = turns[0]
-        if (
-            directions is None
-            or any(position is None for position in placed)
-            or any(turn is None or np.abs(turn - directions).max() > TOLERANCE for turn in turns)
-        ):
+        if any(value is None for value in (*turns, *placed)):
             return
-        positions = np.array(placed)
+        directions, positions = turns[0], np.array(placed)
+        if directions is None or np.abs(np.array(turns) - directions).max() > TOLERANCE:
+            return
         measures = measures_of(*self._header(0))
         normal = np.cross(*directions)
         if self.num_slices == 1:
-            step = (numbers_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"), 1) or (0.0,))[0]
-            self.slice_spacing = abs(step) or None
-            through = normal * (abs(step) or 1)
+            step = number_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"))
+            self.slice_spacing = abs(step or 0) or None
+            through = normal * (self.slice_spacing or 1)
         else:
             through = (positions[-1] - positions[0]) / (self.num_slices - 1)
             even = positions[0] + np.arange(self.num_slices)[:, None] * through
@@ -209,9 +206,10 @@ class DicomScan(Scan):
         header, _ = self._header(index)
         stored = self._stored(index)
         padding = np.zeros(stored.shape, dtype=bool)
-        if (value := numbers_of(header.get("PixelPaddingValue"), 1)) is not None:
-            limit = numbers_of(header.get("PixelPaddingRangeLimit"), 1) or value
-            padding = (stored >= min(value[0], limit[0])) & (stored <= max(value[0], limit[0]))
+        if (value := number_of(header.get("PixelPaddingValue"))) is not None:
+            limit = number_of(header.get("PixelPaddingRangeLimit"))
+            low, high = sorted((value, value if limit is None else limit))
+            padding = (stored >= low) & (stored <= high)
         return apply_modality_lut(stored, self._modality_scale(index)), padding
 
     def _modality_scale(self, index: int) -> Any:
@@ -297,7 +295,7 @@ def _series_order(headers: Sequence[Any], names: Sequence[str], name: str) -> li
         if seen.setdefault(instance, file) != file:
             raise RefusedError(f"{file} and {seen[instance]} are the same image: keep one of them")
     positions = [position_of(header, 0) for header in headers]
-    numbers = [(numbers_of(header.get("InstanceNumber"), 1) or (0.0,))[0] for header in headers]
+    numbers = [number_of(header.get("InstanceNumber")) or 0.0 for header in headers]
     along = [0.0] * len(headers)
     if expected is not None and all(position is not None for position in positions):
         along = [round(float(position @ np.cross(*expected)), 3) for position in positions]

@@ -41,6 +41,12 @@ def numbers_of(value: Any, count: int | None) -> tuple[float, ...] | None:
     return numbers if numbers and len(numbers) == (count or len(numbers)) and np.isfinite(numbers).all() else None
 
 
+def number_of(value: Any) -> float | None:
+    """A finite number, likewise."""
+    numbers = numbers_of(value, 1)
+    return None if numbers is None else numbers[0]
+
+
 def group_of(dataset: Any, frame: int, name: str) -> Any:
     """A functional group of a frame of an enhanced object: its own, or the shared one; {} where there is none."""
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
@@ -87,10 +93,10 @@ def spacing_of(dataset: Any) -> tuple[float, float] | None:
 
 def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float] | None:
     """The spacing of a two-dimensional region in cm; `None` if it exceeds the picture, which was scaled since then."""
-    values = [number for key in _REGION for number in numbers_of(region.get(key), 1) or ()]
-    if len(values) < len(_REGION):
+    values = [number_of(region.get(key)) for key in _REGION]
+    if None in values:
         return None
-    kind, unit_across, unit_down, left, top, right, bottom, across, down = values
+    kind, unit_across, unit_down, left, top, right, bottom, across, down = map(float, values)  # type: ignore[arg-type]
     known = kind == _IMAGE_REGION and unit_across == unit_down == _CENTIMETRES
     # Writers disagree on whether the last column belongs to the region.
     inside = 0 <= left < right <= columns and 0 <= top < bottom <= rows

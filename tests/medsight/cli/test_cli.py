@@ -125,24 +125,20 @@ def test_wrong_usage_is_one_line_and_status_2(
         ),
     ],
 )
-def test_an_error_is_one_message_without_traceback_and_status_1(
-    error: Exception, message: str, command: Callable, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_message_and_status_1_and_debugging_shows_the_traceback_too(
+    error: Exception,
+    message: str,
+    command: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command(raising(error))
     assert cli.main(["probe"]) == 1
-    captured = capsys.readouterr()
-    assert captured.err == f"medsight: error: {message}\n"
-    assert captured.out == ""
-
-
-def test_the_debug_variable_shows_the_traceback_too(
-    command: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    assert capsys.readouterr() == ("", f"medsight: error: {message}\n")
     monkeypatch.setenv("MEDSIGHT_DEBUG", "1")
-    command(raising(ValueError("bad")))
     assert cli.main(["probe"]) == 1
-    error = capsys.readouterr().err
-    assert "Traceback" in error and error.endswith("medsight: error: bad\n")
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith(f"medsight: error: {message}\n")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from tests.medsight.answers import SIZE, contents, same
 from tests.medsight.scans.scan_files import png_claiming
 
 
-def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
-    predict: Callable, image_file: Path, tmp_path: Path
+def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay_and_a_table_is_printed(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "deep" / "answer"
     assert predict(image_file, "--force-region", "--output", str(output)) == 0
@@ -38,29 +38,18 @@ def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
             assert image.size == SIZE and image.mode == "L"
         assert set(np.unique(mask)) <= {0, 255}
         assert region["area"] == (mask > 0).sum()
-        if region["area"]:
-            rows, columns = np.nonzero(mask)
-            assert region["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        else:
-            assert region["box"] is None
+        rows, columns = np.nonzero(mask)
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if region["area"] else None
+        assert region["box"] == box
         assert 0 <= region["score"] <= 1
     with Image.open(output / "overlay.png") as overlay:
         assert max(overlay.size) >= 512
-
-
-def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
-    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert predict(image_file, "--force-region", "--output", str(tmp_path / "out")) == 0
-    printed = capsys.readouterr().out
-    answer = json.loads((tmp_path / "out" / "answer.json").read_text("utf-8"))
-    assert printed.startswith(answer["text"])
-    lines = printed.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     header = next(index for index, line in enumerate(lines) if "code" in line and "score" in line)
     column = lines[header].index("code")
     for region, line in zip(answer["regions"], lines[header + 1 :], strict=False):
         assert line[column:].startswith(region["code"])
-    assert str(tmp_path / "out") in lines[-1]
+    assert lines[0] == answer["text"].split("\n")[0] and str(output) in lines[-1]
 
 
 def test_a_cut_answer_and_one_without_regions_say_so(predictor: Predictor, tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def test_multi_frame_sources_are_referred_to_by_frame(bright_regions: Regions, t
     assert np.array_equal(planes, expected)
 
     # The frames of the source as images of their own, for the reader of contours.
-    frames = {}
     (shared,) = source.SharedFunctionalGroupsSequence
+    frames = {}
     for number, groups in enumerate(source.PerFrameFunctionalGroupsSequence, 1):
         frames[str(number)] = image = pydicom.Dataset()
         image.Rows, image.Columns = source.Rows, source.Columns
