@@ -105,14 +105,13 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
 
 def _set_transfer_syntax(dataset: Any) -> None:
     """Say how a data set without a transfer syntax is encoded, or one that was inflated."""
-    import pydicom
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     implicit, little = dataset.original_encoding
-    if not getattr(dataset, "file_meta", None):
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.ensure_file_meta()
     if not dataset.file_meta.get("TransferSyntaxUID"):
-        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
 
 
 def _check_is_image(dataset: Any, length: int, name: str) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from .windows import Window, file_window
+from .windows import Window
 
 
 TOLERANCE = 0.01  # of direction cosines, of spacings that are to be the same, of the distance between slices
+_NARROWEST = {"LINEAR": 1, "LINEAR_EXACT": 0, "SIGMOID": 0}  # a window by its function is wider than this
 _CENTIMETRES = 3  # of the physical units of an ultrasound region
 _IMAGE_REGION = 1  # a two-dimensional picture: no trace over time
 _REGION = (
@@ -112,6 +113,7 @@ def voi_of(dataset: Any, frame: int) -> Any:
 def window_of(voi: Any) -> Window | None:
     """The first window that is stated, if it is one."""
     centre, width = (numbers_of(voi.get(key), None) for key in ("WindowCenter", "WindowWidth"))
-    if not centre or not width:
+    function = code_of(voi.get("VOILUTFunction")) or "LINEAR"
+    if not centre or not width or function not in _NARROWEST or width[0] <= _NARROWEST[function]:
         return None
-    return file_window(centre[0], width[0], code_of(voi.get("VOILUTFunction")) or "LINEAR")
+    return Window(centre[0], width[0], function)

@@ -89,11 +89,7 @@ class NiftiScan(Scan):
         with open_source(self._source) as file:
             self._packed = file.read(2) == GZIP_MAGIC
             file.seek(0)
-            if not self._packed:
-                yield file
-                return
-            with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
-                yield unpacked
+            yield gzip.GzipFile(fileobj=file, mode="rb") if self._packed else file
 
     def _checked_offset(self) -> int:
         """The byte at which the voxels begin, if the file can hold as many as the header claims."""
@@ -231,7 +227,7 @@ def _voxel_type(header: Any, name: str) -> tuple[np.dtype, tuple[float, float]]:
         raise ValueError(f"{name}: unknown voxel type {int(header['datatype'])}") from error
     if int(header["datatype"]) not in _COLOUR and (dtype.kind not in "iuf" or dtype.itemsize > 8):
         raise ValueError(f"{name} has voxels of {dtype}: expected integers, floats of up to 64 bits, or RGB")
-    slope, intercept = (float(header[field]) if field in header else 0.0 for field in ("scl_slope", "scl_inter"))
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not np.isfinite(slope):
         return dtype, (1.0, 0.0)
     if not np.isfinite(intercept):

@@ -165,7 +165,9 @@ class Scan(ABC):
         if slices == "all":
             return list(range(self.num_slices))
         if slices == "largest-foreground":
-            return [max(range(self.num_slices), key=self._foreground)] if self.num_slices > 1 else [0]
+            shown = (np.asarray(self.slice_image(index).convert("L")) for index in range(self.num_slices))
+            # Brighter than a quarter of what is shown.
+            return [int(np.argmax([(pixels > 63).sum() for pixels in shown]))]
         if isinstance(slices, str):
             if re.fullmatch(r"-?\d+(,-?\d+)*", slices):
                 return [self._index(int(index)) for index in slices.split(",")]
@@ -201,10 +203,6 @@ class Scan(ABC):
     def _stated_window(self) -> Window | None:
         """The window that the file states for itself."""
         return None
-
-    def _foreground(self, index: int) -> int:
-        """Number of pixels of a slice that are brighter than a quarter of what is shown."""
-        return int((np.asarray(self.slice_image(index).convert("L")) > 63).sum())
 
     def _index(self, index: Any) -> int:
         if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):

@@ -28,7 +28,6 @@ WINDOWS = {
 FILE_WINDOW = "file"  # the one that a file states for itself
 PERCENTILES = (1, 99)  # of the volume: what grey levels without a known scale are shown between
 _SAMPLED_SLICES = 16  # that percentiles are taken from
-_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _AIR = (-3100, -500)  # Hounsfield units of air, and of the padding around a scanner's field of view
 
 
@@ -64,13 +63,6 @@ def no_file_window(name: str) -> str:
         f'{name} states no window of its own, for window="{FILE_WINDOW}": give a name ({", ".join(WINDOWS)}) or '
         "(centre, width), or leave the window out"
     )
-
-
-def file_window(centre: float, width: float, function: str = "LINEAR") -> Window | None:
-    """A window as a file states it, or `None` where what it states is no window."""
-    shortest = 1 if function == "LINEAR" else 0
-    usable = function in _FUNCTIONS and np.isfinite(centre) and np.isfinite(width) and width > shortest
-    return Window(float(centre), float(width), function) if usable else None
 
 
 def sampled_slices(count: int) -> list[int]:
