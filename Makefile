@@ -14,17 +14,21 @@ DEMO_PROMPT := Segment the nucleus.
 # One thread a process: two workers with two threads each would fight for two cores. Nothing may be fetched in a test.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
-SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training benchmarks tests setup.py
+SOURCES := configuration_medsight modeling_medsight processing_medsight medsight training benchmarks space tests setup.py
+# The packages as they are installed, where `training/` is medsight.training. Not build/lib, which wheels are made from.
+LAYOUT := build/layout
 
 .DELETE_ON_ERROR:
-.PHONY: help demo nano-code test test-slow lint format types benchmarks clean
+.PHONY: help demo nano-code test test-slow check lint format types contracts layout benchmarks clean
 
 help:
 	@echo "make demo       run medsight predict on a real image, into $(DEMO)/"
 	@echo "make nano-code  write the model's code into medsight/medsight-nano/, as installing does; needs only Python"
 	@echo "make test       run the tests (make test-slow: the slow ones)"
+	@echo "make check      lint, types and contracts"
 	@echo "make lint       check style and formatting (make format: apply it)"
-	@echo "make types      check types"
+	@echo "make types      check types, in the layout that is installed (medsight/training/ there is training/ here)"
+	@echo "make contracts  check which package may import which, in the same layout"
 	@echo "make benchmarks measure speed and memory on this CPU, into benchmarks/results/ and docs/performance.md"
 	@echo "make clean      remove $(VENV)/, $(DEMO)/ and caches"
 
@@ -65,6 +69,8 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? -eq 5
 
+check: lint types contracts
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -73,11 +79,19 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-types: $(VENV)/.installed-dev
-	$(BIN)/mypy
+types: layout
+	cd $(LAYOUT) && $(abspath $(BIN))/mypy
+
+contracts: layout
+	cd $(LAYOUT) && $(abspath $(BIN))/lint-imports --no-logo
+
+layout: $(VENV)/.installed-dev
+	@rm -rf $(LAYOUT)/*
+	@$(BIN)/python setup.py --quiet build_py --build-lib $(LAYOUT)
+	@cp -R benchmarks pyproject.toml $(LAYOUT)
 
 benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks cpu
 
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

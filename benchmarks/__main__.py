@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from medsight.text import nearest
+
 from . import page
 
 
@@ -25,31 +27,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("what", nargs="*", metavar="RUN", help=f"cpu, gpu, or of {', '.join(page.RUNS)}")
+    known = ["cpu", "gpu", *page.RUNS]
+    options.add_argument("what", nargs="*", metavar="RUN", help=f"of {', '.join(known)}")
     options.add_argument("--results", type=Path, default=page.RESULTS, metavar="DIR", help="of the JSON files")
     options.add_argument("--page", type=Path, default=page.PAGE, metavar="FILE", help="that is written")
-    options.add_argument("--repeats", type=int, help="in place of each run's own number, as is --warmup")
-    options.add_argument("--warmup", type=int)
     chosen = options.parse_args(arguments)
-    names = [name for name in page.RUNS if name in chosen.what or name.partition("-")[0] in chosen.what]
-    unknown = set(chosen.what) - {"cpu", "gpu", *page.RUNS}
-    if unknown:
-        options.error(f"{' '.join(sorted(unknown))}: expected cpu, gpu, or of {', '.join(page.RUNS)}")
-    rounds = [
-        argument
-        for name in ("repeats", "warmup")
-        if getattr(chosen, name) is not None
-        for argument in (f"--{name}", str(getattr(chosen, name)))
-    ]
+    for name in chosen.what:
+        if name not in known:
+            options.error(f"unknown run {name!r}; {nearest(name, known)}")
     failed = []
-    for name in names:
+    for name in page.RUNS:
+        if not {name, name.partition("-")[0]} & set(chosen.what):
+            continue
         command = page.command_of(name)
         print(f"{name}: {command}", flush=True)
         file = chosen.results / f"{name}.json"
         file.unlink(missing_ok=True)  # so that a run that fails does not leave what another machine measured
-        output = ["--output", os.path.relpath(file)]
         start = time.monotonic()
-        done = subprocess.run([sys.executable, *shlex.split(command)[1:], *rounds, *output], check=False)
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)[1:], "--output", os.path.relpath(file)], check=False
+        )
         print(f"{name}: {time.monotonic() - start:.0f} s\n", flush=True)
         if done.returncode:
             failed.append(name)

@@ -20,8 +20,7 @@ from . import measuring, random_inputs
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = measuring.parser("benchmarks.decoding", __doc__)
     measuring.add_shape(options, (1, 32))
-    options.add_argument("--prompt-words", type=int, default=32, help="besides the image")
-    options.add_argument("--new-tokens", type=int, default=24)
+    measuring.add_lengths(options)
     options.add_argument("--long", type=int, default=72, help="tokens of the long answer")
     options.add_argument("--cache", nargs="+", choices=["dynamic", "static"], default=["dynamic", "static"])
     chosen = options.parse_args(arguments)
@@ -30,50 +29,47 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device, dtype = measuring.prepare(chosen)
     model = random_inputs.random_model(chosen.preset, device, dtype)
     language_model = model.model.language_model
-    read = random_inputs.weight_bytes(language_model.layers, language_model.norm, model.lm_head)
+    weights = random_inputs.weight_bytes(language_model.layers, language_model.norm, model.lm_head)
     bandwidth = measuring.copy_bandwidth(device)
-    limit = read / bandwidth * 1e3
+    limit = weights / bandwidth * 1e3
     rows = []
     for size in chosen.batch_size:
         inputs = random_inputs.prompts(model.config, [chosen.prompt_words] * size, device, dtype)
         # One script serves answers of all lengths; the two codes stand within the shortest but one.
-        said = [random_inputs.answer(model.config, chosen.new_tokens, 2, seed=row) for row in range(size)]
+        starts = [random_inputs.answer(model.config, chosen.new_tokens, 2, seed=row) for row in range(size)]
         rest = random_inputs.answer(model.config, chosen.long, 0, seed=size)
-        processor = random_inputs.fixed([[*row, *rest] for row in said], inputs["input_ids"])
+        processor = random_inputs.fixed([[*start, *rest] for start in starts], inputs["input_ids"])
         for cache in chosen.cache:
-            kept = {"cache_implementation": "static"} if cache == "static" else {}
-
-            def run(
-                length: int, masks: bool, inputs: Any = inputs, processor: Any = processor, kept: Any = kept
-            ) -> Any:
-                return model.generate(
-                    **inputs, **kept, max_new_tokens=length, logits_processor=processor, return_dict_in_generate=masks
-                )
-
-            times = measuring.paired(
-                {
-                    "long": partial(run, chosen.long, False),  # first: its static cache serves the others
-                    "short": partial(run, chosen.new_tokens, False),
-                    "one": partial(run, 1, False),
-                    "item": partial(run, chosen.new_tokens, True),
-                },
-                chosen,
-                device,
+            generate = partial(
+                model.generate,
+                **inputs,
+                logits_processor=processor,
+                cache_implementation="static" if cache == "static" else None,
             )
+            cases = {
+                # The long answer comes first: its static cache serves the others.
+                "long": partial(generate, max_new_tokens=chosen.long, return_dict_in_generate=False),
+                "short": partial(generate, max_new_tokens=chosen.new_tokens, return_dict_in_generate=False),
+                "prompt": partial(generate, max_new_tokens=1, return_dict_in_generate=False),
+                "item": partial(generate, max_new_tokens=chosen.new_tokens),
+            }
+            times = measuring.paired(cases, chosen, device)
             between = chosen.long - chosen.new_tokens
-            tokens = [(n - m) / between * 1e3 for n, m in zip(times["long"], times["short"], strict=True)]
+            tokens = [
+                (long - short) / between * 1e3 for long, short in zip(times["long"], times["short"], strict=True)
+            ]
             rows.append(
                 {
                     "cache": cache,
                     "batch_size": size,
-                    "prefill_ms": measuring.spread([value * 1e3 for value in times["one"]]),
+                    "prefill_ms": measuring.spread([value * 1e3 for value in times["prompt"]]),
                     "token_ms": measuring.spread(tokens),
                     "ratio": measuring.spread([value / limit for value in tokens]),
                     "item_s": measuring.spread([value / size for value in times["item"]]),
                     "items_per_s": measuring.spread([size / value for value in times["item"]]),
                 }
             )
-    return measuring.report(chosen, device, rows, copy_bandwidth=bandwidth, weight_bytes=read, limit_ms=limit)
+    return measuring.report(chosen, device, rows, copy_bandwidth=bandwidth, weight_bytes=weights, limit_ms=limit)
 
 
 if __name__ == "__main__":

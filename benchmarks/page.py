@@ -10,19 +10,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from medsight.files import write_text
+
+from .measuring import NOT_MEASURED, cell
+
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "performance.template.md"
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
-NOT_MEASURED = "not measured"
 FIGURE = re.compile(r"\{([a-z0-9-]+) (\w+)((?:; \w+=[^;}]+)*)\}")
 TRAINING_8B = "training --preset 8b --device cuda --batch-size 4 --peak-tflops 989"  # an H100 SXM's in bf16
 
 RUNS = {
     "cpu-masks-cost": "masks_cost --preset nano --device cpu --batch-size 1",
-    "cpu-perceiver-8b": "perceiver --preset 8b --device cpu --batch-size 1 --repeats 3 --warmup 1",
-    "cpu-perceiver-nano": "perceiver --preset nano --device cpu --batch-size 1 8 --repeats 15",
     "cpu-batches": "batches --preset nano --device cpu",
     "cpu-stage-1": "training --recipe nano --stage perceiver --steps 50 --set stages.language_model=null",
     "cpu-quantised": "quantised --data ../shared/data/segmentation --items 64 --device cpu",
@@ -37,7 +38,7 @@ RUNS = {
     "gpu-batches": "batches --preset 8b --device cuda",
     "gpu-stage-1": "training --recipe nano --stage perceiver --steps 200 --set stages.language_model=null "
     "training.dataloader_num_workers=7",
-    "gpu-training": f"{TRAINING_8B} --options checkpointing fused-loss adamw-8bit",
+    "gpu-training": f"{TRAINING_8B} --options checkpointing adamw-8bit",
     "gpu-training-full": f"{TRAINING_8B} --method full --options checkpointing+adamw-8bit",
 }
 
@@ -59,9 +60,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 def write(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write the page from the files of a folder."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(render(TEMPLATE.read_text(encoding="utf-8"), read(results)), encoding="utf-8")
-    partial.replace(page)
+    write_text(page, render(TEMPLATE.read_text(encoding="utf-8"), read(results)))
 
 
 def render(template: str, measured: dict[str, dict[str, Any]]) -> str:
@@ -95,26 +94,15 @@ def figure(measured: dict[str, dict[str, Any]], run: str, field: str, conditions
         return NOT_MEASURED
     if field not in known:
         raise ValueError(f"{run}: no {field} among {', '.join(known)}")
-    return cell(known[field], in_bytes=field.endswith("_bytes"))
+    value = known[field]
+    if value is None or not field.endswith("_bytes"):
+        return cell(value)
+    return f"{cell(value / 1e9)} GB" if value >= 1e9 else f"{cell(value / 1e6)} MB"
 
 
 def holds(given: str | int, wanted: str) -> bool:
     """Whether a number is, or a text begins with, what is wanted."""
     return given.startswith(wanted) if isinstance(given, str) else given == int(wanted)
-
-
-def cell(value: Any, in_bytes: bool = False) -> str:
-    """A number with three digits; a spread as its median and, in brackets, its ends."""
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, dict):
-        return f"{cell(value['median'])} ({cell(value['low'])}–{cell(value['high'])})"
-    if in_bytes:
-        return f"{cell(value / 1e9)} GB" if value >= 1e9 else f"{cell(value / 1e6)} MB"
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    digits = f"{value:.3g}"
-    return digits if "e" not in digits else f"{value:.5f}".rstrip("0")
 
 
 def machine(where: dict[str, Any]) -> str:

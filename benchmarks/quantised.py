@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import BitsAndBytesConfig
 
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import MedSightProcessor
@@ -47,15 +48,9 @@ def requests(data: Path | None, count: int) -> list[tuple[Image.Image, str]]:
 
 
 def load(folder: Path, settings: dict[str, Any], device: torch.device) -> Any:
-    if not settings:
-        return MedSightForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
-    from transformers import BitsAndBytesConfig
-
+    quantised = {"quantization_config": BitsAndBytesConfig(**settings)} if settings else {}
     return MedSightForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        device_map={"": str(device)},
-        quantization_config=BitsAndBytesConfig(**settings),
+        folder, dtype=torch.bfloat16, device_map={"": str(device)}, **quantised
     ).eval()
 
 
@@ -79,61 +74,53 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = options.parse_args(arguments)
     device, _ = measuring.prepare(chosen)
     processor = MedSightProcessor.from_pretrained(chosen.model)
-    asked = []
+    prompts = []
     for image, question in requests(chosen.data, chosen.items):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            return_tensors="pt",
+            chat, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         ).to(device)
         inputs.pop("original_sizes")
-        asked.append(inputs)
+        prompts.append(inputs)
+
+    def answers(model: Any, count: int = chosen.items) -> list[torch.Tensor]:
+        settings = {"max_new_tokens": chosen.new_tokens, "force_region": True}
+        return [model.generate(**inputs, **settings).sequences for inputs in prompts[:count]]
 
     models: dict[str, Any] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     for name, settings in KINDS.items():
-        rows[name] = {"what": name}
+        start = time.perf_counter()
         try:
-            start = time.perf_counter()
             models[name] = load(chosen.model, settings, device)
-            measuring.synchronise(device)
-            rows[name]["load_s"] = time.perf_counter() - start
         except (ImportError, RuntimeError) as error:
-            rows[name] |= {"load_s": None, "why": " ".join(str(error).split())[:120]}
-
-    def answers(model: Any, count: int) -> list[torch.Tensor]:
-        settings = {"max_new_tokens": chosen.new_tokens, "force_region": True}
-        return [model.generate(**inputs, **settings).sequences for inputs in asked[:count]]
-
-    said = answers(models["bfloat16"], chosen.items)
-    masks = {
-        name: [
-            model.decode_regions(sequences, inputs["pixel_values"]).mask_logits[0]
-            for inputs, sequences in zip(asked, said, strict=True)
-        ]
-        for name, model in models.items()
-    }
-    times = measuring.paired(
-        {name: partial(answers, model, 1) for name, model in models.items()},
-        chosen,
-        device,
-    )
-    for name, model in models.items():
+            rows.append({"what": name, "load_s": None, "why": " ".join(str(error).split())[:120]})
+            continue
+        measuring.synchronise(device)
+        rows.append({"what": name, "load_s": time.perf_counter() - start})
+    times = measuring.paired({name: partial(answers, model, 1) for name, model in models.items()}, chosen, device)
+    expected = answers(models["bfloat16"])
+    expected_masks = masks_of(models["bfloat16"], prompts, expected)
+    for row in rows:
+        if (model := models.get(row["what"])) is None:
+            continue
         language_model = random_inputs.weight_bytes(model.model.language_model)
-        own = said if name == "bfloat16" else answers(model, chosen.items)
-        rows[name] |= {
+        row |= {
             "language_model_bytes": language_model,
             "other_bytes": random_inputs.weight_bytes(model) - language_model,
-            "answer_s": measuring.spread(times[name]),
-            "ratio": measuring.ratio(times[name], times["bfloat16"]),
-            "dice": mean_dice(masks[name], masks["bfloat16"]),
-            "same_answers": sum(map(torch.equal, own, said)) / len(said),
+            "answer_s": measuring.spread(times[row["what"]]),
+            "ratio": measuring.ratio(times[row["what"]], times["bfloat16"]),
+            "dice": mean_dice(masks_of(model, prompts, expected), expected_masks),
+            "same_answers": sum(map(torch.equal, answers(model), expected)) / len(expected),
         }
-    found = sum(map(len, masks["bfloat16"]))
-    return measuring.report(chosen, device, list(rows.values()), items=len(asked), masks=found)
+    return measuring.report(chosen, device, rows, items=len(prompts), masks=sum(map(len, expected_masks)))
+
+
+def masks_of(model: Any, prompts: list[Any], answers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Mask logits (codes, H, W) of the codes of each answer."""
+    pairs = zip(prompts, answers, strict=True)
+    return [model.decode_regions(answer, inputs["pixel_values"]).mask_logits[0] for inputs, answer in pairs]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 `predict`: `medsight predict` from cold against either import plus the answer by itself.
 `load`: a random sharded checkpoint of `--preset`, written once, loaded in a fresh process, where every weight is then
 read (files that are mapped are not before): peak memory by its size.
-Resident memory counts the pages of files that are mapped, private memory only what was copied (Linux).
+Resident memory counts the pages of files that are mapped, private memory only what was copied (on Linux, which alone
+tells).
 
 Rows: what, base_s, s, added_s (imports: s - base_s), answer_s, ratio (imports: s / base_s; predict: s / (base_s +
 answer_s); load: peak_bytes / file_bytes), file_bytes, peak_bytes, private_ratio.
@@ -16,11 +17,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import measuring
+import torch
+from PIL import Image
+
+from medsight.inference.predictor import Predictor
+
+from . import measuring, random_inputs
 
 
 LOADED = """
@@ -40,7 +47,7 @@ print(json.dumps([bare - start, loaded - start, time.perf_counter() - start]))
 LOAD = """
 import json, sys, threading
 from pathlib import Path
-from benchmarks.measuring import process_memory
+from benchmarks.startup import process_memory
 from modeling_medsight import MedSightForConditionalGeneration
 from transformers.models.auto import modeling_auto, tokenization_auto  # what loading imports is not its memory
 
@@ -58,10 +65,14 @@ for weight in model.parameters():
 peak = process_memory("VmHWM")
 done.set()
 watcher.join()
-if sys.argv[2] != "cpu":
-    model.to(sys.argv[2])
 print(json.dumps([peak - before, most[0] - private]))
 """
+
+
+def process_memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
 def run_python(*arguments: str) -> str:
@@ -73,84 +84,64 @@ def run_python(*arguments: str) -> str:
 
 
 def import_rows(chosen: Any) -> list[dict[str, Any]]:
-    for _ in range(chosen.warmup):
-        run_python("-c", IMPORTS)
-    rounds = [json.loads(run_python("-c", IMPORTS)) for _ in range(chosen.repeats)]
-    bare, loaded, whole = ([one[part] for one in rounds] for part in range(3))
-    kinds = {
-        "imports, over torch and transformers with what any model loads": loaded,
-        "imports, over import torch, transformers": bare,
-    }
+    rounds = [json.loads(run_python("-c", IMPORTS)) for _ in range(chosen.warmup + chosen.repeats)][chosen.warmup :]
+    bare, loaded, whole = zip(*rounds, strict=True)
     return [
         {
-            "what": name,
+            "what": f"imports, over {name}",
             "base_s": measuring.spread(base),
             "s": measuring.spread(whole),
             "added_s": measuring.spread([w - b for w, b in zip(whole, base, strict=True)]),
             "ratio": measuring.ratio(whole, base),
         }
-        for name, base in kinds.items()
+        for name, base in {
+            "torch and transformers with what any model loads": loaded,
+            "import torch, transformers": bare,
+        }.items()
     ]
 
 
-def predict_rows(chosen: Any, device: Any) -> list[dict[str, Any]]:
-    from PIL import Image
-
-    from medsight.inference.predictor import Predictor
-
+def predict_rows(chosen: Any, device: torch.device) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         image, question = Path(folder) / "image.png", "Segment the lesion."
         Image.effect_noise((320, 256), 60).convert("RGB").save(image)
-        predictor = Predictor(chosen.model, device=str(device))
         command = ["-m", "medsight.cli", "predict", str(image), "--prompt", question, "--model", str(chosen.model)]
         command += ["--device", str(device), "--output", f"{folder}/answer", "--overwrite"]
-        times = measuring.paired(
-            {
-                "bare": lambda: run_python("-c", "import torch, transformers"),
-                "loaded": lambda: run_python("-c", f"import torch, transformers\n{LOADED}"),
-                "predict": lambda: run_python(*command),
-                "answer": lambda: predictor(image, question),
-            },
-            chosen,
-            device,
-        )
-    kinds = {
-        "predict, over import torch, transformers": times["bare"],
-        "predict, over these with what any model loads": times["loaded"],
-    }
+        cases: dict[str, Callable[[], Any]] = {
+            "bare": partial(run_python, "-c", "import torch, transformers"),
+            "loaded": partial(run_python, "-c", f"import torch, transformers\n{LOADED}"),
+            "predict": partial(run_python, *command),
+            "answer": partial(Predictor(chosen.model, device=str(device)), image, question),
+        }
+        times = measuring.paired(cases, chosen, device)
     return [
         {
-            "what": name,
-            "base_s": measuring.spread(base),
+            "what": f"predict, over {name}",
+            "base_s": measuring.spread(times[base]),
             "s": measuring.spread(times["predict"]),
             "answer_s": measuring.spread(times["answer"]),
-            "ratio": measuring.ratio(times["predict"], [b + a for b, a in zip(base, times["answer"], strict=True)]),
+            "ratio": measuring.ratio(times["predict"], list(map(sum, zip(times[base], times["answer"], strict=True)))),
         }
-        for name, base in kinds.items()
+        for name, base in {
+            "import torch, transformers": "bare",
+            "these with what any model loads": "loaded",
+        }.items()
     ]
 
 
-def load_row(chosen: Any, device: Any) -> dict[str, Any]:
-    import torch
-
-    from .random_inputs import random_model
-
+def load_row(chosen: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        model = random_model(chosen.preset, torch.device("cpu"), torch.bfloat16)
-        whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        model.save_pretrained(folder, max_shard_size=max(whole // 4, 2**16))
+        model = random_inputs.random_model(chosen.preset, torch.device("cpu"), torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size=max(random_inputs.weight_bytes(model) // 4, 2**16))
         del model
-        files = list(Path(folder).glob("*.safetensors"))
-        size = sum(path.stat().st_size for path in files)
-        peaks = []
-        for _ in range(chosen.repeats):
-            peaks.append(json.loads(run_python("-c", LOAD, folder, str(device))))
+        sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+        peaks = [json.loads(run_python("-c", LOAD, folder)) for _ in range(chosen.repeats)]
     return {
-        "what": f"load {chosen.preset}, {len(files)} files",
-        "file_bytes": size,
+        "what": f"load {chosen.preset}, {len(sizes)} files",
+        "file_bytes": sum(sizes),
         "peak_bytes": max(peak for peak, _ in peaks),
-        "ratio": measuring.spread([peak / size for peak, _ in peaks]),
-        "private_ratio": measuring.spread([private / size for _, private in peaks]),
+        "ratio": measuring.spread([peak / sum(sizes) for peak, _ in peaks]),
+        "private_ratio": measuring.spread([private / sum(sizes) for _, private in peaks]),
     }
 
 
@@ -159,13 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     measuring.add_folder(options)
     options.add_argument("--preset", default="small", help="of the checkpoint that is loaded")
     options.add_argument("--folder", type=Path, metavar="DIR", help="where it is written for that time")
-    options.add_argument("--only", nargs="+", choices=["imports", "predict", "load"], metavar="PART")
+    parts = ["imports", "predict", "load"]
+    options.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     chosen = options.parse_args(arguments)
     device, _ = measuring.prepare(chosen)
-    parts = chosen.only or ["imports", "predict", "load"]
-    rows = import_rows(chosen) if "imports" in parts else []
-    rows += predict_rows(chosen, device) if "predict" in parts else []
-    rows += [load_row(chosen, device)] if "load" in parts else []
+    rows = import_rows(chosen) if "imports" in chosen.only else []
+    rows += predict_rows(chosen, device) if "predict" in chosen.only else []
+    rows += [load_row(chosen)] if "load" in chosen.only else []
     return measuring.report(chosen, device, rows)
 
 

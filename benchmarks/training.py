@@ -1,42 +1,50 @@
-"""How fast is training? Steps of stage 4 against plain fine-tuning of the same language model on the same tokens; what
-options cost and save; images a second of stage 1; and, with `--recipe`, how long a real run waits for its data.
+"""How fast is training? Steps of stage 4 against plain fine-tuning of the same language model on the same tokens, and
+what options cost and save; with `--recipe`, images a second of a real run, and how long it waits for its data.
 
 Both kinds of step of stage 4 read the same token ids and train the same weights of the language model (LoRA adapters,
 or all); ours also sees images and learns masks. An option that cannot run here (no GPU, package missing) gives a row
 that says why.
 
 Facts: rate (operations a second that utilisation is a share of: `--peak-tflops`, or a measured matrix product's),
-rate_measured, tokens (a step), waiting_share (`--recipe`: share of the run spent waiting for data).
-Rows: what (stage 4's method with its option, or stage 1), batch_size, step_s, plain_s, ratio (ours / plain),
+waiting_share (`--recipe`: share of the run spent waiting for data).
+Rows: what (stage 4's method with its option, or the stage), batch_size, step_s, plain_s, ratio (ours / plain),
 utilisation (model operations a second as a share of the rate: forward and backward, none counted twice for gradient
 checkpointing), peak_bytes (of a step above the weights), images_per_s, why (what kept an option from running).
 
     python -m benchmarks.training --preset 8b --device cuda --batch-size 1 --method lora --peak-tflops 989 \\
-        --options checkpointing fused-loss adamw-8bit --output training.json
+        --options checkpointing adamw-8bit --output training.json
     python -m benchmarks.training --recipe nano --stage perceiver --steps 50 --output loader.json
 """
 
-import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from medsight.training.adapters import add_adapters
+from medsight.training.recipe import load_recipe
+from medsight.training.run import train
+from medsight.training.stage import PARTS, train_only
+from medsight.training.stage_conversations import ConversationSettings
+from medsight.training.trainer import StageTrainer
+
 from . import measuring, random_inputs
 
 
-OPTIONS = ("checkpointing", "fused-loss", "adamw-8bit")
+OPTIONS = ("checkpointing", "adamw-8bit")
 METHODS = ("full", "lora")
+TRAINED = ["language_model", "vision_to_text", "text_to_vision"]  # by stage 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = measuring.parser("benchmarks.training", __doc__)
     measuring.add_shape(options, (1,))
-    options.add_argument("--method", nargs="+", choices=METHODS, default=["lora"])
+    options.add_argument("--method", choices=METHODS, default="lora")
     options.add_argument(
         "--options", nargs="*", default=[], metavar="OPTION", help=f"{', '.join(OPTIONS)}, or several joined by +"
     )
@@ -44,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--codes", type=int, default=2, help="cited in each")
     options.add_argument("--peak-tflops", type=float, help="of the device in this dtype, by its data sheet")
     options.add_argument("--recipe", help="time a real run by this recipe instead")
-    options.add_argument("--stage", default="perceiver", help="with --recipe: the stage; those before it are left out")
+    options.add_argument("--stage", default="perceiver", help="with --recipe: the stage; the others are left out")
     options.add_argument("--steps", type=int, default=50, help="with --recipe")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="with --recipe: overrides")
     chosen = options.parse_args(arguments)
@@ -53,148 +61,94 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         options.error(f"--options {' '.join(sorted(unknown))}: expected {', '.join(OPTIONS)}")
     device, dtype = measuring.prepare(chosen)
     if chosen.recipe:
-        from medsight.training.recipe import load_recipe
-        from medsight.training.run import STAGES
-
         with tempfile.TemporaryDirectory() as folder:
-            before = itertools.takewhile(lambda key: key != chosen.stage, STAGES)
-            overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}"]
-            overrides += [*(f"stages.{key}=null" for key in before), *chosen.set]
-            row = time_run(load_recipe(chosen.recipe, overrides), chosen.stage)
+            overrides = [f"output={folder}/run", f"stages.{chosen.stage}.max_steps={chosen.steps}", *chosen.set]
+            recipe = load_recipe(chosen.recipe, overrides)
+            recipe.stages = [entry for entry in recipe.stages if entry["name"] == chosen.stage]
+            row = time_run(recipe, chosen.stage)
         return measuring.report(chosen, device, [row], waiting_share=row["waiting_share"])
-    measured = chosen.peak_tflops is None
-    rate = measuring.matmul_rate(device, dtype) if measured else chosen.peak_tflops * 1e12
-    rows = []
-    for size in chosen.batch_size:
-        for method in chosen.method:
-            for option in ("", *chosen.options):
-                rows.append(unified_row(chosen, device, dtype, size, method, option, rate))
-        rows.append(perceiver_row(chosen, device, dtype, size))
-    tokens = [row["tokens"] for row in rows if "tokens" in row]
-    return measuring.report(
-        chosen, device, rows, rate=rate, rate_measured=measured, tokens=tokens[0] if tokens else None
-    )
+    rate = chosen.peak_tflops * 1e12 if chosen.peak_tflops else measuring.matmul_rate(device, dtype)
+    rows = [
+        unified_row(chosen, device, dtype, size, option, rate)
+        for size in chosen.batch_size
+        for option in ("", *chosen.options)
+    ]
+    return measuring.report(chosen, device, rows, rate=rate)
 
 
 def unified_row(
-    chosen: Any, device: torch.device, dtype: torch.dtype, size: int, method: str, option: str, rate: float
+    chosen: Any, device: torch.device, dtype: torch.dtype, size: int, option: str, rate: float
 ) -> dict[str, Any]:
     """A step of stage 4 and one of plain fine-tuning, with options or none."""
-    from medsight.training.stage import train_only
-    from medsight.training.stage_4_unified import PROJECTORS, UnifiedSettings, add_adapters
-
-    row: dict[str, Any] = {"what": " + ".join(filter(None, ("stage 4", method, option))), "batch_size": size}
+    row: dict[str, Any] = {"what": " + ".join(filter(None, ("stage 4", chosen.method, option))), "batch_size": size}
     model = random_inputs.random_model(chosen.preset, device, dtype)
     config = model.config
-    if method == "lora":
-        trained = add_adapters(model, UnifiedSettings(method="lora"))
+    if chosen.method == "lora":
+        trained = add_adapters(model, ConversationSettings(method="lora", trains=TRAINED))
     else:
-        train_only(model, ("model.language_model.", "lm_head.", *(f"model.{name}." for name in PROJECTORS)))
+        train_only(model, [prefix for part in TRAINED for prefix in PARTS[part]])
         trained = model
     trained.train()
     plain = random_inputs.plain_language_model(model)
     if "checkpointing" in option:
-        for one in (model, plain):
-            one.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        optimiser = optimiser_of([p for p in trained.parameters() if p.requires_grad], "adamw-8bit" in option)
-        loss_of = fused_loss() if "fused-loss" in option else None
-    except (ImportError, RuntimeError, ValueError) as error:
-        return {**row, "step_s": None, "why": " ".join(str(error).split())}
+        for checkpointed in (model, plain):
+            checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
 
     inputs = random_inputs.prompts(config, [chosen.words] * size, device, dtype)
-    ids = inputs["input_ids"].clone()
     for number in range(chosen.codes):  # cited at the end, where an answer stands
-        ids[:, -2 - 3 * number] = config.region_code_start_id + number % config.num_region_codes
-    labels = ids.masked_fill(ids == config.image_token_id, -100)
+        inputs["input_ids"][:, -2 - 3 * number] = config.region_code_start_id + number % config.num_region_codes
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == config.image_token_id, -100)
     masks = [(torch.rand(chosen.codes, *config.mask_size, device=device) > 0.7).float() for _ in range(size)]
-    read = {**inputs, "input_ids": ids}
-    text = {name: read[name] for name in ("input_ids", "attention_mask")}
-
-    def step(loss: Callable[[], torch.Tensor]) -> None:
-        loss().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     def ours() -> torch.Tensor:
-        if loss_of is None:
-            return trained(**read, labels=labels, mask_labels=masks).loss
-        # The whole model's forward on a single column of logits, and the loss of words from the hidden states.
-        out = trained(**read, mask_labels=masks, logits_to_keep=1, output_hidden_states=True)
-        return out.mask_loss + loss_of(model.lm_head, out.hidden_states[-1], labels)
+        return trained(**inputs, labels=labels, mask_labels=masks).loss
 
     def theirs() -> torch.Tensor:
-        if loss_of is None:
-            return plain(**text, labels=labels).loss
-        return loss_of(plain.lm_head, plain.model(**text).last_hidden_state, labels)
+        return plain(**text, labels=labels).loss
 
     try:
-        flop = flop_of(model, lambda: trained(**read, labels=labels, mask_labels=masks).loss.backward())
+        optimiser = optimiser_of(trained, in_8_bits="adamw-8bit" in option)
+        flop = flop_of(model, lambda: ours().backward())
         optimiser.zero_grad()
-        times = measuring.paired({"step": lambda: step(ours), "plain": lambda: step(theirs)}, chosen, device)
-        peak = measuring.peak_memory(lambda: step(ours), device)
-    except RuntimeError as error:  # out of memory, or a kernel that is not for this device
+        cases = {"step": partial(step, ours, optimiser), "plain": partial(step, theirs, optimiser)}
+        times = measuring.paired(cases, chosen, device)
+        peak = measuring.peak_memory(cases["step"], device)
+    except (ImportError, RuntimeError, ValueError) as error:  # no such package, out of memory, another device's kernel
         return {**row, "step_s": None, "why": " ".join(str(error).split())[:120]}
     return {
         **row,
-        "tokens": int(inputs["attention_mask"].sum()),
-        **{f"{name}_s": measuring.spread(values) for name, values in times.items()},
+        **measuring.seconds(times),
         "ratio": measuring.ratio(times["step"], times["plain"]),
         "utilisation": measuring.spread([flop / value / rate for value in times["step"]]),
         "peak_bytes": peak,
     }
 
 
-def perceiver_row(chosen: Any, device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Any]:
-    """A step of stage 1 against the forward pass of encoder and perceiver alone."""
-    from medsight.training.stage import train_only
-
-    model = random_inputs.random_model(chosen.preset, device, dtype)
-    config = model.config
-    train_only(model, ("model.region_perceiver.",))
-    model.train()
-    optimiser = optimiser_of([p for p in model.parameters() if p.requires_grad])
-    pixels = random_inputs.prompts(config, [8] * size, device, dtype)["pixel_values"]
-    masks = [(torch.rand(3, *config.mask_size, device=device) > 0.7).float() for _ in range(size)]
-    classes = [torch.arange(3, device=device) % config.num_mask_classes for _ in range(size)]
-
-    def step() -> None:
-        model(pixel_values=pixels, mask_labels=masks, class_labels=classes).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    def look() -> None:
-        with torch.no_grad():
-            model.get_region_features(pixels)
-
-    times = measuring.paired({"step": step, "look": look}, chosen, device)
-    return {
-        "what": "stage 1 (plain: its forward pass)",
-        "batch_size": size,
-        "step_s": measuring.spread(times["step"]),
-        "plain_s": measuring.spread(times["look"]),
-        "ratio": measuring.ratio(times["step"], times["look"]),
-        "peak_bytes": measuring.peak_memory(step, device),
-        "images_per_s": measuring.spread([size / value for value in times["step"]]),
-    }
+def step(loss: Callable[[], torch.Tensor], optimiser: torch.optim.Optimizer) -> None:
+    loss().backward()
+    optimiser.step()
+    optimiser.zero_grad()
 
 
 def flop_of(model: Any, passes: Callable[[], Any]) -> int:
     """Floating-point operations of passes, none made twice for gradient checkpointing, with attention written out: the
     counter does not know the fused kernels' grouped heads."""
-    usual, again = model.config._attn_implementation, model.is_gradient_checkpointing
+    implementation, checkpointing = model.config._attn_implementation, model.is_gradient_checkpointing
     model.set_attn_implementation("eager")
-    if again:
+    if checkpointing:
         model.gradient_checkpointing_disable()
     with FlopCounterMode(display=False) as counter:
         passes()
-    model.set_attn_implementation(usual)
-    if again:
+    model.set_attn_implementation(implementation)
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return counter.get_total_flops()
 
 
-def optimiser_of(weights: list[torch.nn.Parameter], in_8_bits: bool = False) -> torch.optim.Optimizer:
+def optimiser_of(model: torch.nn.Module, in_8_bits: bool = False) -> torch.optim.Optimizer:
+    """AdamW over what a model trains."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not in_8_bits:
         return torch.optim.AdamW(weights, lr=1e-6)
     from bitsandbytes.optim import AdamW8bit
@@ -202,23 +156,8 @@ def optimiser_of(weights: list[torch.nn.Parameter], in_8_bits: bool = False) -> 
     return AdamW8bit(weights, lr=1e-6)
 
 
-def fused_loss() -> Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """liger-kernel's cross-entropy, which never holds the logits of all tokens."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()
-
-    def of(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return loss(head.weight, hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    return of
-
-
 def time_run(recipe: Any, stage: str) -> dict[str, Any]:
-    """Train one stage by a recipe, for the time that its steps take and the part of it that they wait for data."""
-    from medsight.training.run import train
-    from medsight.training.trainer import StageTrainer
-
+    """Trains one stage by a recipe, for the time that its steps take and the part of it that they wait for data."""
     fetch, waits, marks = StageTrainer.get_batch_samples, [], []
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -230,17 +169,17 @@ def time_run(recipe: Any, stage: str) -> dict[str, Any]:
 
     with patch.object(StageTrainer, "get_batch_samples", timed):
         train(recipe, stage)
-    if not marks:
-        raise RuntimeError(f"no step of stage {stage} was made in {recipe.output}")
+    if len(marks) < 3:
+        raise RuntimeError(f"stage {stage} made {len(marks)} steps in {recipe.output}; at least 3 are needed")
     # From the second step on: the first one opens files and starts workers.
-    whole = marks[-1][0] - marks[1][0] if len(marks) > 2 else None
-    steps = len(marks) - 2
+    steps, batch_size = len(marks) - 2, marks[0][1]
+    whole = marks[-1][0] - marks[1][0]
     return {
         "what": f"stage {stage}, by its recipe",
-        "batch_size": marks[0][1],
-        "step_s": whole / steps if whole else None,
-        "waiting_share": sum(waits[1:-1]) / whole if whole else None,
-        "images_per_s": marks[0][1] * steps / whole if whole else None,
+        "batch_size": batch_size,
+        "step_s": whole / steps,
+        "waiting_share": sum(waits[1:-1]) / whole,
+        "images_per_s": batch_size * steps / whole,
     }
 
 

@@ -68,7 +68,7 @@ def codes_to_indices(codes: Any, config: Any, as_pairs: bool = False) -> list[to
             offsets = entry.reshape(-1) - config.region_code_start_id
             groups = offsets.div(config.codes_per_group, rounding_mode="floor")
             indices = offsets - groups * config.codes_per_group
-        exists = (0 <= groups) & (groups < config.num_groups) & (0 <= indices) & (indices < config.codes_per_group)
+        exists = (groups >= 0) & (groups < config.num_groups) & (indices >= 0) & (indices < config.codes_per_group)
         if not bool(exists.all()):
             raise ValueError(
                 f"image {image}: {entry[~exists][0].tolist()} is no region code: there are {config.num_groups} groups "

@@ -7,11 +7,11 @@ An ablation is what its file in `training/configs/ablations/` changes of the rec
 first; an ablation takes over those of its finished stages that it does not change, which is the same as training them
 again (for seg-token but for chance: its vocabulary has no rows for codes in those stages). All are scored on the
 recipe's validation rows, which depend on the seed (so compare within one) unless `data.validation_seed` fixes them, or
-with --test on its test rows. A command that was stopped goes on where it was.
+with --test on its test rows. A command that was stopped resumes where it was.
 
 Stages that no ablation changes can be left out, if a run that held out the same rows has them:
 
-    --set data.validation_seed=0 --set model.folder=runs/nano/stages/1_perceiver/model \\
+    --set data.validation_seed=0 --set model.folder=runs/nano/stages/perceiver/model \\
     --set stages.language_model=null --set stages.perceiver=null
 
 OUTPUT/NAME/seed-S/run/              the run, as `medsight train` leaves it; NAME is "full" or an ablation's
@@ -20,39 +20,48 @@ OUTPUT/SPLIT.json, SPLIT.md          all figures, and the table of means and spr
 """
 
 import argparse
-import dataclasses
 import json
-import os
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from .recipe import CONFIGS, Recipe, build, load_recipe, merge
+from medsight.evaluation.benchmarks import load_benchmark
+from medsight.evaluation.cases import Case
+from medsight.evaluation.figures import METRICS
+from medsight.evaluation.readers import NoRowsError
+from medsight.evaluation.runner import Processes, RunSettings
+from medsight.evaluation.scored_run import answer, protocol_of, score
+from medsight.files import staged_folder, write_json, write_text
+from medsight.text import note
 
+from .corpus import read_corpus
+from .held_out import figures, held_out_items
+from .recipe import CONFIGS, Recipe, load_recipe
+from .run import train
+from .run_folder import open_folder, stage_folder
+from .settings import ResolvedStage, resolve_stages
 
-if TYPE_CHECKING:
-    from medsight.evaluation.cases import Case
 
 FULL = "full"
 FOLDER = CONFIGS / "ablations"
 BENCHMARKS = ("segmentation", "diagnose-then-segment")
 # Lengths of a schedule, which --share shortens.
 LENGTHS = ("max_steps", "num_train_epochs", "warmup_steps", "eval_steps")
-# The first stage that a change of the model's configuration reaches; others change the weights' shapes, or all stages.
-FIRST_STAGE = {
-    "use_region_embeddings": "vision_to_text",
-    "use_region_codebook": "codebook",
-    "mask_decoder": "text_to_vision",
+# Which stages a change of the model's configuration reaches; one of any other field reaches all.
+REACHED: dict[str, Callable[[ResolvedStage], bool]] = {
+    "use_region_embeddings": lambda stage: stage.kind.reads == "conversations" and not stage.settings.text_only,
+    "use_region_codebook": lambda stage: "codebook" in stage.settings.trains,
+    "mask_decoder": lambda stage: "text_to_vision" in stage.settings.trains,
 }
 
 
 def ablation(recipe: Recipe, name: str) -> Recipe:
-    """A recipe with what an ablation changes.
+    """A recipe with what an ablation changes; a stage that it takes out need not be there.
 
     Raises:
         ValueError: there is no such ablation.
@@ -62,7 +71,9 @@ def ablation(recipe: Recipe, name: str) -> Recipe:
         raise ValueError(f"ablation {name!r}: choose some of {', '.join(known)}")
     changes = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     changes = {key: value for key, value in changes.items() if key not in ("extends", "output")}
-    return build(Recipe, merge(recipe.to_dict(), changes), f"ablation {name}")
+    stages = changes.get("stages", {})
+    changes["stages"] = {stage: value for stage, value in stages.items() if value is not None or recipe.stage(stage)}
+    return recipe.changed(changes, f"ablation {name}")
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
@@ -73,70 +84,57 @@ def shortened(recipe: Recipe, share: float) -> Recipe:
     """
     if not 0 < share <= 1:
         raise ValueError(f"--share {share}: expected a share above 0, at most 1")
-
-    def cut(values: Mapping[str, Any] | None) -> Any:
-        if values is None or share == 1:
-            return values
-        return {name: scaled(value) if name in LENGTHS else value for name, value in values.items()}
+    if share == 1:
+        return recipe
 
     def scaled(value: Any) -> Any:
         if isinstance(value, float):
             return value if value < 1 else share * value  # below 1, a share already
         return max(1, round(share * value)) if value > 0 else value
 
-    stages = {key: cut(values) for key, values in recipe.stages.items()}
-    return dataclasses.replace(recipe, training=cut(recipe.training), stages=stages)
+    def lengths(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: scaled(value) for name, value in values.items() if name in LENGTHS}
+
+    stages = {entry["name"]: lengths(entry) for entry in recipe.stages}
+    return recipe.changed({"training": lengths(recipe.training), "stages": stages}, f"--share {share}")
 
 
 def shared_stages(full: Recipe, other: Recipe) -> list[str]:
-    """Keys of the stages, from the first on, that two recipes train to the same result."""
-    from .run import STAGES
-
-    order = list(STAGES)
+    """Names of the stages, from the first on, that two recipes train to the same result."""
     before, now = full.model.config, other.model.config
     changed = {name for name in (*before, *now) if before.get(name) != now.get(name)}
-    same_model = dataclasses.replace(full.model, config={}) == dataclasses.replace(other.model, config={})
-    same_rest = all(
-        getattr(full, name) == getattr(other, name)
-        for name in ("seed", "data", "annotations", "augmentation", "training")
-    )
-    if not (same_model and same_rest and changed <= FIRST_STAGE.keys()):
+    values, other_values = ({**recipe.to_dict(), "output": "", "stages": []} for recipe in (full, other))
+    values["model"]["config"] = other_values["model"]["config"] = {}
+    if values != other_values or not changed <= REACHED.keys():
         return []
-    ends = [order.index(FIRST_STAGE[name]) for name in changed]
-    ends += [order.index(key) for key in order if full.stages.get(key) != other.stages.get(key)]
-    return [key for key in order[: min(ends, default=len(order))] if full.stages.get(key) is not None]
+    shared = []
+    for resolved, entry, other_entry in zip(resolve_stages(full).values(), full.stages, other.stages, strict=False):
+        if entry != other_entry or any(REACHED[name](resolved) for name in changed):
+            break
+        shared.append(resolved.name)
+    return shared
 
 
 def take_over(full: Recipe, other: Recipe) -> None:
     """Open the folder of another run, and copy the finished stages there that it shares with the full one."""
-    from .run import STAGES
-    from .run_folder import open_folder
-
     open_folder(Path(other.output), other)
     shared = shared_stages(full, other)
-    for name in ("start", *(STAGES[key].folder for key in shared)) if shared else ():
-        source, target = (Path(recipe.output) / "stages" / name for recipe in (full, other))
+    for name in ("start", *shared) if shared else ():
+        source, target = (stage_folder(Path(recipe.output), name) for recipe in (full, other))
         if source.is_dir() and not target.exists():
-            scratch = target.with_name(f".copying-{name}")
-            shutil.rmtree(scratch, ignore_errors=True)
-            shutil.copytree(source, scratch)
-            os.replace(scratch, target)
+            with staged_folder(target, overwrite=False) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def evaluate(
-    recipe: Recipe, model: Path, benchmark: str, items: list["Case"], output: Path, note: str
+    recipe: Recipe, model: Path, benchmark: str, items: list[Case], output: Path, remark: str
 ) -> dict[str, Any]:
     """What metrics.json says of a run's result on the items of a benchmark, greedy and in single precision.
 
     Args:
-        output: the evaluation's folder; a finished one is read, a begun one goes on.
-        note: for its report.
+        output: the evaluation's folder; a finished one is read, a begun one is resumed.
+        remark: for its report.
     """
-    from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.figures import METRICS
-    from medsight.evaluation.runner import Processes, RunSettings
-    from medsight.evaluation.scored_run import answer, protocol_of, score
-
     if (output / METRICS).is_file():
         return json.loads((output / METRICS).read_text(encoding="utf-8"))
     declared, data = load_benchmark(benchmark), Path(recipe.data.regions[0]["path"])
@@ -149,7 +147,7 @@ def evaluate(
         overwrite=False,
         processes=Processes(),
     )
-    return score(output, declared, items, protocol, path, described, [note], None, 0, accept_problems=False)
+    return score(output, declared, items, protocol, path, described, [remark], None, 0, accept_problems=False)
 
 
 def run(
@@ -169,15 +167,8 @@ def run(
     Raises:
         OSError, ValueError: see `medsight.training.run.train`.
     """
-    from medsight.evaluation.readers import NoRowsError
-    from medsight.files import write_json, write_text
-
-    from .corpus import read_corpus
-    from .held_out import figures, held_out_items
-    from .run import train
-
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
-    corpora = {seed: read_corpus(dataclasses.replace(recipe, seed=seed)) for seed in seeds}
+    corpora = {seed: read_corpus(recipe.changed({"seed": seed}, "--seeds")) for seed in seeds}
     items: dict[str, dict[int, list[Case]]] = {}
     for benchmark in BENCHMARKS:
         try:
@@ -188,20 +179,20 @@ def run(
             print(f"left out: {error}", flush=True)
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in variants}
     for seed in seeds:
-        own = {
-            name: dataclasses.replace(variant, seed=seed, output=str(output / name / f"seed-{seed}" / "run"))
+        of_seed = {
+            name: variant.changed({"seed": seed, "output": str(output / name / f"seed-{seed}" / "run")}, "ablations")
             for name, variant in variants.items()
         }
-        for name, variant in own.items():
+        for name, variant in of_seed.items():
             print(f"{name}, seed {seed}: {variant.output}", flush=True)
             if name != FULL:
-                take_over(own[FULL], variant)
+                take_over(of_seed[FULL], variant)
             model = train(variant)
             found: dict[str, float | None] = {}
             for benchmark, by_seed in items.items():
                 folder = Path(variant.output).with_name(split) / benchmark
-                note = f"The {split} rows of a recipe's own data."
-                metrics = evaluate(variant, model, benchmark, by_seed[seed], folder, note)
+                remark = f"The {split} rows of a recipe's own data."
+                metrics = evaluate(variant, model, benchmark, by_seed[seed], folder, remark)
                 found |= {f"{benchmark}: {figure}": value for figure, value in figures(metrics).items()}
             runs[name][seed] = found
     whole = runs[FULL]
@@ -217,9 +208,11 @@ def run(
     return result
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Each figure of one over the other's; None where either has none."""
-    return {name: None if one[name] is None or other[name] is None else one[name] - other[name] for name in one.keys()}
+def difference(whole: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """How far each figure is above the other's; None where either has none."""
+    return {
+        name: None if value is None or other[name] is None else value - other[name] for name, value in whole.items()
+    }
 
 
 def spread(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -253,8 +246,6 @@ def cell(entry: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    from medsight.cli import describe, report
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="recipe (YAML file), or the name of a shipped one, such as nano")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
@@ -269,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         split = "test" if args.test else "validation"
         print(table(run(recipe, args.ablations, args.seeds, args.output, split)))
     except (OSError, ValueError) as error:
-        return report(error, describe(error))
+        note(f"error: {error}")
+        return 1
     return 0
 
 

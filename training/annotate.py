@@ -1,22 +1,9 @@
-"""Bring your own masks: gives each mask its region code and writes grounded conversations about the images.
+"""What an annotation made, for a terminal: `medsight data annotate`."""
 
-medsight data annotate my-masks --model my-model --output my-conversations
-"""
-
-from typing import TYPE_CHECKING
-
-from medsight.data.groups import load_groups, match_groups
-
-from .annotation import annotate
+from .annotation_output import AnnotationCounts
 
 
-if TYPE_CHECKING:
-    from .annotation_output import AnnotationCounts
-
-__all__ = ["annotate", "load_groups", "match_groups", "summary"]
-
-
-def summary(counts: "AnnotationCounts") -> str:
+def summary(counts: AnnotationCounts) -> str:
     """A table of what was made, for a terminal."""
     lines = [f"{counts.images} images, {counts.conversations} conversations", ""]
     lines += [f"{name:<24}{count:>8}" for name, count in sorted(counts.intents.items())]

@@ -1,5 +1,6 @@
 """Conversations about images with masks, each mask cited by its region code: streamed from rows to parquet files."""
 
+import hashlib
 import logging
 import random
 import sys
@@ -10,18 +11,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from medsight.data.groups import Groups
+from medsight.data.pictures import picture_name, read_mask, read_picture
+from medsight.data.schema import IMAGE_MARKER
+from medsight.data.templates import Wordings
+from medsight.data.wording import ConversationMaker, Turn, Vocabulary, position_in_words
+from medsight.files import check_empty, staged_folder
+from medsight.inference.code_assignment import assign_codes
 
+from .annotation_output import AnnotationCounts, ConversationWriter, write_card
+from .canvas import Canvas
 
-if TYPE_CHECKING:
-    import torch
-
-    from medsight.data.wording import ConversationMaker, Turn, Wordings
-
-    from .annotation_output import AnnotationCounts
-    from .items import Places
 
 READERS = 4  # threads that decode pictures
 logger = logging.getLogger(__name__)
@@ -43,9 +48,9 @@ def annotate(
     on_error: str = "stop",
     embed_images: bool = False,
     root: str | Path | None = None,
-    wordings: "Wordings | None" = None,
+    wordings: Wordings | None = None,
     progress: bool = False,
-) -> "AnnotationCounts":
+) -> AnnotationCounts:
     """Write conversations about images with masks, as parquet with a data card; rows and pictures are streamed.
 
     The words about row i depend on `seed`, i and the data's vocabulary alone, not on `batch_size`. With a
@@ -74,11 +79,6 @@ def annotate(
         ValueError: a picture, mask or setting is bad; a target is no class of the model; a row has no group, or groups
             are not the model's.
     """
-    from medsight.data.wording import ConversationMaker, Vocabulary, Wordings
-    from medsight.files import check_empty, staged_folder
-
-    from .annotation_output import AnnotationCounts, write_card
-    from .items import Places
 
     _check_settings(per_image, plain_share, batch_size, on_error)
     if model.config.use_region_codebook and groups.names != list(model.config.group_names):
@@ -89,7 +89,7 @@ def annotate(
         _check_targets(sorted(set().union(*vocabulary.targets)), model.config.mask_class_names)
     annotator = _Annotator(
         model,
-        Places(processor, model.config, groups),
+        Canvas(processor, model.config, groups),
         ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions, noise=prompt_noise),
         AnnotationCounts(codes={name: [0] * model.config.codes_per_group for name in groups.names}),
         _Pictures(embed_images, None if root is None else Path(root)),
@@ -120,9 +120,6 @@ def _write_conversations(
     progress: bool,
 ) -> None:
     """Write the shards; pictures are decoded in threads, a batch at a time."""
-    from tqdm import tqdm
-
-    from .annotation_output import ConversationWriter
 
     counts, numbered = annotator.counts, enumerate(rows)
     bar = tqdm(total=_length(rows), desc="annotate", unit="image", disable=not progress, file=sys.stderr)
@@ -157,9 +154,9 @@ class _Reading:
     generators: list[random.Random]
     plain: list[bool]
     places: list[str]
-    pixels: "torch.Tensor | None" = None
-    masks: "torch.Tensor | None" = None
-    turns: "Sequence[Turn]" = ()
+    pixels: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    turns: Sequence[Turn] = ()
     codes: Sequence[int] = ()
 
 
@@ -168,9 +165,9 @@ class _Annotator:
     """Takes rows to conversations: reads their pictures, draws the words, gives cited masks their codes."""
 
     model: Any
-    canvas: "Places"
-    maker: "ConversationMaker"
-    counts: "AnnotationCounts"
+    canvas: Canvas
+    maker: ConversationMaker
+    counts: AnnotationCounts
     pictures: "_Pictures"
     per_image: int
     plain_share: float
@@ -178,8 +175,6 @@ class _Annotator:
 
     def read(self, numbered: tuple[int, dict[str, Any]]) -> _Reading | Exception:
         """Decode a row's pictures, masks only if they may be cited; a bad one is handed back as its error."""
-        from medsight.data.pictures import picture_name, read_mask, read_picture
-        from medsight.data.wording import position_in_words
 
         index, row = numbered
         generators = [random.Random(f"{self.seed}:{index}:{number}") for number in range(self.per_image)]
@@ -203,9 +198,6 @@ class _Annotator:
 
     def annotated(self, readings: Sequence[_Reading]) -> Sequence[_Reading]:
         """Draw the words, and let the model see the images whose masks these cite."""
-        import torch
-
-        from medsight.inference.code_assignment import assign_codes
 
         for reading in readings:
             reading.turns = [self._turn(reading, number) for number in range(self.per_image)]
@@ -224,8 +216,8 @@ class _Annotator:
             torch.tensor([self.canvas.group(reading.row) for reading in seen]),
         )
         queries = regions.masks_queries_logits.shape[1]
-        for reading, some in zip(seen, codes, strict=True):
-            reading.codes = some.tolist()
+        for reading, of_image in zip(seen, codes, strict=True):
+            reading.codes = of_image.tolist()
             usage = self.counts.codes[self._group_name(reading.row)]
             for code in reading.codes:
                 usage[code] += 1
@@ -234,7 +226,6 @@ class _Annotator:
 
     def conversations(self, reading: _Reading) -> Iterator[dict[str, Any]]:
         """The rows of `CONVERSATION_FEATURES` to write, counted."""
-        from medsight.data.schema import IMAGE_MARKER
 
         row, split = reading.row, reading.row["split"] or "train"
         group = self.canvas.group(row)
@@ -257,7 +248,7 @@ class _Annotator:
                 "split": split,
             }
 
-    def _turn(self, reading: _Reading, number: int) -> "Turn":
+    def _turn(self, reading: _Reading, number: int) -> Turn:
         self.maker.generator = reading.generators[number]
         return (
             self.maker.plain(reading.row)
@@ -265,7 +256,7 @@ class _Annotator:
             else self.maker.grounded(reading.row, reading.places)
         )
 
-    def _count(self, row: dict[str, Any], split: str, turns: "Sequence[Turn]") -> None:
+    def _count(self, row: dict[str, Any], split: str, turns: Sequence[Turn]) -> None:
         counts = self.counts
         counts.images += 1
         counts.conversations += len(turns)
@@ -280,11 +271,8 @@ class _Annotator:
             if turn.absent:
                 counts.add("absent", turn.absent)
 
-    def _classes(self, row: dict[str, Any]) -> "torch.Tensor":
+    def _classes(self, row: dict[str, Any]) -> torch.Tensor:
         """(n,) long, the mask classes of a row's targets."""
-        import torch
-
-        from medsight.data.pictures import picture_name
 
         name = picture_name(row["image"])
         return torch.tensor([self.canvas.class_of(target, name) for target in row["targets"]], dtype=torch.long)
@@ -317,9 +305,6 @@ class _Pictures:
 
 def weights_sha256(model: Any) -> str:
     """A hash of all weights: of name, type, shape and bytes of each tensor, in the order of their names."""
-    import hashlib
-
-    import torch
 
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -328,7 +313,7 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _origin(model: Any, wordings: "Wordings") -> dict[str, Any]:
+def _origin(model: Any, wordings: Wordings) -> dict[str, Any]:
     """What wrote the conversations, for the card."""
     return {
         "templates": Path(wordings.path).name,
@@ -364,17 +349,17 @@ def _check_targets(targets: Sequence[str], classes: Sequence[str] | None) -> Non
         )
 
 
-def _readable(readings: Iterable[Any], on_error: str, counts: "AnnotationCounts") -> list[_Reading]:
-    kept = []
+def _readable(readings: Iterable[Any], on_error: str, counts: AnnotationCounts) -> list[_Reading]:
+    readable = []
     for reading in readings:
         if not isinstance(reading, Exception):
-            kept.append(reading)
+            readable.append(reading)
         elif on_error == "stop":
             raise reading
         else:
             counts.skipped.append(str(reading))
             logger.warning("left out (number %d): %s", len(counts.skipped), reading)
-    return kept
+    return readable
 
 
 def _length(rows: Any) -> int | None:

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
 from medsight.data.schema import CONVERSATION_FEATURES
 
 
@@ -83,9 +87,6 @@ class _Split:
         return self.folder / f"{self.name}-{number:05d}.unfinished"
 
     def _flush(self) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
         if not self.rows:
             return
         schema = CONVERSATION_FEATURES.arrow_schema
@@ -133,8 +134,6 @@ class AnnotationCounts:
 
     def code_usage(self) -> dict[str, dict[str, float]]:
         """For each group with masks: masks, codes in use, codes there are, and the perplexity of their use."""
-        import numpy as np
-
         usage = {}
         for group, counts in self.codes.items():
             if sum(counts):

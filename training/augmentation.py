@@ -96,6 +96,19 @@ class Augmenter:
         sided_groups: groups none of whose pictures is ever mirrored, even where it shows no sided target (see
             [`sided_groups`]): else a liver would be learnt on both sides.
         orientation_free_groups: see [`Augmentation.orientation_free_groups`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from medsight.training.augmentation import Augmentation, Augmenter
+    >>> picture, mask = torch.rand(3, 32, 32), torch.ones(1, 32, 32)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> moved, _ = Augmenter(Augmentation())(picture, mask, group=0, targets=["liver"], generator=generator)
+    >>> moved.shape
+    torch.Size([3, 32, 32])
+
+    ```
     """
 
     def __init__(
@@ -179,8 +192,8 @@ class Augmenter:
                 displacements = F.interpolate(points, layers.shape[-2:], mode="bicubic", align_corners=True)
                 grid = grid + displacements.movedim(1, -1).to(grid)
             moved = F.grid_sample(layers[None], grid, align_corners=False)[0].clamp(0, 1)
-            kept = moved[channels:].sum((1, 2)) / zoom**2
-            if bool((kept >= KEPT_SHARE * areas).all()):
+            inside = moved[channels:].sum((1, 2)) / zoom**2
+            if bool((inside >= KEPT_SHARE * areas).all()):
                 return moved
         return layers
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .items import Skipped
+from .dataset import Skipped
 
 
 IGNORED = -100
@@ -19,14 +19,14 @@ class Collator:
     """
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        kept = []
+        good = []
         for sample in samples:
             if isinstance(sample, Skipped):
                 logger.warning("left out: %s", sample.reason)
             else:
-                kept.append(sample)
-        batch = {**(self.collate(kept) if kept else {}), "files": [sample["file"] for sample in kept]}
-        return {**batch, "skipped": len(samples) - len(kept)} if len(kept) < len(samples) else batch
+                good.append(sample)
+        batch = {**(self.collate(good) if good else {}), "files": [sample["file"] for sample in good]}
+        return {**batch, "skipped": len(samples) - len(good)} if len(good) < len(samples) else batch
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of at least one sample."""
@@ -65,7 +65,7 @@ class ConversationCollator(Collator):
 
     Args:
         processor: a `MedSightProcessor`.
-        label_prompts: label every word, the users' too (stage 0).
+        label_prompts: label every word, the users' too.
         class_labels: add `code_class_labels`.
     """
 

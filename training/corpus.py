@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,12 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from medsight.data.groups import Groups, match_groups
+from datasets import Dataset, concatenate_datasets
 
+from configuration_medsight.configuration_medsight import MedSightConfig
+from medsight.data.groups import Groups, match_groups
+from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
+from medsight.data.sources import Source, load_source
+from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
+from medsight.data.templates import Wordings
+from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
+
+from .annotation import annotate
 from .recipe import AnnotationSettings, Recipe
 
 
 ANNOTATIONS = "annotations"
+TEXT = "text"  # in a stage's `data`: the corpus' own words
 
 
 @dataclass
@@ -42,12 +53,9 @@ class Corpus:
         Raises:
             OSError, ValueError: as `load_source`; or nothing can be held out though it is asked.
         """
-        from datasets import concatenate_datasets
-
-        from medsight.data.splits import divide, hold_out_conversations
 
         recipe = self.recipe
-        named = {name for values in recipe.stages.values() if values for name in values.get("data", [])}
+        named = {name for entry in recipe.stages for name in entry.get("data", [])}
         parts = {
             name: read_source(recipe, entry) for name, entry in recipe.data.conversations.items() if name in named
         }
@@ -73,10 +81,6 @@ def read_corpus(recipe: Recipe) -> Corpus:
     Raises:
         OSError, ValueError: as `load_source`; or nothing can be held out though it is asked.
     """
-    from datasets import Dataset, concatenate_datasets
-
-    from medsight.data.schema import REGION_FEATURES
-    from medsight.data.splits import divide, hold_out_regions
 
     parts = [read_source(recipe, entry) for entry in recipe.data.regions]
     if not parts:
@@ -88,7 +92,7 @@ def read_corpus(recipe: Recipe) -> Corpus:
         groups = Groups(recipe.data.groups)
     else:
         groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
-    classes = recipe.data.classes or sorted({target for some in rows["targets"] for target in some})
+    classes = recipe.data.classes or sorted({target for targets in rows["targets"] for target in targets})
     return Corpus(recipe, training, validation, groups, classes)
 
 
@@ -98,7 +102,6 @@ def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
     Raises:
         OSError, ValueError: as `load_source`.
     """
-    from medsight.data.sources import Source, load_source
 
     return load_source(Source.from_mapping(entry), skip_errors=recipe.data.on_error == "skip")
 
@@ -117,23 +120,17 @@ def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
     """
     if recipe.model.folder is None:
         return Groups.of_pairs(pairs)
-    from configuration_medsight.configuration_medsight import MedSightConfig
 
     config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
     return match_groups(config, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
 
 
 def corpus_conversations(corpus: Corpus) -> Any:
-    """The corpus' own text as conversations without images: for stage 0, and for a preset's tokenizer.
+    """The corpus' own text as conversations without images: for stages that read `text`, and a preset's tokenizer.
 
     Made from the training rows alone, with the wordings of the first annotation; and the words of `data.text`, but
     those about images or patients that are held out elsewhere.
     """
-    from datasets import Dataset, concatenate_datasets
-
-    from medsight.data.schema import CONVERSATION_FEATURES
-    from medsight.data.splits import divide, hold_out_conversations
-    from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
 
     recipe = corpus.recipe
     settings = next(iter(recipe.annotations.values()), AnnotationSettings())
@@ -165,19 +162,22 @@ def corpus_conversations(corpus: Corpus) -> Any:
     return concatenate_datasets([made, divide(text, held)[0]])
 
 
+def hold_out_text(rows: Any, recipe: Recipe, split: str) -> Any:
+    """A part of the conversations of the corpus' text, of all kinds, is for validation."""
+    count = math.ceil(recipe.data.validation_fraction * len(rows))
+    held = set(random.Random(split_seed(recipe)).sample(range(len(rows)), count))
+    return rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
+
+
 def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str) -> Any:
-    """The conversations of a stage: annotated ones from the run's folder, others from their sources.
+    """The conversations of a stage: the corpus' text, annotated ones from the run's folder, others from their sources.
 
     Raises:
         OSError, ValueError: as `load_source` and `Corpus.conversations`.
     """
-    from datasets import Dataset, concatenate_datasets
-
-    from medsight.data.schema import CONVERSATION_FEATURES
-    from medsight.data.sources import Source, load_source
 
     recipe = corpus.recipe
-    parts = []
+    parts = [hold_out_text(corpus_conversations(corpus), recipe, split)] if TEXT in names else []
     for name in [name for name in names if name in recipe.annotations]:
         if len(corpus.split(split)):
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
@@ -191,7 +191,6 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
 
 def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, folder: Path) -> None:
     """Write the conversations of one annotation, training and validation, where they are not there yet."""
-    from .annotation import annotate
 
     recipe, settings = corpus.recipe, corpus.recipe.annotations[name]
     for split in ("training", "validation"):
@@ -216,7 +215,6 @@ def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, fold
 
 def load_wordings(settings: AnnotationSettings) -> Any:
     """The wordings that an annotation names, or the shipped ones."""
-    from medsight.data.templates import Wordings
 
     return Wordings.load(settings.templates) if settings.templates else Wordings.load()
 

@@ -1,26 +1,27 @@
-"""Pictures of what the model makes of a few validation items, at every evaluation."""
+"""Pictures of what the model makes of a few validation samples, at every evaluation."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 from medsight.export.drawing import draw_overlay
 
-from .items import Items, Skipped
+from .dataset import SampleDataset, Skipped
 from .stage import Stage
 
 
 class ExamplePictures(TrainerCallback):
-    """Draws `count` validation items, evenly over the split: what was wanted, and what the model gives.
+    """Draws `count` validation samples, evenly over the split: what was wanted, and what the model gives.
 
     Files `step-N-i.png` in `folder`.
     """
 
-    def __init__(self, stage: Stage, items: Items, folder: Path, count: int) -> None:
-        self.stage, self.items, self.folder = stage, items, folder
-        self.chosen = range(0, len(items), max(1, len(items) // count))[:count]
+    def __init__(self, stage: Stage, dataset: SampleDataset, folder: Path, count: int) -> None:
+        self.stage, self.dataset, self.folder = stage, dataset, folder
+        self.chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
 
     @torch.no_grad()
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -30,7 +31,7 @@ class ExamplePictures(TrainerCallback):
         training = model.training
         model.eval()
         for number, index in enumerate(self.chosen):
-            sample = self.items[index]
+            sample = self.dataset[index]
             if isinstance(sample, Skipped) or not len(sample["pixel_values"]):
                 continue
             picture = self.draw(model, sample)
@@ -38,14 +39,12 @@ class ExamplePictures(TrainerCallback):
         model.train(training)
 
     def draw(self, model: Any, sample: dict[str, Any]) -> Any:
-        """One item, wanted regions on the left and given ones on the right, as a PIL image."""
-        from PIL import Image
-
-        places, wanted = self.stage.places, [] if sample["mask_labels"] is None else list(sample["mask_labels"])
+        """One sample, wanted regions on the left and given ones on the right, as a PIL image."""
+        canvas, wanted = self.stage.canvas, [] if sample["mask_labels"] is None else list(sample["mask_labels"])
         pixels = (
             sample["pixel_values"] if isinstance(sample["pixel_values"], torch.Tensor) else sample["pixel_values"][-1]
         )
-        array = ((pixels * places.std + places.mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        array = ((pixels * canvas.std + canvas.mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         image = Image.fromarray(array)
         size = (image.height, image.width)
         masks, labels = self.stage.example(model, sample)

@@ -1,4 +1,4 @@
-"""A model from a preset, with a tokenizer of the corpus' own text: for runs that start from nothing pretrained."""
+"""A model from a preset, with a tokenizer of the corpus' own text: for runs from scratch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,9 +51,9 @@ def fresh_config(recipe: Recipe, groups: Mapping[str, list[str]], classes: Seque
         **changes.pop("text_config", {}),
     }
     vision = {**preset["vision_config"], **changes.pop("vision_config", {})}
-    own = {"region_code_start_id": first, "image_token_id": ids[IMAGE_TOKEN]}
+    ids_in_config = {"region_code_start_id": first, "image_token_id": ids[IMAGE_TOKEN]}
     return MedSightConfig.from_preset(
-        settings.preset, **{"text_config": text, "vision_config": vision, **own, **changes}
+        settings.preset, **{"text_config": text, "vision_config": vision, **ids_in_config, **changes}
     )
 
 

@@ -3,21 +3,24 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medsight.data.sources import Source, iterate
+from medsight.evaluation.benchmarks import load_benchmark
+from medsight.evaluation.cases import Case
+from medsight.evaluation.predictions import Prediction, Problems
+from medsight.evaluation.readers import NoRowsError, read_cases
+from medsight.evaluation.scored_run import protocol_of
+from medsight.evaluation.scoring import score_rows
+from medsight.evaluation.summary import summarise
 
 from .corpus import Corpus
 
 
-if TYPE_CHECKING:
-    from medsight.evaluation.cases import Case
-    from medsight.evaluation.predictions import Prediction
-
 SPLITS = ("validation", "test")
 
 
-def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") -> list["Case"]:
+def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") -> list[Case]:
     """The items of a benchmark that a recipe's data hold.
 
     Args:
@@ -28,8 +31,6 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
         NoRowsError: there is no row.
         ValueError: the benchmark or a source has another layout, or two rows have one id.
     """
-    from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.readers import NoRowsError, read_cases
 
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -66,13 +67,8 @@ def image_paths(rows: Any) -> set[str]:
     return {os.path.abspath(row["image"]["path"]) for row in rows}
 
 
-def score_predictions(items: Sequence["Case"], predictions: Sequence["Prediction"], benchmark: str) -> dict[str, Any]:
+def score_predictions(items: Sequence[Case], predictions: Sequence[Prediction], benchmark: str) -> dict[str, Any]:
     """What metrics.json would say of predictions, by the benchmark's own protocol."""
-    from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.predictions import Problems
-    from medsight.evaluation.scored_run import protocol_of
-    from medsight.evaluation.scoring import score_rows
-    from medsight.evaluation.summary import summarise
 
     declared = load_benchmark(benchmark)
     protocol = protocol_of(declared, None, None, {})

@@ -1,24 +1,22 @@
-"""Memory that training takes: optimizer states, and a forward and backward pass on tensors without content."""
+"""Memory that training takes: optimizer states, and a pass over tensors without content, as torch counts it."""
 
-import math
-import weakref
+import contextlib
+from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from modeling_medsight.region_codes_in_text_medsight import CodeLocations
-from modeling_medsight.vision_medsight import encode_image
+from modeling_medsight.loss_medsight import HungarianMatcher
 
 from .optimisation import muon_with_adamw
-from .stage import Stage, frozen_modules
+from .stage import Stage, frozen_modules, trained_module
 
-
-WORDS = 128  # tokens beside the image, in a conversation without a limit of its length
 
 # numbers that an optimizer keeps for a parameter, each as many bytes as the parameter's own or as given here
 STATES = {"adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_8bit": (2, 1), "adamw_bnb_8bit": (2, 1)}
@@ -51,104 +49,84 @@ def gathered_numbers(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of tensors that are made inside, as long as each lives.
-
-    Args:
-        model: whose parameters' casts to another dtype are counted apart.
-
-    Attributes:
-        peak: most bytes alive at once.
-        peak_without_casts: the same, casts of parameters left out.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.parameters = {storage_of(parameter) for parameter in model.parameters()}
-        self.known: set[int] = set()
-        self.alive = self.casts = self.peak = self.peak_without_casts = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        is_cast = func is torch.ops.aten._to_copy.default and storage_of(args[0]) in self.parameters
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor, is_cast)
-        return result
-
-    def _count(self, tensor: torch.Tensor, is_cast: bool) -> None:
-        storage, key = tensor.untyped_storage(), storage_of(tensor)
-        if key in self.known or key in self.parameters:
-            return
-        size = storage.nbytes()
-        self.known.add(key)
-        self.alive += size
-        self.casts += size * is_cast
-        self.peak = max(self.peak, self.alive)
-        self.peak_without_casts = max(self.peak_without_casts, self.alive - self.casts)
-        weakref.finalize(storage, self._gone, key, size, is_cast)
-
-    def _gone(self, key: int, size: int, is_cast: bool) -> None:
-        self.known.discard(key)
-        self.alive -= size
-        self.casts -= size * is_cast
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def activation_bytes(
     stage: Stage,
     model: nn.Module,
-    batch: int,
+    size: int,
     *,
-    codes: int,
+    regions: int,
     autocast: torch.dtype | None,
-    checkpointing: bool,
+    checkpointing: bool = False,
     compute_dtypes: dict[int, torch.dtype] | None = None,
-) -> tuple[int, int]:
+) -> int:
     """Most bytes that live besides weights, gradients and optimizer states in one micro-batch of a stage.
+
+    The model's own forward and backward pass run, under torch's memory tracker.
 
     Args:
         stage: whose settings count.
-        model: the MedSight model that `stage.prepare` was given, on the meta device.
-        batch: images, or conversations with an image each.
-        codes: region codes that an answer cites.
+        model: the model that `stage.prepare` was given: with weights, or on the meta device.
+        size: images, or conversations with an image each.
+        regions: masks an image, or region codes an answer.
         autocast: dtype of mixed precision.
         checkpointing: gradient checkpointing.
-        compute_dtypes: id of a parameter -> the dtype that it has in the pass, where it is not its own.
-
-    Returns:
-        The bytes, and without those of parameters cast for mixed precision.
+        compute_dtypes: id of a parameter on the meta device -> the dtype that it has in the pass, where it is not its
+            own.
     """
-    with FakeTensorMode():
-        without_content(model, compute_dtypes or {})
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "preserve_rng_state": False})
-        return run_counted(stage, model, batch, codes, autocast)
-
-
-def run_counted(
-    stage: Stage, model: nn.Module, batch: int, codes: int, autocast: torch.dtype | None
-) -> tuple[int, int]:
-    """The two peaks of a pass over zeros; gradients go as soon as they are there, since they are counted elsewhere."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if model.device.type == "meta" else None
+    if fake is not None:
+        with fake:
+            without_content(model, compute_dtypes or {})
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     model.train()
     for module in frozen_modules(model):
         module.training = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Gradients go as soon as they are there, since they are counted elsewhere.
     hooks = [parameter.register_post_accumulate_grad_hook(drop_gradient) for parameter in trained]
-    with LiveBytes(model) as counted, torch.autocast("cpu", autocast or torch.bfloat16, autocast is not None):
-        outputs = see(stage, model, batch) if stage.reads == "regions" else speak(stage, model, batch, codes)
-        sum(output.float().sum() for output in outputs if output.requires_grad).backward()
+    batch = stage.batch_of_zeros(size, regions)
+    with contextlib.ExitStack() as stack:
+        if fake is not None:
+            batch = tree_map(lambda value: as_fake(value, fake), batch)
+            stack.enter_context(fake)
+            stack.enter_context(WithoutContent())
+        stack.enter_context(patch.object(HungarianMatcher, "forward", match_in_order))
+        stack.enter_context(torch.autocast("cpu", autocast or torch.bfloat16, autocast is not None))
+        tracker = memory_tracker()
+        tracker.track_external(model)
+        stack.enter_context(tracker)
+        trained_module(model, stage)(**batch)["loss"].backward()
     for hook in hooks:
         hook.remove()
-    return counted.peak, counted.peak_without_casts
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    weights = sum(count for kind, count in peak.items() if getattr(kind, "name", "") in ("PARAM", "BUFFER"))
+    return peak["Total"] - weights
 
 
-def drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
+def memory_tracker() -> Any:
+    """torch's tracker of the memory that tensors take.
+
+    Raises:
+        ValueError: this torch has none.
+    """
+    try:
+        from torch.distributed._tools.mem_tracker import MemTracker
+    except ImportError as error:
+        raise ValueError(
+            f"torch {torch.__version__} has no MemTracker, which --plan counts memory by: {error}"
+        ) from error
+
+    class Tracker(MemTracker):
+        """Of the whole alone: of each module it would take much time, and a gradient of every parameter."""
+
+        def _pre_fw_hook(self, *args: Any) -> None:
+            pass
+
+        _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+    return Tracker()
 
 
 def without_content(model: nn.Module, dtypes: dict[int, torch.dtype]) -> None:
@@ -168,53 +146,47 @@ def without_content(model: nn.Module, dtypes: dict[int, torch.dtype]) -> None:
         table[name] = made_of(tensor)
 
 
-def see(stage: Any, model: Any, images: int) -> list[torch.Tensor]:
-    """What the losses of a stage on regions are of: masks and classes of the queries that are asked."""
-    config, perceiver = stage.config, model.model.region_perceiver
-    _, grid, summary = encode_image(model.model.vision_tower, pixels(config, images), config)
-    if stage.key == "codebook":
-        regions = model.model.perceive(grid, summary)
-        codebook = model.model.codebook
-        vectors = codebook.encode(regions.region_embeddings)
-        through_codes = perceiver.segmentation_head(codebook.decode(vectors), regions.image_features)
-        return [regions.group_logits, *through_codes]
-    outputs = []
-    if config.use_class_queries:
-        asked = min(stage.settings.most_asked, config.num_mask_classes)
-        queries = perceiver.class_queries[torch.zeros(images, asked, dtype=torch.long)]
-        outputs.append(perceiver(grid, queries, torch.ones(images, asked, dtype=torch.bool)))
-    matched = max(1, math.ceil(images * stage.settings.matched_share)) if config.use_class_queries else images
-    outputs.append(perceiver(grid[:matched]))
-    stages = [{"masks": output.masks_queries_logits, "classes": output.class_queries_logits} for output in outputs]
-    stages += [logits for output in outputs for logits in output.auxiliary_logits or []]
-    return [logits for some in stages for logits in some.values()]
+def drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
-def speak(stage: Any, model: Any, conversations: int, codes: int) -> list[torch.Tensor]:
-    """What the losses of a stage on conversations are of: the words' loss, and the masks of cited codes."""
-    config, settings, core = stage.config, stage.settings, model.model
-    with_image = not stage.text_only
-    length = settings.max_length or WORDS + config.image_seq_length * with_image
-    ids = torch.zeros(conversations, length, dtype=torch.long)
-    rows, regions = model.get_input_embeddings()(ids), None
-    if with_image:
-        regions = model.get_region_features(pixels(config, conversations))
-        seen = core.project_regions(regions).to(rows.dtype)
-        rows = torch.cat((seen, rows[:, seen.shape[1] :]), dim=1)
-    known = torch.ones_like(ids)
-    known[:, -1] = 0  # a padded batch: without padding attention needs no mask, and less memory
-    hidden = core.language_model(inputs_embeds=rows, attention_mask=known, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden)
-    outputs = [model.loss_function(logits=logits, labels=ids, vocab_size=config.text_config.vocab_size)]
-    decoded = math.ceil(conversations * settings.mask_share) if stage.decodes_masks else 0
-    if decoded:
-        places = torch.arange(decoded).repeat_interleave(codes)
-        slots = torch.arange(codes).repeat(decoded)
-        counts = [codes] * decoded + [0] * (conversations - decoded)
-        where = CodeLocations(places, slots + length - codes, places, places, slots, counts, decoded)
-        outputs.append(core.decode_codes(hidden, where, regions))
-    return outputs
+def match_in_order(
+    matcher: nn.Module, masks: torch.Tensor, classes: torch.Tensor, mask_labels: list[torch.Tensor], labels: Any
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """In place of the Hungarian matcher, which needs numbers: query i takes region i."""
+    pairs = (torch.arange(min(masks.shape[1], len(regions))) for regions in mask_labels)
+    return [(pair, pair) for pair in pairs]
 
 
-def pixels(config: Any, images: int) -> torch.Tensor:
-    return torch.zeros(images, 3, config.image_size, config.image_size)
+def as_fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A tensor of numbers without its content; ids and all else as they are."""
+    is_numbers = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return mode.from_tensor(value) if is_numbers else value
+
+
+class WithoutContent(TorchDispatchMode):
+    """Within a `FakeTensorMode`: numbers are its tensors, which have shapes and no content, while ids, counts and
+    places, which say where numbers go, are real. Where a number's value is asked for, it is 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        of_numbers = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not tensors:
+            of_numbers = kwargs.get("dtype", torch.get_default_dtype()).is_floating_point
+        if not of_numbers:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [place for index in args[1] for place in places_of(index)])
+        return func(*args, **kwargs)
+
+
+def places_of(index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """An index as integers, where it is a real mask: the shape of what a mask picks depends on its content."""
+    if index is None or index.dtype is not torch.bool or isinstance(index, FakeTensor):
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero(as_tuple=True)

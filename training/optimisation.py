@@ -1,4 +1,4 @@
-"""The optimizer of small models trained from nothing: Muon for inner matrices and kernels, AdamW for the rest.
+"""The optimizer of small models trained from scratch: Muon for inner matrices and kernels, AdamW for the rest.
 
 Other runs take AdamW, or any other that `TrainingArguments.optim` names.
 """
@@ -23,6 +23,17 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     With the scale of Moonlight (arXiv 2502.16982), 0.2 * sqrt(longer side), so that learning rates are like AdamW's.
     Parameters of one shape are orthogonalised together: in a small model the calls cost more than the arithmetic.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from medsight.training.optimisation import muon_with_adamw
+    >>> optimizer = muon_with_adamw(torch.nn.Linear(3, 3), 1e-2, 1e-3, 0.0, (0.9, 0.99))
+    >>> [group["muon"] for group in optimizer.param_groups]
+    [True, False]
+
+    ```
     """
 
     param_groups: list[dict[str, Any]]

@@ -7,18 +7,17 @@ Models are built without weights, so neither the model's folder nor the data nee
     optimizer    AdamW two numbers, Muon one, for each of these parameters, in their dtype; see `memory.STATES`
     activations  the most that lives besides, in the forward and backward pass of one micro-batch
 
-The first three are exact. Activations are an estimate: the passes of a stage run on tensors without content, in the
-recipe's precision, with its gradient checkpointing, and the bytes alive are added up. A conversation has one image,
-`max_length` tokens (the image and `memory.WORDS` more where that is not set) and cites `max_regions` codes. Counted:
-what autograd keeps, parameters cast for mixed precision, logits, temporaries. Not counted: mask losses, workspaces of
-kernels and the CUDA context, fragmentation, validation.
+The first three are exact. Activations are an estimate: a stage's own pass runs on tensors without content, in the
+recipe's precision, with its gradient checkpointing, under torch's memory tracker. A conversation has one image,
+`max_length` tokens (the image and `stage_conversations.TOKENS` more where that is not set) and cites `max_regions`
+codes; an image has as many masks. Counted: what autograd keeps, parameters cast for mixed precision, logits, losses,
+temporaries. Not counted: workspaces of kernels and the CUDA context, fragmentation, validation.
 
     a device     their sum; with several devices DDP's buckets too, which are as large as the gradients
-    sharded      FSDP2: the first three over all devices, the activations without casts, and what is gathered
-                 at a time in the computing dtype: all but the language model's layers, and two of these
+    sharded      FSDP2: the first three over all devices, the activations of a model in the computing dtype, and what
+                 is gathered at a time in it: all but the language model's layers, and two of these
 """
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -31,15 +30,16 @@ from torch import nn
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from configuration_medsight.presets_medsight import PRESETS
+from medsight.text import align
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 
-from .corpus import Corpus, conversation_rows, corpus_conversations, read_corpus
+from .corpus import Corpus, conversation_rows, read_corpus
 from .fresh_model import fresh_config
 from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_bytes
 from .recipe import AnnotationSettings, Recipe
-from .run import DEFAULTS_SFT, STAGES, arguments_class, hold_out_text, refuse_missing_regions, stage_settings
-from .stage import Stage, StageSettings
-from .stage_3b_text_to_vision import TextToVisionStage, vocabularies
+from .settings import ResolvedStage, refuse_missing_regions, resolve_stages
+from .stage import Stage
+from .stage_conversations import vocabularies
 
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -50,7 +50,7 @@ class StagePlan:
     """One stage: counts, and bytes a device.
 
     Attributes:
-        name: folder of the stage.
+        name: the recipe's.
         trained, parameters: parameters that train, and all.
         steps: optimizer steps; None where the data must be there to know.
         batch: samples a device and micro-batch, micro-batches a step, devices.
@@ -95,91 +95,94 @@ def plan(recipe: Recipe, devices: int | None = None) -> str:
 
 def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str]]:
     """The plan of each stage, and what to say besides."""
-    settings = stage_settings(recipe)
-    corpus, notes = corpus_if_needed(recipe, settings)
+    resolved = resolve_stages(recipe)
+    corpus, notes = corpus_if_needed(recipe, resolved)
     config, source = planned_config(recipe, corpus)
     stages = []
-    for key, (own, passed) in settings.items():
+    for stage in resolved.values():
         rows = None
-        if passed.get("max_steps", -1) <= 0:
-            rows, missing = count_rows(key, own, recipe, corpus)
+        if stage.argument("max_steps") <= 0:
+            rows, missing = count_rows(stage, recipe, corpus)
             notes += [note for note in missing if note not in notes]
-        stages.append(stage_plan(key, own, passed, recipe, config, rows, devices))
+        stages.append(stage_plan(stage, recipe, config, rows, devices))
     return stages, [source, *notes]
 
 
 def stage_plan(
-    key: str,
-    own: StageSettings,
-    passed: dict[str, Any],
-    recipe: Recipe,
-    config: MedSightConfig,
-    rows: int | None,
-    devices: int,
+    resolved: ResolvedStage, recipe: Recipe, config: MedSightConfig, rows: int | None, devices: int
 ) -> StagePlan:
     """Build the model of a stage on the meta device, let the stage choose what trains, and count."""
-    places: Any = SimpleNamespace(config=config, processor=None)
-    stage = STAGES[key](own, places, recipe.seed)
-    dtype, autocast = getattr(torch, recipe.model.dtype), mixed_precision(own, passed)
-    with torch.device("meta"):
-        model = MedSightForConditionalGeneration(config).to(dtype)
-        # PEFT changes these modules, so they are looked up before.
-        linear = [m.weight for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
-        four_bits = {id(weight) for weight in linear} if getattr(own, "method", "full") == "qlora" else set()
-        prepared = stage.prepare(model)
+    canvas: Any = SimpleNamespace(config=config, processor=None)
+    stage = resolved.kind(resolved.name, resolved.settings, canvas, recipe.seed)
+    dtype, autocast = getattr(torch, recipe.model.dtype), mixed_precision(resolved)
+    model, prepared, four_bits = model_on_meta(stage, config, dtype)
     tensors = [*prepared.parameters(), *prepared.buffers()]
     trained = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
     weights = sum(math.ceil(t.numel() * FOUR_BITS) if id(t) in four_bits else t.nbytes for t in tensors)
     gradients = sum(parameter.nbytes for parameter in trained)
-    setting = setting_of(own, passed)
-    optimizer = optimizer_bytes(prepared, own.muon_learning_rate, str(setting("optim")))
-    computing = autocast or dtype
-    gathered = gathered_numbers(model) * computing.itemsize
+    optimizer = optimizer_bytes(prepared, stage.settings.muon_learning_rate, str(resolved.argument("optim")))
     counts = {
         "trained": sum(parameter.numel() for parameter in trained) - words_that_stay(stage, model),
         "parameters": sum(parameter.numel() for parameter in prepared.parameters()),
     }
-    activations, without_casts = activation_bytes(
-        stage,
-        model,
-        setting("per_device_train_batch_size"),
-        codes=max(
-            (entry.max_regions for entry in recipe.annotations.values()), default=AnnotationSettings.max_regions
-        ),
-        autocast=autocast,
-        checkpointing=bool(setting("gradient_checkpointing") or setting("activation_checkpointing")),
-        compute_dtypes=dict.fromkeys(four_bits, computing),
+    size, micro_batches = (
+        resolved.argument(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
-    sharded = math.ceil((weights + gradients + (optimizer or 0)) / devices) + without_casts + gathered
-    batch = (setting("per_device_train_batch_size"), setting("gradient_accumulation_steps"), devices)
+    computing = autocast or dtype
+    gathered = gathered_numbers(model) * computing.itemsize
+    most = max((entry.max_regions for entry in recipe.annotations.values()), default=AnnotationSettings.max_regions)
+    passing: dict[str, Any] = {
+        "regions": most,
+        "autocast": autocast,
+        "checkpointing": bool(
+            resolved.argument("gradient_checkpointing") or resolved.argument("activation_checkpointing")
+        ),
+    }
+    activations = activation_bytes(stage, model, size, **passing, compute_dtypes=dict.fromkeys(four_bits, computing))
+    sharded = None
+    if devices > 1 and stage.shardable:
+        in_shards = activations
+        if computing != dtype:
+            model, _, _ = model_on_meta(stage, config, computing)
+            in_shards = activation_bytes(stage, model, size, **passing)
+        sharded = math.ceil((weights + gradients + (optimizer or 0)) / devices) + in_shards + gathered
+    batch = (size, micro_batches, devices)
     return StagePlan(
-        name=stage.folder,
+        name=stage.name,
         **counts,
-        steps=count_steps(setting("max_steps"), setting("num_train_epochs"), rows, math.prod(batch)),
+        steps=count_steps(
+            resolved.argument("max_steps"), resolved.argument("num_train_epochs"), rows, math.prod(batch)
+        ),
         batch=batch,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        sharded=sharded if stage.shardable else None,
+        sharded=sharded,
     )
 
 
-def setting_of(own: StageSettings, passed: dict[str, Any]) -> Any:
-    """A function: the value of a field of `TrainingArguments`, as set or by default; None for one that it lacks."""
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(arguments_class(own.trainer))}
-    defaults |= DEFAULTS_SFT if own.trainer == "sft" else {}
-    return lambda name: passed.get(name, defaults.get(name))
+def model_on_meta(
+    stage: Stage, config: MedSightConfig, dtype: torch.dtype
+) -> tuple[MedSightForConditionalGeneration, nn.Module, set[int]]:
+    """A model without weights, as the stage prepares it, and the ids of its weights that QLoRA holds in 4 bits."""
+    with torch.device("meta"):
+        model = MedSightForConditionalGeneration(config).to(dtype)
+        # PEFT changes these modules, so they are looked up before.
+        linear = [m.weight for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
+        in_four_bits = getattr(stage.settings, "method", "full") == "qlora"
+        return model, stage.prepare(model), {id(weight) for weight in linear} if in_four_bits else set()
 
 
-def mixed_precision(own: StageSettings, passed: dict[str, Any]) -> torch.dtype | None:
-    setting = setting_of(own, passed)
-    return torch.bfloat16 if setting("bf16") else torch.float16 if setting("fp16") else None
+def mixed_precision(stage: ResolvedStage) -> torch.dtype | None:
+    """What a stage computes in besides the model's own dtype."""
+    return torch.bfloat16 if stage.argument("bf16") else torch.float16 if stage.argument("fp16") else None
 
 
 def words_that_stay(stage: Stage, model: nn.Module) -> int:
-    """Numbers of the vocabulary that have a gradient and yet do not train: in stage 3b, all rows but the codes'."""
-    if not isinstance(stage, TextToVisionStage):
+    """Numbers of the vocabulary that have a gradient and yet do not train: all rows but the codes', where these train
+    alone."""
+    if not stage.rows_alone:
         return 0
     return sum((len(table) - stage.config.num_region_codes) * table.shape[1] for table in vocabularies(model))
 
@@ -191,35 +194,31 @@ def count_steps(max_steps: int, epochs: float, rows: int | None, batch: int) -> 
     return None if rows is None else math.ceil(epochs * math.ceil(rows / batch))
 
 
-def corpus_if_needed(
-    recipe: Recipe, settings: dict[str, tuple[StageSettings, dict[str, Any]]]
-) -> tuple[Corpus | None, list[str]]:
+def corpus_if_needed(recipe: Recipe, stages: dict[str, ResolvedStage]) -> tuple[Corpus | None, list[str]]:
     """The region rows, where steps or a fresh model's shape follow from them; or why they could not be read."""
-    counted = any(passed.get("max_steps", -1) <= 0 for _, passed in settings.values())
+    counted = any(stage.argument("max_steps") <= 0 for stage in stages.values())
     shaped = recipe.model.folder is None and None in (recipe.data.groups, recipe.data.classes)
     if not counted and not shaped:
         return None, []
     try:
-        refuse_missing_regions(recipe, settings)
+        refuse_missing_regions(recipe, stages.values())
         return read_corpus(recipe), []
     except (OSError, ValueError) as error:
         return None, [f"Without the data: {error}."]
 
 
-def count_rows(key: str, own: StageSettings, recipe: Recipe, corpus: Corpus | None) -> tuple[int | None, list[str]]:
+def count_rows(stage: ResolvedStage, recipe: Recipe, corpus: Corpus | None) -> tuple[int | None, list[str]]:
     """Training samples of a stage; None, and why, where its data are not there."""
     if corpus is None:
         return None, []
-    if key == "language_model":
-        return len(hold_out_text(corpus_conversations(corpus), recipe, "training")), []
-    if STAGES[key].reads == "regions":
+    if stage.kind.reads == "regions":
         rows = corpus.training
-        return sum(
-            bool(targets or absent) for targets, absent in zip(rows["targets"], rows["absent"], strict=True)
-        ), []
-    annotated = [recipe.annotations[name] for name in own.data if name in recipe.annotations]
-    others = [name for name in own.data if name not in recipe.annotations]
+        shown = zip(rows["targets"], rows["absent"], strict=True)
+        return sum(bool(targets or absent) for targets, absent in shown), []
+    names = stage.settings.data
+    annotated = [recipe.annotations[name] for name in names if name in recipe.annotations]
     count = sum(settings.per_image for settings in annotated) * len(corpus.training)
+    others = [name for name in names if name not in recipe.annotations]
     try:
         return count + (len(conversation_rows(corpus, others, Path(recipe.output), "training")) if others else 0), []
     except OSError as error:
@@ -250,7 +249,7 @@ def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfi
         return config, f"Model: {settings.folder} is not there yet; planned as the preset {settings.preset}."
     groups = corpus.groups.patterns if corpus else recipe.data.groups or {}
     classes = corpus.classes if corpus else recipe.data.classes or []
-    return fresh_config(recipe, groups, classes), f"Model: the preset {settings.preset}, from nothing."
+    return fresh_config(recipe, groups, classes), f"Model: the preset {settings.preset}, from scratch."
 
 
 def table(stages: list[StagePlan], devices: int) -> list[str]:
@@ -271,9 +270,5 @@ def table(stages: list[StagePlan], devices: int) -> list[str]:
         whole = amount(stage.whole) if stage.optimizer is not None else f"> {amount(stage.whole)}"
         lines.append([stage.name, f"{stage.trained:,}", f"{stage.parameters:,}", steps, batch, *map(amount, memory)])
         lines[-1] += [whole, amount(stage.sharded, "never")] if devices > 1 else [whole]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    return [*rows, "", f"Batch: a device's x micro-batches x devices. Memory: {unit} a device."]
+    note = f"Batch: a device's x micro-batches x devices. Memory: {unit} a device."
+    return [*align(lines).splitlines(), "", note]

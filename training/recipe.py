@@ -1,19 +1,24 @@
 """A recipe: everything that is a choice in a training run, read from one YAML file.
 
 `extends: other.yaml` takes another recipe, beside it or a shipped one, and changes what is written; `--set a.b=value`
-changes one key more. Unknown keys are refused, naming the nearest known one.
+changes one more key, likewise. Entries of a list that have a `name`, such as stages, are found by it: `stages:
+{perceiver: {max_steps: 9}}` changes one stage of the recipe that is extended, `stages: {perceiver: null}` leaves it
+out. Unknown keys are refused, naming the nearest known one. `Recipe.sources` says where each value comes from.
 """
 
 import dataclasses
-import difflib
+import os
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from medsight.text import nearest
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -26,12 +31,13 @@ OPERATIONAL = (
     *("dataloader_prefetch_factor", "ddp_timeout", "example_images", "project", "trackio_space_id"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product with the processes may not change
 )
+STAGE_NAME = re.compile(r"[\w-]+")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
 class ModelSettings:
-    """Where the model comes from: a named configuration, trained from nothing, or a folder.
+    """Where the model comes from: a named configuration, trained from scratch, or a folder.
 
     Attributes:
         preset: name of a `MedSightConfig` preset; its tokenizer is trained on the corpus' own text. With a folder, it
@@ -61,10 +67,10 @@ class DataSettings:
     """What is trained on; a source is a mapping with the fields of `medsight.data.sources.Source`.
 
     Attributes:
-        regions: sources of images with masks (stages 1 and 3a, and what is annotated).
+        regions: sources of images with masks, for stages that read regions, and to be annotated.
         conversations: sources of conversations, by a name that stages refer to.
-        text: sources of conversations whose words alone stage 0 reads.
-        text_rounds: conversations a region image that stage 0 reads besides.
+        text: sources of conversations whose words alone are read, by stages whose data are `text`.
+        text_rounds: conversations a region image that are made for these besides.
         validation_fraction: share of patients held out of every set for validation.
         validation_seed: of their choice; by default the run's own, so that runs of several seeds differ in it too.
         on_error: `stop` at a broken item, or `skip`: count and log it; never replace it.
@@ -91,7 +97,8 @@ class AnnotationSettings:
 
     Attributes:
         per_image: conversations an image.
-        plain_share: share of them that need no region; with 1 no codes are needed and stage 2 can read them.
+        plain_share: share of them that need no region; with 1 no codes are needed, and a stage before the codebook can
+            read them.
         max_regions: most region codes in an answer.
         prompt_noise: share of the words of a training prompt that are misspelt or missing, names left out.
         templates: YAML file of wordings; the shipped one by default.
@@ -114,7 +121,19 @@ class Recipe:
         threads: CPU threads of torch, as many as it likes by default.
         training: fields of `TrainingArguments` for all stages.
         augmentation: strengths of the augmentation (`training.augmentation.Augmentation`).
-        stages: settings a stage, in any order; a stage that is missing or null is left out.
+        stages: one after the other; each has a `name`, a `kind` (`training.stage.stage_kinds`), and settings: those of
+            its kind, and fields of `TrainingArguments`.
+        sources: where a value comes from: its key, as `--set` takes it -> a file, or what else changed it.
+
+    Example:
+
+    ```python
+    >>> from medsight.training.recipe import load_recipe
+    >>> recipe = load_recipe("nano", ["stages.perceiver.max_steps=5"])
+    >>> recipe.stage("perceiver")["max_steps"], recipe.sources["seed"]
+    (5, 'nano.yaml')
+
+    ```
     """
 
     output: str = "runs/medsight"
@@ -125,11 +144,28 @@ class Recipe:
     annotations: dict[str, AnnotationSettings] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict, compare=False, metadata={"in_file": False})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the resolved YAML file holds them."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        del values["sources"]
+        return values
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """The entry of a stage; None where there is none of that name."""
+        return next((entry for entry in self.stages if entry["name"] == name), None)
+
+    def changed(self, changes: Mapping[str, Any], source: str) -> "Recipe":
+        """The recipe with other values, merged as `extends` merges; `source` is what they come from.
+
+        Raises:
+            ValueError: as [`build`].
+        """
+        recipe = build(Recipe, merge(self.to_dict(), changes, source), source)
+        recipe.sources = self.sources | sources_of(changes, source)
+        return recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -143,24 +179,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: it is no valid YAML, has an unknown key (naming the nearest known one), or a value of a wrong type.
     """
     path = find_recipe(path)
-    values = _read(path)
+    values, sources = _read(path)
     for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals or not name:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
             raise ValueError(f"--set {override}: expected KEY=VALUE, for example seed=1")
-        place = values
-        *parents, last = name.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"--set {override}: {parent} in {path} is not a mapping")
         try:
-            place[last] = yaml.safe_load(value)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"--set {override}: not valid YAML ({' '.join(str(error).split())})") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value, f"--set {override}")
+        sources |= sources_of(value, "command line")
     recipe = build(Recipe, values, str(path))
+    recipe.sources = sources
+    _refuse_bad_values(recipe, path)
+    return recipe
+
+
+def _refuse_bad_values(recipe: Recipe, path: Path) -> None:
     if recipe.model.preset is None and recipe.model.folder is None:
-        raise ValueError(f"{path}: model: give a preset, to train from nothing, or a folder")
+        raise ValueError(f"{path}: model: give a preset, to train from scratch, or a folder")
     if recipe.data.on_error not in ("stop", "skip"):
         raise ValueError(f"{path}: data.on_error={recipe.data.on_error!r}: choose stop or skip")
     for name, dtype in (("dtype", recipe.model.dtype), ("save_dtype", recipe.model.save_dtype)):
@@ -168,7 +208,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"{path}: model.{name}={dtype!r}: choose one of {', '.join(DTYPES)}")
     if not 0 <= recipe.data.validation_fraction < 1:
         raise ValueError(f"{path}: data.validation_fraction={recipe.data.validation_fraction}: expected 0 to below 1")
-    return recipe
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -183,7 +222,8 @@ def find_recipe(path: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a file and of those that it extends, and the file that each comes from."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -191,22 +231,73 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
     base = values.pop("extends", None)
+    name = path.relative_to(CONFIGS).as_posix() if path.is_relative_to(CONFIGS) else str(path)
+    sources = sources_of(values, name)
     if base is None:
-        return values
+        return values, sources
     beside, shipped = path.parent / base, CONFIGS / base
     other = shipped if shipped.is_file() and not beside.is_file() else beside
     if not other.is_file():
         raise FileNotFoundError(f"{path}: extends {other}, which does not exist")
-    return merge(_read(other), values)
+    values_below, sources_below = _read(Path(os.path.normpath(other)))
+    extended = {key: f"{source.removesuffix(' (extended)')} (extended)" for key, source in sources_below.items()}
+    return merge(values_below, values, str(path)), extended | sources
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the values of `above`, mappings merged key by key."""
+def is_named_list(value: Any) -> bool:
+    """Whether a value is a list of entries that are found by their names."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) and "name" in v for v in value)
+
+
+def by_name(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {entry["name"]: entry for entry in entries}
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`below` with the values of `above`: mappings key by key, and lists of named entries name by name.
+
+    Raises:
+        ValueError: a name that is not in the list, where the change is no whole entry with a kind of its own.
+    """
     result = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both else value
+        before = result.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            result[key] = merge(before, value, where)
+        elif isinstance(value, Mapping) and is_named_list(before):
+            result[key] = merge_entries(before, value, f"{where}: {key}")
+        else:
+            result[key] = value
     return result
+
+
+def merge_entries(entries: list[Any], changes: Mapping[str, Any], where: str) -> list[Any]:
+    """Named entries with changes by name: null takes one out, and a new name with a `kind` is put at the end."""
+    found = by_name(entries)
+    for name, change in changes.items():
+        if not isinstance(change, Mapping) or "kind" not in change:
+            refuse_unknown([name], found, where)
+        if change is None:
+            del found[name]
+        elif not isinstance(change, Mapping):
+            raise ValueError(f"{where}.{name}: expected a mapping, got {change!r}")
+        else:
+            found[name] = merge(found.get(name, {"name": name}), change, where)
+    return [*found.values()]
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values within mappings and lists of named entries, with their keys as `--set` takes them."""
+    entries = by_name(values) if is_named_list(values) else values
+    if isinstance(entries, Mapping) and entries:
+        for key, value in entries.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield prefix, values
+
+
+def sources_of(values: Any, source: str) -> dict[str, str]:
+    return {key: source for key, _ in leaves(values)}
 
 
 def build(kind: Any, values: Any, where: str) -> Any:
@@ -220,9 +311,34 @@ def build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping, got {values!r}")
     hints = typing.get_type_hints(kind)
-    fields = [entry.name for entry in dataclasses.fields(kind) if entry.init]
+    fields = [entry.name for entry in dataclasses.fields(kind) if entry.metadata.get("in_file", True)]
     refuse_unknown(values, fields, where)
-    return kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+    if kind is Recipe:
+        _refuse_bad_stages(values.get("stages", []), where)
+    result = kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+    if kind is Recipe:
+        result.sources = sources_of(values, where)
+    return result
+
+
+def _refuse_bad_stages(stages: Any, where: str) -> None:
+    """Raise ValueError where stages are no list of entries with a name of their own and a kind."""
+    if isinstance(stages, Mapping):
+        raise ValueError(
+            f"{where}: stages: expected a list of stages, each with a name and a kind, got a mapping of "
+            f"{', '.join(map(str, stages)) or 'nothing'}: that can only change stages of a recipe that is extended"
+        )
+    for number, entry in enumerate(stages if isinstance(stages, list) else ()):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{where}: stages, entry {number}: expected a mapping, got {entry!r}")
+        for key in ("name", "kind"):
+            if not isinstance(entry.get(key), str) or not STAGE_NAME.fullmatch(entry[key]):
+                raise ValueError(
+                    f"{where}: stages, entry {number}: {key}={entry.get(key)!r}: expected a word of letters, digits, "
+                    "'_' and '-'"
+                )
+        if entry["name"] in [other["name"] for other in stages[:number]]:
+            raise ValueError(f"{where}: stages: two are called {entry['name']!r}; give each a name of its own")
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
@@ -253,13 +369,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ValueError for the first key that is not known, naming the nearest one that is."""
-    known = sorted(known)
+    """Raise ValueError for the first key that is not known, naming the nearest one that is, or all."""
+    known = [*known]
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the known keys are {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            suggestion, _, _ = nearest(str(key), known).partition(" Known are")
+            raise ValueError(f"{where}: unknown key {key!r}; {suggestion}")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -269,6 +384,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         if key in OPERATIONAL:
             continue
         old, new = before.get(key), now.get(key)
+        if is_named_list(old) and is_named_list(new):
+            old, new = by_name(old), by_name(new)
+            common = [name for name in old if name in new]
+            if common != [name for name in new if name in old]:
+                lines.append(f"the order of {prefix}{key}: {', '.join(old)} -> {', '.join(new)}")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:

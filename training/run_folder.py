@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import platform
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,23 +14,23 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import GenerationConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, GenerationConfig, TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
-from medsight.files import write_json, write_text
+from medsight.checkpoint import read_json
+from medsight.files import staged_folder, write_json, write_text
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.processing_medsight import MedSightProcessor
 
 from .corpus import fingerprint
 from .recipe import Recipe, differences
 from .seg_token import CODES_OWN, drop_codebook
-from .stage import StageSettings
 from .trainer import checkpoints
 
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
 LOCK_FILE = ".lock"
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, ENVIRONMENT_FILE, FINISHED_FILE = "recipe.yaml", "environment.json", "finished.json"
 OUTDATED = ".outdated"  # stands beside a result that a later stage leaves behind
 
 
@@ -74,32 +72,42 @@ def on_main(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = (), ahead: Collection[str] = ()) -> None:
-    """Make the run's folder, or go on in it if it holds a run of the same recipe.
+def stage_folder(output: Path, name: str) -> Path:
+    return output / "stages" / name
 
-    Args:
-        finished: stages whose steps are all made: they go by the number of processes then, not now.
-        ahead: stages that no step was made of, nor of any after them: their settings may have changed.
+
+def is_finished(output: Path, name: str) -> bool:
+    """Whether a stage's result is there; its model and this mark appear together."""
+    return (stage_folder(output, name) / FINISHED_FILE).is_file()
+
+
+def open_folder(output: Path, recipe: Recipe) -> None:
+    """Make the run's folder, or resume in it if it holds a run of the same recipe.
+
+    Stages that no step was made of, nor of any after them, may differ. Those whose steps are all made go by the number
+    of processes then, not now.
 
     Raises:
-        ValueError: the folder holds another run (with the differences), or something else.
+        ValueError: the folder holds another run (with the differences), one of an earlier version, or something else.
     """
-    file, versions = output / RECIPE_FILE, output / "environment.json"
-    now = recipe.to_dict()
+    file, versions = output / RECIPE_FILE, output / ENVIRONMENT_FILE
     if file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        processes = json.loads(versions.read_text(encoding="utf-8"))["processes"]
-        of_finished = {key: size for key, size in samples_a_step(now, processes).items() if key in finished}
-        old, new = ({**some, "stages": _without(some["stages"], ahead)} for some in (before, now))
-        lines = differences(old, new)
+        before, now = (
+            {**values, "stages": _begun(output, values["stages"])}
+            for values in (read_recipe_file(file), recipe.to_dict())
+        )
+        processes = read_json(versions)["processes"]
+        sizes = samples_a_step(now, PartialState().num_processes)
+        sizes |= {name: size for name, size in samples_a_step(now, processes).items() if is_finished(output, name)}
+        lines = differences(before, now)
         lines += differences(
-            samples_a_step(old, processes),
-            {**samples_a_step(new, PartialState().num_processes), **of_finished},
+            samples_a_step(before, processes),
+            sizes,
             "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of ",
         )
         if lines:
             raise ValueError(
-                f"{output} holds a run of another recipe; go on with the same one, or choose another output. "
+                f"{output} holds a run of another recipe; resume with the same one, or choose another output. "
                 f"It differs in {'; '.join(lines)}"
             )
         return
@@ -110,15 +118,41 @@ def open_folder(output: Path, recipe: Recipe, finished: Collection[str] = (), ah
     keep_recipe(output, recipe)
 
 
+def read_recipe_file(file: Path) -> dict[str, Any]:
+    """The resolved recipe of a run.
+
+    Raises:
+        ValueError: the run was begun by a version whose recipes had stages by name in place of a list.
+    """
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if isinstance(values.get("stages"), Mapping):
+        raise ValueError(
+            f"{file.parent} holds a run that an earlier version of medsight began, whose recipes had no list of "
+            "stages: finish it with that version, or choose another output. A new run can start from its result: "
+            f"--set model.folder={file.parent / 'model'}"
+        )
+    return values
+
+
 def keep_recipe(output: Path, recipe: Recipe) -> None:
-    """Write down what is run, where it is not there as it is now; a run that goes on may have changed stages ahead."""
+    """Write down what is run, where it is not there as it is now; a resumed run may have changed stages ahead."""
     file, now = output / RECIPE_FILE, recipe.to_dict()
-    if not file.is_file() or differences(yaml.safe_load(file.read_text(encoding="utf-8")), now):
+    if not file.is_file() or differences(read_recipe_file(file), now):
         write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
 
 
-def _without(stages: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: values for key, values in stages.items() if key not in keys}
+def write_if_changed(file: Path, content: Any) -> None:
+    """Write JSON, where it is not there as it is now."""
+    if not file.is_file() or read_json(file) != content:
+        write_json(file, content)
+
+
+def _begun(output: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages as far as the last one that a step was made of."""
+    begun = [
+        is_finished(output, entry["name"]) or checkpoints(stage_folder(output, entry["name"])) for entry in stages
+    ]
+    return stages[: max((place for place, made in enumerate(begun, start=1) if made), default=0)]
 
 
 def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:
@@ -126,9 +160,8 @@ def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:
     defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
     return {
-        key: processes * math.prod({**defaults, **recipe["training"], **values}[name] for name in factors)
-        for key, values in recipe["stages"].items()
-        if values is not None
+        entry["name"]: processes * math.prod({**defaults, **recipe["training"], **entry}[name] for name in factors)
+        for entry in recipe["stages"]
     }
 
 
@@ -141,11 +174,9 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    from medsight import __version__
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "medsight": __version__,
+        "medsight": of("medsight"),
         "python": platform.python_version(),
         "device": device,
         "processes": PartialState().num_processes,
@@ -155,7 +186,7 @@ def environment() -> dict[str, Any]:
 
 
 def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
-    """Write the fingerprints of the rows of each split; a run, or a stage, goes on only on the same data.
+    """Write the fingerprints of the rows of each split; a run, or a stage, resumes only on the same data.
 
     Raises:
         ValueError: the data are not what the run began with.
@@ -165,7 +196,7 @@ def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
     if not file.is_file():
         write_json(file, described)
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     if before != described:
         lines = differences(before, described)
         raise ValueError(f"the data have changed since {folder} began: {'; '.join(lines)}; choose another output")
@@ -174,13 +205,19 @@ def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
 def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
     """Save a stage's model and mark the stage as finished."""
     save_folder(model, processor, folder / "model", state)
-    write_json(folder / "finished.json", {"metrics": metrics, "environment": environment()})
+    write_json(folder / FINISHED_FILE, {"metrics": metrics, "environment": environment()})
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
-def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[Any, MedSightProcessor]:
-    """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration."""
+def load_folder(
+    folder: Path, recipe: Recipe, quantised: bool = False
+) -> tuple[MedSightForConditionalGeneration, MedSightProcessor]:
+    """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration.
+
+    Args:
+        quantised: load the language model's linear layers in 4 bits, for QLoRA.
+    """
     processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
     reshaped = config.use_region_codebook and not recipe.model.config.get("use_region_codebook", True)
@@ -192,8 +229,8 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
     config.refuse_contradictions()
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
     options |= {"ignore_mismatched_sizes": reshaped, "output_loading_info": True}
-    if getattr(settings, "method", "full") == "qlora":
-        options |= quantised(options["dtype"])
+    if quantised:
+        options |= in_four_bits(options["dtype"])
     try:
         model, loaded = MedSightForConditionalGeneration.from_pretrained(
             folder, config=config, local_files_only=True, **options
@@ -208,10 +245,8 @@ def load_folder(folder: Path, recipe: Recipe, settings: StageSettings) -> tuple[
     return model, processor
 
 
-def quantised(dtype: torch.dtype) -> dict[str, Any]:
+def in_four_bits(dtype: torch.dtype) -> dict[str, Any]:
     """Loading options for QLoRA: 4 bits, which the model applies to its language model's linear layers alone."""
-    from transformers import BitsAndBytesConfig
-
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -223,22 +258,14 @@ def quantised(dtype: torch.dtype) -> dict[str, Any]:
 
 def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> None:
     """Write a checkpoint folder, which appears whole or not at all, in the place of one that is there."""
-    partial = folder.with_name(f".saving-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial, state_dict=state)
-        processor.save_pretrained(partial)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder} could not be written ({type(error).__name__}: {error})") from error
-    if folder.is_dir():
-        before = folder.with_name(f".before-{folder.name}")
-        shutil.rmtree(before, ignore_errors=True)
-        os.replace(folder, before)
-        os.replace(partial, folder)
-        shutil.rmtree(before)
-    else:
-        os.replace(partial, folder)
+    for left_by_a_kill in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    with staged_folder(folder, overwrite=True) as staged:
+        try:
+            model.save_pretrained(staged, state_dict=state)
+            processor.save_pretrained(staged)
+        except Exception as error:
+            raise OSError(f"{folder} could not be written ({type(error).__name__}: {error})") from error
 
 
 def save_result(last: Path, folder: Path, recipe: Recipe) -> None:

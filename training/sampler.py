@@ -23,6 +23,15 @@ class DrawSampler(Sampler[int]):
         weights: (size,) chance of each row, drawn with replacement; without them rows come in passes.
         lengths: (size,) length of each row: rows of like length come together, in megabatches of 50 steps.
         batch_size: samples a step, over all processes and micro-batches.
+
+    Example:
+
+    ```python
+    >>> from medsight.training.sampler import DrawSampler
+    >>> sorted(draw % 4 for draw in DrawSampler(4, seed=0, batch_size=2))
+    [0, 1, 2, 3]
+
+    ```
     """
 
     def __init__(

@@ -6,19 +6,18 @@ shows an image or cites a code, and in a unit that only some of them enter these
 """
 
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 
 METHODS = ("get_region_features", "get_image_features", "quantize_regions", "decode_regions", "generate")
 
 
 def gather_in_methods(model: nn.Module) -> None:
-    """Have the methods of a `MedSightForConditionalGeneration` under `fully_shard` gather its parameters, as `forward`
-    does. What they leave gathered (the root's) serves `model.model.region_perceiver` and `model.model.codebook` too.
+    """Have the methods of a model under `fully_shard`, whole or what sees, gather its parameters, as `forward` does.
+    What they leave gathered (the root's) serves `region_perceiver` and `codebook` too.
 
     A model that is not sharded stays as it is.
     """
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
     for name in METHODS:
-        if name not in vars(model):
+        if hasattr(model, name) and name not in vars(model):
             register_fsdp_forward_method(model, name)

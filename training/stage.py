@@ -1,33 +1,54 @@
 """What a stage is: which parameters it trains, on which batches, and how it is scored while it trains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .canvas import Canvas
 from .collators import Collator
-from .items import Items, Places
+from .dataset import SampleDataset
+from .recipe import refuse_unknown
+
+
+# What a stage can train -> prefixes of the names of its parameters. The codes' rows are those of the vocabulary.
+PARTS = {
+    "image_encoder": ("model.vision_tower.",),
+    "region_perceiver": ("model.region_perceiver.",),
+    "codebook": ("model.codebook.", "model.group_classifier."),
+    "vision_to_text": ("model.vision_to_text_projector.",),
+    "text_to_vision": ("model.text_to_vision_projector.",),
+    "language_model": ("model.language_model.", "lm_head."),
+    "code_rows": ("model.language_model.embed_tokens.", "lm_head."),
+}
 
 
 @dataclass
 class StageSettings:
-    """Settings of every stage, beside all fields of `TrainingArguments`.
+    """Settings of every stage, beside its `name`, its `kind`, and all fields of `TrainingArguments`.
 
     Attributes:
-        data: names of the conversations that a language stage reads (keys of `annotations` or `data.conversations`).
-        trainer: `trainer`, or `sft` for TRL's SFTTrainer (stages 2, 4 and 4b).
+        trains: parts of the model (`PARTS`); all else is frozen.
+        data: names of the conversations that it reads: keys of `annotations` or `data.conversations`, or `text` for
+            the corpus' own words.
+        trainer: `trainer`, or `sft` for TRL's SFTTrainer, which takes stages on conversations.
         muon_learning_rate: above 0, inner matrices and kernels take Muon at this rate.
         rarity_power: below 1, rows with rare targets are drawn more often (`rarity_weights`); with 1 every row comes
             once an epoch.
         group_by_length: bring conversations of like length together.
         augment: move and recolour the training pictures.
         eval_batches: validation batches an evaluation, spread over all of the split; all by default.
-        example_images: validation items drawn as pictures at every evaluation.
+        example_images: validation samples drawn as pictures at every evaluation.
     """
 
+    trains: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
     trainer: str = "trainer"
     muon_learning_rate: float = 0.0
@@ -39,43 +60,71 @@ class StageSettings:
 
 
 class Stage:
-    """One stage of the progressive training; subclasses say what differs.
+    """A stage of the progressive training. A kind of stages is a subclass, in a module of this package whose name
+    begins with `stage_`: there [`stage_kinds`] finds it.
 
     Args:
+        name: the recipe's name for it.
         settings: an instance of `Settings`.
-        places: canvas, classes, groups, processor and config.
+        canvas: where pictures are placed, classes, groups, processor and config.
         seed: source of what the stage itself draws.
+
+    Example:
+
+    ```python
+    >>> from medsight.training.stage import stage_kinds
+    >>> sorted(stage_kinds())
+    ['codebook', 'conversations', 'regions']
+
+    ```
     """
 
-    key: ClassVar[str]
-    folder: ClassVar[str]
+    kind: ClassVar[str]
     reads: ClassVar[str]  # "regions" or "conversations"
+    parts: ClassVar[tuple[str, ...]]  # what stages of this kind can train
     Settings: ClassVar[type[StageSettings]] = StageSettings
-    shardable = True  # whether it can train on parameters that are divided over processes
-    decays = True  # whether weight decay keeps to what the stage trains
+    rows_alone = False  # whether the codes' rows are all that trains of the vocabulary
 
-    def __init__(self, settings: Any, places: Places, seed: int) -> None:
-        self.settings, self.places, self.seed = settings, places, seed
-        self.config, self.processor = places.config, places.processor
+    def __init__(self, name: str, settings: Any, canvas: Canvas, seed: int) -> None:
+        self.name, self.settings, self.canvas, self.seed = name, settings, canvas, seed
+        self.config, self.processor = canvas.config, canvas.processor
 
-    def trains(self) -> tuple[str, ...]:
-        """Prefixes of the names of the parameters that train."""
-        raise NotImplementedError
+    @classmethod
+    def check(cls, settings: Any, arguments: dict[str, Any]) -> None:
+        """Raise ValueError where settings, or fields of `TrainingArguments`, do not go together."""
+        refuse_unknown(settings.trains, cls.parts, "trains")
+        if not settings.trains:
+            raise ValueError(f"trains is empty: name some of {', '.join(cls.parts)}")
+        if settings.trainer == "sft" and cls.reads != "conversations":
+            raise ValueError("trainer=sft reads conversations only: set it to trainer")
 
-    def items(self, rows: Any, training: bool, **common: Any) -> Items:
-        """The dataset of rows; `common` goes to `Items`."""
+    @property
+    def shardable(self) -> bool:
+        """Whether it can train on parameters that are divided over processes."""
+        return True
+
+    def dataset(self, rows: Any, training: bool, **common: Any) -> SampleDataset:
+        """The samples of rows; `common` goes to `SampleDataset`."""
         raise NotImplementedError
 
     def collator(self) -> Collator:
-        """What makes batches of the items' samples."""
+        """What makes batches of the samples."""
+        raise NotImplementedError
+
+    def batch_of_zeros(self, size: int, regions: int) -> dict[str, Any]:
+        """A training batch of `size` samples with the shapes that are usual and nothing in it, for a plan of memory.
+
+        Args:
+            regions: masks an image, or codes an answer.
+        """
         raise NotImplementedError
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Freeze all that does not train; may wrap the model."""
-        train_only(model, self.trains())
+        train_only(model, [prefix for part in self.settings.trains for prefix in PARTS[part]])
         return model
 
-    def start(self, model: nn.Module, items: Items) -> None:
+    def start(self, model: nn.Module, dataset: SampleDataset) -> None:
         """Before the first step of a run that does not resume."""
 
     def before_forward(self, batch: dict[str, Any], progress: float) -> dict[str, Any]:
@@ -110,6 +159,21 @@ class Stage:
     def example(self, model: nn.Module, sample: dict[str, Any]) -> tuple[list[torch.Tensor], list[str]]:
         """What the model makes of a validation sample: masks (H, W) boolean, at the mask size, and a label a mask."""
         raise NotImplementedError
+
+
+@cache
+def stage_kinds() -> dict[str, type[Stage]]:
+    """The kinds of stages by name: those of all modules beside this one whose names begin with `stage_`."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name.startswith("stage_"):
+            import_module(f".{module.name}", __package__)
+    return {kind.kind: kind for kind in Stage.__subclasses__()}
+
+
+def trained_module(model: Any, stage: Stage) -> nn.Module:
+    """The module that a stage trains, calls and scores, of a whole model: what sees, or all. To train what sees trains
+    the whole, which has the very same modules."""
+    return model.region_model if stage.reads == "regions" else model
 
 
 def train_only(model: nn.Module, prefixes: Iterable[str]) -> None:
@@ -168,10 +232,12 @@ def batch_to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
     return {key: moved(value) for key, value in batch.items()}
 
 
-def in_batches(items: Items, indices: Sequence[int], collator: Collator, size: int, device: Any) -> Any:
-    """Batches of chosen items on a device, without their files' names; none where all of a batch are broken."""
+def in_batches(
+    dataset: SampleDataset, indices: Sequence[int], collator: Collator, size: int, device: Any
+) -> Iterator[dict[str, Any]]:
+    """Batches of chosen samples on a device, without their files' names; none where all of a batch are broken."""
     for start in range(0, len(indices), size):
-        batch = collator([items[index] for index in indices[start : start + size]])
+        batch = collator([dataset[index] for index in indices[start : start + size]])
         batch.pop("skipped", 0)
         if batch.pop("files"):
             yield batch_to(batch, device)

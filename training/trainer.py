@@ -20,7 +20,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from .items import Items, Skipped
+from medsight.files import write_text
+from medsight.hub import CardFacts, push
+
+from .dataset import SampleDataset, Skipped
 from .optimisation import muon_with_adamw
 from .sharding import gather_in_methods
 from .stage import Stage, frozen_modules
@@ -40,7 +43,7 @@ class NotFiniteError(ValueError):
 
 
 class SamplerEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins: a data loader that several processes go on with in mid-epoch does not."""
+    """Tells the sampler which epoch begins: a data loader that several processes resume in mid-epoch does not."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -75,7 +78,7 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not stage.shardable and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"stage {stage.folder} needs whole parameters in every process, which FSDP and DeepSpeed divide: run "
+                f"stage {stage.name} needs whole parameters in every process, which FSDP and DeepSpeed divide: run "
                 "it with training/accelerate/ddp.yaml, or in one process"
             )
         if is_deepspeed_zero3_enabled():
@@ -115,16 +118,16 @@ class StageTrainer(Trainer):
         batches = [batch if batch["files"] else self.stand_in(self.train_dataset) for batch in batches]
         return batches, torch.tensor(self.counts["tokens"], device=device)
 
-    def stand_in(self, items: Items) -> dict[str, Any]:
+    def stand_in(self, dataset: SampleDataset) -> dict[str, Any]:
         """The first good sample as a batch without `files`: it passes through the model in place of a batch that all
         samples were left out of, as other processes' batches do, and counts for nothing."""
         reason = ""
-        for draw in range(len(items)):
-            sample = items[draw]
+        for draw in range(len(dataset)):
+            sample = dataset[draw]
             if not isinstance(sample, Skipped):
                 return {**self.data_collator([sample]), "files": []}
             reason = sample.reason
-        raise ValueError(f"stage {self.stage.folder}: every item is broken; the last: {reason}")
+        raise ValueError(f"stage {self.stage.name}: every sample is broken; the last: {reason}")
 
     # Loss and step
 
@@ -144,7 +147,7 @@ class StageTrainer(Trainer):
         if not torch.isfinite(loss):
             parts = {name: outputs[name].item() for name in LOSSES if outputs.get(name) is not None}
             raise NotFiniteError(
-                f"stage {self.stage.folder}, step {self.state.global_step + 1}: the loss is {loss.item()} ({parts}); "
+                f"stage {self.stage.name}, step {self.state.global_step + 1}: the loss is {loss.item()} ({parts}); "
                 f"the batch holds {', '.join(files)}. The last checkpoint is untouched"
             )
         counts = float(bool(files))  # a stand-in does not
@@ -267,15 +270,13 @@ class StageTrainer(Trainer):
         Raises:
             OSError, ValueError: as `medsight.hub.push`; or `hub_model_id` is not set.
         """
-        from medsight.hub import CardFacts, push
-
         if self.args.hub_model_id is None:
             raise ValueError("hub_model_id is not set: expected NAMESPACE/NAME of a repository on the Hub")
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder, _internal_call=True)
             if not self.is_world_process_zero():
                 return None
-            self.stage.places.processor.save_pretrained(folder)
+            self.stage.processor.save_pretrained(folder)
             return push(
                 folder,
                 self.args.hub_model_id,
@@ -289,21 +290,21 @@ class StageTrainer(Trainer):
     # Scores
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """This process' share of the validation items: every n-th, none twice, as many batches as every other has.
+        """This process' share of the validation samples: every n-th, none twice, as many batches as every other has.
 
         `scored` says how many of the batches count; a last one may be there for company alone: where parameters are
         sharded, all processes make the same passes.
         """
-        items, size = self.eval_dataset if eval_dataset is None else eval_dataset, self.args.per_device_eval_batch_size
-        limit = self.stage.settings.eval_batches
-        count = len(items) if limit is None else min(len(items), limit * size)
-        chosen = [place * len(items) // count for place in range(count)]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, limit = self.args.per_device_eval_batch_size, self.stage.settings.eval_batches
+        count = len(dataset) if limit is None else min(len(dataset), limit * size)
+        chosen = [place * len(dataset) // count for place in range(count)]
         shares = [chosen[first :: self.args.world_size] for first in range(self.args.world_size)]
-        own = shares[self.args.process_index]
-        batches = [own[start : start + size] for start in range(0, len(own), size)]
+        share = shares[self.args.process_index]
+        batches = [share[start : start + size] for start in range(0, len(share), size)]
         scored, most = len(batches), -(-len(shares[0]) // size)
         loader = DataLoader(
-            items,
+            dataset,
             batch_sampler=batches + [[0]] * (most - scored),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -373,14 +374,14 @@ def count_terms(batch: dict[str, Any], num_queries: int) -> dict[str, float]:
     masks = batch.get("mask_labels") or []
     if "labels" in batch:
         counts["tokens"] = float((batch["labels"][:, 1:] != -100).sum())
-        counts["masks"] = float(sum(len(some) for some in masks if some is not None))
-        counts["codes"] = float(sum(int((some >= 0).sum()) for some in batch.get("code_class_labels", [])))
+        counts["masks"] = float(sum(len(entry) for entry in masks if entry is not None))
+        counts["codes"] = float(sum(int((classes >= 0).sum()) for classes in batch.get("code_class_labels", [])))
         return counts
     matched = batch.get("matched_images")
     rows = range(len(masks)) if matched is None else matched.tolist()
     counts["masks"] = float(sum(min(len(masks[row]), num_queries) for row in rows))
     counts["images"] = float(len(rows))
-    counts["asked"] = float(sum(len(some) for some in batch.get("asked_classes", masks)))
+    counts["asked"] = float(sum(len(asked) for asked in batch.get("asked_classes", masks)))
     return counts
 
 
@@ -394,16 +395,12 @@ def cut_steps(path: Path, step: int) -> None:
     """Drop the steps after `step` from a log that a killed run wrote further than its last checkpoint."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError, KeyError):  # the line that the kill cut short
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue  # the line that the kill cut short
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+                lines.append(line + "\n")
+    write_text(path, "".join(lines))
 
 
 def sync_tree(folder: Path) -> None:

@@ -1,11 +1,14 @@
 """Images to try: drawn here, or real ones that installed packages carry. None is copied into this project."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from scipy import ndimage
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,6 @@ def examples() -> list[Example]:
 
 def draw_fetal_head() -> bytes:
     """A PNG like an ultrasound of a fetal head: an ellipse with a bright rim in speckle, 240 x 180 pixels."""
-    import io
-
-    from PIL import Image
-    from scipy import ndimage
-
     height, width = 180, 240
     y, x = np.mgrid[:height, :width]
     turned = np.deg2rad(20)
@@ -61,7 +59,6 @@ def draw_fetal_head() -> bytes:
 def draw_heart_volume() -> bytes:
     """A NIfTI volume like a short-axis MRI of a heart: 12 slices of 128 x 128, 1.6 x 1.6 x 8 mm."""
     import nibabel
-    from scipy import ndimage
 
     side, slices = 128, 12
     y, x = np.mgrid[:side, :side].astype(np.float32)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medsight.scans import Scan
 from processing_medsight.region_codes_medsight import REGION_CODE
 
 from .drawing import color_of
@@ -153,10 +154,14 @@ def code_card(finding: Finding, region_codes: Mapping[str, Any] | None) -> str:
     )
 
 
-def scan_facts(kind: str, modality: str | None, slices: int, width: int, height: int, spacing: str) -> str:
+def scan_facts(scan: Scan) -> str:
     """One line on what is open; nothing in it is about a person."""
-    name = {"image": "Picture", "array": "Array", "dicom": "DICOM", "nifti": "NIfTI"}[kind]
-    parts = [name if modality is None else f"{name}, {modality}", f"{width} × {height} pixels"]
-    if slices > 1:
-        parts.insert(1, f"{slices} slices")
-    return f'<p class="ms-facts">{escape(" · ".join([*parts, *([spacing] if spacing else [])]))}</p>'
+    name = {"image": "Picture", "array": "Array", "dicom": "DICOM", "nifti": "NIfTI"}[scan.kind]
+    facts = [name if scan.modality is None else f"{name}, {scan.modality}"]
+    if scan.num_slices > 1:
+        facts.append(f"{scan.num_slices} slices")
+    facts.append(f"{scan.width} × {scan.height} pixels")
+    if scan.pixel_spacing is not None:
+        between = [scan.slice_spacing] if scan.num_slices > 1 and scan.slice_spacing else []
+        facts.append(" × ".join(f"{side:.3g}" for side in (*scan.pixel_spacing, *between)) + " mm")
+    return f'<p class="ms-facts">{escape(" · ".join(facts))}</p>'

@@ -1,18 +1,23 @@
-"""What is on the page, and what each control does: an event takes the session and changes it and the page."""
+"""What each control of the page does: an event takes the session, and changes it and the page."""
 
 import logging
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import gradio as gr
 
+from medsight.export import FORMATS, FoundRegion, mosaic, overlay, write_masks
 from medsight.inference.settings import AnswerSettings
+from medsight.scans.scan import PLANES, Scan
+from medsight.scans.windows import FILE_WINDOW, WINDOWS
 
 from . import markup
 from .answering import Answered, stream_answer
+from .controls import DEFAULT_WINDOW, QUESTION_LENGTH, Controls
 from .drawing import draw_heat_map, draw_layers, mask_of
 from .examples import examples
 from .session import Finding, Session, Turn, Window
@@ -20,114 +25,57 @@ from .session import Finding, Session, Turn, Window
 
 logger = logging.getLogger(__name__)
 
-HEADER = """
-<header class="ms-header"><h1>MedSIGHT</h1>
-<p>Ask about a medical image: the answer shows, pixel by pixel, what it means.</p>
-<p class="ms-warning"><b>Not a medical device:</b> never for a clinical decision.</p>
-</header>"""
-NOTHING_OPEN = "open an image first"
-DEFAULT_WINDOW = "default"
 ARCHIVE = "medsight-masks.zip"
-QUESTION_LENGTH = 2000  # characters
-CLEAN_EVERY, KEEP_FOR = 600, 3600  # seconds: shown pictures and archives in the server's folder
 Updates = dict[Any, Any]
+P = ParamSpec("P")
 
 
-class Page:
+def event(
+    method: Callable[Concatenate["Page", Session, P], Updates],
+) -> Callable[Concatenate["Page", Session | None, P], Updates]:
+    """An event of the page. What it refuses becomes a warning, and the page stays as it is."""
+
+    @wraps(method)
+    def handle(page: "Page", session: Session | None, *args: P.args, **kwargs: P.kwargs) -> Updates:
+        session = session or Session(page.folder)
+        try:
+            return method(page, session, *args, **kwargs)
+        except (ValueError, OSError) as error:
+            return _warn(error, session)
+
+    return handle
+
+
+class Page(Controls):
     """The page over one loaded checkpoint. It holds no visitor's data: that is all in the visitor's `Session`.
 
     Args:
         predictor: a `Predictor`.
         folder: where sessions keep uploaded files; the system's temporary folder by default.
 
-    Attributes:
-        blocks: the Gradio application.
+    Example:
+
+    ```python
+    from medsight import Predictor
+    from medsight.app import build
+
+    blocks = build(Predictor(device="cpu"))  # blocks.launch() serves it
+    ```
     """
 
     def __init__(self, predictor: Any, folder: Path | None = None) -> None:
         self.predictor = predictor
         self.folder = folder
-        self.examples = examples()
-        with gr.Blocks(
-            title="MedSIGHT", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR), fill_width=True
-        ) as self.blocks:
-            self._lay_out()
+        super().__init__(examples())
+        with self.blocks:
             self._connect()
 
-    def _lay_out(self) -> None:
-        self.session = gr.State(None, delete_callback=_close)
-        gr.HTML(HEADER)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=6, min_width=320, elem_id="ms-viewer"):
-                self.upload = gr.File(
-                    label="Picture, DICOM (also series), NIfTI",
-                    file_count="multiple",
-                    height=88,
-                    elem_id="ms-upload",
-                )
-                with gr.Row(elem_id="ms-examples"):
-                    self.example_buttons = [
-                        gr.Button(example.title, size="sm", min_width=120) for example in self.examples
-                    ]
-                self.picture = gr.Image(
-                    label="Image",
-                    show_label=False,
-                    interactive=False,
-                    visible=False,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_id="ms-picture",
-                )
-                self.card = gr.HTML(visible=False, elem_id="ms-card")
-                self.back = gr.Button("Back to the masks", size="sm", visible=False, elem_id="ms-back")
-                self.facts = gr.HTML(visible=False)
-                with gr.Row():
-                    self.slice = gr.Slider(
-                        1, 2, 1, step=1, label="Slice", visible=False, buttons=[], scale=3, elem_id="ms-slice"
-                    )
-                    self.plane = gr.Dropdown([], label="Plane", visible=False, scale=1, elem_id="ms-plane")
-                    self.window = gr.Dropdown(
-                        [DEFAULT_WINDOW],
-                        value=DEFAULT_WINDOW,
-                        allow_custom_value=True,
-                        label="Window (name or centre/width)",
-                        visible=False,
-                        scale=2,
-                        elem_id="ms-window",
-                    )
-                self.layers = gr.HTML(js_on_load=markup.SCRIPT, visible=False, elem_id="ms-layers")
-            with gr.Column(scale=5, min_width=320, elem_id="ms-talk"):
-                self.chat = gr.HTML(
-                    markup.conversation([], 1), js_on_load=markup.SCRIPT, autoscroll=True, elem_id="ms-chat"
-                )
-                self.question = gr.Textbox(
-                    label="Question",
-                    placeholder="Segment the liver.",
-                    max_length=QUESTION_LENGTH,
-                    submit_btn="Ask",
-                    elem_id="ms-question",
-                )
-                self.anew = gr.Button("New conversation", size="sm", elem_id="ms-anew")
-                with gr.Accordion("Settings", open=False, elem_id="ms-settings"):
-                    self.max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Longest answer, in tokens")
-                    self.threshold = gr.Slider(
-                        0.05, 0.95, 0.5, step=0.05, label="Probability from which on a pixel belongs to a mask"
-                    )
-                    self.predicted_only = gr.Checkbox(
-                        False, label="Cite only region codes of the group that the model sees in the image"
-                    )
-                with gr.Accordion("Download the masks", open=False, elem_id="ms-download"):
-                    self.formats = gr.CheckboxGroup(["png", "coco"], value=["png"], label="Formats")
-                    self.deidentify = gr.Checkbox(False, label="Leave the patient out of DICOM files", visible=False)
-                    self.save_button = gr.Button("Make the archive", size="sm")
-                    self.archive = gr.File(label="Archive", visible=False, interactive=False, elem_id="ms-archive")
-
     def _connect(self) -> None:
-        def on(trigger: Any, event: Any, inputs: Sequence[Any] = (), **kwargs: Any) -> None:
+        def on(trigger: Any, method: Any, inputs: Sequence[Any] = (), **kwargs: Any) -> None:
             trigger(
-                event,
+                method,
                 inputs=[self.session, *inputs],
-                outputs=self._outputs(),
+                outputs=self.outputs,
                 show_progress="hidden",
                 api_visibility="private",
                 **kwargs,
@@ -151,27 +99,18 @@ class Page:
         on(self.back.click, self.show_masks, [self.threshold])
         on(self.save_button.click, self.save, [self.formats, self.deidentify, self.threshold])
 
-    def _outputs(self) -> list[Any]:
-        view = [self.picture, self.facts, self.slice, self.plane, self.window, self.layers, self.card, self.back]
-        save = [self.formats, self.deidentify, self.archive]
-        return [self.session, self.upload, *view, self.chat, self.question, *save]
-
-    def open_upload(self, session: Session | None, files: list[str] | None, threshold: float) -> Updates:
+    @event
+    def open_upload(self, session: Session, files: list[str] | None, threshold: float) -> Updates:
         """Opens what was uploaded; the files move into the session's folder."""
-        session = session or Session(self.folder)
-        try:
+        with _warnings(session):
             session.open_files([Path(file) for file in files or []])
-        except (ValueError, OSError) as error:
-            _warn(error)
         return self._opened(session, threshold)
 
-    def open_example(self, session: Session | None, number: int, threshold: float) -> Updates:
+    @event
+    def open_example(self, session: Session, number: int, threshold: float) -> Updates:
         """Opens an example, and puts its prompt into the field."""
-        session = session or Session(self.folder)
-        try:
+        with _warnings(session):
             session.open_example(self.examples[number].load())
-        except (ValueError, OSError) as error:
-            _warn(error)
         return {**self._opened(session, threshold), self.question: _asking(False, self.examples[number].prompt)}
 
     def _opener(self, number: int) -> Any:
@@ -181,58 +120,45 @@ class Page:
         return open_this
 
     def _opened(self, session: Session, threshold: float) -> Updates:
-        from medsight.export import FORMATS
-        from medsight.scans.scan import PLANES
-        from medsight.scans.windows import FILE_WINDOW, WINDOWS
-
-        scan = session.scan
+        scan, slices = session.scan, _slices(session)
+        is_open = scan is not None
         plane = None if scan is None else scan.plane
-        slices = 1 if scan is None else scan.num_slices
-        own = [FILE_WINDOW] if scan is not None and scan.has_window else []
-        names = [DEFAULT_WINDOW, *own, *(WINDOWS if scan is not None and scan.modality == "CT" else ())]
-        formats = ["png", "coco"]
-        if scan is not None:
-            left_out = (["nifti"] if scan.affine is None and scan.kind != "nifti" else []) + (
-                [] if scan.kind == "dicom" else ["dicom-seg", "rtstruct"]
-            )
-            formats = [name for name in FORMATS if name not in left_out]
         return {
             self.session: session,
             self.upload: None,
-            self.facts: gr.update(value="" if scan is None else _facts(scan), visible=scan is not None),
+            self.facts: gr.update(value="" if scan is None else markup.scan_facts(scan), visible=is_open),
             self.slice: gr.update(
                 visible=slices > 1, maximum=max(2, slices), value=session.slice_index + 1, label=f"Slice (of {slices})"
             ),
             self.plane: gr.update(visible=plane is not None, choices=list(PLANES), value=plane),
-            self.window: gr.update(visible=scan is not None and scan.is_wide, choices=names, value=DEFAULT_WINDOW),
-            self.formats: gr.update(choices=formats, value=["png"]),
+            self.window: gr.update(
+                visible=scan is not None and scan.is_wide, choices=_windows(scan), value=DEFAULT_WINDOW
+            ),
+            self.formats: gr.update(choices=_formats(scan), value=["png"]),
             self.deidentify: gr.update(visible=scan is not None and scan.kind == "dicom"),
             **self._talk(session),
             **self._view(session, threshold),
         }
 
-    def show_slice(self, session: Session | None, number: float, threshold: float) -> Updates:
+    @event
+    def show_slice(self, session: Session, number: float, threshold: float) -> Updates:
         """Shows the slice of that number, counted from 1, with its own masks."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
-        session.slice_index = min(max(int(number), 1), session.scan.num_slices) - 1
+        session.slice_index = min(max(int(number), 1), _opened_scan(session).num_slices) - 1
         session.heat = None
         return self._view(session, threshold)
 
-    def show_plane(self, session: Session | None, plane: str, threshold: float) -> Updates:
+    @event
+    def show_plane(self, session: Session, plane: str, threshold: float) -> Updates:
         """Cuts a NIfTI volume along another plane, and begins the conversation anew."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
-        try:
+        _opened_scan(session)
+        with _warnings(session):
             session.cut_along(plane)
-        except (ValueError, OSError) as error:
-            _warn(error, session)
         return self._opened(session, threshold)
 
-    def show_window(self, session: Session | None, text: str | None, threshold: float) -> Updates:
+    @event
+    def show_window(self, session: Session, text: str | None, threshold: float) -> Updates:
         """Shows the slices under another window: a name, the file's own, centre/width, or the default."""
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
+        _opened_scan(session)
         before = session.window
         try:
             session.window = parse_window_text(text or "")
@@ -253,7 +179,7 @@ class Page:
     ) -> Iterator[Updates]:
         """Answers a question about the slice that is shown: the text as it comes, then words, codes and masks."""
         if session is None or session.scan is None:
-            yield _warn(NOTHING_OPEN)
+            yield _warn("open an image first")
             return
         if len(question) > QUESTION_LENGTH:  # the browser keeps to it by itself
             yield _warn(
@@ -297,28 +223,22 @@ class Page:
             self.question: _asking(False, question) if failed else _asking(False),
         }
 
-    def stop(self, session: Session | None) -> Updates:
+    @event
+    def stop(self, session: Session) -> Updates:
         """Ends the answer that is being generated; what is there of it stays, with its masks."""
-        if session is not None:
-            session.stop.set()
+        session.stop.set()
         return gr.skip()
 
-    def begin_anew(self, session: Session | None, threshold: float) -> Updates:
+    @event
+    def begin_anew(self, session: Session, threshold: float) -> Updates:
         """Takes away the conversation and its masks; the image stays."""
-        if session is None:
-            return gr.skip()
         session.forget_conversation()
         return {**self._talk(session), **self._view(session, threshold)}
 
-    def show_heat_map(self, session: Session | None, threshold: float, event: gr.EventData) -> Updates:
+    @event
+    def show_heat_map(self, session: Session, threshold: float, click: gr.EventData) -> Updates:
         """Shows where the mask of a clicked code is how probable, on its slice, and what the code usually means."""
-        number = event._data.get("finding") if isinstance(event._data, dict) else None
-        if session is None or session.scan is None or number is None:
-            return gr.skip()
-        try:
-            finding = session.finding(int(number))
-        except ValueError as error:
-            return _warn(error)
+        finding = session.finding(int(click._data["finding"]))
         turn = next(turn for turn in session.turns if finding in turn.findings)
         session.slice_index, session.window, session.heat = finding.slice_index, turn.window, finding.number
         return {
@@ -327,57 +247,43 @@ class Page:
             **self._view(session, threshold),
         }
 
-    def show_masks(self, session: Session | None, threshold: float) -> Updates:
+    @event
+    def show_masks(self, session: Session, threshold: float) -> Updates:
         """Back from a heat map."""
-        if session is None or session.scan is None:
-            return gr.skip()
         session.heat = None
         return self._view(session, threshold)
 
-    def show_layer(self, session: Session | None, threshold: float, event: gr.EventData) -> Updates:
+    @event
+    def show_layer(self, session: Session, threshold: float, click: gr.EventData) -> Updates:
         """Switches the mask of a region on or off."""
-        if session is None or session.scan is None or not isinstance(event._data, dict):
-            return gr.skip()
-        number, shown = int(event._data["finding"]), bool(event._data["shown"])
+        number, shown = int(click._data["finding"]), bool(click._data["shown"])
         session.hidden = session.hidden - {number} if shown else session.hidden | {number}
         session.heat = None
         return self._view(session, threshold)
 
-    def redraw(self, session: Session | None, threshold: float) -> Updates:
+    @event
+    def redraw(self, session: Session, threshold: float) -> Updates:
         """Draws the masks anew, as after a change of the threshold."""
-        if session is None or session.scan is None:
-            return gr.skip()
         return {**self._view(session, threshold), self.archive: gr.update(value=None, visible=False)}
 
-    def save(self, session: Session | None, formats: list[str], deidentify: bool, threshold: float) -> Updates:
+    @event
+    def save(self, session: Session, formats: list[str], deidentify: bool, threshold: float) -> Updates:
         """Writes all regions of the conversation, and a picture of them, into an archive to download."""
-        from medsight.export import FoundRegion, mosaic, overlay, write_masks
-
-        if session is None or session.scan is None:
-            return _warn(NOTHING_OPEN)
+        scan = _opened_scan(session)
         if not session.findings:
-            return _warn("no answer has cited a region yet: there is no mask to download")
+            raise ValueError("no answer has cited a region yet: there is no mask to download")
         if not formats:
-            return _warn("choose at least one format")
-        scan = session.scan
+            raise ValueError("choose at least one format")
         regions = [
             FoundRegion(
-                finding.slice_index,
-                self._mask(session, finding, threshold),
-                finding.label,
-                finding.region.code,
-                finding.region.score,
+                each.slice_index, self._mask(scan, each, threshold), each.label, each.region.code, each.region.score
             )
-            for finding in session.findings
+            for each in session.findings
         ]
         folder = session.new_folder()
-        picture = folder / "overview.png"
-        try:
-            files = write_masks(scan, regions, folder / "masks", formats, deidentify=deidentify)
-            one = scan.num_slices == 1
-            shown = overlay(session.image(), regions) if one else mosaic(scan, regions, session.window)
-        except (ValueError, OSError) as error:
-            return _warn(error, session)
+        files = write_masks(scan, regions, folder / "masks", formats, deidentify=deidentify)
+        several, picture = scan.num_slices > 1, folder / "overview.png"
+        shown = mosaic(scan, regions, session.window) if several else overlay(session.image(), regions)
         shown.save(picture)
         with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in [*files, picture]:
@@ -385,53 +291,43 @@ class Page:
         return {self.archive: gr.update(value=str(folder / ARCHIVE), visible=True)}
 
     def _talk(self, session: Session) -> Updates:
-        slices = 1 if session.scan is None else session.scan.num_slices
         return {
-            self.chat: markup.conversation(session.turns, slices),
+            self.chat: markup.conversation(session.turns, _slices(session)),
             self.archive: gr.update(value=None, visible=False),
         }
 
     def _view(self, session: Session, threshold: float) -> Updates:
-        try:
-            image = None if session.scan is None else session.image()
-        except ValueError as error:  # pixels are decoded when they are to be shown
-            _warn(error, session)
-            image = None
-        if session.scan is None or image is None:
+        scan, image = session.scan, None
+        if scan is not None:
+            with _warnings(session):  # pixels are decoded when they are to be shown
+                image = session.image()
+        no_card = {self.card: gr.update(value="", visible=False), self.back: gr.update(visible=False)}
+        if scan is None or image is None:
             return {
                 self.picture: gr.update(value=None, visible=False),
                 self.layers: gr.update(value="", visible=False),
-                **self._no_card(),
+                **no_card,
             }
         here = session.findings_here()
-        masks = {finding.number: self._mask(session, finding, threshold) for finding in here}
-        areas = [_area(int(masks[finding.number].sum()), session.scan.pixel_mm2) for finding in here]
+        masks = {finding.number: self._mask(scan, finding, threshold) for finding in here}
+        areas = [_area(int(masks[finding.number].sum()), scan.pixel_mm2) for finding in here]
         layers = gr.update(value=markup.layers(here, areas, session.hidden), visible=bool(here))
         if session.heat is None:
             drawn = [finding for finding in here if finding.number not in session.hidden]
             shown = {finding.number: masks[finding.number] for finding in drawn}
             picture = draw_layers(image, [shown.get(number) for number in range(max(shown, default=-1) + 1)])
             alt = "The image with masks: " + ", ".join(finding.label for finding in drawn) if drawn else "The image"
-            card = self._no_card()
+            card = no_card
         else:
             finding = session.finding(session.heat)
             picture = draw_heat_map(image, finding.logits, self.predictor.processor)
             alt = f"Heat map of {finding.region.code}, {finding.label}"
-            card = {
-                self.card: gr.update(
-                    value=markup.code_card(finding, self.predictor.processor.region_codes), visible=True
-                ),
-                self.back: gr.update(visible=True),
-            }
+            meaning = markup.code_card(finding, self.predictor.processor.region_codes)
+            card = {self.card: gr.update(value=meaning, visible=True), self.back: gr.update(visible=True)}
         return {self.picture: gr.update(value=picture, visible=True, alt_text=alt), self.layers: layers, **card}
 
-    def _no_card(self) -> Updates:
-        return {self.card: gr.update(value="", visible=False), self.back: gr.update(visible=False)}
-
-    def _mask(self, session: Session, finding: Finding, threshold: float) -> Any:
-        assert session.scan is not None
-        size = session.scan.height, session.scan.width
-        return mask_of(finding, size, self.predictor.processor, threshold)
+    def _mask(self, scan: Scan, finding: Finding, threshold: float) -> Any:
+        return mask_of(finding, (scan.height, scan.width), self.predictor.processor, threshold)
 
 
 def build(predictor: Any, folder: Path | None = None) -> gr.Blocks:
@@ -445,8 +341,6 @@ def parse_window_text(text: str) -> Window:
     Raises:
         ValueError: it is none of these.
     """
-    from medsight.scans.windows import FILE_WINDOW, WINDOWS
-
     text = text.strip().lower()
     if text in ("", DEFAULT_WINDOW):
         return None
@@ -471,8 +365,8 @@ def _keep(session: Session, turn: Turn, answered: Answered, stopped: bool) -> No
 
 
 def _asking(busy: bool, text: str | None = None) -> Any:
-    kept = {} if text is None else {"value": text}
-    return gr.update(submit_btn=False if busy else "Ask", stop_btn="Stop" if busy else False, **kept)
+    value = {} if text is None else {"value": text}
+    return gr.update(submit_btn=False if busy else "Ask", stop_btn="Stop" if busy else False, **value)
 
 
 def _warn(problem: Exception | str, session: Session | None = None) -> Updates:
@@ -481,17 +375,41 @@ def _warn(problem: Exception | str, session: Session | None = None) -> Updates:
     return gr.skip()
 
 
-def _close(session: Session | None) -> None:
-    if session is not None:
-        session.close()
+@contextmanager
+def _warnings(session: Session) -> Iterator[None]:
+    """What cannot be read becomes a warning on the page."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _warn(error, session)
 
 
-def _facts(scan: Any) -> str:
-    spacing = ""
-    if scan.pixel_spacing is not None:
-        sides = [*scan.pixel_spacing, *([scan.slice_spacing] if scan.num_slices > 1 and scan.slice_spacing else [])]
-        spacing = " × ".join(f"{side:.3g}" for side in sides) + " mm"
-    return markup.scan_facts(scan.kind, scan.modality, scan.num_slices, scan.width, scan.height, spacing)
+def _opened_scan(session: Session) -> Scan:
+    """The scan of a session; raises ValueError if none is open."""
+    if session.scan is None:
+        raise ValueError("open an image first")
+    return session.scan
+
+
+def _slices(session: Session) -> int:
+    return 1 if session.scan is None else session.scan.num_slices
+
+
+def _windows(scan: Scan | None) -> list[str]:
+    """The windows that are offered for a scan by name."""
+    if scan is None:
+        return [DEFAULT_WINDOW]
+    return [DEFAULT_WINDOW, *([FILE_WINDOW] if scan.has_window else []), *(WINDOWS if scan.modality == "CT" else [])]
+
+
+def _formats(scan: Scan | None) -> list[str]:
+    """The formats that masks on a scan can be written in."""
+    if scan is None:
+        return ["png", "coco"]
+    left_out = set() if scan.kind == "dicom" else {"dicom-seg", "rtstruct"}
+    if scan.affine is None and scan.kind != "nifti":
+        left_out.add("nifti")
+    return [name for name in FORMATS if name not in left_out]
 
 
 def _area(pixels: int, pixel_mm2: float | None) -> str:

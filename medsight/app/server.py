@@ -8,6 +8,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
+from medsight.inference.predictor import Predictor
+
+from .page import build
+
 
 MAX_FILE_SIZE = "1gb"
 STYLE = Path(__file__).with_name("page.css")
@@ -49,11 +55,8 @@ def launch(
 
     Raises:
         OSError: the checkpoint is missing, or the port is taken.
-        ValueError: gradio is not installed, or the checkpoint is bad.
+        ValueError: the checkpoint is bad.
     """
-    gradio = _import_gradio()
-    from medsight.inference.predictor import Predictor
-
     host = host.strip("[]")
     if port:
         _check_port(host, port)
@@ -64,8 +67,6 @@ def launch(
     for path in (uploads, sessions):
         path.mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    from .page import build
-
     blocks = build(Predictor(model, device=device, dtype=dtype), sessions)
     blocks.queue(max_size=32, default_concurrency_limit=4)
     blocks.private_folder = folder  # lives as long as the application does, and is removed with it
@@ -78,7 +79,7 @@ def launch(
     blocks.close = close_and_clean
     _need_no_proxy(host)
     fonts = ["system-ui", "sans-serif"]
-    theme = gradio.themes.Base(
+    theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
     )
     try:
@@ -100,19 +101,6 @@ def launch(
         if block:
             blocks.close()
     return blocks
-
-
-def _import_gradio() -> Any:
-    """Gradio, without its telemetry and its look for newer versions."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ValueError('the page needs gradio: pip install "medsight[app,medical]"') from error
-    return gradio
 
 
 def _stop_on_termination() -> None:

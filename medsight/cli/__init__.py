@@ -16,8 +16,8 @@ import typer
 import typer.core
 import typer.main
 
-from medsight import __version__
 from medsight.text import printable
+from medsight.version import __version__
 
 
 class Verb(NamedTuple):
@@ -32,12 +32,12 @@ VERBS = {
     "predict": Verb("medsight.cli.predict", "Answer a prompt about images, with one mask per region.", "medical"),
     "chat": Verb("medsight.cli.chat", "Talk about an image, turn by turn, with masks as they come.", "medical"),
     "info": Verb("medsight.cli.info", "Say what a checkpoint folder, an image or a volume is.", "medical"),
-    "app": Verb("medsight.cli.serve", "Open a web page to ask about images.", "app"),
+    "app": Verb("medsight.cli.serve", "Open a web page to ask about images.", "app,medical"),
     "evaluate": Verb("medsight.cli.evaluate", "Score a checkpoint, or saved predictions, on a benchmark.", "eval"),
     "compare": Verb("medsight.cli.compare", "Show paired differences between two evaluations.", "eval"),
     "codes": Verb("medsight.cli.codes", "Find out which structures each region code stands for.", "eval"),
     "benchmark": Verb("medsight.cli.benchmark", "Make a benchmark from images with masks.", "eval"),
-    "train": Verb("medsight.cli.train", "Train by a recipe, going on where a run stopped.", "train"),
+    "train": Verb("medsight.cli.train", "Train by a recipe, resuming where a run stopped.", "train"),
     "data": Verb("medsight.cli.data", "Check training data, or turn masks into conversations.", "train"),
     "init": Verb("medsight.cli.init", "Assemble a fresh model from pretrained parts."),
     "convert": Verb("medsight.cli.convert", "Turn published checkpoint files into one folder."),
@@ -45,10 +45,10 @@ VERBS = {
 }
 # Packages of the extras: one of them missing is an installation to complete, any other missing module a defect.
 OPTIONAL_PACKAGES = frozenset(
-    """
-    accelerate datasets evaluate gradio highdicom jinja2 nibabel peft pyarrow pycocotools pydicom segmentationmetrics
-    tensorboard tqdm trl yaml
-    """.split()
+    [
+        *("accelerate", "datasets", "evaluate", "gradio", "highdicom", "jinja2", "nibabel", "peft", "pyarrow"),
+        *("pycocotools", "pydicom", "segmentationmetrics", "tensorboard", "tqdm", "trl", "yaml"),
+    ]
 )
 
 

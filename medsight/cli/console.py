@@ -18,7 +18,17 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the o
 
 
 class Results:
-    """Prints results; made by `results`."""
+    """Prints results.
+
+    Example:
+
+    ```python
+    from medsight.cli.console import results
+
+    with results(as_json=False) as out:
+        out.show({"codes": 1}, [["code", "group"], ["[C0_1]", "CT torso"]])
+    ```
+    """
 
     def __init__(self, stream: TextIO, as_json: bool) -> None:
         self.stream = stream

@@ -22,6 +22,13 @@ def command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print parameters, memory and steps of every stage, and train nothing.")
     ] = False,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show",
+            help="Print every value in force, where it comes from, and the topology; train nothing.",
+        ),
+    ] = False,
     devices: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="With --plan: how many devices it is for  [default: WORLD_SIZE, or 1]."),
@@ -30,7 +37,7 @@ def command(
 ) -> None:
     """Train a model by a recipe, through all stages.
 
-    A run goes on where it stopped: finished stages are recognised, a killed one resumes from its last checkpoint. Over
+    A run resumes where it stopped: finished stages are recognised, a killed one goes on from its last checkpoint. Over
     several processes: accelerate launch --config_file training/accelerate/ddp.yaml -m medsight.cli train CONFIG
     """
     import accelerate
@@ -40,6 +47,12 @@ def command(
 
     with results(as_json) as out:
         recipe = load_recipe(config, overrides or [])
+        if show:
+            from medsight.training.settings import settings_in_force, shown, topology
+
+            settings, spread = settings_in_force(recipe), topology(recipe)
+            out.show({"settings": settings, "topology": spread}, shown(settings, spread))
+            return
         if plan:
             from medsight.training.plan import stage_plans, table
 

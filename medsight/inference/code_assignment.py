@@ -42,7 +42,7 @@ def assign_codes(
         class_labels = [torch.zeros(len(masks), dtype=torch.long) for masks in mask_labels]
         classes = torch.zeros_like(classes)
     targets = [resize_masks(masks.to(logits.device), tuple(logits.shape[-2:])) for masks in mask_labels]
-    labels = [some.to(logits.device) for some in class_labels]
+    labels = [classes_of_image.to(logits.device) for classes_of_image in class_labels]
     with torch.no_grad():
         pairs = HungarianMatcher(model.config)(logits, classes, targets, labels)
         nearest = model.quantize_regions(regions.region_embeddings, groups.to(logits.device)).code_indices.cpu()

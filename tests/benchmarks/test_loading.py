@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measuring, startup
+from benchmarks import startup
 from configuration_medsight.presets_medsight import PRESETS
 
 
@@ -16,7 +16,7 @@ MOST = 1.1  # peak memory by the size of the files
 def test_a_sharded_checkpoint_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a size beside which what Python itself takes is small."""
     try:
-        measuring.process_memory("RssAnon")
+        startup.process_memory("RssAnon")
     except (OSError, StopIteration):
         pytest.skip("this system does not tell a process' memory")
     small = PRESETS["small"]
@@ -27,7 +27,7 @@ def test_a_sharded_checkpoint_is_loaded_once(tmp_path: Path, monkeypatch: pytest
         "region_code_start_id": 7168,
     }
     monkeypatch.setitem(PRESETS, "middle", middle)
-    row = startup.load_row(argparse.Namespace(preset="middle", folder=tmp_path, repeats=1), "cpu")
+    row = startup.load_row(argparse.Namespace(preset="middle", folder=tmp_path, repeats=1))
     assert row["file_bytes"] > 3e8 and int(row["what"].split()[2]) > 3
     assert 0.9 < row["ratio"]["median"] <= MOST
     assert row["private_ratio"]["median"] < 0.2, "weights are copied instead of mapped"

@@ -113,7 +113,7 @@ def test_a_command_that_is_skipped_still_has_known_options(page: str) -> None:
                 cli.load_verb(words[1]).make_context(words[1], words[2:])
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_to_files_and_headings(page: str) -> None:
     path = ROOT / page
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

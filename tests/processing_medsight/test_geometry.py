@@ -55,7 +55,7 @@ def near_edge(masks: np.ndarray, reach: tuple[int, int]) -> np.ndarray:
 def seen_by(axes: tuple) -> np.ndarray:
     """Which pixels of an image its input shows."""
     centres = [axis.to_input(np.arange(axis.length) + 0.5) for axis in axes]
-    return np.logical_and.outer(*((0 <= at) & (at <= axis.size) for at, axis in zip(centres, axes, strict=True)))
+    return np.logical_and.outer(*((at >= 0) & (at <= axis.size) for at, axis in zip(centres, axes, strict=True)))
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from medsight.training import run, run_folder, stage_3a_codebook
+from medsight.training import run, run_folder, stage_codebook
 from medsight.training.recipe import load_recipe
 from medsight.training.trainer import StageTrainer
 
 
-class Left(Exception):
+class LeftError(Exception):
     """The run is left."""
 
 
@@ -30,7 +30,7 @@ def train_and_leave(recipe: Path) -> None:
 
     def save_and_leave(self: Any, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
-        raise Left
+        raise LeftError
 
     StageTrainer._save_checkpoint = save_and_leave
     while True:
@@ -38,7 +38,7 @@ def train_and_leave(recipe: Path) -> None:
         try:
             run.train(load_recipe(recipe))
             return
-        except Left:
+        except LeftError:
             continue
 
 
@@ -64,7 +64,7 @@ if __name__ == "__main__":
         (run, "save_folder"),
         (run_folder, "save_folder"),
         (run_folder, "write_text"),
-        (stage_3a_codebook, "kmeans"),
+        (stage_codebook, "kmeans"),
     ):
         write_calls(module, name, path.with_suffix(".calls"))
     if "--leave" in sys.argv[2:]:

@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 
 from medsight.training import ablations
 from medsight.training.recipe import load_recipe
-from medsight.training.run import stage_settings, train
+from medsight.training.run import train
 from medsight.training.run_folder import load_folder
 from medsight.training.seg_token import CODES_OWN
 from processing_medsight.processing_medsight import MedSightProcessor
-from tests.training.tiny_run import RECIPE, tiny_recipe, tiny_values
+from tests.training.tiny_run import STAGES, tiny_recipe, tiny_values
 
 
 SHORT = {"max_steps": 4, "eval_strategy": "no", "example_images": 0}
-STAGES = list(RECIPE["stages"])
 GROUP_CLASSIFIER = ("group_classifier.weight", "group_classifier.bias")
 
 
@@ -75,12 +74,12 @@ def test_every_shipped_ablation_is_known() -> None:
 def test_a_share_shortens_every_stage() -> None:
     full = load_recipe("nano", ["stages.codebook={num_train_epochs: 3.0, warmup_steps: 0.03, max_steps: -1}"])
     short = ablations.shortened(full, 0.1)
-    for key, values in full.stages.items():
-        changed = {name for name in values if short.stages[key][name] != values[name]}
-        assert changed <= set(ablations.LENGTHS)
-        if key != "codebook":
-            assert short.stages[key]["max_steps"] == round(values["max_steps"] / 10)
-    codebook = short.stages["codebook"]
+    for before, after in zip(full.stages, short.stages, strict=True):
+        assert {name for name in before if after[name] != before[name]} <= set(ablations.LENGTHS)
+        if before["name"] != "codebook":
+            assert after["max_steps"] == round(before["max_steps"] / 10)
+            assert short.sources[f"stages.{before['name']}.max_steps"] == "--share 0.1"
+    codebook = short.stage("codebook")
     assert codebook["num_train_epochs"] == pytest.approx(0.3)
     assert (codebook["warmup_steps"], codebook["max_steps"]) == (0.03, -1)
     assert ablations.shortened(full, 1.0) == full
@@ -127,7 +126,7 @@ def test_runs_are_scored_and_written(finished: Path, recipe_file: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_taken_over_is_what_training_again_gives(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
-    """Bit for bit: a run of the ablation's recipe from nothing has the same result as one that shared two stages."""
+    """Bit for bit: a run of the ablation's recipe from scratch has the same result as one that shared two stages."""
     recipe = ablations.shortened(load_recipe(recipe_file), 0.5)
     recipe = dataclasses.replace(
         ablations.ablation(recipe, "no-region-embeddings"), seed=3, output=str(tmp_path / "r")
@@ -138,17 +137,16 @@ def test_what_is_taken_over_is_what_training_again_gives(finished: Path, recipe_
 
 @pytest.mark.slow
 def test_an_ablation_without_a_stage_is_the_run_before_it(finished: Path) -> None:
-    before = weights(finished / "full/seed-3/run/stages/3b_text_to_vision/model")
+    before = weights(finished / "full/seed-3/run/stages/text_to_vision/model")
     after = weights(finished / "no-unified/seed-3/run/model")
     assert after.keys() <= before.keys() and all(torch.equal(after[name], before[name]) for name in after)
 
 
 def test_one_seg_token_goes_on_from_a_checkpoint_with_codes(unbroken: Path, drawn_data: Path) -> None:
     """No row of the language model moves, [SEG] is its only code, and nothing but the codes' own weights is new."""
-    folder = unbroken / "stages/1_perceiver/model"
+    folder = unbroken / "stages/perceiver/model"
     recipe = tiny_recipe(drawn_data, Path("unused"), model={"config": {"use_region_codebook": False}})
-    settings, _ = stage_settings(recipe)["vision_to_text"]
-    model, processor = load_folder(folder, recipe, settings)
+    model, processor = load_folder(folder, recipe)
     before = MedSightProcessor.from_pretrained(folder).tokenizer
     first = model.config.region_code_start_id
     assert processor.tokenizer.get_added_vocab() == {
@@ -163,7 +161,7 @@ def test_one_seg_token_goes_on_from_a_checkpoint_with_codes(unbroken: Path, draw
     now = model.state_dict()
     new = {name for name, value in weights(folder).items() if not torch.equal(value, now[name])}
     assert new == CODES_OWN == {f"model.{name}" for name in ("codebook.codes", *GROUP_CLASSIFIER)}
-    again, _ = load_folder(folder, recipe, settings)
+    again, _ = load_folder(folder, recipe)
     assert torch.equal(again.model.codebook.codes, model.model.codebook.codes)
 
 
@@ -171,7 +169,7 @@ def test_nothing_but_the_codes_is_silently_new_with_one_seg_token(unbroken: Path
     changes = {"use_region_codebook": False, "perceiver_ffn_multiplier": 3}
     recipe = tiny_recipe(drawn_data, Path("unused"), model={"config": changes})
     with pytest.raises(ValueError, match=r"linear_1\.weight.* do not fit model\.config"):
-        load_folder(unbroken / "stages/1_perceiver/model", recipe, stage_settings(recipe)["vision_to_text"][0])
+        load_folder(unbroken / "stages/perceiver/model", recipe)
 
 
 @pytest.mark.slow

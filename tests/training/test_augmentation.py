@@ -103,8 +103,8 @@ def test_values_stay_between_0_and_1_and_noise_keeps_grey_pictures_grey() -> Non
         generator = torch.Generator().manual_seed(seed)
         grey = torch.rand(1, SIDE, SIDE, generator=generator).repeat(3, 1, 1)
         pixels, masks = Augmenter(strong)(grey, drawing(), group=0, targets=["x"], generator=generator)
-        assert 0 <= pixels.min() and pixels.max() <= 1 and not torch.equal(pixels, grey)
-        assert 0 <= masks.min() and masks.max() <= 1
+        assert pixels.min() >= 0 and pixels.max() <= 1 and not torch.equal(pixels, grey)
+        assert masks.min() >= 0 and masks.max() <= 1
         assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
 
 

@@ -67,7 +67,7 @@ def test_bad_items_are_left_out_counted_and_logged_on_request(
     paths = [spoil(data) for spoil in BREAKS]
     recipe = perceiver(data, tmp_path / "run", data={"validation_fraction": 0, "on_error": "skip"})
     train(recipe)
-    assert len(steps_of(tmp_path / "run", "1_perceiver")) == 6
+    assert len(steps_of(tmp_path / "run", "perceiver")) == 6
     told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert len(told) >= 4
     for path in paths:
@@ -105,9 +105,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_files_and_leaves_the_last_chec
         return step(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(StageTrainer, "training_step", poisoned)
-    with pytest.raises(NotFiniteError, match=r"1_perceiver, step 5: the loss is nan.*\.png"):
+    with pytest.raises(NotFiniteError, match=r"perceiver, step 5: the loss is nan.*\.png"):
         train(perceiver(data, tmp_path / "run"))
-    folder = tmp_path / "run" / "stages" / "1_perceiver"
+    folder = tmp_path / "run" / "stages" / "perceiver"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
     monkeypatch.setattr(StageTrainer, "training_step", step)
     train(perceiver(data, tmp_path / "run"))
@@ -128,13 +128,13 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="checkpoint-4 could not be written .*No space left"):
         train(perceiver(data, tmp_path / "run"))
-    folder = tmp_path / "run" / "stages" / "1_perceiver"
+    folder = tmp_path / "run" / "stages" / "perceiver"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     assert not list(folder.glob(".saving*"))
     monkeypatch.undo()
     train(perceiver(data, tmp_path / "run"))
     train(perceiver(data, tmp_path / "other"))
-    assert steps_of(tmp_path / "run", "1_perceiver") == steps_of(tmp_path / "other", "1_perceiver")
+    assert steps_of(tmp_path / "run", "perceiver") == steps_of(tmp_path / "other", "perceiver")
 
 
 def test_a_conversation_that_is_too_long_is_named_and_not_cut(data: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_too_long_conversations_are_left_out_on_request_however_a_step_is_cut(
             data={"on_error": "skip", "validation_fraction": 0},
         )
         train(recipe)
-        steps.append([step["loss"] for step in steps_of(tmp_path / f"run-{size}", "2_vision_to_text")])
+        steps.append([step["loss"] for step in steps_of(tmp_path / f"run-{size}", "vision_to_text")])
         assert max(values.get("skipped_items", 0) for values in logs) > 0
         logs.clear()
     assert len(steps[0]) == 6 and 0.0 in steps[0] and max(steps[0]) > 1  # a step may be of nothing else, too
@@ -177,7 +177,7 @@ def test_too_long_conversations_are_left_out_on_request_however_a_step_is_cut(
 
 def test_a_stage_of_broken_items_alone_says_so(data: Path, tmp_path: Path) -> None:
     stages = {**only("vision_to_text"), "vision_to_text": {"max_length": 9, "start_at_word_scale": False}}
-    with pytest.raises(ValueError, match=r"2_vision_to_text: every item is broken; the last: .*max_length=9"):
+    with pytest.raises(ValueError, match=r"vision_to_text: every sample is broken; the last: .*max_length=9"):
         train(tiny_recipe(data, tmp_path / "run", stages=stages, data={"on_error": "skip"}))
 
 
@@ -188,7 +188,7 @@ def test_a_stage_of_broken_items_alone_says_so(data: Path, tmp_path: Path) -> No
         ({"data": {"groups": {"CT": ["CT/*"]}}}, "no code group matches"),
         ({"data": {"classes": ["liver"]}}, "is none of the model's 1 mask classes"),
         ({"stages": {"vision_to_text": {"data": ["plane"]}}}, "unknown key 'plane'; did you mean 'plain'"),
-        ({"stages": {"vision_to_text": {"data": []}}}, "a language stage needs data"),
+        ({"stages": {"vision_to_text": {"data": []}}}, "a stage on conversations needs data"),
         ({"stages": {"vision_to_text": {"lr_scheduler_type": "cosin"}}}, "cosin is not a valid SchedulerType"),
         (
             {

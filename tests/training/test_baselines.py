@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from medsight.cli import main as medsight
-from medsight.evaluation import readers
 from medsight.evaluation.readers import NoRowsError
 from medsight.training.baselines import unet
 from medsight.training.corpus import read_corpus
@@ -80,16 +79,16 @@ def test_a_target_without_a_class_is_the_union_of_those_that_end_with_it() -> No
 def test_a_batch_asks_one_class_a_picture_and_absent_ones_have_an_empty_mask(drawn_data: Path) -> None:
     recipe = tiny_recipe(drawn_data, Path("unused"), data={"validation_fraction": 0.0})
     corpus = read_corpus(recipe)
-    items = unet.region_items(recipe, corpus, SIZE)
-    assert len(items) == len(corpus.training) == 19
-    drawn, again = (unet.batches(items, 0.5, seed=3, size=unet.BATCH_SIZE, workers=number) for number in (0, 2))
+    dataset = unet.region_dataset(recipe, corpus, SIZE)
+    assert len(dataset) == len(corpus.training) == 19
+    drawn, again = (unet.batches(dataset, 0.5, seed=3, size=unet.BATCH_SIZE, workers=number) for number in (0, 2))
     empty = set()
     for _ in range(12):
         pixels, asked, masks = next(drawn)
         assert pixels.shape == (unet.BATCH_SIZE, 3, SIZE, SIZE) and masks.shape == (unet.BATCH_SIZE, SIZE, SIZE)
-        assert 0 <= masks.min() and masks.max() <= 1
+        assert masks.min() >= 0 and masks.max() <= 1
         assert all(torch.equal(*pair) for pair in zip((pixels, asked, masks), next(again), strict=True))
-        empty |= {corpus.classes[one] for one, mask in zip(asked, masks, strict=True) if not mask.any()}
+        empty |= {corpus.classes[wanted] for wanted, mask in zip(asked, masks, strict=True) if not mask.any()}
     assert empty == {"benign breast tumor"}  # of the normal picture, which has no breast tumor
 
 
@@ -151,12 +150,12 @@ def test_masks_lie_where_the_picture_does(drawn_data: Path) -> None:
     """A network that calls every pixel of the canvas inside gives the whole picture, and no more."""
     recipe = tiny_recipe(drawn_data, Path("unused"))
     corpus = read_corpus(recipe)
-    places, items = unet.region_items(recipe, corpus, SIZE).places, held_out_items(corpus, "segmentation")
+    canvas, items = unet.region_dataset(recipe, corpus, SIZE).canvas, held_out_items(corpus, "segmentation")
     network = unet.UNet(len(corpus.classes), widths=(8, 8))
     torch.nn.init.zeros_(network.head.weight)
     for bias, answers, masks in ((1.0, "liver.", 1), (-1.0, "There is no liver in this image.", 0)):
         torch.nn.init.constant_(network.head.bias, bias)
-        by_target = {p.id.partition("#")[2]: p for p in unet.predict(network, places, items)}
+        by_target = {p.id.partition("#")[2]: p for p in unet.predict(network, canvas, items)}
         assert by_target["liver"].answer == answers
         assert [(mask["size"], len(mask["counts"])) for mask in by_target["liver"].masks] == [([24, 32], 4)] * masks
 
@@ -177,13 +176,13 @@ def test_a_failure_leaves_nothing(
 def test_an_unknown_target_is_refused_before_training(
     recipe_file: Path, benchmark: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    read = readers.read_cases
+    read = unet.read_cases
 
     def with_spleen(*given: Any) -> Any:
         items, shards = read(*given)
         return [dataclasses.replace(items[0], target="spleen"), *items[1:]], shards
 
-    monkeypatch.setattr(readers, "read_cases", with_spleen)
+    monkeypatch.setattr(unet, "read_cases", with_spleen)
     more = ["--steps", "3", "--benchmark", str(benchmark), "--data", str(drawn_data)]
     assert unet.main(arguments(recipe_file, tmp_path / "out", *more)) == 1
     assert "target 'spleen' is none of the 4 classes" in capsys.readouterr().err

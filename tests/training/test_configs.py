@@ -15,8 +15,8 @@ from medsight.data.groups import Groups
 from medsight.data.sources import Source
 from medsight.training.augmentation import Augmentation
 from medsight.training.recipe import CONFIGS, Recipe, build, load_recipe
-from medsight.training.run import STAGES, stage_settings, train, training_arguments
-from medsight.training.stage_4_unified import UnifiedSettings
+from medsight.training.run import train, training_arguments
+from medsight.training.settings import resolve_stages
 from modeling_medsight import MedSightForConditionalGeneration
 
 
@@ -45,13 +45,12 @@ def test_these_are_all_that_ship() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_loads_and_its_settings_are_taken(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    for key, (own, passed) in stage_settings(recipe).items():
-        arguments = training_arguments(tmp_path, own, passed, recipe)
+    for key, stage in resolve_stages(recipe).items():
+        arguments = training_arguments(tmp_path, stage, recipe)
         assert arguments.output_dir == str(tmp_path) and arguments.use_cpu
         assert arguments.bf16 == recipe.training.get("bf16", False)  # also on a CPU, which computes it slowly
-        assert arguments.learning_rate == recipe.stages[key]["learning_rate"]
-        assert {*own.data} <= {*recipe.annotations, *recipe.data.conversations}
-        assert bool(own.data) == (STAGES[key].reads == "conversations" and key != "language_model")
+        assert arguments.learning_rate == recipe.stage(key)["learning_rate"]
+        assert bool(stage.settings.data) == (stage.kind.reads == "conversations")
     for source in (*recipe.data.regions, *recipe.data.text, *recipe.data.conversations.values()):
         Source.from_mapping(source)
     build(Augmentation, recipe.augmentation, name)
@@ -69,7 +68,7 @@ def test_a_resolved_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
     assert load_recipe(file) == recipe
-    assert stage_settings(load_recipe(file)) == stage_settings(recipe)
+    assert resolve_stages(load_recipe(file)) == resolve_stages(recipe)
 
 
 @pytest.mark.parametrize(
@@ -88,30 +87,27 @@ def test_a_resolved_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nano", "8b-lora"])
 def test_an_unknown_key_is_refused_naming_the_nearest(name: str, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stage_settings(load_recipe(name, [override]))
+        resolve_stages(load_recipe(name, [override]))
 
 
 def test_a_recipe_takes_another_and_changes_what_is_written() -> None:
     whole, lora = load_recipe("8b"), load_recipe("8b-lora")
     assert lora.data == whole.data and lora.model == whole.model and lora.annotations == whole.annotations
-    assert lora.stages["unified"] == {
-        **whole.stages["unified"],
+    assert lora.stage("unified") == {
+        **whole.stage("unified"),
         **{"method": "lora", "lora_rank": 16, "lora_alpha": 32, "learning_rate": 2e-4},
     }
-    settings, passed = stage_settings(lora)["unified"]
-    assert (
-        isinstance(settings, UnifiedSettings)
-        and settings.method == "lora"
-        and settings.data == ["instructions", "grounded"]
-    )
-    assert passed["gradient_checkpointing"] is True and passed["learning_rate"] == 2e-4
-    assert stage_settings(whole)["unified"][0].method == "full"
+    stage = resolve_stages(lora)["unified"]
+    assert stage.settings.method == "lora" and stage.settings.data == ["instructions", "grounded"]
+    assert stage.argument("gradient_checkpointing") is True and stage.argument("learning_rate") == 2e-4
+    assert resolve_stages(whole)["unified"].settings.method == "full"
 
 
 @pytest.mark.parametrize(("name", "devices"), [("8b", 4), ("8b-lora", 1), ("small", 1)])
 def test_batches_and_schedule_are_the_published_ones(name: str, devices: int) -> None:
     batches, epochs = {}, {}
-    for key, (_, passed) in stage_settings(load_recipe(name)).items():
+    for key, stage in resolve_stages(load_recipe(name)).items():
+        passed = stage.arguments
         batches[key] = passed["per_device_train_batch_size"] * passed["gradient_accumulation_steps"] * devices
         epochs[key] = passed["num_train_epochs"]
         assert passed["weight_decay"] == 0 and passed["warmup_steps"] == 0.03 and passed["bf16"] is True
@@ -140,9 +136,9 @@ def test_the_groups_to_initialise_with_fit_the_preset(name: str) -> None:
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing(name: str) -> None:
     nano, ablation = load_recipe("nano"), load_recipe(f"ablations/{name}")
-    left_out = {key for key in nano.stages if ablation.stages[key] is None}
+    left_out = {entry["name"] for entry in nano.stages if ablation.stage(entry["name"]) is None}
     assert left_out == LEFT_OUT.get(name, set())
-    assert [*stage_settings(ablation)] == [key for key in stage_settings(nano) if key not in left_out]
+    assert [*resolve_stages(ablation)] == [key for key in resolve_stages(nano) if key not in left_out]
     changed = {key: value for key, value in ablation.model.config.items() if nano.model.config.get(key) != value}
     assert changed == {
         "no-region-embeddings": {"use_region_embeddings": False},
@@ -164,10 +160,7 @@ def run_ablation(name: str, data: Path, output: Path) -> tuple[Recipe, Path]:
     ]
     short = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_batches": 1, "example_images": 0}
     overrides += [
-        f"stages.{key}.{name}={value}"
-        for key, settings in load_recipe(path).stages.items()
-        if settings is not None
-        for name, value in short.items()
+        f"stages.{key}.{name}={value}" for key in resolve_stages(load_recipe(path)) for name, value in short.items()
     ]
     recipe = load_recipe(path, overrides)
     return recipe, train(recipe)
@@ -180,7 +173,7 @@ def run_ablation(name: str, data: Path, output: Path) -> tuple[Recipe, Path]:
 def test_an_ablation_runs_to_a_model_that_answers(name: str, drawn_data: Path, tmp_path: Path) -> None:
     recipe, folder = run_ablation(name, drawn_data, tmp_path / "run")
     folders = {path.name for path in (tmp_path / "run/stages").iterdir() if (path / "finished.json").is_file()}
-    assert folders == {STAGES[key].folder for key, settings in recipe.stages.items() if settings is not None}
+    assert folders == {*resolve_stages(recipe)}
     model = MedSightForConditionalGeneration.from_pretrained(folder).eval()
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     config = model.config

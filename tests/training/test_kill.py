@@ -12,8 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from medsight.training.run import STAGES
-from tests.training.tiny_run import steps_of, tiny_values
+from tests.training.tiny_run import STAGES, steps_of, tiny_values
 
 
 def start(recipe: Path) -> subprocess.Popen:
@@ -28,8 +27,8 @@ def test_a_run_killed_in_every_stage_gives_the_losses_of_an_unbroken_one(
 ) -> None:
     output, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_values(drawn_data, output)), encoding="utf-8")
-    for stage in STAGES.values():
-        folder = output / "stages" / stage.folder
+    for stage in STAGES:
+        folder = output / "stages" / stage
         process = start(recipe)
         # while it writes its first checkpoint, or just after
         while process.poll() is None and not [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")]:
@@ -40,7 +39,7 @@ def test_a_run_killed_in_every_stage_gives_the_losses_of_an_unbroken_one(
         assert not (folder / "finished.json").is_file()
     process = start(recipe)
     assert process.wait() == 0, process.stderr.read()
-    for stage in STAGES.values():
-        assert steps_of(output, stage.folder) == steps_of(unbroken, stage.folder)
+    for stage in STAGES:
+        assert steps_of(output, stage) == steps_of(unbroken, stage)
     expected, given = (load_file(run / "model" / "model.safetensors") for run in (unbroken, output))
     assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())

@@ -1,5 +1,6 @@
 """The plan of a recipe: parameters and memory counted without weights, against models that are really there."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,27 +15,41 @@ from configuration_medsight import MedSightConfig
 from medsight.cli import main
 from medsight.training.corpus import corpus_conversations, read_corpus
 from medsight.training.fresh_model import fresh_model
-from medsight.training.memory import activation_bytes, optimizer_bytes, run_counted
+from medsight.training.memory import activation_bytes, gathered_numbers, memory_tracker, optimizer_bytes
 from medsight.training.optimisation import muon_with_adamw
 from medsight.training.plan import plan, stage_plans
 from medsight.training.recipe import Recipe, build
-from medsight.training.run import STAGES, train
+from medsight.training.run import train
+from medsight.training.settings import resolve_stages
 from medsight.training.stage import Stage
 from modeling_medsight import MedSightForConditionalGeneration
-from tests.training.tiny_run import only, steps_of, tiny_recipe, tiny_values
+from tests.training.tiny_run import RECIPE, STAGES, only, steps_of, tiny_recipe, tiny_values
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((key, {}) for key in STAGES),
-    ("perceiver", {"train_encoder": True, "muon_learning_rate": 1e-3}),
+    ("perceiver", {"trains": ["image_encoder", "region_perceiver"], "muon_learning_rate": 1e-3}),
 ]
 CASES += [("unified", {"method": "lora"}), ("unified", {"muon_learning_rate": 1e-3})]
 NAMES = [" ".join([key, *map(str, settings)]) for key, settings in CASES]
 
 
+def one_stage(key: str, settings: dict[str, Any], **changes: Any) -> Recipe:
+    """A recipe of that stage of the tiny run alone, of a step."""
+    (entry,) = (entry for entry in RECIPE["stages"] if entry["name"] == key)
+    chosen = {name: value for name, value in entry.items() if name in ("name", "kind", "trains", "text_only", "data")}
+    values = {
+        "model": {"preset": "tiny", "folder": "not there"},
+        "annotations": {"plain": {"plain_share": 1}, "grounded": {}},
+        "stages": [{"max_steps": 1, **chosen, **settings}],
+    }
+    return build(Recipe, {**values, **changes}, "a test's recipe")
+
+
 def stage_of(key: str, config: MedSightConfig, **settings: Any) -> Stage:
-    places: Any = SimpleNamespace(config=config, processor=None)
-    return STAGES[key](STAGES[key].Settings(**settings), places, 0)
+    stage = resolve_stages(one_stage(key, settings))[key]
+    canvas: Any = SimpleNamespace(config=config, processor=None)
+    return stage.kind(key, stage.settings, canvas, 0)
 
 
 def bytes_of(tensors: Any) -> int:
@@ -42,12 +57,7 @@ def bytes_of(tensors: Any) -> int:
 
 
 def planned(key: str, settings: dict[str, Any], **changes: Any) -> Any:
-    values = {
-        "model": {"preset": "tiny", "folder": "not there"},
-        "annotations": {"plain": {"plain_share": 1}},
-        "stages": {key: {"max_steps": 1, "data": ["plain"], **settings}},
-    }
-    (stage,), _ = stage_plans(build(Recipe, {**values, **changes}, "a test's recipe"), 1)
+    (stage,), _ = stage_plans(one_stage(key, settings, **changes), 1)
     return stage
 
 
@@ -63,7 +73,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_model(key: str, set
     optimizer.step()
     states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     result = planned(key, settings)
-    assert result.name == stage.folder
+    assert result.name == stage.name
     assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert result.weights == bytes_of([*model.parameters(), *model.buffers()])
     assert result.gradients == bytes_of(parameter.grad for parameter in trained)
@@ -71,7 +81,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_model(key: str, set
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_of_the_vocabulary_stage_3b_trains_the_code_rows_alone(tied: bool) -> None:
+def test_of_the_vocabulary_the_code_rows_train_alone(tied: bool) -> None:
     config = MedSightConfig.from_preset("tiny")
     text = {**config.text_config.to_dict(), "tie_word_embeddings": tied}
     changes = {"model": {"preset": "tiny", "folder": "not there", "config": {"text_config": text}}}
@@ -121,10 +131,17 @@ def test_activations_are_those_of_a_pass_over_real_numbers(
         stages[0].prepare(without)
     real = MedSightForConditionalGeneration(config)
     stages[1].prepare(real)
-    counted = activation_bytes(stages[0], without, 2, codes=3, autocast=autocast, checkpointing=False)
-    wanted = run_counted(stages[1], real, 2, 3, autocast)
-    assert counted == pytest.approx(wanted, rel=0.05)
-    assert counted[0] > 0 and (counted[0] > counted[1]) == (autocast is not None)
+    counted, wanted = (
+        activation_bytes(stage, model, 2, regions=3, autocast=autocast)
+        for stage, model in zip(stages, (without, real), strict=True)
+    )
+    assert counted == pytest.approx(wanted, rel=0.05) and counted > 0
+
+
+def test_a_torch_without_a_memory_tracker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
+    with pytest.raises(ValueError, match=r"torch \S+ has no MemTracker, which --plan counts memory by"):
+        memory_tracker()
 
 
 def test_what_costs_memory_shows() -> None:
@@ -149,18 +166,30 @@ def test_frozen_layers_that_gradients_flow_through_are_checkpointed() -> None:
     assert spared.activations < 0.8 * plain.activations
 
 
-def test_sharding_divides_what_is_kept_and_never_stage_3b(tmp_path: Path) -> None:
+def test_sharding_divides_what_is_held_but_where_code_rows_train_alone(tmp_path: Path) -> None:
     stages = only("perceiver", "text_to_vision")
     recipe = tiny_recipe(tmp_path / "not there", tmp_path / "run", model={"folder": "not there"}, stages=stages)
-    alone, many = stage_plans(recipe, 1)[0], stage_plans(recipe, 1000)[0]
-    for one, some in zip(alone, many, strict=True):
-        assert some.batch == (*one.batch[:2], 1000)
-        assert some.whole == one.whole + one.gradients
-        if one.name == "3b_text_to_vision":
-            assert one.sharded is some.sharded is None
+    pair, many = stage_plans(recipe, 2)[0], stage_plans(recipe, 1000)[0]
+    for few, more in zip(pair, many, strict=True):
+        assert more.batch == (*few.batch[:2], 1000)
+        assert more.whole == few.whole
+        if few.name == "text_to_vision":
+            assert few.sharded is more.sharded is None
         else:
-            kept = one.weights + one.gradients + one.optimizer
-            assert one.sharded - some.sharded == pytest.approx(0.999 * kept, rel=0.01)
+            held = few.weights + few.gradients + few.optimizer
+            assert few.sharded - more.sharded == pytest.approx(0.499 * held, rel=0.01)
+    alone = stage_plans(recipe, 1)[0]
+    assert [stage.sharded for stage in alone] == [None, None]
+    assert [few.whole - stage.whole for few, stage in zip(pair, alone, strict=True)] == [s.gradients for s in alone]
+
+
+def test_casts_of_weights_are_not_counted_in_shards() -> None:
+    """Parameters are gathered in the dtype that is computed in."""
+    recipe = one_stage("unified", {"bf16": True})
+    (stage,), _ = stage_plans(recipe, 2)
+    gathered = 2 * gathered_numbers(MedSightForConditionalGeneration(MedSightConfig.from_preset("tiny")))
+    held = (stage.weights + stage.gradients + stage.optimizer) / 2
+    assert 0 < stage.sharded - held - gathered < stage.activations
 
 
 def test_an_unknown_optimizer_is_not_guessed() -> None:
@@ -193,20 +222,29 @@ def test_a_preset_has_the_shapes_of_the_model_that_a_run_makes_of_it(
     made, _ = fresh_model(recipe, corpus.groups, corpus.classes, corpus_conversations(corpus))
     (stage,), notes = stage_plans(recipe, 1)
     assert stage.parameters == sum(parameter.numel() for parameter in made.parameters())
-    assert stage.steps == 6 and notes == ["Model: the preset tiny, from nothing."]
+    assert stage.steps == 6 and notes == ["Model: the preset tiny, from scratch."]
 
 
 def test_a_folder_that_is_there_is_planned_and_its_weights_are_not_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "start"
     folder.mkdir()
     (folder / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
-    text = plan(build(Recipe, {"model": {"folder": str(folder)}, "stages": {"codebook": {"max_steps": 7}}}, "r"))
+    text = plan(
+        build(
+            Recipe,
+            {"model": {"folder": str(folder)}, "stages": [{"name": "codes", "kind": "codebook", "max_steps": 7}]},
+            "r",
+        )
+    )
     assert f"Model: {folder}." in text and " 7 " in text
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    recipe = {"data": {"regions": [{"layout": "biomedparse", "path": str(absent)}]}, "stages": {"perceiver": {}}}
+    recipe = {
+        "data": {"regions": [{"layout": "biomedparse", "path": str(absent)}]},
+        "stages": [{"name": "perceiver", "kind": "regions"}],
+    }
     with pytest.raises(FileNotFoundError, match=r"model\.folder=nowhere does not exist.*model\.preset=NAME.*tiny"):
         plan(build(Recipe, {**recipe, "model": {"folder": "nowhere"}}, "r"))
     text = plan(build(Recipe, {**recipe, "model": {"folder": "nowhere", "preset": "tiny"}}, "r"))
@@ -226,8 +264,8 @@ def test_the_command_prints_a_row_a_stage(
     assert main(["train", str(file), "--plan", "--devices", "2", "--set", "stages.unified=null"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["stage", "trained", "parameters"] and lines[0].endswith("sharded")
-    assert [line.split()[0] for line in lines[1:6]] == [stage.folder for stage in STAGES.values()][:5]
+    assert [line.split()[0] for line in lines[1:6]] == STAGES[:5]
     assert "6 = 3 x 1 x 2" in lines[1] and lines[5].endswith("never") and not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert main(["train", str(file), "--plan", "--set", "stages={codebook: {max_steps: 1}}"]) == 0
+    assert main(["train", str(file), "--plan", "--set", "stages=[{name: codes, kind: codebook}]"]) == 0
     assert "32 = 8 x 1 x 4" in capsys.readouterr().out

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from medsight.training.adapters import add_adapters, merge_quantised
 from medsight.training.recipe import load_recipe
 from medsight.training.run_folder import load_folder, save_folder
-from medsight.training.stage_4_unified import UnifiedSettings, add_adapters, merge_quantised
+from medsight.training.stage_conversations import ConversationSettings
 from modeling_medsight import MedSightForConditionalGeneration
+from tests.training.tiny_run import UNIFIED
 
 
 NANO = Path(__file__).parents[2] / "medsight" / "medsight-nano"
@@ -19,9 +21,9 @@ def test_a_merged_model_is_whole_and_answers_as_the_trained_one(tmp_path: Path) 
     """PEFT alone would round every sum of weight and adapter to 4 bits."""
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    settings, recipe = UnifiedSettings(method="qlora"), load_recipe("nano")
+    settings, recipe = ConversationSettings(trains=UNIFIED, method="qlora"), load_recipe("nano")
     recipe.model.config = {}
-    model, processor = load_folder(NANO, recipe, settings)
+    model, processor = load_folder(NANO, recipe, quantised=True)
     trained = add_adapters(model, settings).eval()
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:

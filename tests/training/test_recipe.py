@@ -1,16 +1,24 @@
 """Recipes: what a YAML file may say, and what it is told when it says something else."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from medsight.cli import main
 from medsight.training.recipe import Recipe, build, differences, load_recipe
-from medsight.training.run import stage_settings
+from medsight.training.settings import resolve_stages, settings_in_force
+from medsight.training.stage import stage_kinds
 from tests.training.tiny_run import tiny_recipe
 
 
-MINIMAL = "model: {preset: tiny}\nstages: {perceiver: {max_steps: 3}}\n"
+MINIMAL = "model: {preset: tiny}\nstages: [{name: perceiver, kind: regions, max_steps: 3}]\n"
+CODEBOOK = "stages.codebook={kind: codebook}"
+UNIFIED = "stages.unified={kind: conversations, trains: [language_model], data: [grounded]}"
+GROUNDED = "annotations={grounded: {plain_share: 0.5}}"
 
 
 @pytest.fixture
@@ -22,11 +30,12 @@ def recipe_file(tmp_path: Path) -> Path:
 
 def test_values_come_from_the_file_and_from_overrides(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["seed=3", "stages.perceiver.learning_rate=1e-3", "data.groups={a: ['CT/*']}"])
-    assert recipe.seed == 3 and recipe.stages["perceiver"] == {"max_steps": 3, "learning_rate": "1e-3"}
-    assert recipe.data.groups == {"a": ["CT/*"]}
-    settings, arguments = stage_settings(recipe)["perceiver"]
-    assert arguments["learning_rate"] == 1e-3 and arguments["max_steps"] == 3
-    assert settings.example_images == 4
+    assert recipe.seed == 3 and recipe.data.groups == {"a": ["CT/*"]}
+    perceiver = {"name": "perceiver", "kind": "regions", "max_steps": 3, "learning_rate": "1e-3"}
+    assert recipe.stages == [perceiver] == [recipe.stage("perceiver")]
+    stage = resolve_stages(recipe)["perceiver"]
+    assert stage.argument("learning_rate") == 1e-3 and stage.argument("max_steps") == 3
+    assert stage.settings.example_images == 4
 
 
 @pytest.mark.parametrize(
@@ -41,12 +50,21 @@ def test_values_come_from_the_file_and_from_overrides(recipe_file: Path) -> None
         ("model.dtype=bf16", "model.dtype='bf16': choose one of float32, bfloat16, float16"),
         ("model.save_dtype=half", "model.save_dtype='half': choose one of"),
         ("data.on_error=ignore", "on_error='ignore': choose stop or skip"),
-        ("model={}", "model: give a preset, to train from nothing, or a folder"),
+        ("model.preset=null", "model: give a preset, to train from scratch, or a folder"),
         ("data.groups={MR: 'MRI*/heart'}", "data: groups.MR: expected a list, got 'MRI\\*/heart'"),
         ("data.classes=[liver, 3]", "data: classes, entry 1: expected str, got 3"),
         ("stages.perceiver=5", "stages.perceiver: expected a mapping, got 5"),
         ("seed=[1", r"--set seed=\[1: not valid YAML"),
-        ("seed.x=3", "--set seed.x=3: seed .* is not a mapping"),
+        ("seed.x=3", "seed: expected int, got {'x': 3}"),
+        (
+            "stages.percever.max_steps=1",
+            r"--set stages.percever.max_steps=1: stages: unknown key 'percever'; did you mean",
+        ),
+        ("stages.percever=null", "unknown key 'percever'; did you mean 'perceiver'"),
+        ("stages=[{name: a}]", "stages, entry 0: kind=None: expected a word"),
+        ("stages=[{name: a/b, kind: regions}]", "stages, entry 0: name='a/b': expected a word of letters"),
+        ("stages=[{name: a, kind: regions}, {name: a, kind: codebook}]", "two are called 'a'"),
+        ("stages=[5]", "stages, entry 0: expected a mapping, got 5"),
         ("seed", "--set seed: expected KEY=VALUE"),
     ],
 )
@@ -59,10 +77,23 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Path, change: str, message: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("stages.percever={}", "'percever'; did you mean 'perceiver'"),
+        ("stages.perceiver.kind=region", "stages.perceiver: kind: unknown key 'region'; did you mean 'regions'"),
+        ("stages.perceiver.trains=[codebook]", "stages.perceiver: trains: unknown key 'codebook'"),
+        (
+            "stages.perceiver.trains=[]",
+            "stages.perceiver: trains is empty: name some of image_encoder, region_perceiver",
+        ),
+        ("stages.perceiver.trainer=sft", "stages.perceiver: trainer=sft reads conversations only"),
+        ("stages.perceiver.coarse_size=64", "stages.perceiver: coarse_size=64 and coarse_share=0.0: give both"),
+        ("stages.unified.data=[ground]", "stages.unified: data: unknown key 'ground'; did you mean 'grounded'"),
+        ("stages.unified.data=[]", "stages.unified: a stage on conversations needs data"),
         ("stages.perceiver.lerning_rate=1", "'lerning_rate'; did you mean 'learning_rate'"),
         ("stages.perceiver.output_dir=/tmp", "perceiver: output_dir is set by the run itself"),
-        ("stages.text_to_vision.weight_decay=0.1", "text_to_vision: weight_decay=0.1 would shrink the rows of all"),
+        (
+            "stages.unified={trains: [text_to_vision, code_rows], weight_decay: 0.1}",
+            "unified: weight_decay=0.1 would shrink the rows of all",
+        ),
+        ("stages.unified={trains: [vision_to_text], method: lora}", "which it does not train"),
         ("stages.perceiver.load_best_model_at_end=true", "load_best_model_at_end is set by the run itself"),
         ("training.label_smoothing_factor=0.1", "training: label_smoothing_factor is set by the run itself"),
         ("stages.perceiver.trainer=mine", "trainer='mine': choose trainer or sft"),
@@ -73,7 +104,7 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Path, change: str, message: 
             "optim has no use beside muon_learning_rate",
         ),
         ("stages.perceiver.learning_rate=fast", "learning_rate: expected a number, got 'fast'"),
-        ("stages.unified={method: qloora}", "method='qloora': choose full, lora or qlora"),
+        ("stages.unified={method: qloora}", "method='qloora': choose one of full, lora, qlora"),
         ("training.loging_steps=3", "training: unknown key 'loging_steps'; did you mean 'logging_steps'"),
     ],
 )
@@ -81,22 +112,78 @@ def test_a_wrong_setting_of_a_stage_is_named_before_anything_runs(
     recipe_file: Path, change: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        stage_settings(load_recipe(recipe_file, [change]))
+        resolve_stages(load_recipe(recipe_file, [GROUNDED, UNIFIED, change]))
 
 
 def test_codes_are_not_read_before_their_codebook_is_trained(recipe_file: Path) -> None:
-    read = ["annotations={grounded: {plain_share: 0.5}}", "stages.vision_to_text={data: [grounded]}"]
-    with pytest.raises(ValueError, match="stages.vision_to_text: the answers of grounded cite region codes"):
-        stage_settings(load_recipe(recipe_file, [*read, "stages.codebook={}"]))
+    with pytest.raises(
+        ValueError, match="stages.unified: the answers of grounded cite region codes, which stage codeb"
+    ):
+        resolve_stages(load_recipe(recipe_file, [GROUNDED, UNIFIED, CODEBOOK]))
     for change in ("stages.codebook=null", "annotations.grounded.plain_share=1"):
-        stage_settings(load_recipe(recipe_file, [*read, "stages.codebook={}", change]))
-    stage_settings(load_recipe(recipe_file, [read[0], "stages.codebook={}", "stages.unified={data: [grounded]}"]))
+        resolve_stages(load_recipe(recipe_file, [GROUNDED, UNIFIED, CODEBOOK, change]))
+    resolve_stages(load_recipe(recipe_file, [GROUNDED, CODEBOOK, UNIFIED]))
+    again = "stages.again={kind: codebook}"
+    with pytest.raises(ValueError, match="which stage again learns after it"):
+        resolve_stages(load_recipe(recipe_file, [GROUNDED, CODEBOOK, UNIFIED, again]))
 
 
-def test_a_stage_can_be_left_out(recipe_file: Path) -> None:
-    assert list(stage_settings(load_recipe(recipe_file, ["stages.codebook={}"]))) == ["perceiver", "codebook"]
+def test_a_stage_can_be_left_out_and_put_at_the_end(recipe_file: Path) -> None:
+    assert list(resolve_stages(load_recipe(recipe_file, [CODEBOOK]))) == ["perceiver", "codebook"]
     with pytest.raises(ValueError, match="the recipe has no stages"):
-        stage_settings(load_recipe(recipe_file, ["stages.perceiver=null"]))
+        resolve_stages(load_recipe(recipe_file, ["stages.perceiver=null"]))
+
+
+def test_a_kind_can_come_twice(recipe_file: Path) -> None:
+    more = "stages.finer={kind: regions, max_steps: 4, trains: [image_encoder]}"
+    stages = resolve_stages(load_recipe(recipe_file, [more]))
+    assert [stage.kind.kind for stage in stages.values()] == ["regions", "regions"]
+    assert [stage.argument("max_steps") for stage in stages.values()] == [3, 4]
+    assert [stage.settings.trains for stage in stages.values()] == [["region_perceiver"], ["image_encoder"]]
+
+
+def test_every_value_says_where_it_comes_from(recipe_file: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    text = "extends: recipe.yaml\ntraining: {bf16: true}\nstages: {perceiver: {most_asked: 2}}\n"
+    child.write_text(text, encoding="utf-8")
+    settings = settings_in_force(load_recipe(child, ["stages.perceiver.learning_rate=1e-3", "seed=4"]))
+    found = {key: (entry["value"], entry["source"]) for key, entry in settings.items()}
+    where = "stages.perceiver"
+    assert found["model.preset"] == ("tiny", f"{recipe_file} (extended)")
+    assert found["seed"] == (4, "command line") and found["model.dtype"] == ("float32", "default")
+    assert found["augmentation.elastic"] == (0.0, "default")
+    assert found[f"{where}.max_steps"] == (3, f"{recipe_file} (extended)")
+    assert found[f"{where}.most_asked"] == (2, str(child)) and found[f"{where}.bf16"] == (True, str(child))
+    assert found[f"{where}.learning_rate"] == (1e-3, "command line")
+    assert found[f"{where}.save_total_limit"] == (2, "default of medsight")
+    assert found[f"{where}.adam_beta1"] == (0.9, "default") and found[f"{where}.seed"] == (4, "fixed")
+    assert found[f"{where}.label_names"] == ([], "fixed") and found[f"{where}.trains"] == (
+        ["region_perceiver"],
+        "default",
+    )
+
+
+def test_the_command_shows_settings_and_topology(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    more = ["--set", CODEBOOK, "--set", "stages.codebook.gradient_accumulation_steps=2"]
+    assert main(["train", str(recipe_file), "--show", *more, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["topology"]["processes"] == 4 and shown["topology"]["sharding"] == "FSDP"
+    assert shown["topology"]["batches"]["codebook"] == {"per_device": 8, "accumulation": 2, "global": 64}
+    assert main(["train", str(recipe_file), "--show", *more]) == 0
+    text = capsys.readouterr().out
+    assert text.count("lr_scheduler_type ") == 1  # alike in all stages, so said once
+    for line in (r"max_steps +3 +\S+recipe.yaml", r"batch of codebook +64 = 8 a device x 2 micro-batches x 4"):
+        assert re.search(line, text), line
+
+
+def test_kinds_are_found_in_modules_of_their_own() -> None:
+    assert {kind.kind: kind.__module__.rpartition(".")[2] for kind in stage_kinds().values()} == {
+        name: f"stage_{name}" for name in ("codebook", "conversations", "regions")
+    }
 
 
 def test_files_that_are_not_recipes_are_named(tmp_path: Path) -> None:
@@ -115,10 +202,17 @@ def test_files_that_are_not_recipes_are_named(tmp_path: Path) -> None:
 
 def test_a_recipe_extends_another_key_by_key(recipe_file: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
-    child.write_text("extends: recipe.yaml\nstages: {perceiver: {warmup_steps: 4}, codebook: {}}\n", encoding="utf-8")
+    changes = "stages: {perceiver: {warmup_steps: 4}, codebook: {kind: codebook}}"
+    child.write_text(f"extends: recipe.yaml\n{changes}\n", encoding="utf-8")
     recipe = load_recipe(child)
     assert recipe.model.preset == "tiny"
-    assert recipe.stages == {"perceiver": {"max_steps": 3, "warmup_steps": 4}, "codebook": {}}
+    assert recipe.stages == [
+        {"name": "perceiver", "kind": "regions", "max_steps": 3, "warmup_steps": 4},
+        {"name": "codebook", "kind": "codebook"},
+    ]
+    child.write_text(changes, encoding="utf-8")
+    with pytest.raises(ValueError, match="stages: expected a list of stages, .* got a mapping of perceiver, codebook"):
+        load_recipe(child)
 
 
 def test_a_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
@@ -128,12 +222,17 @@ def test_a_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
     assert differences(again, recipe.to_dict()) == []
 
 
+def entries(**steps: int) -> list[dict[str, Any]]:
+    return [{"name": name, "max_steps": count} for name, count in steps.items()]
+
+
 def test_differences_are_told_by_their_full_names_and_how_a_run_is_carried_out_is_none() -> None:
-    before = {"seed": 0, "training": {"logging_steps": 1, "bf16": False}, "stages": {"a": {"max_steps": 1}}}
-    now = {"seed": 1, "training": {"logging_steps": 9, "bf16": False, "tf32": True}, "stages": {"a": {"max_steps": 2}}}
+    before = {"seed": 0, "training": {"logging_steps": 1, "bf16": False}, "stages": entries(a=1, b=1)}
+    now = {"seed": 1, "training": {"logging_steps": 9, "bf16": False, "tf32": True}, "stages": entries(b=1, a=2)}
     assert differences(before, now) == [
         "seed: 0 -> 1",
         "training.tf32: None -> True",
+        "the order of stages: a, b -> b, a",
         "stages.a.max_steps: 1 -> 2",
     ]
 
@@ -143,8 +242,8 @@ def test_another_schedule_needs_nothing_of_the_default_one(recipe_file: Path, sc
     import torch
     from transformers import get_scheduler
 
-    _, arguments = stage_settings(load_recipe(recipe_file, [f"training.lr_scheduler_type={schedule}"]))["perceiver"]
+    stage = resolve_stages(load_recipe(recipe_file, [f"training.lr_scheduler_type={schedule}"]))["perceiver"]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    options = {"scheduler_specific_kwargs": arguments["lr_scheduler_kwargs"]}
-    assert arguments["lr_scheduler_type"] == schedule
+    options = {"scheduler_specific_kwargs": stage.argument("lr_scheduler_kwargs")}
+    assert stage.argument("lr_scheduler_type") == schedule
     assert get_scheduler(schedule, optimizer, 1, 10, **options).get_last_lr()[0] <= 1.0

@@ -24,22 +24,31 @@ COMMON = {
     "example_images": 1,
     "learning_rate": 1e-3,
 }
+SPEAKS = {**COMMON, "kind": "conversations"}
+UNIFIED = ["language_model", "vision_to_text", "text_to_vision"]
 RECIPE: dict[str, Any] = {
     "threads": 1,
     "model": {"preset": "tiny", "tokenizer_size": 256, "image_mean": [0.5] * 3, "image_std": [0.25] * 3},
     "data": {"validation_fraction": 0.2, "text_rounds": 1},
     "annotations": {"plain": {"per_image": 1, "plain_share": 1.0}, "grounded": {"per_image": 2, "plain_share": 0.2}},
     "training": {"eval_strategy": "steps", "logging_steps": 1, "disable_tqdm": True},
-    "stages": {
-        "language_model": COMMON,
-        "perceiver": COMMON,
-        "vision_to_text": {**COMMON, "data": ["plain"], "start_at_word_scale": True},
-        "codebook": {**COMMON, "revive_every": 2, "revive_until": 1.0, "kmeans_images": 8, "revive_images": 6},
-        "text_to_vision": {**COMMON, "data": ["grounded"]},
-        "unified": {**COMMON, "data": ["grounded", "plain"], "mask_share": 0.5},
-        "unified_again": {**COMMON, "data": ["grounded"]},
-    },
+    "stages": [
+        {**SPEAKS, "name": "language_model", "trains": ["language_model"], "data": ["text"], "text_only": True},
+        {**COMMON, "name": "perceiver", "kind": "regions"},
+        {
+            **{**SPEAKS, "name": "vision_to_text", "trains": ["vision_to_text"], "data": ["plain"]},
+            "start_at_word_scale": True,
+        },
+        {
+            **{**COMMON, "name": "codebook", "kind": "codebook"},
+            **{"revive_every": 2, "revive_until": 1.0, "kmeans_images": 8, "revive_images": 6},
+        },
+        {**SPEAKS, "name": "text_to_vision", "trains": ["text_to_vision", "code_rows"], "data": ["grounded"]},
+        {**SPEAKS, "name": "unified", "trains": UNIFIED, "data": ["grounded", "plain"], "mask_share": 0.5},
+        {**SPEAKS, "name": "unified_again", "trains": UNIFIED, "data": ["grounded"]},
+    ],
 }
+STAGES = [entry["name"] for entry in RECIPE["stages"]]
 
 
 def draw_data(root: Path, images: int = 6) -> Path:
@@ -82,7 +91,7 @@ def tiny_recipe(data: Path, output: Path, /, **changes: Any) -> Recipe:
 
 def only(*stages: str) -> dict[str, None]:
     """For `stages=`: leave out all other stages."""
-    return {name: None for name in RECIPE["stages"] if name not in stages}
+    return {name: None for name in STAGES if name not in stages}
 
 
 def steps_of(output: Path, stage: str) -> list[dict[str, float]]:

@@ -5,8 +5,8 @@ python -m medsight.training.baselines.unet nano --minutes 45 --threads 2 --outpu
 medsight evaluate --benchmark segmentation --data ../shared/data/segmentation \\
     --predictions runs/unet/predictions.jsonl --output scores/unet --name U-Net
 
-It is told a picture and one mask class, and gives that class's mask. Rows, validation split, pictures' places and
-augmentation are those of the recipe's perceiver stage. A target that is no class of the training rows is taken for all
+It is told a picture and one mask class, and gives that class's mask. Rows, validation split, canvas and augmentation
+are those of the recipe's first stage on regions. A target that is no class of the training rows is taken for all
 classes whose names end with it ("tumor": "liver tumor", "kidney tumor"), their masks united; where no pixel reaches a
 probability of 0.5, it gives no mask.
 
@@ -22,19 +22,32 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from medsight.evaluation.benchmarks import load_benchmark
+from medsight.evaluation.cases import Case
+from medsight.evaluation.predictions import Prediction, append_predictions, encode_mask
+from medsight.evaluation.readers import read_cases
+from medsight.files import staged_folder, write_json
+from medsight.text import note
+from modeling_medsight.loss_medsight import mask_bce, mask_dice
+from processing_medsight.image_processing_medsight import MedSightImageProcessor
 
-if TYPE_CHECKING:
-    from medsight.evaluation.cases import Case
-    from medsight.evaluation.predictions import Prediction
-    from medsight.training.corpus import Corpus
-    from medsight.training.items import Items, Places
+from ..canvas import Canvas
+from ..corpus import Corpus, read_corpus
+from ..dataset import SampleDataset, Skipped
+from ..held_out import figures, held_out_items, score_predictions, set_dice
+from ..recipe import Recipe, load_recipe
+from ..run import stage_dataset
+from ..sampler import DrawSampler, rarity_weights
+from ..settings import resolve_stages
+from ..stage_regions import RegionSettings, RegionStage
+
 
 WIDTHS = (16, 32, 64, 128, 128)
 BATCH_SIZE = 8
@@ -67,6 +80,16 @@ class UNet(nn.Module):
         num_classes: mask classes.
         widths: channels of each level, each of half the side of the one before; multiples of 8.
         condition: width of a class's embedding.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from medsight.training.baselines.unet import UNet
+    >>> UNet(num_classes=5, widths=(8, 16))(torch.zeros(2, 3, 32, 32), torch.tensor([0, 4])).shape
+    torch.Size([2, 32, 32])
+
+    ```
     """
 
     def __init__(self, num_classes: int, widths: Sequence[int] = WIDTHS, condition: int = 64) -> None:
@@ -113,25 +136,26 @@ def learning_rate(spent: float) -> float:
     return LEARNING_RATE * min(1.0, (spent + 1e-3) / WARMUP) * cosine
 
 
-def region_items(recipe: Any, corpus: "Corpus", size: int) -> "Items":
-    """The training samples of the recipe's perceiver stage, on a canvas of `size` pixels, with masks of that size."""
-    from medsight.training.items import Places
-    from medsight.training.run import stage_items, stage_settings
-    from medsight.training.stage_1_perceiver import PerceiverSettings, PerceiverStage
-    from processing_medsight.image_processing_medsight import MedSightImageProcessor
+def region_settings(recipe: Recipe) -> RegionSettings:
+    """Those of the recipe's first stage on regions."""
+    found = (stage.settings for stage in resolve_stages(recipe).values() if stage.kind is RegionStage)
+    return next(found, RegionSettings())
 
+
+def region_dataset(recipe: Recipe, corpus: Corpus, size: int) -> SampleDataset:
+    """The training samples of that stage, on a canvas of `size` pixels, with masks of that size."""
     look = {name: getattr(recipe.model, name) for name in ("fit", "image_mean", "image_std")}
     processor = SimpleNamespace(image_processor=MedSightImageProcessor(size={"height": size, "width": size}, **look))
-    canvas = SimpleNamespace(
+    shape = SimpleNamespace(
         image_size=size, mask_size=(size, size), mask_class_names=corpus.classes, use_region_codebook=True
     )
-    settings, _ = stage_settings(recipe).get("perceiver", (PerceiverSettings(), {}))
-    places = Places(processor, canvas, corpus.groups, recipe.data.keep_in_memory)
-    return stage_items(PerceiverStage(settings, places, recipe.seed), recipe, corpus, Path(recipe.output), "training")
+    canvas = Canvas(processor, shape, corpus.groups, recipe.data.keep_in_memory)
+    stage = RegionStage("U-Net", region_settings(recipe), canvas, recipe.seed)
+    return stage_dataset(stage, recipe, corpus, "training")
 
 
 def batches(
-    items: "Items", power: float, seed: int, size: int, workers: int
+    dataset: SampleDataset, power: float, seed: int, size: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Without end: pictures (n, 3, S, S), a class asked of each (n,), and its masks (n, S, S), empty where absent.
 
@@ -140,12 +164,10 @@ def batches(
         size: pictures a batch.
         workers: processes that prepare them; the same pictures whatever their number.
     """
-    from medsight.training.sampler import DrawSampler, rarity_weights
-
-    weights = rarity_weights(items.rows["dataset"], items.rows["targets"], power)
-    sampler = DrawSampler(len(items), seed, weights, batch_size=size)
+    weights = rarity_weights(dataset.rows["dataset"], dataset.rows["targets"], power)
+    sampler = DrawSampler(len(dataset), seed, weights, batch_size=size)
     loader = DataLoader(
-        items, size, sampler=sampler, collate_fn=batch_of, num_workers=workers, persistent_workers=workers > 0
+        dataset, size, sampler=sampler, collate_fn=batch_of, num_workers=workers, persistent_workers=workers > 0
     )
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
@@ -154,15 +176,14 @@ def batches(
 
 def batch_of(samples: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Samples with the class that each is asked for and the mask of that class; None of broken ones alone."""
-    from medsight.training.items import Skipped
 
     samples = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not samples:
         return None
     asked = [sample["asked"][int(sample["chance"] * len(sample["asked"]))] for sample in samples]
     masks = [
-        sample["mask_labels"][sample["class_labels"] == one].sum(0).clamp(max=1)
-        for sample, one in zip(samples, asked, strict=True)
+        sample["mask_labels"][sample["class_labels"] == wanted].sum(0).clamp(max=1)
+        for sample, wanted in zip(samples, asked, strict=True)
     ]
     return torch.stack([sample["pixel_values"] for sample in samples]), torch.stack(asked), torch.stack(masks)
 
@@ -180,17 +201,16 @@ def classes_asked(target: str | None, names: Sequence[str], item: str) -> list[i
 
 
 @torch.inference_mode()
-def predict(network: UNet, places: "Places", items: Sequence["Case"]) -> list["Prediction"]:
+def predict(network: UNet, canvas: Canvas, items: Sequence[Case]) -> list[Prediction]:
     """A mask, at the picture's own size, for the target of each item; none where no pixel reaches `THRESHOLD`."""
-    from medsight.evaluation.predictions import Prediction, encode_mask
 
     network.eval()
-    device, names, predictions = next(network.parameters()).device, list(places.classes), []
+    device, names, predictions = next(network.parameters()).device, list(canvas.classes), []
     for item in items:
-        pixels, (width, height) = places.load_image(item.images[0])
+        pixels, (width, height) = canvas.load_image(item.images[0])
         asked = torch.tensor(classes_asked(item.target, names, item.id), device=device)
         logits = network(on_device(pixels.expand(len(asked), -1, -1, -1), device), asked).amax(0, keepdim=True)
-        (masks,) = places.image_processor.post_process_masks([logits], [(height, width)], threshold=THRESHOLD)
+        (masks,) = canvas.image_processor.post_process_masks([logits], [(height, width)], threshold=THRESHOLD)
         shown = [encode_mask(mask.cpu().numpy()) for mask in masks if mask.any()]
         answer = f"{item.target}." if shown else f"There is no {item.target} in this image."
         predictions.append(Prediction(item.id, answer, answer, shown, phrases=[item.target] * len(shown)))
@@ -208,23 +228,20 @@ def on_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def train(
-    corpus: "Corpus", recipe: Any, budget: Budget, size: int, batch_size: int = BATCH_SIZE, workers: int = 0
-) -> tuple[UNet, "Places", dict[str, Any]]:
+    corpus: Corpus, recipe: Recipe, budget: Budget, size: int, batch_size: int = BATCH_SIZE, workers: int = 0
+) -> tuple[UNet, Canvas, dict[str, Any]]:
     """Train on the recipe's training rows, and score the validation rows `VALIDATIONS` times on the way.
 
     Returns:
-        The network, where its pictures lie, and what summary.json says.
+        The network, its canvas, and what summary.json says.
     """
-    from medsight.training.held_out import figures, held_out_items, score_predictions, set_dice
-    from modeling_medsight.loss_medsight import mask_bce, mask_dice
 
     torch.manual_seed(recipe.seed)
-    items, validation = region_items(recipe, corpus, size), held_out_items(corpus, "segmentation")
+    dataset, validation = region_dataset(recipe, corpus, size), held_out_items(corpus, "segmentation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = UNet(len(corpus.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-    power = recipe.stages.get("perceiver", {}).get("rarity_power", 1.0)
-    drawn = batches(items, power, recipe.seed, batch_size, workers)
+    drawn = batches(dataset, region_settings(recipe).rarity_power, recipe.seed, batch_size, workers)
     steps = images = 0
     seconds = cpu_seconds = spent = 0.0
     validations: list[dict[str, Any]] = []
@@ -246,7 +263,7 @@ def train(
         seconds, cpu_seconds = seconds + time.perf_counter() - clock, cpu_seconds + time.process_time() - cpu_clock
         spent = budget.spent(steps, seconds)
         if spent >= (len(validations) + 1) / VALIDATIONS:
-            scores = score_predictions(validation, predict(network, items.places, validation), "segmentation")
+            scores = score_predictions(validation, predict(network, dataset.canvas, validation), "segmentation")
             done = {"steps": steps, "images": images, "seconds": round(seconds), "cpu_seconds": round(cpu_seconds)}
             validations.append({**done, **figures(scores), "sets": set_dice(scores)})
             shown = {name: "-" if value is None else f"{value:.3f}" for name, value in figures(scores).items()}
@@ -255,7 +272,7 @@ def train(
                 f"(unweighted over sets); absent, no mask {shown['no_mask']}",
                 flush=True,
             )
-    return network, items.places, {**done, "validation_rows": len(validation), "validation": validations}
+    return network, dataset.canvas, {**done, "validation_rows": len(validation), "validation": validations}
 
 
 def run(
@@ -283,12 +300,6 @@ def run(
         OSError: `output` is there, or something is missing.
         ValueError: the recipe, the data or the benchmark is bad, or the loss is not finite.
     """
-    from medsight.evaluation.benchmarks import load_benchmark
-    from medsight.evaluation.predictions import append_predictions
-    from medsight.evaluation.readers import read_cases
-    from medsight.files import staged_folder, write_json
-    from medsight.training.corpus import read_corpus
-    from medsight.training.recipe import load_recipe
 
     if output.exists():
         raise FileExistsError(f"{output} exists; name another output")
@@ -302,7 +313,7 @@ def run(
     for item in asked:
         classes_asked(item.target, corpus.classes, item.id)
     with staged_folder(output, overwrite=False) as folder:
-        network, places, summary = train(
+        network, canvas, summary = train(
             corpus, dataclasses.replace(recipe, seed=seed), budget, size, batch_size, workers
         )
         parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -310,14 +321,13 @@ def run(
         setting |= {"device": device_name(), "threads": torch.get_num_threads(), "workers": workers}
         write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
         if asked:
-            append_predictions(folder / PREDICTIONS, predict(network, places, asked))
+            append_predictions(folder / PREDICTIONS, predict(network, canvas, asked))
         files = sorted(file.name for file in folder.iterdir())
     print(f"{parameters:,} parameters; written to {output}/: {', '.join(files)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    from medsight.cli import describe, report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="recipe (YAML file), or the name of a shipped one, such as nano")
@@ -336,7 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = Budget(args.pop("steps"), args.pop("minutes"))
         run(args.pop("recipe"), budget=budget, **args)
     except (OSError, ValueError) as error:
-        return report(error, describe(error))
+        note(f"error: {error}")
+        return 1
     return 0
 
 

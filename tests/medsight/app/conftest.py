@@ -1,5 +1,6 @@
 """The page over a tiny random model whose answers always cite a region code."""
 
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,9 +42,13 @@ def upload(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def picture_file() -> bytes:
-    import io
+def session(page: Any, upload: Callable[..., str], picture_file: bytes) -> Any:
+    """The session of a visitor who has opened a picture."""
+    return page.open_upload(None, [upload(picture_file, "a.png")], 0.5)[page.session]
 
+
+@pytest.fixture
+def picture_file() -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG")

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.medsight.export.scans import bright_volume, write_dicom_series
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = {"screen": (1280, 900), "phone": (390, 844)}
@@ -46,9 +48,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     from medsight.app import launch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "GRADIO_IS_E2E_TEST", "1"
-        )  # a visitor's session ends a second after the page is closed, not an hour
+        # A visitor's session ends a second after the page is closed, not an hour.
+        patch.setenv("GRADIO_IS_E2E_TEST", "1")
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("private")))
         patch.setattr("tempfile.tempdir", None)
         page = launch(port=0, device="cpu", block=False)
@@ -268,22 +269,11 @@ def test_dicom_never_shows_who_the_patient_is_and_is_deleted_with_the_session(
 
 
 def test_a_series_is_uploaded_as_its_files(open_page: Callable[..., Any], tmp_path: Path) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.data import get_testdata_file
-
-    files = []
-    for number in range(3):
-        dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
-        dataset.SOPInstanceUID += f".{number}"
-        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-        dataset.InstanceNumber = number + 1
-        position = [float(value) for value in dataset.ImagePositionPatient]
-        dataset.ImagePositionPatient = [*position[:2], position[2] + 5 * number]
-        files.append(tmp_path / f"{number}")
-        dataset.save_as(files[-1])
+    pytest.importorskip("pydicom")
+    files = write_dicom_series(tmp_path / "series", bright_volume((3, 48, 56)))
     page = open_page("screen")
     page.locator("#ms-upload input[type=file]").set_input_files(files)
-    page.get_by_text("DICOM, CT · 3 slices · 128 × 128 pixels").wait_for()
+    page.get_by_text("DICOM, CT · 3 slices").wait_for()
 
 
 def test_an_answer_can_be_stopped(open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,9 +55,8 @@ def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
 
 
 def test_what_cannot_be_read_is_refused_without_its_name_and_leaves_nothing(
-    page: Any, upload: Callable[..., str], picture_file: bytes, tmp_path: Path
+    page: Any, session: Any, upload: Callable[..., str], tmp_path: Path
 ) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
     with pytest.warns(UserWarning, match="The upload") as caught:
         updates = page.open_upload(session, [upload(b"no image at all", SECRET)], 0.5)
     assert "Doe" not in str([str(warning.message) for warning in caught]) and str(tmp_path) not in str(
@@ -83,9 +82,8 @@ def test_messages_name_files_of_an_upload_by_number_and_no_path(
 
 
 def test_a_picture_that_cannot_be_decoded_and_a_model_that_fails_are_told_and_the_page_goes_on(
-    page: Any, upload: Callable[..., str], picture_file: bytes, monkeypatch: pytest.MonkeyPatch
+    page: Any, session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
 
     def fail(*arguments: Any, **settings: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -104,10 +102,7 @@ def test_a_picture_that_cannot_be_decoded_and_a_model_that_fails_are_told_and_th
     assert page.redraw(session, 0.5)[page.picture]["visible"]
 
 
-def test_an_answer_is_streamed_then_has_words_codes_and_masks_of_one_colour(
-    page: Any, upload: Callable[..., str], picture_file: bytes
-) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
+def test_an_answer_is_streamed_then_has_words_codes_and_masks_of_one_colour(page: Any, session: Any) -> None:
     before = np.asarray(shown(page.redraw(session, 0.5), page.picture))
     steps = asked(page, session, "Where <b>is</b> it? {{value}} ${1}")
     assert len(steps) > 2 and steps[0][page.question]["stop_btn"] and steps[-1][page.question]["submit_btn"]
@@ -118,10 +113,10 @@ def test_an_answer_is_streamed_then_has_words_codes_and_masks_of_one_colour(
     for finding in turn.findings:
         button = rf'data-finding="{finding.number}" style="--ms-color: {color_of(finding.number)}"'
         assert button in chat and button in shown(steps[-1], page.layers)
-        mask = page._mask(session, finding, 0.5)
+        mask = page._mask(session.scan, finding, 0.5)
         assert mask.shape == (40, 56) and mask.sum() == finding.region.area
     drawn = np.asarray(shown(steps[-1], page.picture))
-    covered = np.any([page._mask(session, finding, 0.5) for finding in turn.findings], axis=0)
+    covered = np.any([page._mask(session.scan, finding, 0.5) for finding in turn.findings], axis=0)
     large = np.asarray(Image.fromarray(covered).resize(drawn.shape[1::-1], Image.Resampling.NEAREST))
     changed = (drawn != before).any(axis=2)
     assert changed[large].mean() > 0.9 and changed[~large].mean() < 0.2 or not covered.any()
@@ -152,10 +147,7 @@ def test_words_of_a_phrase_are_marked_in_the_colour_of_their_mask(page: Any) -> 
     assert words == "You:qMedSIGHT:The&lt;liver&gt;andacyst."
 
 
-def test_a_layer_goes_off_and_on_and_a_code_shows_its_heat_map(
-    page: Any, upload: Callable[..., str], picture_file: bytes
-) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
+def test_a_layer_goes_off_and_on_and_a_code_shows_its_heat_map(page: Any, session: Any) -> None:
     plain = np.asarray(shown(page.redraw(session, 0.5), page.picture))
     on = np.asarray(shown(asked(page, session)[-1], page.picture))
     for finding in session.findings:
@@ -231,7 +223,7 @@ def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
     assert session.scan.plane == cut[page.plane]["value"] == "coronal" and session.scan.num_slices == 24
     assert session.turns == [] and cut[page.slice]["maximum"] == 24 and not cut[page.layers]["visible"]
     (finding, *_) = asked(page, session) and session.findings
-    assert page._mask(session, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
+    assert page._mask(session.scan, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
     picture = page.open_upload(session, [upload(picture_file, "a.png")], 0.5)
     assert not picture[page.plane]["visible"] and not picture[page.window]["visible"]
     with pytest.warns(UserWarning, match="is for NIfTI volumes"):
@@ -285,10 +277,6 @@ def test_a_files_own_window_is_offered_where_it_has_one(
 def test_arrays_and_pages_are_volumes_with_slices_and_masks_to_download(
     kind: str, page: Any, upload: Callable[..., str]
 ) -> None:
-    import io
-
-    from PIL import Image
-
     volume, file = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16), io.BytesIO()
     if kind == "array":
         np.save(file, volume)
@@ -301,8 +289,7 @@ def test_arrays_and_pages_are_volumes_with_slices_and_masks_to_download(
     assert updates[page.formats]["choices"] == ["png", "coco"]
 
 
-def test_a_stopped_answer_stays_with_its_masks(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
+def test_a_stopped_answer_stays_with_its_masks(page: Any, session: Any) -> None:
     steps = page.ask(session, "Go on", 400, False, 0.5)
     next(steps)
     page.stop(session)
@@ -314,9 +301,8 @@ def test_a_stopped_answer_stays_with_its_masks(page: Any, upload: Callable[..., 
 
 
 def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
-    page: Any, upload: Callable[..., str], picture_file: bytes
+    page: Any, session: Any, upload: Callable[..., str], picture_file: bytes
 ) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
     steps = page.ask(session, "Go on", 400, False, 0.5)
     next(steps), next(steps)
     stop = session.stop
@@ -329,22 +315,12 @@ def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
     assert "ms-question" not in list(steps)[-1][page.chat] and session.turns == []
 
 
-def test_the_threshold_redraws_and_only_shrinks_masks(
-    page: Any, upload: Callable[..., str], picture_file: bytes
-) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
+def test_the_threshold_redraws_and_only_shrinks_masks(page: Any, session: Any) -> None:
     asked(page, session)
-    masks = [page._mask(session, session.findings[0], threshold) for threshold in (0.05, 0.5, 0.95)]
+    masks = [page._mask(session.scan, session.findings[0], threshold) for threshold in (0.05, 0.5, 0.95)]
     assert (masks[0] >= masks[1]).all() and (masks[1] >= masks[2]).all() and masks[0].sum() > masks[2].sum()
     archive = page.redraw(session, 0.95)[page.archive]  # which another threshold made
     assert archive["value"] is None and not archive["visible"]
-
-
-def test_a_question_that_is_too_long_is_not_asked(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
-    with pytest.warns(UserWarning, match="2,001 characters"):
-        asked(page, session, "x" * 2001)
-    assert session.turns == []
 
 
 @pytest.mark.parametrize("kind", ["picture", "volume", "dicom"])
@@ -368,7 +344,7 @@ def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
     with zipfile.ZipFile(shown(saved, page.archive)) as archive:
         names = set(archive.namelist())
         mask = np.asarray(Image.open(archive.open("mask-01.png"))) > 0
-    assert (mask == page._mask(session, session.findings[0], 0.05)).all()
+    assert (mask == page._mask(session.scan, session.findings[0], 0.05)).all()
     assert {"regions.json", "overview.png", "coco-rle.json"} <= names
     assert ("labels.nii.gz" in names) == (kind == "volume") and ("segmentation.dcm" in names) == (kind == "dicom")
 
@@ -381,27 +357,31 @@ def test_nothing_happens_without_an_image(page: Any) -> None:
             assert event(None, 1, 0.5) == gr.skip()
     with pytest.warns(UserWarning, match="Open an image first"):
         assert page.save(None, ["png"], False, 0.5) == gr.skip()
-    assert page.stop(None) == page.begin_anew(None, 0.5) == page.redraw(None, 0.5) == gr.skip()
-    assert page.show_heat_map(None, 0.5, click(finding=0)) == gr.skip()
+    with pytest.warns(UserWarning, match="not there any more"):
+        assert page.show_heat_map(None, 0.5, click(finding=0)) == gr.skip()
+    assert page.stop(None) == gr.skip()
+    for unchanged in (page.begin_anew(None, 0.5), page.redraw(None, 0.5)):
+        assert not unchanged[page.picture]["visible"] and not unchanged[page.layers]["visible"]
 
 
-def test_an_empty_question_is_refused_and_kept_out_of_the_conversation(
-    page: Any, upload: Callable[..., str], picture_file: bytes
+@pytest.mark.parametrize(
+    ("question", "positions", "message"),
+    [
+        ("  ", 4096, "prompt is empty"),
+        ("x" * 2001, 4096, "2,001 characters"),
+        ("What is it?", 20, "begin a new conversation"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
+    question: str, positions: int, message: str, page: Any, session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
-    with pytest.warns(UserWarning, match="prompt is empty"):
-        last = asked(page, session, "  ")[-1]
-    assert session.turns == [] and "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
-
-
-def test_a_conversation_too_long_for_the_model_is_refused(
-    page: Any, upload: Callable[..., str], picture_file: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = opened(page, upload(picture_file, "a.png"))
-    monkeypatch.setattr(page.predictor.model.config.text_config, "max_position_embeddings", 20)
-    with pytest.warns(UserWarning, match="begin a new conversation"):
-        last = asked(page, session, "What is it?")[-1]
-    assert session.turns == [] and last[page.question]["value"] == "What is it?"
+    monkeypatch.setattr(page.predictor.model.config.text_config, "max_position_embeddings", positions)
+    with pytest.warns(UserWarning, match=message):
+        last = asked(page, session, question)[-1]
+    assert session.turns == []
+    if len(question) <= 2000:
+        assert "ms-question" not in last[page.chat] and last[page.question]["submit_btn"]
+        assert last[page.question]["value"] == question
 
 
 def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 
-from tests.training.tiny_run import draw_data, tiny_values
+from tests.training.tiny_run import draw_data, only, tiny_values
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,10 @@ def test_data_annotate(verb: Callable, data: Path, tiny_checkpoint: Path, tmp_pa
 
 
 def test_train(verb: Callable, data: Path, tmp_path: Path) -> None:
-    values = tiny_values(data, tmp_path / "run")
-    values["stages"] = {"perceiver": {**values["stages"]["perceiver"], "max_steps": 1}}
+    values = tiny_values(data, tmp_path / "run", stages={**only("perceiver"), "perceiver": {"max_steps": 1}})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     (planned,) = verb("train", tmp_path / "recipe.yaml", "--plan")
-    assert planned["devices"] == 1 and [stage["name"] for stage in planned["stages"]] == ["1_perceiver"]
+    assert planned["devices"] == 1 and [stage["name"] for stage in planned["stages"]] == ["perceiver"]
     (trained,) = verb("train", tmp_path / "recipe.yaml")
     assert Path(trained["folder"]).is_dir()
 

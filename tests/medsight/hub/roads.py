@@ -50,7 +50,7 @@ def push(source, output):
     arguments = TrainingArguments(str(output / "plain"), hub_model_id="me/trainer", use_cpu=True, report_to="none")
     Trainer(model, arguments, processing_class=processor).push_to_hub()
 
-    stage = SimpleNamespace(shardable=True, folder="stage", places=SimpleNamespace(processor=processor))
+    stage = SimpleNamespace(shardable=True, name="stage", processor=processor)
     arguments = TrainingArguments(str(output / "stage"), hub_model_id="me/stage", use_cpu=True, report_to="none")
     StageTrainer(model, arguments, stage=stage).push_to_hub("The last stage")
     return logits_of(model, processor)

@@ -1,9 +1,8 @@
-"""Stage 3a: the region codebook and the group classifier, on the frozen perceiver's region embeddings.
-
-medsight train CONFIG.yaml --stage codebook
+"""Stages of the kind `codebook`: the region codebook and the group classifier, on the frozen perceiver's region
+embeddings. Stage 3a of the paper.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,15 +12,17 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from .collators import RegionCollator
-from .items import Items, RegionItems
+from .dataset import RegionDataset
 from .stage import Stage, StageSettings, dice, in_batches, ratio
+from .stage_regions import region_batch_of_zeros
 
 
 @dataclass
 class CodebookSettings(StageSettings):
-    """Settings of stage 3a.
+    """Settings of stages of the codebook.
 
     Attributes:
+        trains: `codebook`: codes, W_q, W_m and the group classifier.
         kmeans_images: training images whose regions the codes start from, as centres of k-means; 0 leaves them random.
         kmeans_rounds: rounds of k-means.
         revive_every: steps after which codes that no region took are moved onto regions of their group; 0 is never.
@@ -29,6 +30,7 @@ class CodebookSettings(StageSettings):
         revive_images: training images that dead codes are moved onto regions of.
     """
 
+    trains: list[str] = field(default_factory=lambda: ["codebook"])
     kmeans_images: int = 4096
     kmeans_rounds: int = 10
     revive_every: int = 50
@@ -37,35 +39,50 @@ class CodebookSettings(StageSettings):
 
 
 class CodebookStage(Stage):
-    """Trains codes, W_q, W_m and the group classifier; scored by usage, reconstruction and masks through the codes."""
+    """Trains codes, W_q, W_m and the group classifier; scored by usage, reconstruction and masks through the codes.
 
-    key, folder, reads, Settings = "codebook", "3a_codebook", "regions", CodebookSettings
-    shardable = False
+    Example:
+
+    ```python
+    >>> from medsight.training.stage_codebook import CodebookSettings
+    >>> CodebookSettings(revive_every=0).trains
+    ['codebook']
+
+    ```
+    """
+
+    kind, reads, Settings = "codebook", "regions", CodebookSettings
+    parts = ("codebook",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.used = torch.zeros(self.config.num_groups, self.config.codes_per_group, dtype=torch.long)
         self.used_here = torch.zeros_like(self.used)  # by this process, in the step that runs
-        self.train_items: Items | None = None
+        self.train_dataset: RegionDataset | None = None
 
-    def trains(self) -> tuple[str, ...]:
-        return ("model.codebook.", "model.group_classifier.")
+    @property
+    def shardable(self) -> bool:
+        return False
 
-    def items(self, rows: Any, training: bool, **common: Any) -> Items:
-        items = RegionItems(rows, self.places, **common)
-        if training:
-            self.train_items = RegionItems(rows, self.places, seed=self.seed, skip_errors=items.skip_errors)
-        return items
+    def dataset(self, rows: Any, training: bool, **common: Any) -> RegionDataset:
+        dataset = RegionDataset(rows, self.canvas, **common)
+        if training:  # codes start from, and are moved onto, regions of pictures as they are
+            self.train_dataset = RegionDataset(rows, self.canvas, seed=self.seed, skip_errors=dataset.skip_errors)
+        return dataset
+
+    def batch_of_zeros(self, size: int, regions: int) -> dict[str, Any]:
+        batch = region_batch_of_zeros(self.config, size, regions)
+        return {**batch, "group_labels": torch.zeros(size, dtype=torch.long)}
 
     def collator(self) -> RegionCollator:
         return RegionCollator(groups=True)
 
     @torch.no_grad()
-    def start(self, model: nn.Module, items: Items) -> None:
+    def start(self, model: nn.Module, dataset: RegionDataset) -> None:
         """Codes start as centres of k-means over the regions of their group."""
         if not self.settings.kmeans_images:
             return
-        codes = model.model.codebook.codes
+        codes = model.codebook.codes
         if PartialState().is_main_process:
             vectors, groups = self._regions_of(model, self._spread(self.settings.kmeans_images))
             generator = torch.Generator().manual_seed(self.seed)
@@ -87,10 +104,12 @@ class CodebookStage(Stage):
         if not every or step % every or step > self.settings.revive_until * trainer.state.max_steps:
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
-        codes = model.model.codebook.codes
+        codes = model.codebook.codes
         if PartialState().is_main_process:
             generator = torch.Generator().manual_seed(self.seed + step)
-            chosen = torch.randint(len(self.train_items), (self.settings.revive_images,), generator=generator).tolist()
+            chosen = torch.randint(
+                len(self.train_dataset), (self.settings.revive_images,), generator=generator
+            ).tolist()
             vectors, groups = self._regions_of(model, chosen)
             for group in groups.unique().tolist():
                 points = vectors[groups == group]
@@ -115,9 +134,7 @@ class CodebookStage(Stage):
         regions = model.get_region_features(batch["pixel_values"])
         groups = batch["group_labels"]
         quantized = model.quantize_regions(regions.region_embeddings, groups)
-        logits = model.model.region_perceiver.segmentation_head(
-            quantized.reconstructed_regions, regions.image_features
-        )[0]
+        logits = model.region_perceiver.segmentation_head(quantized.reconstructed_regions, regions.image_features)[0]
         pairs = model.perceiver_loss.matcher(
             regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
         )
@@ -151,15 +168,15 @@ class CodebookStage(Stage):
             if row.sum():
                 name = self.config.group_names[group]
                 figures[f"live_codes/{name}"] = float((row > 0).float().mean())
-                one = row / row.sum()
-                figures[f"code_perplexity/{name}"] = float(torch.exp(-(one * one.clamp(min=1e-9).log()).sum()))
+                share = row / row.sum()
+                figures[f"code_perplexity/{name}"] = float(torch.exp(-(share * share.clamp(min=1e-9).log()).sum()))
         return figures
 
     def example(self, model: nn.Module, sample: dict[str, Any]) -> tuple[list[torch.Tensor], list[str]]:
         device = model.device
         regions = model.get_region_features(sample["pixel_values"][None].to(device))
         quantized = model.quantize_regions(regions.region_embeddings, torch.tensor([sample["group"]], device=device))
-        head = model.model.region_perceiver.segmentation_head
+        head = model.region_perceiver.segmentation_head
         logits = head(quantized.reconstructed_regions, regions.image_features)[0]
         masks, labels = [sample["mask_labels"].to(device)], [sample["class_labels"].to(device)]
         ((queries, _),) = model.perceiver_loss.matcher(
@@ -171,8 +188,8 @@ class CodebookStage(Stage):
         ]
 
     def _spread(self, count: int) -> range:
-        """Up to `count` items, evenly over the training set."""
-        size = len(self.train_items)
+        """Up to `count` draws, evenly over the training set."""
+        size = len(self.train_dataset)
         return range(0, size, max(1, size // count))
 
     def _regions_of(self, model: nn.Module, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,13 +197,13 @@ class CodebookStage(Stage):
         training = model.training
         model.eval()
         vectors, groups = [], []
-        for batch in in_batches(self.train_items, chosen, self.collator(), 16, model.device):
+        for batch in in_batches(self.train_dataset, chosen, self.collator(), 16, model.device):
             regions = model.get_region_features(batch["pixel_values"])
             pairs = model.perceiver_loss.matcher(
                 regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
             )
             for row, (queries, _) in enumerate(pairs):
-                vectors.append(model.model.codebook.encode(regions.region_embeddings[row][queries]).cpu())
+                vectors.append(model.codebook.encode(regions.region_embeddings[row][queries]).cpu())
                 groups.append(batch["group_labels"][row].cpu().expand(len(queries)))
         model.train(training)
         return torch.cat(vectors), torch.cat(groups)

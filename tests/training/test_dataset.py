@@ -15,9 +15,10 @@ from medsight.data.groups import Groups
 from medsight.data.schema import CONVERSATION_FEATURES
 from medsight.data.sources import Source, load_source
 from medsight.training.augmentation import Augmentation, Augmenter
+from medsight.training.canvas import Canvas
 from medsight.training.collators import ConversationCollator, RegionCollator
-from medsight.training.items import ConversationItems, Items, Places, RegionItems, Skipped
-from medsight.training.language import first_answer
+from medsight.training.dataset import ConversationDataset, RegionDataset, Skipped
+from medsight.training.stage_conversations import first_answer
 from tests.tiny_checkpoint import tiny_processor
 
 
@@ -26,9 +27,9 @@ CLASSES = ["left ventricle", "benign breast tumor", "left kidney", "liver", "a",
 
 
 @pytest.fixture
-def places() -> Places:
+def canvas() -> Canvas:
     config = MedSightConfig.from_preset("tiny", group_names=list(GROUPS), mask_class_names=CLASSES)
-    return Places(tiny_processor(config), config, Groups(GROUPS))
+    return Canvas(tiny_processor(config), config, Groups(GROUPS))
 
 
 @pytest.fixture
@@ -60,80 +61,80 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def test_a_sample_is_what_inference_sees(places: Places, regions: Any) -> None:
+def test_a_sample_is_what_inference_sees(canvas: Canvas, regions: Any) -> None:
     row = next(row for row in regions if row["image"]["path"].endswith("3_CT_torso.png"))
-    sample = RegionItems(Dataset.from_list([row], features=regions.features), places)[0]
+    sample = RegionDataset(Dataset.from_list([row], features=regions.features), canvas)[0]
     picture = Image.open(row["image"]["path"])
-    expected = places.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    expected = canvas.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
     assert torch.equal(sample["pixel_values"], expected)
     assert sample["group"] == 2 and [CLASSES[i] for i in sample["class_labels"]] == row["targets"]
-    assert sample["mask_labels"].shape == (2, *places.config.mask_size)
+    assert sample["mask_labels"].shape == (2, *canvas.config.mask_size)
     for mask, entry in zip(sample["mask_labels"], row["masks"], strict=True):  # covered area is kept
         share = np.asarray(Image.open(entry["path"])).sum() / (32 * 32)
         assert mask.mean().item() == pytest.approx(share, rel=0.02)
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_sample_depends_on_its_draw_alone(places: Places, regions: Any, keep: bool) -> None:
-    places = Places(places.processor, places.config, places.groups, keep_in_memory=keep)
-    items = RegionItems(regions, places, augmenter=Augmenter(Augmentation()), seed=1)
+def test_a_sample_depends_on_its_draw_alone(canvas: Canvas, regions: Any, keep: bool) -> None:
+    canvas = Canvas(canvas.processor, canvas.config, canvas.groups, keep_in_memory=keep)
+    items = RegionDataset(regions, canvas, augmenter=Augmenter(Augmentation()), seed=1)
     draws = [5, 5 + len(items), 3, 5]
     one, later, _, again = [items[draw] for draw in draws]
     assert all(same(value, again[key]) for key, value in one.items())
     assert not torch.equal(one["pixel_values"], later["pixel_values"])
-    fresh = RegionItems(
-        regions, Places(places.processor, places.config, places.groups), augmenter=items.augmenter, seed=1
+    fresh = RegionDataset(
+        regions, Canvas(canvas.processor, canvas.config, canvas.groups), augmenter=items.augmenter, seed=1
     )
     assert all(same(value, fresh[5][key]) for key, value in one.items())
-    other = RegionItems(regions, places, augmenter=items.augmenter, seed=2)
+    other = RegionDataset(regions, canvas, augmenter=items.augmenter, seed=2)
     assert not torch.equal(other[5]["pixel_values"], one["pixel_values"])
 
 
-def test_a_conversations_ids_and_labels_are_the_processors_own(places: Places, drawn_data: Path) -> None:
+def test_a_conversations_ids_and_labels_are_the_processors_own(canvas: Canvas, drawn_data: Path) -> None:
     rows = conversation(drawn_data)
-    batch = ConversationCollator(places.processor)([ConversationItems(rows, places)[0]])
+    batch = ConversationCollator(canvas.processor)([ConversationDataset(rows, canvas)[0]])
     image = Image.open(rows[0]["images"][0]["path"])
     content = [{"type": "image", "image": image}, {"type": "text", "text": "Segment the liver <|im_end|> [C0_0]."}]
     chat = [{"role": "user", "content": content}, dict(rows[0]["messages"][1])]
-    expected = places.processor.apply_chat_template(
+    expected = canvas.processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
     assert torch.equal(batch["input_ids"], expected["input_ids"])
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
     spoken = torch.as_tensor(expected["assistant_masks"]).bool()
     assert torch.equal(batch["labels"] != -100, spoken) and bool(spoken.any())
-    first, codes = places.config.region_code_start_id, places.config.num_region_codes
+    first, codes = canvas.config.region_code_start_id, canvas.config.num_region_codes
     cited = batch["input_ids"][(batch["input_ids"] >= first) & (batch["input_ids"] < first + codes)]
     assert cited.tolist() == [first + 2 * 4 + 1, first + 2 * 4 + 3]  # what the user spelled is no code
     assert len(batch["mask_labels"][0]) == 2
 
 
-def test_a_mask_that_the_model_does_not_see_and_a_code_it_lacks_are_named(places: Places, drawn_data: Path) -> None:
+def test_a_mask_that_the_model_does_not_see_and_a_code_it_lacks_are_named(canvas: Canvas, drawn_data: Path) -> None:
     rows = conversation(drawn_data)
     unknown = [rows[0]["messages"][0], {"role": "assistant", "content": "liver [C2_1], left kidney [C7_3]."}]
     with pytest.raises(ValueError, match=r"2_CT_torso\.png: conversation 1 cites \[C7_3\], which is none of the"):
-        ConversationItems(conversation(drawn_data, messages=unknown), places)[0]
-    skipped = ConversationItems(conversation(drawn_data, messages=unknown), places, skip_errors=True)[0]
+        ConversationDataset(conversation(drawn_data, messages=unknown), canvas)[0]
+    skipped = ConversationDataset(conversation(drawn_data, messages=unknown), canvas, skip_errors=True)[0]
     assert isinstance(skipped, Skipped) and "[C7_3]" in skipped.reason
-    places.image_processor.fit = "crop"
+    canvas.image_processor.fit = "crop"
     edge = drawn_data.parent / "edge.png"
     pixels = np.zeros((24, 32), dtype=bool)
     pixels[:, :3] = True  # of 32 columns the model sees the 24 in the middle
     Image.fromarray(pixels).save(edge)
     masks = [{"path": str(edge), "bytes": None}, rows[0]["masks"][1]]
     with pytest.raises(ValueError, match=r"edge\.png: the mask lies outside what the model sees.*fit='crop'"):
-        ConversationItems(conversation(drawn_data, masks=masks), places)[0]
+        ConversationDataset(conversation(drawn_data, masks=masks), canvas)[0]
 
 
-def test_uneven_conversations_are_padded_and_keep_their_own_masks(places: Places, drawn_data: Path) -> None:
+def test_uneven_conversations_are_padded_and_keep_their_own_masks(canvas: Canvas, drawn_data: Path) -> None:
     plain = [{"role": "user", "content": "<image>Hello?"}, {"role": "assistant", "content": "Hi."}]
     samples = [
-        ConversationItems(conversation(drawn_data), places)[0],
-        ConversationItems(conversation(drawn_data, messages=plain, masks=[], targets=[]), places)[0],
+        ConversationDataset(conversation(drawn_data), canvas)[0],
+        ConversationDataset(conversation(drawn_data, messages=plain, masks=[], targets=[]), canvas)[0],
     ]
-    both = ConversationCollator(places.processor, class_labels=True)(samples)
+    both = ConversationCollator(canvas.processor, class_labels=True)(samples)
     for row, sample in enumerate(samples):
-        alone = ConversationCollator(places.processor, class_labels=True)([sample])
+        alone = ConversationCollator(canvas.processor, class_labels=True)([sample])
         length = alone["input_ids"].shape[1]
         assert torch.equal(both["input_ids"][row, :length], alone["input_ids"][0])
         assert both["attention_mask"][row].tolist() == [1] * length + [0] * (both["labels"].shape[1] - length)
@@ -143,17 +144,17 @@ def test_uneven_conversations_are_padded_and_keep_their_own_masks(places: Places
     assert [labels.tolist() for labels in both["code_class_labels"]] == [[3, 2], []]
 
 
-def test_nothing_moves_where_the_text_says_its_place(places: Places, drawn_data: Path) -> None:
+def test_nothing_moves_where_the_text_says_its_place(canvas: Canvas, drawn_data: Path) -> None:
     moves = Augmenter(Augmentation(rotate=15, scale=0.1, shift=0.1))
     asked = {"role": "user", "content": "<image>Where are they?"}
     for words, moved in (("of the torso", True), ("in the upper left of the image", False)):
         turns = [asked, {"role": "assistant", "content": f"liver [C2_1], left kidney [C2_3] {words}."}]
         rows = conversation(drawn_data, messages=turns)
-        masks = [ConversationItems(rows, places, augmenter)[0]["mask_labels"] for augmenter in (None, moves)]
+        masks = [ConversationDataset(rows, canvas, augmenter)[0]["mask_labels"] for augmenter in (None, moves)]
         assert torch.equal(*masks) is not moved
 
 
-def test_several_images_keep_their_masks_apart(places: Places, drawn_data: Path) -> None:
+def test_several_images_keep_their_masks_apart(canvas: Canvas, drawn_data: Path) -> None:
     other = drawn_data / "sunnybrook/train/1_MRI-cine_heart.png"
     small = drawn_data / "other.png"
     Image.open(other).resize((20, 10)).save(small)
@@ -169,23 +170,23 @@ def test_several_images_keep_their_masks_apart(places: Places, drawn_data: Path)
     row = dict(rows[0])
     row |= {"images": [*row["images"], {"path": str(small), "bytes": None}], "messages": turns}
     row |= {"masks": [row["masks"][0], {"path": str(mask), "bytes": None}], "targets": ["liver", "left ventricle"]}
-    sample = ConversationItems(Dataset.from_list([row], features=rows.features), places)[0]
-    batch = ConversationCollator(places.processor)([sample])
+    sample = ConversationDataset(Dataset.from_list([row], features=rows.features), canvas)[0]
+    batch = ConversationCollator(canvas.processor)([sample])
     assert batch["pixel_values"].shape[0] == 2
-    assert (batch["input_ids"] == places.config.image_token_id).sum() == 2 * places.config.image_seq_length
+    assert (batch["input_ids"] == canvas.config.image_token_id).sum() == 2 * canvas.config.image_seq_length
 
 
-def test_masks_that_do_not_match_codes_are_refused_by_name(places: Places, drawn_data: Path) -> None:
+def test_masks_that_do_not_match_codes_are_refused_by_name(canvas: Canvas, drawn_data: Path) -> None:
     rows = conversation(drawn_data, masks=[], targets=[])
     with pytest.raises(ValueError, match=r"2_CT_torso\.png.* cites 2 codes, has 0 masks"):
-        ConversationItems(rows, places)[0]
-    skipped = ConversationItems(rows, places, skip_errors=True)[0]
+        ConversationDataset(rows, canvas)[0]
+    skipped = ConversationDataset(rows, canvas, skip_errors=True)[0]
     assert isinstance(skipped, Skipped) and "2_CT_torso.png" in skipped.reason
-    assert ConversationCollator(places.processor)([skipped]) == {"files": [], "skipped": 1}
+    assert ConversationCollator(canvas.processor)([skipped]) == {"files": [], "skipped": 1}
 
 
-def test_region_batches_ask_classes_and_match_at_least_one_image(places: Places, regions: Any) -> None:
-    items: Items = RegionItems(regions, places, most_asked=1, matched_share=0.0)
+def test_region_batches_ask_classes_and_match_at_least_one_image(canvas: Canvas, regions: Any) -> None:
+    items = RegionDataset(regions, canvas, most_asked=1, matched_share=0.0)
     samples = [items[draw] for draw in range(4)]
     batch = RegionCollator(class_queries=True)(samples)
     assert len(batch["matched_images"]) == 1
@@ -195,21 +196,21 @@ def test_region_batches_ask_classes_and_match_at_least_one_image(places: Places,
     assert "asked_classes" not in grouped and "matched_images" not in grouped
 
 
-def test_text_only_conversations_have_no_image(places: Places, drawn_data: Path) -> None:
-    sample = ConversationItems(conversation(drawn_data), places, text_only=True)[0]
-    batch = ConversationCollator(places.processor, label_prompts=True)([sample])
+def test_text_only_conversations_have_no_image(canvas: Canvas, drawn_data: Path) -> None:
+    sample = ConversationDataset(conversation(drawn_data), canvas, text_only=True)[0]
+    batch = ConversationCollator(canvas.processor, label_prompts=True)([sample])
     assert "pixel_values" not in batch and "mask_labels" not in batch
-    assert (batch["input_ids"] != places.config.image_token_id).all()
+    assert (batch["input_ids"] != canvas.config.image_token_id).all()
     assert torch.equal(batch["labels"], batch["input_ids"])
 
 
-def test_pictures_are_moved_alike_with_and_without_a_codebook(places: Places, regions: Any) -> None:
+def test_pictures_are_moved_alike_with_and_without_a_codebook(canvas: Canvas, regions: Any) -> None:
     """So that an ablation of the codebook changes nothing else: which groups are sided does not depend on it."""
-    config = copy.deepcopy(places.config)
+    config = copy.deepcopy(canvas.config)
     config.use_region_codebook = False
-    without = Places(places.processor, config, places.groups)
+    without = Canvas(canvas.processor, config, canvas.groups)
     augmenter = Augmenter(Augmentation(), sided_groups={0})
-    one, other = (RegionItems(regions, some, augmenter=augmenter) for some in (places, without))
+    one, other = (RegionDataset(regions, some, augmenter=augmenter) for some in (canvas, without))
     for draw in range(2 * len(regions)):
         assert torch.equal(one[draw]["pixel_values"], other[draw]["pixel_values"])
     assert {one[draw]["group"] for draw in range(len(regions))} == {0, 1, 2}

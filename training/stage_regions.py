@@ -1,9 +1,9 @@
-"""Stage 1: the region perceiver, on masks alone (and the image encoder with it, where nothing is pretrained).
-
-medsight train CONFIG.yaml --stage perceiver
+"""Stages of the kind `regions`: the region perceiver, on masks alone (and the image encoder with it, where nothing is
+pretrained). Stage 1 of the paper.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,16 +12,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from .collators import RegionCollator
-from .items import Items, RegionItems
+from .dataset import RegionDataset
 from .stage import Stage, StageSettings, batch_to, dice, ratio
 
 
 @dataclass
-class PerceiverSettings(StageSettings):
-    """Settings of stage 1.
+class RegionSettings(StageSettings):
+    """Settings of stages on regions.
 
     Attributes:
-        train_encoder: train the image encoder too.
+        trains: `region_perceiver`, and `image_encoder` where it is not pretrained.
         matched_share: with class queries, share of the images that train the region queries too; the others ask for
             classes alone, which costs half.
         most_asked: most classes that an image is asked for at once.
@@ -29,32 +29,46 @@ class PerceiverSettings(StageSettings):
             convolutional encoder learns most of what it knows at a fraction of the cost.
     """
 
-    train_encoder: bool = False
+    trains: list[str] = field(default_factory=lambda: ["region_perceiver"])
     matched_share: float = 1.0
     most_asked: int = 8
     coarse_size: int | None = None
     coarse_share: float = 0.0
 
-    def __post_init__(self) -> None:
-        if bool(self.coarse_size) != bool(self.coarse_share) or not 0 <= self.coarse_share <= 1:
-            raise ValueError(
-                f"stages.perceiver: coarse_size={self.coarse_size} and coarse_share={self.coarse_share}: give both, "
-                "the share between 0 and 1"
-            )
 
+class RegionStage(Stage):
+    """Trains R by Hungarian-matched masks and classes; its own metrics are oracle-matched Dice and class accuracy.
 
-class PerceiverStage(Stage):
-    """Trains R by Hungarian-matched masks and classes; its own metrics are oracle-matched Dice and class accuracy."""
+    Example:
 
-    key, folder, reads, Settings = "perceiver", "1_perceiver", "regions", PerceiverSettings
+    ```python
+    >>> from medsight.training.stage_regions import RegionSettings, RegionStage
+    >>> RegionStage.check(RegionSettings(trains=["image_encoder", "region_perceiver"]), {})
 
-    def trains(self) -> tuple[str, ...]:
-        encoder = ("model.vision_tower.",) if self.settings.train_encoder else ()
-        return (*encoder, "model.region_perceiver.")
+    ```
+    """
 
-    def items(self, rows: Any, training: bool, **common: Any) -> Items:
+    kind, reads, Settings = "regions", "regions", RegionSettings
+    parts = ("image_encoder", "region_perceiver")
+
+    @classmethod
+    def check(cls, settings: Any, arguments: dict[str, Any]) -> None:
+        super().check(settings, arguments)
+        size, share = settings.coarse_size, settings.coarse_share
+        if bool(size) != bool(share) or not 0 <= share <= 1:
+            raise ValueError(f"coarse_size={size} and coarse_share={share}: give both, the share between 0 and 1")
+
+    def dataset(self, rows: Any, training: bool, **common: Any) -> RegionDataset:
         share = self.settings.matched_share if training else 1.0
-        return RegionItems(rows, self.places, most_asked=self.settings.most_asked, matched_share=share, **common)
+        return RegionDataset(rows, self.canvas, most_asked=self.settings.most_asked, matched_share=share, **common)
+
+    def batch_of_zeros(self, size: int, regions: int) -> dict[str, Any]:
+        batch = region_batch_of_zeros(self.config, size, regions)
+        if self.config.use_class_queries:
+            asked = min(self.settings.most_asked, self.config.num_mask_classes)
+            batch["asked_classes"] = [torch.zeros(asked, dtype=torch.long)] * size
+            batch["matched_images"] = torch.arange(max(1, math.ceil(size * self.settings.matched_share)))
+        return batch
 
     def collator(self) -> RegionCollator:
         return RegionCollator(class_queries=self.config.use_class_queries)
@@ -102,6 +116,15 @@ class PerceiverStage(Stage):
         return masks, [f"{names[int(logits[i].argmax())]} {float(logits[i].max()):.2f}" for i in found]
 
 
+def region_batch_of_zeros(config: Any, size: int, regions: int) -> dict[str, Any]:
+    """Images with masks, all of them zeros, as the model's forward takes them."""
+    return {
+        "pixel_values": torch.zeros(size, 3, config.image_size, config.image_size),
+        "mask_labels": [torch.zeros(regions, *config.mask_size) for _ in range(size)],
+        "class_labels": [torch.zeros(regions, dtype=torch.long) for _ in range(size)],
+    }
+
+
 def pairwise_dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Dice of every boolean mask (q, H, W) with every target (n, H, W): (q, n)."""
     masks, targets = masks.flatten(1).float(), targets.flatten(1).float()
@@ -110,12 +133,12 @@ def pairwise_dice(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def ask_classes(model: nn.Module, regions: Any, classes: list[torch.Tensor]) -> list[torch.Tensor]:
     """Mask logits (n_i, H, W) that the queries of the given classes (n_i,) find in each image."""
-    perceiver, config = model.model.region_perceiver, model.config
-    width = max(1, *(len(some) for some in classes))
-    ids = torch.stack([torch.cat((some, some.new_zeros(width - len(some)))) for some in classes])
+    perceiver, config = model.region_perceiver, model.config
+    width = max(1, *map(len, classes))
+    ids = torch.stack([torch.cat((asked, asked.new_zeros(width - len(asked)))) for asked in classes])
     known = (
         torch.arange(width, device=ids.device) < torch.tensor([len(s) for s in classes], device=ids.device)[:, None]
     )
     grid = regions.patch_features.unflatten(1, config.patch_grid)
     masks = perceiver(grid, queries=perceiver.class_queries[ids], query_mask=known).masks_queries_logits
-    return [rows[: len(some)] for rows, some in zip(masks, classes, strict=True)]
+    return [rows[: len(asked)] for rows, asked in zip(masks, classes, strict=True)]

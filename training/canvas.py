@@ -1,0 +1,120 @@
+"""Pictures and masks on the model's canvas, as in inference."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from medsight.data.groups import Groups
+from medsight.data.pictures import picture_name, read_mask, read_picture
+from modeling_medsight.loss_medsight import resize_masks
+
+from .augmentation import Augmenter
+
+
+class Canvas:
+    """How pixels and masks get onto the model's canvas, and what classes and groups are called.
+
+    Args:
+        processor: a `MedSightProcessor`.
+        config: the model's `MedSightConfig`.
+        groups: code groups.
+        keep_in_memory: keep every placed picture and mask, so that a file is decoded once (by each worker process of a
+            loader): for small data sets.
+    """
+
+    def __init__(self, processor: Any, config: Any, groups: Groups, keep_in_memory: bool = False) -> None:
+        self.processor, self.config, self.groups = processor, config, groups
+        self.loaded: dict[str, Any] | None = {} if keep_in_memory else None
+        self.image_processor = processor.image_processor
+        self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
+        self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
+        self.std = torch.tensor(self.image_processor.image_std).view(3, 1, 1)
+
+    def group(self, row: dict[str, Any]) -> int:
+        """The code group of a row; 0 without a codebook."""
+        if not self.config.use_region_codebook:
+            return 0
+        return self.groups.index(row["modality"], row["site"])
+
+    def class_of(self, target: str, name: str) -> int:
+        """The mask class of a target; `name` is the file to blame where it has none."""
+        if target not in self.classes:
+            raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
+        return self.classes[target]
+
+    def absent_classes(self, absent: Sequence[str], present: Sequence[str]) -> list[int]:
+        """The mask classes of targets known to be absent: where there is no tumor, there is no benign tumor either."""
+        return [
+            index
+            for name, index in self.classes.items()
+            if name not in present and any(name == other or name.endswith(f" {other}") for other in absent)
+        ]
+
+    def pixels(self, picture: Any) -> torch.Tensor:
+        """(3, S, S), normalised, as in inference."""
+        return self.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    def load_image(self, entry: Any) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Pixels of an undecoded picture, placed, and its own (width, height)."""
+
+        def load() -> tuple[torch.Tensor, tuple[int, int]]:
+            picture = read_picture(entry)
+            return self.pixels(picture), picture.size
+
+        return self._once(entry, load)
+
+    def load_masks(self, entries: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Undecoded masks, placed, (n, S, S); `sizes` are the (width, height) of their pictures."""
+        side = self.config.image_size
+
+        def load(entry: Any, size: tuple[int, int]) -> torch.Tensor:
+            return self.masks([read_mask(entry, size)], [picture_name(entry)])[0]
+
+        placed = [self._once(entry, partial(load, entry, size)) for entry, size in zip(entries, sizes, strict=True)]
+        return torch.stack(placed) if placed else torch.zeros(0, side, side)
+
+    def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
+        path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else None
+        if self.loaded is None or path is None:
+            return load()
+        if path not in self.loaded:
+            self.loaded[path] = load()
+        return self.loaded[path]
+
+    def masks(self, masks: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
+        """(n, S, S) in [0, 1] on the same canvas; `names` are the files to blame, one a mask.
+
+        Raises:
+            ValueError: nothing of a mask is on the canvas.
+        """
+        side = self.config.image_size
+        if not len(masks):
+            return torch.zeros(0, side, side)
+        placed = self.image_processor.preprocess_masks(np.stack(masks), output_size=(side, side))
+        unseen = (placed.flatten(1).amax(1) == 0).nonzero().flatten().tolist()
+        if unseen:
+            raise ValueError(
+                f"{names[unseen[0]]}: the mask lies outside what the model sees of its image (its processor has "
+                f"fit={self.image_processor.fit!r})"
+            )
+        return placed
+
+    def augment(
+        self,
+        augmenter: Augmenter | None,
+        pixels: torch.Tensor,
+        masks: torch.Tensor,
+        group: int,
+        targets: Sequence[str],
+        generator: torch.Generator,
+        stays: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and masks, moved together if at all; brightness changes before normalisation, as a camera's would."""
+        if augmenter is not None:
+            picture = (pixels * self.std + self.mean).clamp(0, 1)
+            picture, masks = augmenter(picture, masks, group=group, targets=targets, generator=generator, stays=stays)
+            pixels = (picture - self.mean) / self.std
+        return pixels, resize_masks(masks, self.config.mask_size)

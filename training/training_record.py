@@ -1,0 +1,234 @@
+"""What a run says of itself on a card, written whenever a stage ends: data and their licences, times, machines."""
+
+import csv
+import importlib.resources
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medsight.checkpoint import read_json
+from medsight.data.layouts.biomedparse import biomedparse_shards
+from medsight.data.records import json_records
+from medsight.data.sources import Source
+from medsight.data.splits import canonical_split
+
+from .corpus import TEXT, Corpus, read_source
+from .recipe import Recipe, is_named_list
+from .run_folder import ENVIRONMENT_FILE, FINISHED_FILE, RECIPE_FILE, stage_folder, write_if_changed
+
+
+RECORD_FILE = "training_record.json"
+EMISSIONS = "emissions.csv"  # of codecarbon, where `report_to: codecarbon` asked for it
+FEW_IMAGES = 20
+NAMES = {"device": "device", "processes": "processes", "python": "Python", "torch": "torch"}
+
+
+@dataclass
+class Part:
+    """A run of a chain, as far as its stage `last`: all of it, where there is none.
+
+    Attributes:
+        recipe: as its recipe.yaml has it, of whichever version.
+    """
+
+    run: Path
+    recipe: dict[str, Any]
+    last: str | None = None
+
+    def stages(self) -> list[str]:
+        """Its finished stages in order."""
+        names = sorted(path.parent.name for path in self.run.glob(f"stages/*/{FINISHED_FILE}"))
+        if is_named_list(self.recipe["stages"]):
+            order = [entry["name"] for entry in self.recipe["stages"]]
+            names = [name for name in order if name in names]
+        return names[: names.index(self.last) + 1] if self.last in names else names
+
+
+@dataclass
+class DataSet:
+    """One set of the training data.
+
+    Attributes:
+        images, masks, conversations: how many.
+        words_only: whether its pictures were left out.
+        origins: who made the masks -> how many images.
+        licences, sources: as its rows state them.
+    """
+
+    images: int = 0
+    masks: int = 0
+    conversations: int = 0
+    words_only: bool = False
+    origins: Counter = field(default_factory=Counter)
+    licences: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
+
+
+def write_record(run: Path, recipe: Recipe, corpus: Corpus) -> None:
+    """Write RUN/training_record.json, where it is not there as it is now: `data` and `training`, a card's sections as
+    Markdown; `datasets`, names for its header; and `emissions`, fields of the header's `co2_eq_emissions` or null.
+
+    Raises:
+        OSError: it cannot be written, or a record that it is made of cannot be read.
+        ValueError: such a record is damaged.
+    """
+    sets = _read_sets(recipe, corpus)
+    rows, held = len(corpus.training), len(corpus.validation)
+    emissions = _emissions(run)
+    record = {
+        "datasets": sorted(sets),
+        "emissions": emissions,
+        "data": f"{rows:,} training images, {held:,} held out for validation.\n\n{_sets_table(sets)}",
+        "training": _training_text(Part(run, recipe.to_dict()), emissions),
+    }
+    write_if_changed(run / RECORD_FILE, record)
+
+
+def _read_sets(recipe: Recipe, corpus: Corpus) -> dict[str, DataSet]:
+    """The sets that a run reads, by name."""
+    sets: dict[str, DataSet] = defaultdict(DataSet)
+    for row in corpus.training.select_columns(["dataset", "masks", "label_origin"]):
+        entry = sets[row["dataset"] or "unnamed"]
+        entry.images += 1
+        entry.masks += len(row["masks"])
+        entry.origins[row["label_origin"] or "not stated"] += bool(row["masks"])
+    reads_text = any(TEXT in stage.get("data", []) for stage in recipe.stages)
+    texts = [read_source(recipe, source) for source in recipe.data.text] if reads_text else []
+    spoken = [rows for split in corpus.conversations.values() for rows in split]
+    for parts, words_only in ((texts, True), (spoken, False)):
+        for rows in parts:
+            for name, count in Counter(rows["dataset"]).items():
+                entry = sets[name or "unnamed"]
+                entry.conversations += count
+                entry.words_only = words_only and not entry.images
+    _state_licences(sets, [Source.from_mapping(source) for source in recipe.data.regions])
+    return dict(sets)
+
+
+def _state_licences(sets: dict[str, DataSet], sources: Iterable[Any]) -> None:
+    """Licences and addresses that the manifests of the region sources state."""
+    for source in sources:
+        shards = biomedparse_shards(source) if source.layout == "biomedparse" else []
+        for shard in map(Path, shards):
+            for _, record in json_records(shard) if shard.is_file() else ():
+                if not isinstance(record, dict) or source.split not in (None, canonical_split(record["split"])):
+                    continue
+                parts = Path(record["image"]).parts
+                entry = sets.get(parts[0] if len(parts) > 2 else shard.absolute().parent.name)
+                if entry is not None and record.get("licence"):
+                    unverified = ", not verified at the source" if record.get("tier") == "B" else ""
+                    entry.licences.add(f"{record['licence']}{unverified}")
+                if entry is not None and record.get("source_url"):
+                    entry.sources.add(record["source_url"])
+
+
+def _sets_table(sets: dict[str, DataSet]) -> str:
+    file = importlib.resources.files("medsight.hub") / "datasets.yaml"
+    known = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lines = ["| set | images | masks | masks made by | licence | credit |", "|---|---|---|---|---|---|"]
+    pseudo = 0
+    for name, entry in sorted(sets.items()):
+        about = known.get(name, {})
+        licence = "; ".join(sorted(entry.licences)) or about.get("licence", "not stated")
+        credit = "; ".join([about.get("credit", "not stated"), *sorted(entry.sources)])
+        made = ", ".join(_origin(origin) for origin, count in entry.origins.items() if count) or "-"
+        pseudo += sum(count for origin, count in entry.origins.items() if _is_pseudo(origin))
+        images = f"{entry.images:,}" if entry.images else "words only" if entry.words_only else "-"
+        if entry.conversations:
+            images += f"; {entry.conversations:,} conversations"
+        title = about.get("title", "")
+        cells = (f"{name} ({title})" if title else name, images, f"{entry.masks:,}", made, licence, credit)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    few = [name for name, entry in sorted(sets.items()) if 0 < entry.images < FEW_IMAGES]
+    if few:
+        lines += ["", f"Fewer than {FEW_IMAGES} images, so expect little there: {', '.join(few)}."]
+    if pseudo:
+        lines += [
+            "",
+            f"The masks of {pseudo:,} images are **pseudo-labels**: another program's output, not an expert's.",
+        ]
+    return "\n".join(lines)
+
+
+def _is_pseudo(origin: str) -> bool:
+    return not origin.startswith(("expert", "not stated"))
+
+
+def _origin(origin: str) -> str:
+    return f"{origin}: pseudo-labels" if _is_pseudo(origin) else origin
+
+
+def _training_text(last: Part, emissions: dict[str, Any] | None) -> str:
+    chain = [*_runs_before(last.recipe), last]
+    begun = [_beginning(part, number) for number, part in enumerate(chain)]
+    lines = [f"Started from {begun[0]}"]
+    if len(chain) > 1:
+        lines = [f"* Run {number} started from {text}" for number, text in enumerate(begun, start=1)]
+    lines += ["", "| stage | hours:minutes | on |", "|---|---|---|"]
+    total = 0.0
+    for number, part in enumerate(chain, start=1):
+        for name in part.stages():
+            finished = read_json(stage_folder(part.run, name) / FINISHED_FILE)
+            seconds = float(finished["metrics"]["train_runtime"])
+            total += seconds
+            title = name if len(chain) == 1 else f"run {number}: {name}"
+            lines.append(f"| {title} | {_hours(seconds)} | {_machine(finished.get('environment', {}))} |")
+    lines += [f"| together | {_hours(total)} | |", "", "A stage that was interrupted counts from its last start.", ""]
+    if emissions:
+        of_last = "" if len(chain) == 1 else ", for the last run"
+        lines.append(f"codecarbon estimated {emissions['emissions']:,} g of CO₂ equivalents{of_last}.")
+    else:
+        lines.append("Energy and carbon were not measured.")
+    return "\n".join(lines)
+
+
+def _runs_before(recipe: dict[str, Any]) -> list[Part]:
+    """The runs, oldest first, that led to the folder which a recipe starts from, as far as they are still there."""
+    if not recipe["model"]["folder"]:
+        return []
+    start = Path(recipe["model"]["folder"]).absolute()
+    # RUN/model, or RUN/stages/STAGE/model
+    for run, last in ((start.parent, None), (start.parent.parent.parent, start.parent.name)):
+        if (run / RECIPE_FILE).is_file():
+            before = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
+            return [*_runs_before(before), Part(run, before, last)]
+    return []
+
+
+def _beginning(part: Part, before: int) -> str:
+    """What a run began with, where `before` runs led to it, and on what it ran first."""
+    model = part.recipe["model"]
+    start = f"scratch (random weights, preset `{model['preset']}`)"
+    if model["folder"]:
+        start = f"run {before}" if before else f"the checkpoint `{Path(model['folder']).name}`"
+    return f"{start}; seed {part.recipe['seed']}; {_machine(read_json(part.run / ENVIRONMENT_FILE))}."
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{label} {environment[name]}" for name, label in NAMES.items() if environment.get(name))
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02}"
+
+
+def _emissions(run: Path) -> dict[str, Any] | None:
+    """The sum of all codecarbon records, in grams; None where a run has none."""
+    files = sorted(run.rglob(EMISSIONS))
+    if not files:
+        return None
+    kilograms = 0.0
+    for file in files:
+        with open(file, encoding="utf-8", newline="") as lines:
+            try:
+                kilograms += sum(float(row["emissions"]) for row in csv.DictReader(lines))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file} is no record of codecarbon: its column 'emissions' is bad ({error})"
+                ) from error
+    return {"emissions": round(1000 * kilograms, 1), "source": "codecarbon", "training_type": "training"}
