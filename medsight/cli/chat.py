@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,22 +13,8 @@ from medsight.inference.answer_folder import safe_name
 from medsight.inference.settings import AnswerSettings
 from medsight.text import printable, quiet_transformers
 
+from . import predict
 from .console import Device, Json, Results, results
-from .predict import (
-    AllowedGroups,
-    Deidentify,
-    Dtype,
-    ForceRegion,
-    Formats,
-    MaxNewTokens,
-    Model,
-    Plane,
-    Threshold,
-    Window,
-    parse_formats,
-    parse_groups,
-    parse_window,
-)
 
 
 if TYPE_CHECKING:
@@ -38,19 +25,17 @@ TURN_FOLDER = "turn-{:02d}"
 
 
 class Conversation:
-    """Turns about one picture or slice; each sees the ones before it, region codes included.
-
-    Args:
-        image: what is talked about; `name` is what it is called in predictions.
-        settings: how to answer.
-    """
+    """Turns about one picture or slice, called `name`; each sees the ones before it, region codes included."""
 
     def __init__(self, predictor: "Predictor", image: "Slice", name: str, settings: AnswerSettings) -> None:
+        from medsight.inference.predictor import EarlierTurns
+
         self.predictor = predictor
         self.image = image
         self.name = name
         self.settings = settings
         self.messages: list[dict[str, Any]] = []
+        self.turns = EarlierTurns()
 
     def ask(self, prompt: str, on_text: Callable[[str], None] | None = None) -> "Prediction":
         """Answers the next turn. A turn that fails is not part of the conversation.
@@ -65,7 +50,7 @@ class Conversation:
 
         asked = [*self.messages, user_turn(prompt, None if self.messages else self.image.image)]
         streamer = None if on_text is None else streaming(self.predictor.processor.tokenizer, on_text)
-        answer = self.predictor.answer([asked], streamer=streamer, **self.settings.to_dict())[0]
+        answer = self.predictor.answer([asked], streamer, self.turns, **asdict(self.settings))[0]
         self.messages = [*asked, assistant_turn(answer)]
         return self.predictor.prediction(answer, self.image, prompt, self.name)
 
@@ -85,23 +70,23 @@ def command(
     image: Annotated[
         str, typer.Argument(metavar="IMAGE", help="Picture, DICOM or NIfTI file, or folder of a DICOM series.")
     ],
-    model: Model = None,
+    model: predict.Model = None,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Output folder, new or empty  [default: IMAGE's name + '-chat'].")
     ] = None,
     slice_choice: Annotated[
         str, typer.Option("--slice", metavar="SLICE", help="Of a volume: N, middle or largest-foreground.")
     ] = "middle",
-    window: Window = None,
-    plane: Plane = None,
-    formats: Formats = "png",
-    deidentify: Deidentify = False,
-    max_new_tokens: MaxNewTokens = AnswerSettings.max_new_tokens,
-    allowed_groups: AllowedGroups = None,
-    force_region: ForceRegion = False,
-    threshold: Threshold = AnswerSettings.threshold,
+    window: predict.Window = None,
+    plane: predict.Plane = None,
+    formats: predict.Formats = "png",
+    deidentify: predict.Deidentify = False,
+    max_new_tokens: predict.MaxNewTokens = AnswerSettings.max_new_tokens,
+    allowed_groups: predict.AllowedGroups = None,
+    force_region: predict.ForceRegion = False,
+    threshold: predict.Threshold = AnswerSettings.threshold,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: predict.Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Talk about an image: one line per turn, from the terminal or a pipe, until its end (Ctrl+D).
@@ -115,8 +100,8 @@ def command(
     from medsight.inference.predictor import Predictor, read_slices
     from medsight.scans import open_scan
 
-    settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
-    view, kinds = parse_window(window), parse_formats(formats)
+    settings = AnswerSettings(max_new_tokens, predict.parse_groups(allowed_groups), force_region, threshold)
+    view, kinds = predict.parse_window(window), predict.parse_formats(formats)
     found = find_images([image])
     if len(found.images) != 1:
         raise ValueError(f"{image} holds {len(found.images)} images; a conversation is about one of them: name it")
@@ -125,9 +110,7 @@ def command(
     chosen = list(read_slices(scan, slice_choice, view))
     if len(chosen) != 1:
         raise ValueError(f"--slice {slice_choice} chooses {len(chosen)} slices; a conversation is about one of them")
-    folder = Path(output) if output is not None else Path(f"{safe_name(Path(image))}-chat")
-    if deidentify and output is None:
-        folder = Path("image-chat")
+    folder = Path(output or f"{'image' if deidentify else safe_name(Path(image))}-chat")
     check_empty(folder)
     with results(as_json) as out:
         with quiet_transformers():
@@ -145,8 +128,7 @@ def read_prompts() -> Iterator[str]:
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        if not (line := sys.stdin.readline()):
             return
         if line.strip():
             yield line.strip()

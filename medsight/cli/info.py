@@ -48,11 +48,7 @@ def command(
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """What a checkpoint folder is, without loading its weights.
-
-    Raises:
-        OSError, ValueError: it is no complete checkpoint.
-    """
+    """What a complete checkpoint folder is, without loading its weights."""
     from configuration_medsight import MedSightConfig
     from medsight.conversion.convert import sizes
     from processing_medsight.region_codes_medsight import read_region_codes
@@ -60,13 +56,14 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     check_checkpoint(folder)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
     parts = count_parameters(config)
+    weights = weight_files(folder)
     return {
         "kind": "checkpoint",
         "path": str(folder),
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
-        "dtypes": sorted({dtype for dtype, _ in tensor_headers(weight_files(folder))}),
-        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+        "dtypes": sorted({dtype for dtype, _ in tensor_headers(weights)}),
+        "bytes": sum(file.stat().st_size for file in weights),
         **sizes(config),
         "group_names": list(config.group_names or ()),
         "mask_class_names": list(config.mask_class_names or ()),
@@ -94,11 +91,7 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
 
 
 def describe_image(path: Path) -> dict[str, Any]:
-    """What a picture or scan is; nothing about a patient.
-
-    Raises:
-        ValueError: it is none, or cannot be read.
-    """
+    """What a picture or scan is; nothing about a patient."""
     from medsight.inference.image_files import image_content
     from medsight.scans import open_scan
 
@@ -129,11 +122,7 @@ def count_parameters(config: Any) -> dict[str, int]:
 
 
 def tensor_headers(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
-    """Dtype and number of entries of each stored tensor.
-
-    Raises:
-        OSError, ValueError: a file is missing or damaged.
-    """
+    """Dtype and number of entries of each stored tensor."""
     from safetensors import SafetensorError, safe_open
 
     for path in files:
@@ -148,13 +137,13 @@ def tensor_headers(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
 
 def stages_trained(folder: Path) -> list[str] | None:
     """The stages of the run that a folder is the result of, or a stage's; None where it does not lie in a run."""
-    model = folder.absolute()
-    inside = model.parent.parent.name == "stages"
-    stages = model.parent.parent if inside else model.parent / "stages"
-    if model.name != "model" or not (stages.parent / "recipe.yaml").is_file():
+    holder = folder.absolute().parent
+    inside = holder.parent.name == "stages"
+    run = holder.parent.parent if inside else holder
+    if folder.absolute().name != "model" or not (run / "recipe.yaml").is_file():
         return None
-    finished = sorted(path.parent.name for path in stages.glob("*/finished.json"))
-    return [name for name in finished if name <= model.parent.name] if inside else finished
+    finished = sorted(path.parent.name for path in run.glob("stages/*/finished.json"))
+    return [name for name in finished if not inside or name <= holder.name]
 
 
 def as_lines(content: dict[str, Any]) -> str:

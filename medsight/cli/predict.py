@@ -3,9 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from medsight import __version__
 from medsight.checkpoint import check_checkpoint, checkpoint_sha256, sha256_of, shipped_checkpoint
 from medsight.inference.answer_folder import ANSWER_FILE, check_answer_folder, read_answer, safe_name
 from medsight.inference.settings import BATCH_SIZE, AnswerSettings
-from medsight.text import note, printable, quiet_transformers
+from medsight.text import first_few, note, printable, quiet_transformers
 
 from .console import Device, Json, Overwrite, Results, results
 
@@ -23,9 +23,9 @@ from .console import Device, Json, Overwrite, Results, results
 if TYPE_CHECKING:
     from medsight.inference.prediction import Prediction
     from medsight.inference.predictor import Predictor, Slice
+    from medsight.inference.predictor import Window as View
 
 MANY_OUTPUT = "medsight-answers"
-NAMED_LEFT_OUT = 3
 LISTED_FILES = 8
 
 Model = Annotated[str | None, typer.Option(metavar="DIR", help="Checkpoint folder  [default: the small one shipped].")]
@@ -63,21 +63,13 @@ Deidentify = Annotated[
 
 @dataclass(eq=False)
 class Job:
-    """An image to answer about.
-
-    Attributes:
-        image: its file, or the folder of its series.
-        folder: where the answer goes.
-        expected: how many slices of it are asked about.
-        predictions: those made so far.
-        error: why there is no answer.
-    """
+    """An image, or the folder of a series, to answer about."""
 
     image: Path
-    folder: Path = Path()
-    expected: int = 0
-    predictions: "list[Prediction]" = field(default_factory=list)
-    error: Exception | None = None
+    folder: Path = Path()  # where the answer goes
+    expected: int = 0  # slices of it that are asked about
+    predictions: "list[Prediction]" = field(default_factory=list)  # so far
+    error: Exception | None = None  # why there is no answer
 
     @cached_property
     def sha256(self) -> str:
@@ -137,8 +129,9 @@ def command(
     checkpoint = shipped_checkpoint() if model is None else Path(model)
     check_checkpoint(checkpoint)
     found = find_images(images)
-    note_left_out("no image", found.left_out)
-    note_left_out("another name of an image", found.repeated)
+    for reason, paths in (("no image", found.left_out), ("another name of an image", found.repeated)):
+        if paths:
+            note(f"left out, {reason}: {len(paths):,} ({first_few([str(path) for path in paths])})")
     jobs = [Job(image) for image in found.images]
     place(jobs, None if output is None else Path(output), found.is_single, deidentify)
     run = {
@@ -150,7 +143,7 @@ def command(
         "plane": plane,
         "formats": kinds,
         "deidentify": deidentify,
-        **settings.to_dict(),
+        **asdict(settings),
     }
     finished = [job for job in jobs if is_finished(job, run, overwrite)]
     unfinished = [job for job in jobs if job not in finished]
@@ -160,14 +153,12 @@ def command(
             show(out, job, found.is_single, "Answered before:")
         reading = read_jobs(unfinished, slices, view, plane, kinds)
         # Read before the model is loaded, which takes longer than to see that the one image is broken.
-        first = list(zip(range(1), reading, strict=False))
-        if first and found.is_single and unfinished[0].error is not None:
-            raise unfinished[0].error
-        if first:
+        if first := list(islice(reading, 1)):
+            if found.is_single and unfinished[0].error is not None:
+                raise unfinished[0].error
             with quiet_transformers():
                 predictor = Predictor(model, device=device, dtype=dtype)
-            read = chain((entry for _, entry in first), reading)
-            for job in answer_jobs(predictor, read, prompt, batch_size, settings):
+            for job in answer_jobs(predictor, chain(first, reading), prompt, batch_size, settings):
                 write(job, run, overwrite, kinds, deidentify)
                 if job.error is None:
                     show(out, job, found.is_single, "Written to")
@@ -182,20 +173,13 @@ def command(
         raise ValueError(f"{len(failed):,} of {len(jobs):,} images could not be answered (named above)")
 
 
-def note_left_out(reason: str, paths: Sequence[Path]) -> None:
-    """Says what is not answered about among what was asked for."""
-    if paths:
-        names = ", ".join(str(path) for path in paths[:NAMED_LEFT_OUT])
-        note(f"left out, {reason}: {len(paths):,} ({names}{', ...' if len(paths) > NAMED_LEFT_OUT else ''})")
-
-
 def place(jobs: Sequence[Job], output: Path | None, is_single: bool, deidentify: bool) -> None:
     """Gives each job the folder of its answer, which does not depend on what else is asked about, if names differ."""
     names = [f"image-{job.sha256[:12]}" if deidentify else safe_name(job.image) for job in jobs]
     if is_single:
-        jobs[0].folder = output if output is not None else Path(f"{names[0]}-medsight")
+        jobs[0].folder = output or Path(f"{names[0]}-medsight")
         return
-    root = output if output is not None else Path(MANY_OUTPUT)
+    root = output or Path(MANY_OUTPUT)
     if (root / ANSWER_FILE).exists():
         raise FileExistsError(f"output folder {root} is the answer of one image; name another one")
     uses = Counter(name.casefold() for name in names)  # some file systems do not tell cases apart
@@ -206,20 +190,14 @@ def place(jobs: Sequence[Job], output: Path | None, is_single: bool, deidentify:
 
 
 def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds the answer that this run would give.
-
-    Raises:
-        FileExistsError: it holds something else, or the answer of other settings, and may not be overwritten.
-        ValueError: it holds a damaged answer.
-    """
+    """Whether the folder holds the answer that this run would give; an error if it holds anything else."""
     earlier = None if overwrite else read_answer(job.folder)
     if earlier is None:
         check_answer_folder(job.folder, overwrite)
         return False
     now = {"medsight_version": __version__, "sha256": job.sha256, **run}
     before = {"medsight_version": earlier["medsight_version"], **(earlier["run"] or {})}
-    differing = [name for name in now if before.get(name) != now[name]]
-    differing = ["image" if name == "sha256" else name for name in differing]
+    differing = ["image" if name == "sha256" else name for name in now if before.get(name) != now[name]]
     if differing:
         raise FileExistsError(
             f"output folder {job.folder} holds an answer of another {', '.join(differing)}; name another folder, or "
@@ -232,11 +210,7 @@ def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
 
 
 def read_jobs(
-    jobs: Iterable[Job],
-    slices: str,
-    window: str | tuple[float, float] | None,
-    plane: str | None = None,
-    formats: Sequence[str] = (),
+    jobs: Iterable[Job], slices: str, window: "View", plane: str | None, formats: Sequence[str]
 ) -> "Iterator[tuple[Job, Slice | None]]":
     """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read, or its masks not
     be written in one of the formats."""
@@ -258,7 +232,7 @@ def read_jobs(
 
 def answer_jobs(
     predictor: "Predictor",
-    read: "Iterable[tuple[Job, Slice | None]]",
+    read: "Iterator[tuple[Job, Slice | None]]",
     prompt: str,
     batch_size: int,
     settings: AnswerSettings,
@@ -266,40 +240,30 @@ def answer_jobs(
     """Answers slices in batches, whichever images they are of; each job once it is complete or has failed."""
     from tqdm import tqdm
 
-    def finish(batch: "list[tuple[Job, Slice]]") -> Iterator[Job]:
-        names = [printable(str(job.image)) for job, _ in batch]
-        asked = [shown for _, shown in batch]
-        predictions = predictor.predict_slices(asked, [prompt] * len(batch), names, **settings.to_dict())
-        bar.update(len(batch))
-        for (job, _), prediction in zip(batch, predictions, strict=True):
-            job.predictions.append(prediction)
-            if len(job.predictions) == job.expected:
-                yield job
-
-    batch: list[tuple[Job, Slice]] = []
     with tqdm(unit="slice", desc="answering", disable=None, leave=False) as bar:
-        for job, shown in read:
-            if shown is None:
-                batch = [entry for entry in batch if entry[0] is not job]
-                yield job
-                continue
-            batch.append((job, shown))
-            if len(batch) == batch_size:
-                yield from finish(batch)
-                batch = []
-        if batch:
-            yield from finish(batch)
+        while batch := list(islice(read, batch_size)):
+            asked = [(job, shown) for job, shown in batch if shown is not None]
+            names = [printable(str(job.image)) for job, _ in asked]
+            shown_slices = [shown for _, shown in asked]
+            if asked:
+                predictions = predictor.predict_slices(shown_slices, [prompt] * len(asked), names, **asdict(settings))
+                for (job, _), prediction in zip(asked, predictions, strict=True):
+                    job.predictions.append(prediction)
+            bar.update(len(asked))
+            for job in dict.fromkeys(job for job, _ in batch):
+                if job.error is not None or len(job.predictions) == job.expected:
+                    yield job
 
 
 def write(job: Job, run: dict[str, Any], overwrite: bool, formats: Sequence[str], deidentify: bool) -> None:
     """Saves a complete job, and lets go of its pixels. What cannot be written is an error of the job's."""
     from medsight.inference.prediction import save_answer
 
-    if job.error is None:
-        try:
+    try:
+        if job.error is None:
             save_answer(job.predictions, job.folder, overwrite, formats, deidentify, {"sha256": job.sha256, **run})
-        except (ValueError, OSError) as error:
-            job.error = error
+    except (ValueError, OSError) as error:
+        job.error = error
     job.predictions = []
 
 
@@ -310,12 +274,11 @@ def show(out: Results, job: Job, is_single: bool, done: str) -> None:
     content = read_answer(job.folder)
     if content is None:
         raise FileNotFoundError(f"{job.folder / ANSWER_FILE} is not there any more")
-    heading = [] if is_single else [f"{job.image}"]
-    written = f"\n{done} {job.folder}/: {ANSWER_FILE}, {', '.join(content['files'])}"
-    if len(content["files"]) > LISTED_FILES:
-        written = f"\n{done} {job.folder}/: {ANSWER_FILE} and {len(content['files'])} more"
+    files = content["files"]
+    listed = f", {', '.join(files)}" if len(files) <= LISTED_FILES else f" and {len(files)} more"
+    parts = [*to_parts(content), f"\n{done} {job.folder}/: {ANSWER_FILE}{listed}"]
     shown = {**content, "image": printable(str(job.image)), "output": printable(str(job.folder))}
-    out.show(shown, *heading, *to_parts(content), written, *([] if is_single else [""]))
+    out.show(shown, *(parts if is_single else [str(job.image), *parts, ""]))
 
 
 def parse_groups(text: str | None) -> str | list[int | str] | None:
@@ -326,32 +289,23 @@ def parse_groups(text: str | None) -> str | list[int | str] | None:
     return [int(group) if group.isdecimal() else group for group in groups]
 
 
-def parse_window(text: str | None) -> str | tuple[float, float] | None:
-    """The value of --window: a name, "file", or CENTRE,WIDTH.
-
-    Raises:
-        ValueError: it is neither.
-    """
+def parse_window(text: str | None) -> "View":
+    """The value of --window: a name, "file", or CENTRE,WIDTH; a ValueError if it is neither."""
     from medsight.scans import windows
 
-    if text is None:
-        return None
-    centre, comma, width = text.partition(",")
+    if text is None or windows.is_file_window(text):
+        return text
     try:
-        view = (float(centre), float(width)) if comma else text
+        centre, width = map(float, text.split(","))
     except ValueError:
-        view = text
-    if not windows.is_file_window(view):
-        windows.parse_window(view)
-    return view
+        windows.parse_window(text)
+        return text
+    windows.parse_window((centre, width))
+    return centre, width
 
 
 def parse_formats(text: str) -> list[str]:
-    """The value of --formats: names with commas between.
-
-    Raises:
-        ValueError: one is unknown.
-    """
+    """The value of --formats: names with commas between; a ValueError if one is unknown."""
     from medsight.export import FORMATS
 
     formats = list(dict.fromkeys(part.strip() for part in text.split(",")))

@@ -16,9 +16,8 @@ print(measure(scan, regions).area_mm2)
 ```
 """
 
-from .measures import Measures, measure
 from .pictures import mosaic, overlay
-from .regions import FoundRegion
+from .regions import FoundRegion, Measures, measure
 from .writing import FORMATS, check_formats, write_masks
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from medsight.files import write_json
 from medsight.scans.scan import Scan
 
-from .extras import load
 from .outlines import outlines
 from .regions import FoundRegion, group_by_label, label_key
 
@@ -27,7 +26,8 @@ def write_coco(scan: Scan, regions: Sequence[FoundRegion], folder: Path, name: s
     Args:
         name: the `file_name` of the images.
     """
-    encode = load("pycocotools.mask", "coco").encode
+    from pycocotools.mask import encode, toBbox
+
     labels = group_by_label(regions)
     category_of = {label_key(label.name): label.number for label in labels}
     slices = sorted({region.slice_index for region in regions}) if scan.num_slices > 1 else [0]
@@ -40,26 +40,19 @@ def write_coco(scan: Scan, regions: Sequence[FoundRegion], folder: Path, name: s
     for number, region in enumerate(regions, 1):
         if not region.mask.any():
             continue
+        run_lengths = encode(np.asfortranarray(region.mask, dtype=np.uint8))
         annotation = {
             "id": number,
             "image_id": region.slice_index + 1,
             "category_id": category_of[label_key(region.label)],
             "area": int(region.mask.sum()),
-            "bbox": _box(region.mask),
+            "bbox": [int(value) for value in toBbox(run_lengths)],
             "iscrowd": 0,
             "region_code": region.code,
             "score": region.score,
         }
-        run_lengths = encode(np.asfortranarray(region.mask, dtype=np.uint8))
         counts = {"size": list(run_lengths["size"]), "counts": run_lengths["counts"].decode("ascii")}
         rle.append({**annotation, "segmentation": counts})
         polygons.append({**annotation, "segmentation": [part.ravel().tolist() for part in outlines(region.mask)]})
     write_json(folder / RLE_FILE, {**content, "annotations": rle})
     write_json(folder / POLYGON_FILE, {**content, "annotations": polygons})
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """x, y, width, height."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]

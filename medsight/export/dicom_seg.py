@@ -11,7 +11,6 @@ from medsight.version import __version__
 
 from .dicom_source import discreet, source_headers
 from .drawing import PALETTE
-from .extras import load
 from .regions import FoundRegion, Label, group_by_label
 from .terminology import segment_codes
 
@@ -22,7 +21,7 @@ SERIES_NUMBER = 1001
 LONGEST_NAME = 64  # characters of a DICOM Long String
 
 
-def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
+def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> None:
     """Writes `segmentation.dcm`: a binary segment a label, referring to the source's images; segments may overlap.
 
     Slices without a region are neither stored nor, in a series, referred to. Each segment carries codes of what its
@@ -32,39 +31,29 @@ def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, de
         deidentify: see `dicom_source`.
 
     Raises:
-        ValueError: there is no region, the scan is not DICOM, or lacks what a segmentation must refer to.
+        ValueError: the scan lacks what a segmentation must refer to.
     """
-    hd = load("highdicom", "dicom-seg")
-    pydicom = load("pydicom", "dicom-seg")
+    import highdicom as hd
+    from pydicom.uid import generate_uid
+
     headers = source_headers(scan, deidentify)
     labels = labels_with_pixels(regions)
-    if not labels:
-        raise ValueError("dicom-seg: there is no region to write, and a segmentation needs at least one")
-    stored = [_stored_frames(scan, label) for label in labels]
-    if len(headers) == 1:
-        frames = list(range(int(headers[0].get("NumberOfFrames") or 1)))
-    else:
-        frames = sorted(set().union(*stored))
+    pixels = np.stack([scan.to_source(label.masks) for label in labels], axis=-1)
+    frames = np.arange(len(pixels)) if len(headers) == 1 else np.flatnonzero(pixels.any(axis=(1, 2, 3)))
     if len(frames) > 1 and not headers[0].get("FrameOfReferenceUID"):
         raise ValueError(
             f"{scan.name}: dicom-seg of several slices needs a Frame of Reference UID, and its files have none; "
             "use png or coco, or write each slice by itself"
         )
-    pixels = np.zeros((len(frames), headers[0].Rows, headers[0].Columns, len(labels)), dtype=bool)
-    for position, frame in enumerate(frames):
-        for index, masks in enumerate(stored):
-            if frame in masks:
-                pixels[position, ..., index] = masks[frame]
-    path = folder / SEG_FILE
     with discreet(scan.name, "dicom-seg cannot refer to it: its header lacks, or has damaged, what that needs"):
         segmentation = hd.seg.Segmentation(
             source_images=headers if len(headers) == 1 else [headers[frame] for frame in frames],
-            pixel_array=pixels,
+            pixel_array=pixels[frames],
             segmentation_type="BINARY",
             segment_descriptions=[_describe(label, number) for number, label in enumerate(labels, 1)],
-            series_instance_uid=pydicom.uid.generate_uid(),
+            series_instance_uid=generate_uid(),
             series_number=SERIES_NUMBER,
-            sop_instance_uid=pydicom.uid.generate_uid(),
+            sop_instance_uid=generate_uid(),
             instance_number=1,
             manufacturer=MANUFACTURER,
             manufacturer_model_name=MANUFACTURER,
@@ -75,8 +64,7 @@ def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, de
             series_description="MedSIGHT segmentation",
             specific_character_set="ISO_IR 192",
         )
-        segmentation.save_as(path, enforce_file_format=True)
-    return path
+        segmentation.save_as(folder / SEG_FILE, enforce_file_format=True)
 
 
 def labels_with_pixels(regions: Sequence[FoundRegion]) -> list[Label]:
@@ -90,14 +78,10 @@ def long_string(text: str) -> str:
     return clean if len(clean) <= LONGEST_NAME else clean[: LONGEST_NAME - 1] + "…"
 
 
-def _stored_frames(scan: Scan, label: Label) -> dict[int, np.ndarray]:
-    volume = scan.to_source(label.masks)
-    return {int(frame): volume[frame] for frame in np.flatnonzero(volume.any(axis=(1, 2)))}
-
-
 def _describe(label: Label, number: int) -> Any:
-    hd = load("highdicom", "dicom-seg")
-    codes = load("pydicom.sr.codedict", "dicom-seg").codes
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+
     found = segment_codes(label.name)
     description = hd.seg.SegmentDescription(
         segment_number=number,
@@ -110,7 +94,7 @@ def _describe(label: Label, number: int) -> Any:
         ),
         display_color=hd.color.CIELabColor.from_rgb(*PALETTE[(label.number - 1) % len(PALETTE)]),
     )
-    description.SegmentDescription = f"{label.name}; region codes: {' '.join(label.codes)}"
+    description.SegmentDescription = label.description
     if found.laterality is not None:
         description.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [
             hd.sr.CodedConcept.from_code(found.laterality)

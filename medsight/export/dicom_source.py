@@ -15,22 +15,13 @@ from medsight.scans.dicom_file import guarded
 from medsight.scans.scan import Scan
 from medsight.version import __version__
 
-from .extras import load
-
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 PATIENT_AND_STUDY = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
 KEPT = frozenset(
     """
@@ -48,13 +39,6 @@ KEPT = frozenset(
     """.split()
 )
 REFERENCES = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-SEXES = ("M", "F", "O", "")
-
-
-def check_is_dicom(scan: Scan) -> None:
-    """Raises a ValueError if there are no DICOM images that an object could refer to."""
-    if scan.kind != "dicom":
-        raise ValueError(f"{scan.name} is not DICOM, whose images dicom-seg and rtstruct refer to; use png or coco")
 
 
 def source_headers(scan: Scan, deidentify: bool) -> list["Dataset"]:
@@ -64,9 +48,8 @@ def source_headers(scan: Scan, deidentify: bool) -> list["Dataset"]:
     does not know.
 
     Raises:
-        ValueError: the scan is not DICOM, or lacks a UID by which to refer to it.
+        ValueError: the scan lacks a UID by which to refer to it.
     """
-    check_is_dicom(scan)
     with discreet(scan.name, "its DICOM header is damaged"):
         headers = [_prepare(source, deidentify) for source in scan.dicom_datasets()]
     missing = [keyword for keyword in REFERENCES if any(not header.get(keyword) for header in headers)]
@@ -79,11 +62,13 @@ def source_headers(scan: Scan, deidentify: bool) -> list["Dataset"]:
 
 
 def _prepare(source: "Dataset", deidentify: bool) -> "Dataset":
-    header = _geometry(source) if deidentify else load("pydicom", "DICOM output").Dataset(source)
+    from pydicom import Dataset
+
+    header = _geometry(source) if deidentify else Dataset(source)
     for keyword in PATIENT_AND_STUDY:
         if keyword not in header:
             setattr(header, keyword, "")
-    if header.PatientSex not in SEXES:
+    if header.PatientSex not in ("M", "F", "O"):
         header.PatientSex = ""
     if deidentify:
         header.PatientIdentityRemoved = "YES"
@@ -105,19 +90,16 @@ def discreet(name: str, problem: str) -> Iterator[None]:
 
 def _geometry(source: "Dataset") -> "Dataset":
     """The part of a header, or of an item of one of its sequences, that is on the list, with UIDs replaced."""
-    pydicom = load("pydicom", "DICOM output")
-    geometry = pydicom.Dataset()
-    for tag in source.keys():
-        keyword = pydicom.datadict.keyword_for_tag(tag)
-        if keyword not in KEPT:
-            continue
-        element = source[tag]
-        if element.VR == "SQ":
-            setattr(geometry, keyword, [_geometry(item) for item in element.value])
-        elif element.VR == "UI" and keyword != "SOPClassUID" and element.value:  # an empty one stays missing
-            setattr(geometry, keyword, replaced_uid(element.value))
-        else:
-            setattr(geometry, keyword, element.value)
+    from pydicom import Dataset
+
+    geometry = Dataset()
+    for keyword in KEPT & set(source.dir()):
+        value = source[keyword].value
+        if source[keyword].VR == "SQ":
+            value = [_geometry(item) for item in value]
+        elif source[keyword].VR == "UI" and keyword != "SOPClassUID" and value:  # an empty one stays missing
+            value = replaced_uid(value)
+        setattr(geometry, keyword, value)
     return geometry
 
 
@@ -126,4 +108,6 @@ def replaced_uid(uid: str) -> str:
 
     Whoever already knows a UID can tell that it belongs to an object; nobody can compute it from the object.
     """
-    return str(load("pydicom.uid", "DICOM output").generate_uid(entropy_srcs=["medsight", str(uid)]))
+    from pydicom.uid import generate_uid
+
+    return str(generate_uid(entropy_srcs=["medsight", str(uid)]))

@@ -33,14 +33,10 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
     Raises:
         ValueError: a mask is not at the image's size, or there are more or fewer labels than masks.
     """
-    if len(masks) != len(labels):
-        raise ValueError(f"expected one label a mask, got {len(labels)} labels for {len(masks)} masks")
-    for index, mask in enumerate(masks):
-        if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"mask {index + 1}: expected {image.width} x {image.height} pixels, as the image has, "
-                f"got {mask.shape[-1]} x {mask.shape[0]}"
-            )
+    size = image.height, image.width
+    if len(masks) != len(labels) or any(mask.shape != size for mask in masks):
+        shapes = [mask.shape for mask in masks]
+        raise ValueError(f"expected a label a mask, and masks of {size}: got {len(labels)} labels, masks of {shapes}")
     return add_legend(draw_regions(image, masks, readable_side(image)), labels)
 
 

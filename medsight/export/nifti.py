@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from medsight.scans.scan import Scan
 
-from .extras import load
 from .regions import FoundRegion, Label, group_by_label
 
 
@@ -21,35 +19,17 @@ GEOMETRY_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Voxels that two labels share, and the label that the label map gives them."""
-
-    labels: tuple[str, str]
-    voxels: int
-    kept: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"labels": list(self.labels), "voxels": self.voxels, "kept": self.kept}
-
-
-def check_nifti(scan: Scan) -> np.ndarray | None:
-    """The scan's affine; None of a NIfTI that states none, whose own header is taken as it is.
-
-    Raises:
-        ValueError: it has no voxel grid, so that `write_nifti` can write no regions of it; or a package is missing.
-    """
-    load("nibabel.nifti1", "nifti")
+def check_nifti(scan: Scan) -> None:
+    """Raises a ValueError if the scan has no voxel grid, so that `write_nifti` can write no regions of it."""
     if scan.affine is None and scan.kind != "nifti":
         others = "png, coco or dicom-seg" if scan.kind == "dicom" else "png or coco"
         raise ValueError(
             f"{scan.name}: nifti needs an evenly spaced voxel grid with a place in the patient, and it states none; "
             f"use {others}"
         )
-    return scan.affine
 
 
-def write_nifti(scan: Scan, regions: Sequence[FoundRegion], folder: Path) -> tuple[Path, list[Overlap]]:
+def write_nifti(scan: Scan, regions: Sequence[FoundRegion], folder: Path) -> list[dict[str, Any]]:
     """Writes `labels.nii.gz`: 0 is background, n the label numbered n in `regions.json`.
 
     Shape, orientation and units are the source's; nothing else of its header is taken over. The names are in the file
@@ -57,46 +37,37 @@ def write_nifti(scan: Scan, regions: Sequence[FoundRegion], folder: Path) -> tup
     the whole scan; the later found of equals) is kept, so that a lesion stays visible inside its organ.
 
     Returns:
-        The file, and the overlaps that were decided so.
-
-    Raises:
-        ValueError: the scan has no voxel grid with a place: a picture, an array, the pages of a TIFF, or a series that
-            is not evenly spaced.
+        The overlaps that were decided so: the names of two labels, their common voxels, and the name that is kept.
     """
-    affine = check_nifti(scan)
-    nifti1 = load("nibabel.nifti1", "nifti")
+    from nibabel.nifti1 import Nifti1Extension
+
     labels = group_by_label(regions)
-    volume, overlaps = label_map(scan, labels)
-    image = _image_like(scan, volume) if affine is None or scan.kind == "nifti" else _image_of_dicom(affine, volume)
+    volume, overlaps = _label_map(scan, labels)
+    image = _image_like(scan, volume) if scan.kind == "nifti" else _image_of_dicom(scan, volume)
     names = {0: "background"} | {label.number: label.name for label in labels}
-    image.header.extensions.append(nifti1.Nifti1Extension("comment", json.dumps(names).encode()))
-    path = folder / NIFTI_FILE
-    image.to_filename(path)
-    return path, overlaps
+    image.header.extensions.append(Nifti1Extension("comment", json.dumps(names).encode()))
+    image.to_filename(folder / NIFTI_FILE)
+    return overlaps
 
 
-def label_map(scan: Scan, labels: Sequence[Label]) -> tuple[np.ndarray, list[Overlap]]:
+def _label_map(scan: Scan, labels: Sequence[Label]) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Label numbers on the source's grid, and the overlaps; see `write_nifti` for who wins."""
     largest_first = sorted(labels, key=lambda label: (-sum(int(m.sum()) for m in label.masks.values()), label.number))
-    names = {label.number: label.name for label in labels}
-    dtype = np.uint8 if len(labels) < 256 else np.uint16
-    volume = scan.to_source({}).astype(dtype)
-    shared: dict[tuple[int, int], int] = {}
-    covered: list[Label] = []
-    for label in largest_first:
-        for below in covered:
-            voxels = sum(int((label.masks[i] & below.masks[i]).sum()) for i in label.masks.keys() & below.masks.keys())
-            if voxels:
-                shared[below.number, label.number] = voxels
+    volume = scan.to_source({}).astype(np.uint8 if len(labels) < 256 else np.uint16)
+    overlaps = []
+    for position, label in enumerate(largest_first):
+        for below in largest_first[:position]:
+            slices = label.masks.keys() & below.masks.keys()
+            if voxels := sum(int((label.masks[i] & below.masks[i]).sum()) for i in slices):
+                overlaps.append({"labels": [below.name, label.name], "voxels": voxels, "kept": label.name})
         volume[scan.to_source(label.masks)] = label.number
-        covered.append(label)
-    overlaps = [Overlap((names[a], names[b]), voxels, names[b]) for (a, b), voxels in shared.items()]
     return volume, overlaps
 
 
 def _image_like(scan: Scan, volume: np.ndarray) -> Any:
     """An image of `volume` with both of the source's transforms, bit by bit: viewers differ in which they use."""
-    nibabel = load("nibabel", "nifti")
+    import nibabel
+
     source = scan.nifti_header
     is_second = isinstance(source, nibabel.Nifti2Header)
     image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image)(volume, scan.affine)
@@ -106,10 +77,11 @@ def _image_like(scan: Scan, volume: np.ndarray) -> Any:
     return image
 
 
-def _image_of_dicom(affine: np.ndarray, volume: np.ndarray) -> Any:
+def _image_of_dicom(scan: Scan, volume: np.ndarray) -> Any:
     """An image of (frames, rows, columns), its axes in NIfTI's usual order: columns, rows, frames."""
-    nibabel = load("nibabel", "nifti")
-    turned = affine[:, [2, 1, 0, 3]]
+    import nibabel
+
+    turned = np.asarray(scan.affine)[:, [2, 1, 0, 3]]
     image = nibabel.Nifti1Image(volume.transpose(2, 1, 0), turned)
     image.set_sform(turned, code="scanner")
     image.set_qform(turned, code="scanner")

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from .extras import load
-
 
 def outlines(mask: np.ndarray) -> list[np.ndarray]:
     """Polygons that cover exactly the pixels of `mask`: those whose centre lies inside one of them.
@@ -18,7 +16,8 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
         One (vertices, 2) array of x, y a connected part, the last vertex not repeating the first. (0, 0) is the outer
         corner of the first pixel and (0.5, 0.5) its centre, as in COCO.
     """
-    contourpy = load("contourpy", "polygons")
+    import contourpy
+
     # The frame of background closes outlines that run along the border of the image.
     framed = np.pad(mask, 1).astype(np.uint8)
     parts = zip(*contourpy.contour_generator(z=framed, fill_type="OuterOffset").filled(0.5, 2), strict=True)

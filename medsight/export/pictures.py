@@ -9,8 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from medsight.scans.scan import Scan
 
 from .drawing import FONT_SIZE, MAX_SIDE, add_legend, draw_overlay, draw_regions
-from .measures import measure
-from .regions import FoundRegion, check_regions, group_by_label
+from .regions import FoundRegion, check_regions, group_by_label, measure
 
 
 Window = str | tuple[float, float] | None
@@ -54,14 +53,8 @@ def mosaic(scan: Scan, regions: Sequence[FoundRegion], window: Window = None) ->
     for index in shown:
         masks = [label.masks.get(index, empty) for label in labels]
         tile = draw_regions(scan.slice_image(index, window).convert("RGB"), masks, TILE_SIDE)
-        ImageDraw.Draw(tile).text(
-            (4, 4),
-            f"slice {index}",
-            fill="white",
-            font=ImageFont.load_default(FONT_SIZE),
-            stroke_width=2,
-            stroke_fill="black",
-        )
+        font = ImageFont.load_default(FONT_SIZE)
+        ImageDraw.Draw(tile).text((4, 4), f"slice {index}", "white", font, stroke_width=2, stroke_fill="black")
         tiles.append(tile)
     columns = ceil(sqrt(len(tiles)))
     width, height = tiles[0].size
@@ -70,10 +63,6 @@ def mosaic(scan: Scan, regions: Sequence[FoundRegion], window: Window = None) ->
         sheet.paste(tile, (position % columns * width, position // columns * height))
     sheet.thumbnail((MAX_SIDE, MAX_SIDE))
     volumes = measure(scan, regions).volume_ml
-    lines = [label.name + _volume(volumes[label.name]) for label in labels]
+    lines = [name if volume is None else f"{name}  {volume:.1f} ml" for name, volume in volumes.items()]
     note = f"{len(shown)} of {len(slices)} slices with regions" if len(shown) < len(slices) else None
     return add_legend(sheet, lines, note)
-
-
-def _volume(volume_ml: float | None) -> str:
-    return "" if volume_ml is None else f"  {volume_ml:.1f} ml"

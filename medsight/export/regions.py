@@ -1,4 +1,4 @@
-"""Found regions, and the labels that they add up to."""
+"""Found regions, the labels that they add up to, and their sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medsight.scans.scan import Scan
+
+
+MM3_PER_ML = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,11 @@ class Label:
     codes: list[str] = field(default_factory=list)
     masks: dict[int, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def description(self) -> str:
+        """Its name and its codes, for DICOM objects."""
+        return f"{self.name}; region codes: {' '.join(self.codes)}"
+
 
 def check_regions(scan: Scan, regions: Sequence[FoundRegion]) -> None:
     """Raises ValueError where a region is not on the scan, not boolean, not of its size, or has no label."""
@@ -76,3 +84,34 @@ def group_by_label(regions: Sequence[FoundRegion]) -> list[Label]:
         seen = label.masks.get(region.slice_index)
         label.masks[region.slice_index] = region.mask if seen is None else seen | region.mask
     return list(labels.values())
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Sizes of regions, by `measure`.
+
+    Attributes:
+        area_mm2: of each region, in the order given; `None` where the scan does not give the pixel spacing.
+        volume_ml: of each label, by name, over the slices that have regions of it: a volume of which only some slices
+            were looked at is underestimated. `None` where the scan does not give the spacing of pixels and slices.
+    """
+
+    area_mm2: list[float | None]
+    volume_ml: dict[str, float | None]
+
+
+def measure(scan: Scan, regions: Sequence[FoundRegion]) -> Measures:
+    """Areas in mm² and volumes in ml. Where regions of a label overlap on a slice, a pixel counts once in its volume.
+
+    Raises:
+        ValueError: a region does not fit the scan.
+    """
+    check_regions(scan, regions)
+    pixel_mm2 = scan.pixel_mm2
+    voxel_mm3 = None if pixel_mm2 is None or scan.slice_spacing is None else pixel_mm2 * scan.slice_spacing
+    areas = [None if pixel_mm2 is None else int(region.mask.sum()) * pixel_mm2 for region in regions]
+    volumes: dict[str, float | None] = {}
+    for label in group_by_label(regions):
+        voxels = sum(int(mask.sum()) for mask in label.masks.values())
+        volumes[label.name] = None if voxel_mm3 is None else voxels * voxel_mm3 / MM3_PER_ML
+    return Measures(areas, volumes)

@@ -13,7 +13,6 @@ from medsight.version import __version__
 from .dicom_seg import MANUFACTURER, labels_with_pixels, long_string
 from .dicom_source import PATIENT_AND_STUDY, discreet, source_headers
 from .drawing import PALETTE
-from .extras import load
 from .outlines import outlines
 from .regions import FoundRegion, Label
 from .terminology import segment_codes
@@ -26,20 +25,18 @@ RTSTRUCT_FILE = "rtstruct.dcm"
 SERIES_NUMBER = 1002
 
 
-def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> Path:
+def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> None:
     """Writes `rtstruct.dcm`: a ROI a label, a closed planar contour a connected part of it on a slice.
 
     Contours run through the middles of pixel edges, so that the centres of exactly the mask's pixels lie inside; holes
     are joined to the outline around them (see `outlines`).
 
     Raises:
-        ValueError: there is no region, the scan is not DICOM, or does not say where in the patient its slices lie.
+        ValueError: the scan does not say where in the patient its slices lie.
     """
-    pydicom = load("pydicom", "rtstruct")
+    import pydicom
+
     headers = source_headers(scan, deidentify)
-    labels = labels_with_pixels(regions)
-    if not labels:
-        raise ValueError("rtstruct: there is no region to write")
     for header in headers:
         if not header.get("FrameOfReferenceUID") or header.get("ImageOrientationSlide") is not None:
             raise ValueError(
@@ -48,29 +45,26 @@ def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, dei
             )
     with discreet(scan.name, "its DICOM header is damaged"):
         structures = _structure_set(headers)
-    for label in labels:
+    for label in labels_with_pixels(regions):
         volume = scan.to_source(label.masks)
-        contours = [
-            contour
-            for frame in np.flatnonzero(volume.any(axis=(1, 2)))
-            for contour in _contours(scan, headers, int(frame), volume[frame])
-        ]
+        frames = np.flatnonzero(volume.any(axis=(1, 2))).tolist()
+        contours = [contour for i in frames for contour in _contours(scan, headers, i, volume[i])]
         _add_roi(structures, label, contours)
     # Implicit: in explicit syntaxes a contour of some thousand points outgrows the 64 KiB of its element.
     structures.file_meta = pydicom.dataset.FileMetaDataset()
     structures.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    path = folder / RTSTRUCT_FILE
     with discreet(scan.name, "its header has what cannot be written to an RTSTRUCT"):
-        structures.save_as(path, enforce_file_format=True)
-    return path
+        structures.save_as(folder / RTSTRUCT_FILE, enforce_file_format=True)
 
 
 def _contours(scan: Scan, headers: Sequence["Dataset"], frame: int, mask: np.ndarray) -> Iterator["Dataset"]:
-    header, frame_number = (headers[frame], None) if len(headers) > 1 else (headers[0], frame + 1)
-    if "NumberOfFrames" not in header or "PerFrameFunctionalGroupsSequence" not in header:
-        frame_number = None
+    from highdicom.spatial import ImageToReferenceTransformer
+
+    header = headers[frame] if len(headers) > 1 else headers[0]
+    is_frame = "NumberOfFrames" in header and "PerFrameFunctionalGroupsSequence" in header
+    frame_number = frame + 1 if is_frame and len(headers) == 1 else None
     with discreet(f"{scan.name}, frame {frame + 1}", "its header does not say where in the patient it lies"):
-        place = load("highdicom.spatial", "rtstruct").ImageToReferenceTransformer.for_image(header, frame_number)
+        place = ImageToReferenceTransformer.for_image(header, frame_number)
     for polygon in outlines(mask):
         yield _item(
             ContourImageSequence=[_reference(header, frame_number)],
@@ -83,7 +77,8 @@ def _contours(scan: Scan, headers: Sequence["Dataset"], frame: int, mask: np.nda
 
 def _structure_set(headers: Sequence["Dataset"]) -> "Dataset":
     """A structure set that refers to all images and has no ROI."""
-    pydicom = load("pydicom", "rtstruct")
+    from pydicom.uid import RTStructureSetStorage, generate_uid
+
     first, now = headers[0], datetime.datetime.now()
     date, time = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     series = _item(
@@ -97,12 +92,12 @@ def _structure_set(headers: Sequence["Dataset"]) -> "Dataset":
     )
     structures = _item(
         SpecificCharacterSet="ISO_IR 192",
-        SOPClassUID=pydicom.uid.RTStructureSetStorage,
-        SOPInstanceUID=pydicom.uid.generate_uid(),
+        SOPClassUID=RTStructureSetStorage,
+        SOPInstanceUID=generate_uid(),
         InstanceCreationDate=date,
         InstanceCreationTime=time,
         StudyInstanceUID=first.StudyInstanceUID,
-        SeriesInstanceUID=pydicom.uid.generate_uid(),
+        SeriesInstanceUID=generate_uid(),
         SeriesNumber=SERIES_NUMBER,
         SeriesDescription="MedSIGHT structure set",
         Modality="RTSTRUCT",
@@ -132,18 +127,14 @@ def _structure_set(headers: Sequence["Dataset"]) -> "Dataset":
 
 def _add_roi(structures: "Dataset", label: Label, contours: list["Dataset"]) -> None:
     number = len(structures.StructureSetROISequence) + 1
-    found = segment_codes(label.name)
-    code = _item(
-        CodeValue=found.property_type.value,
-        CodingSchemeDesignator=found.property_type.scheme_designator,
-        CodeMeaning=found.property_type.meaning,
-    )
+    kind = segment_codes(label.name).property_type
+    code = _item(CodeValue=kind.value, CodingSchemeDesignator=kind.scheme_designator, CodeMeaning=kind.meaning)
     structures.StructureSetROISequence.append(
         _item(
             ROINumber=number,
             ReferencedFrameOfReferenceUID=structures.FrameOfReferenceUID,
             ROIName=long_string(label.name),
-            ROIDescription=f"{label.name}; region codes: {' '.join(label.codes)}",
+            ROIDescription=label.description,
             ROIGenerationAlgorithm="AUTOMATIC",
             ROIGenerationDescription=f"MedSIGHT {__version__}",
         )
@@ -167,14 +158,15 @@ def _add_roi(structures: "Dataset", label: Label, contours: list["Dataset"]) -> 
 
 
 def _reference(header: "Dataset", frame_number: int | None = None) -> "Dataset":
-    reference = _item(ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID)
-    if frame_number is not None:
-        reference.ReferencedFrameNumber = frame_number
-    return reference
+    frame = {} if frame_number is None else {"ReferencedFrameNumber": frame_number}
+    uids = {"ReferencedSOPClassUID": header.SOPClassUID, "ReferencedSOPInstanceUID": header.SOPInstanceUID}
+    return _item(**uids, **frame)
 
 
 def _item(**attributes: Any) -> "Dataset":
-    item = load("pydicom", "rtstruct").Dataset()
+    from pydicom import Dataset
+
+    item = Dataset()
     for keyword, value in attributes.items():
         setattr(item, keyword, value)
     return item

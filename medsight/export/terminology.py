@@ -6,10 +6,8 @@ breast tumor") gets that word's code. No other part of a label is ever looked up
 is found in none of these ways is coded as Tissue (SCT 85756007); the label itself says what it is.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from .extras import load
 from .regions import label_key
 
 
@@ -77,8 +75,7 @@ LAST_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class SegmentCodes:
+class SegmentCodes(NamedTuple):
     """Category, type and, where the label names one, side of a segment."""
 
     category: "Code"
@@ -88,37 +85,37 @@ class SegmentCodes:
 
 def segment_codes(label: str) -> SegmentCodes:
     """The codes of `label`; see the top of this module for how they are found."""
-    codes = load("pydicom.sr.codedict", "dicom-seg").codes
+    from pydicom.sr.codedict import codes
+
     name = label_key(label)
     side, _, rest = name.partition(" ")
-    laterality = None
-    found = _structure(name, codes)
+    found, laterality = _structure(name), None
     if found is None and side in SIDES and rest:
-        found, laterality = _structure(rest, codes), getattr(codes.SCT, SIDES[side])
+        found, laterality = _structure(rest), getattr(codes.SCT, SIDES[side])
+    last_word = _singular(name).rpartition(" ")[2]
+    found = found or _type_in_category(LAST_WORDS.get(last_word, "Tissue"))
     if found is None:
-        found = _type_in_category(LAST_WORDS.get(_singular(name).rpartition(" ")[2], "Tissue"), codes)
-    if found is None:
-        raise LookupError(f"pydicom's context groups lack Tissue, the code of {label!r}")
+        raise LookupError(f"pydicom's context groups lack the code of {label!r}")
     return SegmentCodes(*found, laterality)
 
 
-def _structure(name: str, codes: Any) -> "tuple[Code, Code] | None":
+def _structure(name: str) -> "tuple[Code, Code] | None":
     for candidate in (name, _singular(name)):
         keyword = SYNONYMS.get(candidate) or "".join(word.capitalize() for word in candidate.split(" "))
-        found = _type_in_category(keyword, codes) if keyword.isidentifier() else None
-        if found is not None:
+        if keyword.isidentifier() and (found := _type_in_category(keyword)):
             return found
     return None
 
 
-def _type_in_category(keyword: str, codes: Any) -> "tuple[Code, Code] | None":
+def _type_in_category(keyword: str) -> "tuple[Code, Code] | None":
+    from pydicom.sr.codedict import codes
+
     if keyword in OTHER_TYPES:
         category, scheme = OTHER_TYPES[keyword]
         return getattr(codes.cid7150, category), getattr(getattr(codes, scheme), keyword)
     for category, group in CATEGORIES:
-        members = getattr(codes, group)
-        if keyword in members.dir(keyword):
-            return getattr(codes.cid7150, category), getattr(members, keyword)
+        if keyword in getattr(codes, group).dir(keyword):
+            return getattr(codes.cid7150, category), getattr(getattr(codes, group), keyword)
     return None
 
 

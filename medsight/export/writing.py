@@ -1,5 +1,6 @@
 """Writes regions in the formats asked for, all of them or none."""
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +16,22 @@ from medsight.version import __version__
 
 from .coco import write_coco
 from .dicom_seg import write_dicom_seg
-from .dicom_source import check_is_dicom
-from .extras import load
-from .measures import measure
-from .nifti import Overlap, check_nifti, write_nifti
-from .regions import FoundRegion, check_regions, group_by_label
+from .nifti import check_nifti, write_nifti
+from .regions import FoundRegion, check_regions, group_by_label, measure
 from .rtstruct import write_rtstruct
 
 
-FORMATS = ("png", "coco", "nifti", "dicom-seg", "rtstruct")
+NEEDED = {  # packages, by format
+    "png": (),
+    "coco": ("pycocotools", "contourpy"),
+    "nifti": ("nibabel",),
+    "dicom-seg": ("highdicom",),
+    "rtstruct": ("highdicom", "contourpy"),
+}
+FORMATS = tuple(NEEDED)
 MASK_FILE = "mask-{:02d}.png"
 REGIONS_FILE = "regions.json"
 DICOM_FORMATS = {"dicom-seg": write_dicom_seg, "rtstruct": write_rtstruct}
-NEEDED = {"dicom-seg": "highdicom", "rtstruct": "pydicom"}
 
 
 def check_formats(scan: Scan, formats: Sequence[str]) -> None:
@@ -37,15 +41,16 @@ def check_formats(scan: Scan, formats: Sequence[str]) -> None:
     Raises:
         ValueError: an unknown format, a format that the scan cannot be written in, or a package that is missing.
     """
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise ValueError(f"format {unknown[0]!r}: expected some of {', '.join(FORMATS)}")
-    if "nifti" in formats:
-        check_nifti(scan)
-    for name in DICOM_FORMATS:
-        if name in formats:
-            load(NEEDED[name], name)
-            check_is_dicom(scan)
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"format {name!r}: expected some of {', '.join(FORMATS)}")
+        for package in NEEDED[name]:
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f'{name}: {package} is missing; install it: pip install "medsight[medical]"')
+        if name == "nifti":
+            check_nifti(scan)
+        if name in DICOM_FORMATS and scan.kind != "dicom":
+            raise ValueError(f"{scan.name} is not DICOM, whose images {name} refers to; use png or coco")
 
 
 def write_masks(
@@ -94,39 +99,32 @@ def write_masks(
 
 
 def _write(scan: Scan, regions: Sequence[FoundRegion], stage: Path, formats: Sequence[str], deidentify: bool) -> None:
-    overlaps: list[Overlap] | None = None
-    left_out = {}
+    # What files written here call the scan: its file name without folders, printable; de-identified, its kind.
+    scan_name = scan.kind if deidentify else printable(Path(scan.name).resolve().name)
+    content = _describe(scan, regions, scan_name)
     if "png" in formats:
         for number, region in enumerate(regions, 1):
+            content["regions"][number - 1]["mask"] = MASK_FILE.format(number)
             Image.fromarray(region.mask.astype(np.uint8) * 255).save(stage / MASK_FILE.format(number))
     if "coco" in formats:
-        write_coco(scan, regions, stage, scan_name(scan, deidentify))
+        write_coco(scan, regions, stage, scan_name)
     if "nifti" in formats:
-        _, overlaps = write_nifti(scan, regions, stage)
-    for name, write in DICOM_FORMATS.items():
-        if name not in formats:
-            continue
-        if any(region.mask.any() for region in regions):
-            write(scan, regions, stage, deidentify)
-        else:
-            left_out[name] = "no region was found"
-    content = describe_regions(scan, regions, deidentify)
-    if "png" in formats:
-        for number, region in enumerate(content["regions"], 1):
-            region["mask"] = MASK_FILE.format(number)
-    if overlaps is not None:
-        content["overlaps"] = [overlap.to_dict() for overlap in overlaps]
-    if left_out:
-        content["left_out"] = left_out
+        content["overlaps"] = write_nifti(scan, regions, stage)
+    asked = [name for name in DICOM_FORMATS if name in formats]
+    if any(region.mask.any() for region in regions):
+        for name in asked:
+            DICOM_FORMATS[name](scan, regions, stage, deidentify)
+    elif asked:
+        content["left_out"] = dict.fromkeys(asked, "no region was found")
     write_json(stage / REGIONS_FILE, content)
 
 
-def describe_regions(scan: Scan, regions: Sequence[FoundRegion], deidentify: bool = False) -> dict[str, Any]:
+def _describe(scan: Scan, regions: Sequence[FoundRegion], scan_name: str) -> dict[str, Any]:
     """The content of `regions.json` that does not depend on the formats: scan, labels and regions with their sizes."""
     measures = measure(scan, regions)
     return {
         "medsight_version": __version__,
-        "scan": {"name": scan_name(scan, deidentify), **scan.facts()},
+        "scan": {"name": scan_name, **scan.facts()},
         "labels": [
             {
                 "number": label.number,
@@ -150,8 +148,3 @@ def describe_regions(scan: Scan, regions: Sequence[FoundRegion], deidentify: boo
             for number, (region, area) in enumerate(zip(regions, measures.area_mm2, strict=True), 1)
         ],
     }
-
-
-def scan_name(scan: Scan, deidentify: bool) -> str:
-    """How files written here call the scan: its file name without folders, printable; de-identified, its kind."""
-    return scan.kind if deidentify else printable(Path(scan.name).resolve().name)

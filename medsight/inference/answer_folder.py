@@ -16,11 +16,7 @@ SUFFIXES = re.compile(r"(\.nii)?\.[A-Za-z0-9]{1,5}$")
 
 
 def read_answer(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's `answer.json`; None where there is none.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The content of a folder's `answer.json`; None where there is none, a ValueError where it is damaged."""
     path = folder / ANSWER_FILE
     if not path.is_file():
         return None
@@ -46,17 +42,13 @@ def check_answer_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"output folder {folder} is not empty; name another one, or add --overwrite")
     try:
         earlier = read_answer(folder)
-    except ValueError:
-        earlier = None
-    if earlier is None:
-        found = f"its {ANSWER_FILE} is damaged" if ANSWER_FILE in names else f"it has no {ANSWER_FILE}"
+        known = [] if earlier is None else [ANSWER_FILE, *earlier["files"]]
+    except ValueError:  # it is damaged
+        known = []
+    if foreign := [name for name in names if name not in known]:
         raise FileExistsError(
-            f"output folder {folder}: only an earlier answer is overwritten, and {found}; name another"
-        )
-    foreign = [name for name in names if name not in (ANSWER_FILE, *earlier["files"])]
-    if foreign:
-        raise FileExistsError(
-            f"output folder {folder}: only an earlier answer is overwritten, and it holds {foreign[0]}; name another"
+            f"output folder {folder}: only an earlier answer is overwritten, and {foreign[0]} is no part of one; name "
+            "another"
         )
 
 

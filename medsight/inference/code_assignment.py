@@ -30,16 +30,9 @@ def assign_codes(
         For each image (n_i,) long: m, the index of the code within its group, on the CPU. Without a codebook all 0.
 
     Raises:
-        ValueError: the model's mask logits are not finite, or counts differ.
+        ValueError: the model's mask logits are not finite, or the matcher refuses the labels.
     """
     logits = regions.masks_queries_logits
-    if not len(logits) == len(mask_labels) == len(groups) or (
-        class_labels is not None and list(map(len, class_labels)) != list(map(len, mask_labels))
-    ):
-        raise ValueError(
-            f"{len(logits)} images, {len(mask_labels)} mask_labels, {len(groups)} groups: expected an entry an image, "
-            "and a class a mask"
-        )
     if not model.config.use_region_codebook:
         return [torch.zeros(len(masks), dtype=torch.long) for masks in mask_labels]
     if not torch.isfinite(logits).all():

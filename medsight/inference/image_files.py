@@ -1,7 +1,7 @@
 """The images that arguments name: files, patterns, folders of pictures, folders of a DICOM series."""
 
 import glob
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,17 +48,16 @@ def find_images(arguments: Sequence[str]) -> ImageFiles:
             before = len(found.images)
             _add_folder(path, found)
             if len(found.images) == before:
-                way_out = "name files, or a folder that holds some"
-                if any(child.is_dir() for child in path.iterdir()):
-                    way_out = f"by a pattern, name the folders in it ('{path}/*')"
+                holds_folders = any(child.is_dir() for child in path.iterdir())
+                way_out = f"by a pattern, name the folders in it ('{path}/*')" if holds_folders else "name files"
                 raise ValueError(f"{path} is a folder without an image: {way_out}")
         elif path.exists():
             found.images.append(path)
         elif glob.has_magic(argument):
-            matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+            matches = sorted(glob.glob(argument, recursive=True))
             if not matches:
                 raise FileNotFoundError(f"nothing matches {argument}")
-            for match in matches:
+            for match in map(Path, matches):
                 if match.is_dir():
                     _add_folder(match, found)
                 elif match.parent not in found.images:  # a series of which it is a part
@@ -96,25 +95,18 @@ def _add_folder(folder: Path, found: ImageFiles) -> None:
         return
     dicom: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
+        if path.is_dir() and not path.name.startswith("."):
             found.left_out.append(path)
-        elif path.is_file():
+        elif path.is_file() and not path.name.startswith("."):
             _add_file(path, found, dicom)
-    if not dicom:
-        return
-    series = _by_series(dicom)
-    if len(series) == 1 and len(dicom) > 1:
-        found.images.append(folder)
-        return
-    several = [files for files in series if len(files) > 1]
-    if several:
+    series = Counter(map(_series_of, dicom))
+    longest = max(series.values(), default=0)
+    if longest > 1 and len(series) > 1:
         raise ValueError(
-            f"{folder} holds {len(series)} DICOM series, one of them of {len(several[0])} files: put each into a "
-            f"folder of its own, or name single files by a pattern ('{folder}/*')"
+            f"{folder} holds {len(series)} DICOM series, one of them of {longest} files: put each into a folder of "
+            f"its own, or name single files by a pattern ('{folder}/*')"
         )
-    found.images += dicom
+    found.images += [folder] if longest > 1 else dicom
 
 
 def _add_file(path: Path, found: ImageFiles, dicom: list[Path] | None = None) -> None:
@@ -138,15 +130,10 @@ def _add_file(path: Path, found: ImageFiles, dicom: list[Path] | None = None) ->
         found.images.append(path)
 
 
-def _by_series(files: Sequence[Path]) -> list[list[Path]]:
-    """Files without the identifier of a series are one where they have a place in space, each its own otherwise."""
-    series: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        try:
-            header = read_header(path, str(path))
-            placed = "" if header.get("ImagePositionPatient") else path
-            key = str(header.get("SeriesInstanceUID") or placed)
-        except ValueError:
-            key = str(path)
-        series[key].append(path)
-    return list(series.values())
+def _series_of(path: Path) -> str:
+    """A key of a file's series: files without an identifier are one where they have a place in space."""
+    try:
+        header = read_header(path, str(path))
+    except ValueError:
+        return str(path)
+    return str(header.get("SeriesInstanceUID") or ("" if header.get("ImagePositionPatient") else path))

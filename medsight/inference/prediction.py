@@ -62,18 +62,13 @@ class Prediction:
         return save_answer([self], Path(folder), overwrite, formats, deidentify)
 
 
-def label_of(region: GroundedRegion) -> str:
-    """What a region is called in files: its words, or its group, or its code."""
-    return next(name for name in (region.phrase, region.group_name, region.code) if name and name.strip())
-
-
 def found_regions(predictions: Sequence[Prediction]) -> list[FoundRegion]:
-    """All regions of predictions about one scan, as `medsight.export` takes them."""
+    """All regions of predictions about one scan, as `medsight.export` takes them, by their words, group or code."""
     return [
         FoundRegion(
             slice_index=prediction.slice_index,
             mask=np.asarray(region.mask, dtype=bool),
-            label=label_of(region),
+            label=next(name for name in (region.phrase, region.group_name, region.code) if name and name.strip()),
             code=region.code,
             score=region.score,
         )
@@ -124,10 +119,7 @@ def _describe_region(region: GroundedRegion, area_mm2: float | None) -> dict[str
         "code": region.code,
         "group": region.group_name,
         "meaning": None if region.meaning is None else asdict(region.meaning),
-        "phrase": region.phrase,
-        "span": region.span,
-        "box": region.box,
-        "area": region.area,
+        **{name: getattr(region, name) for name in ("phrase", "span", "box", "area")},
         "area_mm2": area_mm2,
         "score": region.score,
     }
@@ -154,7 +146,7 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
         "code": [region["code"] for _, region in regions],
         "group": [region["group"] or "-" for _, region in regions],
         "phrase": [region["phrase"] or "-" for _, region in regions],
-        "usually": [_meaning_text(region["meaning"]) for _, region in regions],
+        "usually": [str(CodeMeaning(**region["meaning"])) if region["meaning"] else "" for _, region in regions],
         "area (px)": [str(region["area"]) for _, region in regions],
         "area (mm²)": ["" if region["area_mm2"] is None else f"{region['area_mm2']:.1f}" for _, region in regions],
         "box (x0, y0, x1, y1)": [
@@ -169,10 +161,6 @@ def to_parts(content: dict[str, Any]) -> list[str | Table]:
         listed = ", ".join(f"{name} {volume:.1f} ml" for name, volume in volumes.items())
         parts.append(f"\nOver the slices asked about: {listed}")
     return parts + ending
-
-
-def _meaning_text(meaning: dict[str, Any] | None) -> str:
-    return "" if meaning is None else str(CodeMeaning(**meaning))
 
 
 def save_answer(
@@ -198,12 +186,11 @@ def save_answer(
         FileExistsError: see `check_answer_folder`.
         ValueError: the scan cannot be written in one of the formats.
     """
-    first = predictions[0]
     if deidentify:
-        scan = copy.copy(first.scan)
+        scan = copy.copy(predictions[0].scan)
         scan.name = "image"
         predictions = [replace(prediction, image_name="image", scan=scan) for prediction in predictions]
-        first = predictions[0]
+    first = predictions[0]
     regions = found_regions(predictions)
     content = describe(predictions, run)
     if "png" in formats:
@@ -212,10 +199,8 @@ def save_answer(
             region["mask"] = MASK_FILE.format(number)
     with staged_folder(folder, overwrite, check=check_answer_folder) as stage:
         write_masks(first.scan, regions, stage, formats, deidentify)
-        if len(predictions) == 1:
-            picture = overlay(first.image, regions)
-        else:
-            picture = mosaic(first.scan, regions, first.window)
+        several = len(predictions) > 1
+        picture = mosaic(first.scan, regions, first.window) if several else overlay(first.image, regions)
         picture.save(stage / OVERLAY_FILE)
         content["files"] = sorted(path.name for path in stage.iterdir())
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)

@@ -15,6 +15,7 @@ from medsight.loading import choose_device, load_checkpoint
 from medsight.scans.opening import Source, open_scan
 from medsight.scans.scan import Scan
 from medsight.text import printable
+from modeling_medsight.outputs_medsight import CACHE_NAME
 from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
 from .prediction import Prediction
@@ -92,25 +93,11 @@ class Predictor:
         self.model.to(self.device).eval()
 
     @overload
-    def __call__(
-        self,
-        image: Source | Scan,
-        prompt: str,
-        slices: int | str | Sequence[int] = "middle",
-        window: Window = None,
-        batch_size: int = BATCH_SIZE,
-        **settings: Any,
-    ) -> Prediction: ...
+    def __call__(self, image: Source | Scan, prompt: str, *view: Any, **settings: Any) -> Prediction: ...
 
     @overload
     def __call__(
-        self,
-        image: list[Source | Scan] | tuple[Source | Scan, ...],
-        prompt: str | Sequence[str],
-        slices: int | str | Sequence[int] = "middle",
-        window: Window = None,
-        batch_size: int = BATCH_SIZE,
-        **settings: Any,
+        self, image: list[Any] | tuple[Any, ...], prompt: str | Sequence[str], *view: Any, **settings: Any
     ) -> list[Prediction]: ...
 
     def __call__(
@@ -158,22 +145,16 @@ class Predictor:
         )
         predictions: list[Prediction] = []
         while batch := list(islice(entries, batch_size)):
-            predictions += self.predict_slices(*(list(column) for column in zip(*batch, strict=True)), **settings)
+            predictions += self.predict_slices(*zip(*batch, strict=True), **settings)
         return predictions
 
     def predict_slices(
         self, slices: Sequence[Slice], prompts: Sequence[str], names: Sequence[str], **settings: Any
     ) -> list[Prediction]:
-        """Answers one batch: a prompt about each slice; `names` are what the images are called.
-
-        Raises:
-            ValueError: an argument is out of range; the message names it.
-        """
+        """Answers one batch: a prompt about each slice; `names` are what the images are called."""
         chats = [[user_turn(prompt, shown.image)] for prompt, shown in zip(prompts, slices, strict=True)]
-        return [
-            self.prediction(*entry)
-            for entry in zip(self.answer(chats, **settings), slices, prompts, names, strict=True)
-        ]
+        answers = self.answer(chats, **settings)
+        return [self.prediction(*entry) for entry in zip(answers, slices, prompts, names, strict=True)]
 
     def prediction(self, answer: GroundedAnswer, shown: Slice, prompt: str, name: str) -> Prediction:
         """An answer with what was asked; `name` is what the image is called."""
@@ -189,7 +170,11 @@ class Predictor:
         )
 
     def answer(
-        self, conversations: Sequence[Sequence[dict[str, Any]]], streamer: Any = None, **settings: Any
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        streamer: Any = None,
+        turns: "EarlierTurns | None" = None,
+        **settings: Any,
     ) -> list[GroundedAnswer]:
         """Answers the last turn of each conversation, as one batch.
 
@@ -197,6 +182,7 @@ class Predictor:
             conversations: chat messages, as `apply_chat_template` takes them; see `user_turn`. The assistant's earlier
                 turns are `raw_text`s, so that their region codes are read again.
             streamer: one of transformers', which gets the tokens of the one conversation as they come.
+            turns: what the one conversation has been read up to; the same at each of its turns.
             **settings: fields of `AnswerSettings`.
 
         Returns:
@@ -209,18 +195,39 @@ class Predictor:
         chosen = AnswerSettings(**settings)
         inputs = tokenize_chats(self.model, self.processor, conversations)
         check_length(self.model, inputs, chosen.max_new_tokens)
-        output = decode_greedily(self.model, inputs, streamer=streamer, **chosen.decoding())
+        cached = {} if turns is None else turns.take(inputs["input_ids"][0])
+        output = decode_greedily(self.model, inputs, streamer=streamer, **cached, **chosen.decoding())
+        if turns is not None:
+            turns.keep(output)
         answers: list[GroundedAnswer] = self.processor.post_process_grounded_answer(
             output, inputs, threshold=chosen.threshold
         )
         return answers
 
 
-def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Any:
-    """Conversations as one left-padded batch for `decode_greedily`, on the model's device and in its precision.
+class EarlierTurns:
+    """The keys and values of a conversation's turns, which the next one need not read again."""
 
-    Args:
-        conversations: chat messages, as `apply_chat_template` takes them; each ends with a turn of the user.
+    cache: Any = None
+    token_ids: torch.Tensor
+
+    def take(self, prompt: torch.Tensor) -> dict[str, Any]:
+        """The cache, for `generate`, if a prompt's token ids (length,) begin with those that it holds.
+
+        It is kept no longer: a turn that fails may have added to it.
+        """
+        cache, self.cache = self.cache, None
+        goes_on = cache is not None and prompt[: len(self.token_ids)].equal(self.token_ids)
+        return {CACHE_NAME: cache} if goes_on and len(prompt) > len(self.token_ids) else {}
+
+    def keep(self, output: Any) -> None:
+        """Keeps the cache that `generate` returned for one conversation."""
+        self.cache = output[CACHE_NAME]
+        self.token_ids = output.sequences[0, : self.cache.get_seq_length()]
+
+
+def tokenize_chats(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Any:
+    """Conversations, each ending with a turn of the user, as one left-padded batch on the model's device.
 
     Raises:
         ValueError: one of them cannot be tokenized.
@@ -250,11 +257,7 @@ def check_length(model: Any, inputs: Any, max_new_tokens: int) -> None:
 
 
 def decode_greedily(model: Any, inputs: Any, **settings: Any) -> Any:
-    """What the model's `generate` returns for the inputs, at the likeliest token each time.
-
-    Args:
-        **settings: more of `generate`, such as `max_new_tokens` or `streamer`.
-    """
+    """What the model's `generate`, which `settings` are for, returns at the likeliest token each time."""
     with torch.inference_mode():
         return model.generate(**inputs, do_sample=False, num_beams=1, return_dict_in_generate=True, **settings)
 

@@ -1,7 +1,7 @@
 """How to answer. Loads nothing, so that the command line can show its defaults at once."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -43,14 +43,6 @@ class AnswerSettings:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold {self.threshold}: expected a probability between 0 and 1")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its fields, by name."""
-        return asdict(self)
-
     def decoding(self) -> dict[str, Any]:
         """The arguments of `generate` among the settings."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "allowed_groups": self.allowed_groups,
-            "force_region": self.force_region,
-        }
+        return {name: value for name, value in vars(self).items() if name != "threshold"}

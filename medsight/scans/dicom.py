@@ -14,24 +14,15 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .dicom_file import (
-    FrameOffsets,
-    RefusedError,
-    check_codestream,
-    frame_offsets,
-    guarded,
-    missing_decoder,
-    read_header,
-    read_whole,
-)
+from .dicom_file import RefusedError, check_codestream, guarded, lacks_pylibjpeg, read_header, read_whole
 from .dicom_header import (
     TOLERANCE,
     code_of,
     directions_of,
     group_of,
     measures_of,
+    number_of,
     number_of_frames,
-    numbers_of,
     photometric_of,
     position_of,
     spacing_of,
@@ -73,17 +64,17 @@ class DicomScan(Scan):
         headers = [read_header(*entry) for entry in zip(sources, names, strict=True)]
         with guarded(name, "its header is damaged"):
             order = _series_order(headers, names, name) if len(sources) > 1 else [0]
-            self._headers = headers = [headers[i] for i in order]
+            self._headers = [headers[i] for i in order]
             self._sources = [sources[i] for i in order]
             self._names = [names[i] for i in order]
             self.files = tuple(source for source in self._sources if isinstance(source, Path))
-            first = headers[0]
+            first = self._headers[0]
             self.num_slices = len(headers) if len(headers) > 1 else number_of_frames(first)
             self.height, self.width = int(first.Rows), int(first.Columns)
             self.modality = code_of(first.get("Modality"))
             self._colour = int(first.get("SamplesPerPixel") or 1) == 3 or photometric_of(first) == "PALETTE COLOR"
             self._place()
-        self._decoded: tuple[int, Any, FrameOffsets | None] | None = None
+        self._decoded: tuple[int, Any] | None = None
         self._levels: Window | None = None
         warn_of_oblong_pixels(self)
 
@@ -96,32 +87,28 @@ class DicomScan(Scan):
 
     @property
     def has_window(self) -> bool:
-        try:
-            with guarded(self.name, "its header is damaged"):
-                voi = voi_of(*self._header(0))
-                return not self._colour and bool(voi.get("VOILUTSequence") or window_of(voi))
-        except RefusedError:
-            return False
+        with guarded(self.name, "its header is damaged"):
+            voi = voi_of(*self._header(0))
+            return not self._colour and bool(voi.get("VOILUTSequence") or window_of(voi))
 
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         index = self._index(index)
         by_file = is_file_window(window)
         chosen = None if window is None or by_file else parse_window(window)
+        if self._colour and window is not None:
+            raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
+        if isinstance(window, str) and not by_file and self.modality not in (None, "CT"):
+            raise ValueError(f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width")
         with guarded(self._slice_name(index), _UNDECODED):
             if self._colour:
-                if window is not None:
-                    raise RefusedError(f"{self.name} is in colour: it has no grey levels for a window to choose")
                 return Image.fromarray(self._colour_pixels(index))
-            if isinstance(window, str) and not by_file and self.modality not in (None, "CT"):
-                raise RefusedError(
-                    f"window={window!r} is of CT, but {self.name} is {self.modality}: give centre and width"
-                )
             values, padding = self._grey_values(index)
+            shown: np.ndarray | None
             if chosen is not None:
-                shown: np.ndarray | None = apply_window(values, chosen)
-            else:
-                shown = self._shown_by_file(index, values) if by_file else self._shown_by_default(index, values)
-            if shown is None:
+                shown = apply_window(values, chosen)
+            elif window is None:
+                shown = self._shown_by_default(index, values)
+            elif (shown := self._shown_by_file(index, values)) is None:
                 raise RefusedError(no_file_window(self._slice_name(index)))
             if photometric_of(self._headers[0]) == "MONOCHROME1":
                 shown = 255 - shown
@@ -146,20 +133,17 @@ class DicomScan(Scan):
         frames = [self._header(index) for index in range(self.num_slices)]
         turns = [directions_of(*frame) for frame in frames]
         placed = [position_of(*frame) for frame in frames]
-        directions = turns[0]
-        if (
-            directions is None
-            or any(position is None for position in placed)
-            or any(turn is None or np.abs(turn - directions).max() > TOLERANCE for turn in turns)
-        ):
+        if any(value is None for value in (*turns, *placed)):
             return
-        positions = np.array(placed)
+        directions, positions = turns[0], np.array(placed)
+        if directions is None or np.abs(np.array(turns) - directions).max() > TOLERANCE:
+            return
         measures = measures_of(*self._header(0))
         normal = np.cross(*directions)
         if self.num_slices == 1:
-            step = (numbers_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"), 1) or (0.0,))[0]
-            self.slice_spacing = abs(step) or None
-            through = normal * (abs(step) or 1)
+            step = number_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"))
+            self.slice_spacing = abs(step or 0) or None
+            through = normal * (self.slice_spacing or 1)
         else:
             through = (positions[-1] - positions[0]) / (self.num_slices - 1)
             even = positions[0] + np.arange(self.num_slices)[:, None] * through
@@ -183,22 +167,20 @@ class DicomScan(Scan):
 
         file, frame = (index, 0) if len(self._sources) > 1 else (0, index)
         if self._decoded is None or self._decoded[0] != file:
-            whole = read_whole(self._sources[file], self._slice_name(index))
-            self._decoded = file, whole, frame_offsets(whole)
-        _, dataset, offsets = self._decoded
-        check_codestream(dataset, frame, offsets, self._slice_name(index))
+            self._decoded = file, read_whole(self._sources[file], self._slice_name(index))
+        _, dataset = self._decoded
+        check_codestream(dataset, frame, self._slice_name(index))
         try:
-            pixels = pixel_array(dataset, index=frame, extended_offsets=offsets)
+            pixels = pixel_array(dataset, index=frame)
         except RuntimeError:  # of all decoders that are there
             syntax = dataset.file_meta.TransferSyntaxUID
-            if (package := missing_decoder(syntax)) is None:
+            if not lacks_pylibjpeg(syntax):
                 raise
             raise RefusedError(
                 f"{self._slice_name(index)} is compressed as {syntax.name}, which the decoders that are installed do "
-                f"not read, or damaged: pip install pylibjpeg {package}"
+                'not read, or damaged: pip install "pylibjpeg[all]"'
             ) from None
-        colours = (3,) if int(dataset.get("SamplesPerPixel") or 1) == 3 else ()
-        if pixels.shape != (self.height, self.width, *colours):
+        if pixels.shape[:2] != (self.height, self.width) or pixels.ndim > 3:
             raise RefusedError(
                 f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims"
             )
@@ -224,9 +206,10 @@ class DicomScan(Scan):
         header, _ = self._header(index)
         stored = self._stored(index)
         padding = np.zeros(stored.shape, dtype=bool)
-        if (value := numbers_of(header.get("PixelPaddingValue"), 1)) is not None:
-            limit = numbers_of(header.get("PixelPaddingRangeLimit"), 1) or value
-            padding = (stored >= min(value[0], limit[0])) & (stored <= max(value[0], limit[0]))
+        if (value := number_of(header.get("PixelPaddingValue"))) is not None:
+            limit = number_of(header.get("PixelPaddingRangeLimit"))
+            low, high = sorted((value, value if limit is None else limit))
+            padding = (stored >= low) & (stored <= high)
         return apply_modality_lut(stored, self._modality_scale(index)), padding
 
     def _modality_scale(self, index: int) -> Any:
@@ -234,13 +217,6 @@ class DicomScan(Scan):
         header, frame = self._header(index)
         rescale = group_of(header, frame, "PixelValueTransformationSequence")
         return rescale if "RescaleSlope" in rescale else header
-
-    def _shows_stored(self, index: int) -> bool:
-        """Whether the grey levels of a slice are the stored numbers, none of them negative."""
-        scale = self._modality_scale(index)
-        unchanged = scale.get("RescaleSlope") in (None, 1) and scale.get("RescaleIntercept") in (None, 0)
-        signed = self._header(index)[0].get("PixelRepresentation")
-        return unchanged and not scale.get("ModalityLUTSequence") and not signed
 
     def _shown_by_file(self, index: int, values: np.ndarray) -> np.ndarray | None:
         """By the VOI lookup table of the file, or else its first window; `None` where it states neither."""
@@ -255,22 +231,21 @@ class DicomScan(Scan):
         return None if window is None else apply_window(values, window)
 
     def _shown_by_default(self, index: int, values: np.ndarray) -> np.ndarray:
-        header, frame = self._header(index)
-        rescale = group_of(header, frame, "PixelValueTransformationSequence")
-        scaled = "RescaleIntercept" in rescale or "RescaleIntercept" in header
-        if self.modality == "CT" and scaled:
+        header, scale = self._header(index)[0], self._modality_scale(index)
+        if self.modality == "CT" and "RescaleIntercept" in scale:
             head = code_of(header.get("BodyPartExamined")) in _HEAD
             return apply_window(values, WINDOWS["brain" if head else "soft tissue"])
         if self.modality not in _BY_PERCENTILES:
             if (shown := self._shown_by_file(index, values)) is not None:
                 return shown
-            if int(header.get("BitsStored") or 16) <= 8 and self._shows_stored(index):
+            rescaled = scale.get("RescaleSlope") not in (None, 1) or scale.get("RescaleIntercept") not in (None, 0)
+            changed = rescaled or scale.get("ModalityLUTSequence") or header.get("PixelRepresentation")
+            if int(header.get("BitsStored") or 16) <= 8 and not changed:
                 top = 2 ** int(header.BitsStored) - 1
                 return apply_window(values, Window(top / 2, top))
         if self._levels is None:
-            sampled = [self._grey_values(i) for i in sampled_slices(self.num_slices)]
-            shown_values = np.concatenate([levels[~hidden] for levels, hidden in sampled])
-            self._levels = percentile_window(shown_values[np.isfinite(shown_values)])
+            sampled = (self._grey_values(i) for i in sampled_slices(self.num_slices))
+            self._levels = percentile_window(np.concatenate([levels[~hidden] for levels, hidden in sampled]))
         return apply_window(values, self._levels)
 
 
@@ -306,23 +281,22 @@ def _series_order(headers: Sequence[Any], names: Sequence[str], name: str) -> li
         )
     first = headers[0]
     seen: dict[str, str] = {}
+    expected = directions_of(first, 0)
     for header, file in zip(headers, names, strict=True):
         if number_of_frames(header) > 1:
             raise RefusedError(f"{name} holds several files, {file} among them with several frames: name one file")
         for key in ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "Modality"):
             if header.get(key) != first.get(key):
                 raise RefusedError(f"{file} differs from {names[0]} in {key}: they are no one volume")
-        turn, expected = directions_of(header, 0), directions_of(first, 0)
+        turn = directions_of(header, 0)
         if (turn is None) != (expected is None) or (turn is not None and np.abs(turn - expected).max() > TOLERANCE):
             raise RefusedError(f"{file} lies in another direction than {names[0]}: they are no one volume")
-        instance = str(header.get("SOPInstanceUID"))
-        if instance in seen and header.get("SOPInstanceUID"):
+        instance = str(header.get("SOPInstanceUID") or file)
+        if seen.setdefault(instance, file) != file:
             raise RefusedError(f"{file} and {seen[instance]} are the same image: keep one of them")
-        seen[instance] = file
-    directions = directions_of(first, 0)
     positions = [position_of(header, 0) for header in headers]
-    numbers = [(numbers_of(header.get("InstanceNumber"), 1) or (0.0,))[0] for header in headers]
+    numbers = [number_of(header.get("InstanceNumber")) or 0.0 for header in headers]
     along = [0.0] * len(headers)
-    if directions is not None and all(position is not None for position in positions):
-        along = [round(float(position @ np.cross(*directions)), 3) for position in positions]
+    if expected is not None and all(position is not None for position in positions):
+        along = [round(float(position @ np.cross(*expected)), 3) for position in positions]
     return sorted(range(len(headers)), key=lambda i: (along[i], numbers[i], names[i]))

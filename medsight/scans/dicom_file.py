@@ -3,7 +3,6 @@
 Whatever pydicom says about a file may quote what the file says about a person: no message of its own is passed on.
 """
 
-import importlib.util
 import logging
 import math
 import os
@@ -15,18 +14,14 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, open_source
 
 from .dicom_header import code_of, number_of_frames, photometric_of
 
 
-# Where compressed frames begin, and their lengths: numbers, or bytes as a file has them.
-FrameOffsets: TypeAlias = tuple[list[int], list[int]] | tuple[bytes, bytes]
-
 MAX_FRAMES = 2**17  # tiles of a whole slide
-MAX_FILE_BYTES = 2**31
 MAX_INFLATED_BYTES = 2**28  # of a deflated data set
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
@@ -79,11 +74,9 @@ def read_whole(source: Path | bytes, name: str) -> Any:
     import pydicom
 
     with _stream(source, name) as file:
-        if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
-            raise RefusedError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes")
-        file.seek(0)
         dataset = pydicom.dcmread(file, force=True)
     _set_transfer_syntax(dataset)
+    _index_frames(dataset)
     return dataset
 
 
@@ -93,13 +86,7 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
     from pydicom.filereader import read_dataset
 
     with open_source(source) as file:
-        prefix = 132 if file.read(132)[128:] == b"DICM" else 0
-        file.seek(prefix)
-        if file.read(2) != b"\x02\x00":
-            file.seek(0)
-            yield file
-            return
-        file.seek(prefix)
+        file.seek(132 if file.read(132)[128:] == b"DICM" else 0)
         meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
         for element in meta:  # an implicit one would be read again, and otherwise, by pydicom
             element.value  # noqa: B018
@@ -118,30 +105,27 @@ def _stream(source: Path | bytes, name: str) -> Iterator[BinaryIO]:
 
 def _set_transfer_syntax(dataset: Any) -> None:
     """Say how a data set without a transfer syntax is encoded, or one that was inflated."""
-    import pydicom
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     implicit, little = dataset.original_encoding
-    if not getattr(dataset, "file_meta", None):
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.ensure_file_meta()
     if not dataset.file_meta.get("TransferSyntaxUID"):
-        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
 
 
 def _check_is_image(dataset: Any, length: int, name: str) -> None:
     from pydicom.uid import UID_dictionary
 
-    known = UID_dictionary.get(str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")))
-    what = known[0].removesuffix(" Storage") if known else None
     kind = _NOT_IMAGES.get(code_of(dataset.get("Modality")) or "")
     if kind is None and "DirectoryRecordSequence" in dataset:
         kind = "a directory of other files"
-    if kind is None and (
-        length <= 0 or not {"Rows", "Columns", "BitsAllocated"} <= set(dataset.dir("Rows", "Columns", "Bits"))
-    ):
+    if kind is None and (length <= 0 or not all(key in dataset for key in ("Rows", "Columns", "BitsAllocated"))):
         kind = "an object without pixels"
     if kind is not None:
-        raise RefusedError(f"{name} is no image but {kind}" + (f" ({what})" if what else ""))
+        known = UID_dictionary.get(str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")))
+        what = f" ({known[0].removesuffix(' Storage')})" if known else ""
+        raise RefusedError(f"{name} is no image but {kind}{what}")
 
 
 def _check_sizes(dataset: Any, length: int, name: str) -> None:
@@ -170,79 +154,36 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
         )
 
 
-def frame_offsets(dataset: Any) -> FrameOffsets | None:
-    """The offsets of compressed frames: without a table, pydicom walks through all fragments anew at each frame.
+def _index_frames(dataset: Any) -> None:
+    """Give compressed frames a table of offsets: without one, pydicom walks through all fragments at each frame."""
+    from pydicom.encaps import encapsulate, generate_frames, parse_basic_offsets
 
-    Args:
-        dataset: a whole file. Frames of several fragments are made one fragment each in it.
-
-    Returns:
-        As DICOM's extended offset table has them; `None` where there is nothing to gain: one frame, a basic offset
-        table, pixels that are not compressed, or too few of them.
-
-    Raises:
-        ValueError: the fragments are damaged.
-    """
-    from pydicom.encaps import encapsulate, generate_frames, parse_basic_offsets, parse_fragments
-
-    tables = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
-    if all(tables):
-        return tables[0], tables[1]
     frames = number_of_frames(dataset)
-    if frames == 1 or not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        return None
-    pixels = BytesIO(dataset.PixelData)
-    if parse_basic_offsets(pixels):
-        return None
-    fragments, offsets = parse_fragments(pixels)
-    if fragments < frames:
-        return None
-    if fragments > frames:
-        streams = list(islice(generate_frames(dataset.PixelData, number_of_frames=frames), frames))
-        dataset.PixelData = encapsulate(streams, has_bot=False)
-        return frame_offsets(dataset)
-    lengths = [int.from_bytes(dataset.PixelData[offset + 4 : offset + 8], "little") for offset in offsets]
-    return [offset - offsets[0] for offset in offsets], lengths
+    if frames == 1 or not dataset.file_meta.TransferSyntaxUID.is_encapsulated or "ExtendedOffsetTable" in dataset:
+        return
+    if not parse_basic_offsets(BytesIO(dataset.PixelData)):
+        streams = generate_frames(dataset.PixelData, number_of_frames=frames)
+        dataset.PixelData = encapsulate(list(islice(streams, frames)))
 
 
-def check_codestream(dataset: Any, frame: int, offsets: FrameOffsets | None, name: str) -> None:
+def check_codestream(dataset: Any, frame: int, name: str) -> None:
     """Hold a compressed frame's own size against the header's: decoders allocate what the frame says."""
     from pydicom.encaps import get_frame
-    from pydicom.pixels import get_decoder
     from pydicom.uid import RLELossless
 
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated:
+    if not syntax.is_encapsulated or syntax == RLELossless:
         return
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise RefusedError(f"{name} is compressed as {syntax.name}, which pydicom cannot decode") from None
-    if not decoder.is_available:
-        package = missing_decoder(syntax) or "pylibjpeg-libjpeg"
-        raise RefusedError(f"{name} is compressed as {syntax.name}: pip install pylibjpeg {package}")
-    if syntax == RLELossless:
-        return
-    frames = number_of_frames(dataset)
-    stream = get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
-    size = codestream_size(stream)
+    size = codestream_size(get_frame(dataset.PixelData, frame, number_of_frames=number_of_frames(dataset)))
     if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
         raise RefusedError(f"{name} is damaged: its header and its compressed pixels claim different sizes")
 
 
-def missing_decoder(syntax: Any) -> str | None:
-    """The package that decodes a transfer syntax, if it is not installed."""
-    module = "openjpeg" if "2000" in syntax.name else "libjpeg" if "JPEG" in syntax.name else None
-    if module is None or all(map(_installed, (module, "pylibjpeg"))):
-        return None
-    return f"pylibjpeg-{module}"
+def lacks_pylibjpeg(syntax: Any) -> bool:
+    """Whether a package that is not installed might decode a transfer syntax."""
+    from pydicom.pixels import get_decoder
 
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # hidden from this process
-        return False
+    return any(entry.startswith("pylibjpeg") for entry in get_decoder(syntax).missing_dependencies)
 
 
 def codestream_size(stream: bytes) -> tuple[int, int] | None:

@@ -5,12 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from .windows import Window, file_window
+from .windows import Window
 
 
 TOLERANCE = 0.01  # of direction cosines, of spacings that are to be the same, of the distance between slices
+_NARROWEST = {"LINEAR": 1, "LINEAR_EXACT": 0, "SIGMOID": 0}  # a window by its function is wider than this
 _CENTIMETRES = 3  # of the physical units of an ultrasound region
 _IMAGE_REGION = 1  # a two-dimensional picture: no trace over time
+_REGION = (
+    *("RegionSpatialFormat", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection"),
+    *("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1"),
+    *("PhysicalDeltaX", "PhysicalDeltaY"),
+)
 
 
 def number_of_frames(dataset: Any) -> int:
@@ -34,6 +40,12 @@ def numbers_of(value: Any, count: int | None) -> tuple[float, ...] | None:
     except (TypeError, ValueError):
         return None
     return numbers if numbers and len(numbers) == (count or len(numbers)) and np.isfinite(numbers).all() else None
+
+
+def number_of(value: Any) -> float | None:
+    """A finite number, likewise."""
+    numbers = numbers_of(value, 1)
+    return None if numbers is None else numbers[0]
 
 
 def group_of(dataset: Any, frame: int, name: str) -> Any:
@@ -82,19 +94,14 @@ def spacing_of(dataset: Any) -> tuple[float, float] | None:
 
 def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float] | None:
     """The spacing of a two-dimensional region in cm; `None` if it exceeds the picture, which was scaled since then."""
-    kind, *units = (
-        numbers_of(region.get(key), 1)
-        for key in ("RegionSpatialFormat", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection")
-    )
-    corners = [numbers_of(region.get(f"RegionLocationM{corner}"), 1) for corner in ("inX0", "inY0", "axX1", "axY1")]
-    deltas = [numbers_of(region.get(key), 1) for key in ("PhysicalDeltaY", "PhysicalDeltaX")]
-    if kind != (_IMAGE_REGION,) or set(units) != {(_CENTIMETRES,)} or None in corners or None in deltas:
+    values = [number_of(region.get(key)) for key in _REGION]
+    if None in values:
         return None
-    (left,), (top,), (right,), (bottom,) = corners  # type: ignore[misc]
-    down, across = (10 * abs(delta[0]) for delta in deltas if delta is not None)
+    kind, unit_across, unit_down, left, top, right, bottom, across, down = map(float, values)  # type: ignore[arg-type]
+    known = kind == _IMAGE_REGION and unit_across == unit_down == _CENTIMETRES
     # Writers disagree on whether the last column belongs to the region.
     inside = 0 <= left < right <= columns and 0 <= top < bottom <= rows
-    return (down, across) if inside and down > 0 and across > 0 else None
+    return (10 * abs(down), 10 * abs(across)) if known and inside and down and across else None
 
 
 def voi_of(dataset: Any, frame: int) -> Any:
@@ -106,6 +113,7 @@ def voi_of(dataset: Any, frame: int) -> Any:
 def window_of(voi: Any) -> Window | None:
     """The first window that is stated, if it is one."""
     centre, width = (numbers_of(voi.get(key), None) for key in ("WindowCenter", "WindowWidth"))
-    if not centre or not width:
+    function = code_of(voi.get("VOILUTFunction")) or "LINEAR"
+    if not centre or not width or function not in _NARROWEST or width[0] <= _NARROWEST[function]:
         return None
-    return file_window(centre[0], width[0], code_of(voi.get("VOILUTFunction")) or "LINEAR")
+    return Window(centre[0], width[0], function)

@@ -7,10 +7,6 @@ from pathlib import Path
 from processing_medsight.image_loading_medsight import HEAD_BYTES, format_of, head_of, open_source
 
 
-# A label map compresses a hundredfold, a bomb a thousandfold; what is small when unpacked may be anything.
-MAX_GZIP_RATIO = 256
-GZIP_RATIO_FREE_BYTES = 2**26
-
 _ARCHIVES = {
     b"PK\x03\x04": "zip",
     b"PK\x05\x06": "zip",
@@ -46,16 +42,3 @@ def recognise(source: Path | bytes, name: str) -> str:
             raise ValueError(f"{name} is gzip around something that is not NIfTI: unpack it first")
         return "nifti"
     return "image" if found is None else found.lower()
-
-
-def check_gzip_ratio(packed: int, unpacked: int, name: str) -> None:
-    """Hold the `unpacked` bytes that a header claims against the `packed` ones of the gzip file around it.
-
-    Raises:
-        ValueError: if it is a bomb, or claims more than it can hold; nothing was unpacked yet.
-    """
-    if unpacked > max(GZIP_RATIO_FREE_BYTES, MAX_GZIP_RATIO * packed):
-        raise ValueError(
-            f"{name} would unpack from {packed:,} to {unpacked:,} bytes: more than {MAX_GZIP_RATIO}-fold is refused. "
-            "Unpack it yourself if you trust it"
-        )

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from transformers.utils import logging
 
 from processing_medsight.image_loading_medsight import GZIP_MAGIC, MAX_IMAGE_PIXELS, open_source
 
-from .file_kinds import check_gzip_ratio
 from .scan import MAX_VOXELS, Scan, warn_of_oblong_pixels
 from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, percentile_window
 
@@ -28,9 +28,12 @@ from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, perce
 logger = logging.get_logger(__name__)
 
 _MAX_HEADER = 2**24  # extensions stand between header and voxels
+# A label map compresses a hundredfold, a bomb a thousandfold; what is small when unpacked may be anything.
+_MAX_GZIP_RATIO = 256
+_GZIP_RATIO_FREE_BYTES = 2**26
 _SAMPLE = 2**20  # voxels that percentiles are taken from
 _LABELS = 1002  # NIFTI_INTENT_LABEL
-_COLOUR = {128: 3, 2304: 4}  # datatype code -> 8-bit channels
+_COLOUR = (128, 2304)  # datatype codes of RGB and RGBA
 _AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # of right, anterior, superior
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown is taken for what nearly all files mean
 
@@ -46,17 +49,11 @@ class NiftiScan(Scan):
         self.plane, self._axes = plane, _AXES[plane]
         with self._open() as file:
             self._header = _read_header(file, name)
-        shape = self._header.get_data_shape()
-        self._shape = _three_axes(shape, name)
+        self._shape = _three_axes(self._header.get_data_shape(), name)
         self._dtype, self._scale = _voxel_type(self._header, name)
-        offset = float(self._header["vox_offset"])
-        if not self._header.sizeof_hdr <= offset <= _MAX_HEADER:
-            raise ValueError(f"{name} has a damaged header: it puts the voxels at byte {offset:g}")
-        self._offset = int(offset)
-        self._voxels: np.ndarray | None = None
+        self._offset = self._checked_offset()
         self._levels: Window | None = None
         self._pixel_mm2: float | None = None
-        self._check_length()
         self._orient()
 
     @property
@@ -74,11 +71,11 @@ class NiftiScan(Scan):
     def _default_image(self, index: int) -> Image.Image:
         if (levels := self._grey_levels(index)) is not None:
             return Image.fromarray(apply_window(levels, self._default_window()))
-        shown = self._displayed(self._raw(), index)
+        shown = self._displayed(self._voxels, index)
         return Image.fromarray(np.stack([shown[channel] for channel in "RGB"], axis=2))
 
     def _grey_levels(self, index: int) -> np.ndarray | None:
-        return None if self._dtype.names else self._scaled(self._displayed(self._raw(), index))
+        return None if self._dtype.names else self._scaled(self._displayed(self._voxels, index))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         voxels = np.zeros(self._shape, dtype=bool)
@@ -92,47 +89,47 @@ class NiftiScan(Scan):
         with open_source(self._source) as file:
             self._packed = file.read(2) == GZIP_MAGIC
             file.seek(0)
-            if not self._packed:
-                yield file
-                return
-            with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
-                yield unpacked
+            yield gzip.GzipFile(fileobj=file, mode="rb") if self._packed else file
 
-    def _check_length(self) -> None:
-        needed = self._offset + math.prod(self._shape) * self._dtype.itemsize
+    def _checked_offset(self) -> int:
+        """The byte at which the voxels begin, if the file can hold as many as the header claims."""
+        offset = float(self._header["vox_offset"])
+        if not self._header.sizeof_hdr <= offset <= _MAX_HEADER:
+            raise ValueError(f"{self.name} has a damaged header: it puts the voxels at byte {offset:g}")
+        needed = int(offset) + math.prod(self._shape) * self._dtype.itemsize
         held = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
-        if self._packed:
-            check_gzip_ratio(held, needed, self.name)
-        elif held < needed:
+        if self._packed and needed > max(_GZIP_RATIO_FREE_BYTES, _MAX_GZIP_RATIO * held):
+            raise ValueError(
+                f"{self.name} would unpack from {held:,} to {needed:,} bytes: more than {_MAX_GZIP_RATIO}-fold is "
+                "refused. Unpack it yourself if you trust it"
+            )
+        if not self._packed and held < needed:
             raise ValueError(
                 f"{self.name} is truncated: its header claims {needed:,} bytes ({' x '.join(map(str, self._shape))} "
                 f"voxels of {self._dtype}), the file holds {held:,}"
             )
+        return int(offset)
 
     def _orient(self) -> None:
         import nibabel
 
         affine = self._header.get_best_affine()
         stated = any(int(self._header[code]) for code in ("qform_code", "sform_code"))  # else nibabel makes one up
-        usable = stated and np.isfinite(affine).all() and np.isfinite(np.linalg.cond(affine[:3, :3]))
-        if usable:
-            self._orientation = nibabel.io_orientation(affine)
-            usable = np.isfinite(self._orientation).all()
+        usable = stated and np.isfinite(affine).all() and np.linalg.cond(affine[:3, :3]) < 1e12
         if not usable:
             logger.warning(f"{self.name} has no usable affine: its axes are taken for right, anterior and superior")
-            self._orientation = nibabel.io_orientation(np.eye(4))
+        self._orientation = nibabel.io_orientation(affine if usable else np.eye(4))
         unit = _MM_PER_UNIT.get(int(self._header["xyzt_units"]) & 7, 1.0)
         sizes = unit * (nibabel.affines.voxel_sizes(affine) if usable else self._header["pixdim"][1:4].astype(float))
         source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in self._axes]
         self.width, self.height, self.num_slices = (self._shape[axis] for axis in source_axis)
         if self.width * self.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{self.name} has slices of {self.height:,} x {self.width:,} pixels: too many")
-        if usable:
-            self.affine = affine
         across, down, through = (float(size) if 0 < size < np.inf else None for size in sizes[source_axis])
         self.pixel_spacing = None if down is None or across is None else (down, across)
         self.slice_spacing = through
         if usable:
+            self.affine = affine
             axes = unit * affine[:3, source_axis]
             pixel = float(np.linalg.norm(np.cross(axes[:, 0], axes[:, 1])))
             distance = float(abs(np.linalg.det(axes)) / pixel)
@@ -150,30 +147,16 @@ class NiftiScan(Scan):
         # Rows begin at the front or the top of the patient, columns at the right or the front.
         return canonical.transpose(through, down, across)[index, ::-1, ::-1]
 
-    def _raw(self) -> np.ndarray:
-        """The voxels as stored: of a packed file in memory, of another one mapped from it."""
-        if self._voxels is None:
-            count = math.prod(self._shape)
-            if not self._packed and isinstance(self._source, Path):
-                flat: np.ndarray = np.memmap(self._source, self._dtype, "r", self._offset, (count,))
-            else:
-                flat = self._read(count)
-            self._voxels = flat.reshape(self._shape, order="F")
-        return self._voxels
+    @cached_property
+    def _voxels(self) -> np.ndarray:
+        """As stored: of a packed file in memory, of another one mapped from it."""
+        from nibabel.volumeutils import array_from_file
 
-    def _read(self, count: int) -> np.ndarray:
-        voxels = np.empty(count, self._dtype)
-        rest = memoryview(voxels.view(np.uint8).data)
-        with self._open() as file:
-            try:
-                file.read(self._offset)
-                while rest:
-                    read = file.readinto(rest)
-                    if not read:
-                        raise EOFError
-                    rest = rest[read:]
-            except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{self.name} is damaged or truncated: its voxels cannot be read") from error
+        try:
+            with self._open() as file:
+                voxels: np.ndarray = array_from_file(self._shape, self._dtype, file, self._offset, mmap="r")
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{self.name} is damaged or truncated: its voxels cannot be read") from error
         return voxels
 
     def _scaled(self, voxels: np.ndarray) -> np.ndarray:
@@ -189,12 +172,11 @@ class NiftiScan(Scan):
 
     def _default_window(self) -> Window:
         if self._levels is None:
-            voxels = self._raw().reshape(-1, order="F")
+            voxels = self._voxels.reshape(-1, order="F")
             step = max(1, len(voxels) // _SAMPLE)
             while math.gcd(step, len(voxels)) > 1:  # a common factor would pass over whole planes
                 step += 1
             sample = self._scaled(voxels[::step])
-            sample = sample[np.isfinite(sample)]
             self._levels = WINDOWS["soft tissue"] if looks_like_hounsfield(sample) else percentile_window(sample)
         return self._levels
 
@@ -210,8 +192,6 @@ def _read_header(file: Any, name: str) -> Any:
         raise ValueError(f"{name} is damaged or truncated: its header cannot be unpacked") from error
     second = nibabel.Nifti2Header.sizeof_hdr in (int.from_bytes(start[:4], order) for order in ("little", "big"))
     kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
-    if len(start) < kind.sizeof_hdr:
-        raise ValueError(f"{name} is truncated: a NIfTI header has {kind.sizeof_hdr} bytes, the file {len(start)}")
     magic = start[4:7] if second else start[344:347]
     if magic in (b"ni1", b"ni2"):
         raise ValueError(f"{name} is a NIfTI header whose voxels are in another file: save both as one .nii")
@@ -227,17 +207,14 @@ def _three_axes(shape: Sequence[int], name: str) -> tuple[int, int, int]:
     """The first three axes of a header's shape."""
     if not 1 <= len(shape) <= 7 or min(shape) < 1:
         raise ValueError(f"{name} has a damaged header: it claims a shape of {tuple(map(int, shape))}")
-    first, second, third = (int(size) for size in (*shape, 1, 1)[:3])
-    volume = first, second, third
-    if math.prod(volume) > MAX_VOXELS:
-        raise ValueError(
-            f"{name} claims {' x '.join(f'{size:,}' for size in volume)} voxels: at most {MAX_VOXELS:,} are read"
-        )
-    if len(shape) > 4 and math.prod(shape[4:]) > 1:
+    first, second, third, *more = (int(size) for size in (*shape, 1, 1)[: max(3, len(shape))])
+    if first * second * third > MAX_VOXELS:
+        raise ValueError(f"{name} claims {first:,} x {second:,} x {third:,} voxels: at most {MAX_VOXELS:,} are read")
+    if math.prod(more[1:]) > 1:
         raise ValueError(f"{name} holds several values a voxel (vectors or tensors): save one of them as a volume")
-    if (count := math.prod(int(size) for size in shape[3:])) > 1:
-        logger.warning(f"{name} holds {count} volumes: only the first is used")
-    return volume
+    if math.prod(more) > 1:
+        logger.warning(f"{name} holds {more[0]} volumes: only the first is used")
+    return first, second, third
 
 
 def _voxel_type(header: Any, name: str) -> tuple[np.dtype, tuple[float, float]]:
@@ -248,10 +225,9 @@ def _voxel_type(header: Any, name: str) -> tuple[np.dtype, tuple[float, float]]:
         dtype = header.get_data_dtype()
     except Exception as error:
         raise ValueError(f"{name}: unknown voxel type {int(header['datatype'])}") from error
-    code = int(header["datatype"])
-    if code not in _COLOUR and (dtype.kind not in "iuf" or dtype.itemsize > 8):
+    if int(header["datatype"]) not in _COLOUR and (dtype.kind not in "iuf" or dtype.itemsize > 8):
         raise ValueError(f"{name} has voxels of {dtype}: expected integers, floats of up to 64 bits, or RGB")
-    slope, intercept = (float(header[field]) if field in header else 0.0 for field in ("scl_slope", "scl_inter"))
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not np.isfinite(slope):
         return dtype, (1.0, 0.0)
     if not np.isfinite(intercept):

@@ -25,7 +25,7 @@ class SupportsArray(Protocol):
 
 Source: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray | SupportsArray
 
-_CHANNELS = (1, 2, 3, 4)
+_MOST_CHANNELS = 4
 
 
 def open_scan(source: Source, name: str | None = None, plane: str | None = None, volume: bool = False) -> Scan:
@@ -86,9 +86,6 @@ def _open_file(source: Path | bytes, name: str, plane: str, volume: bool) -> Sca
 
 def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: bool) -> Scan:
     """A volume has three axes, no channels along the last one, and along the first only if `volume` says slices."""
-    is_volume = (
-        array.ndim == 3
-        and array.shape[2] not in (0, *_CHANNELS)
-        and array.shape[0] not in ((0,) if volume else (0, *_CHANNELS))
-    )
+    least = 1 if volume else _MOST_CHANNELS + 1
+    is_volume = array.ndim == 3 and array.shape[0] >= least and array.shape[2] > _MOST_CHANNELS
     return ArrayStack(array, name, files) if is_volume else Picture(array, name, files)

@@ -126,7 +126,10 @@ class Scan(ABC):
         levels = self._grey_levels(index)
         if levels is None:
             raise ValueError(f"{self.name} is of 8 bits or in colour: it has no grey levels for a window to choose")
-        return Image.fromarray(apply_window(levels, self._chosen_window(window, self._stated_window(), self.name)))
+        chosen = self._stated_window() if is_file_window(window) else parse_window(window)
+        if chosen is None:
+            raise ValueError(no_file_window(self.name))
+        return Image.fromarray(apply_window(levels, chosen))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         """Masks of displayed slices on the source's own grid.
@@ -157,13 +160,15 @@ class Scan(ABC):
         Raises:
             ValueError: for a slice that is not there, or anything else.
         """
+        if slices == "middle":
+            return [self.num_slices // 2]
+        if slices == "all":
+            return list(range(self.num_slices))
+        if slices == "largest-foreground":
+            shown = (np.asarray(self.slice_image(index).convert("L")) for index in range(self.num_slices))
+            # Brighter than a quarter of what is shown.
+            return [int(np.argmax([(pixels > 63).sum() for pixels in shown]))]
         if isinstance(slices, str):
-            if slices == "middle":
-                return [self.num_slices // 2]
-            if slices == "all":
-                return list(range(self.num_slices))
-            if slices == "largest-foreground":
-                return [max(range(self.num_slices), key=self._foreground)] if self.num_slices > 1 else [0]
             if re.fullmatch(r"-?\d+(,-?\d+)*", slices):
                 return [self._index(int(index)) for index in slices.split(",")]
             if ends := re.fullmatch(r"(\d+)-(\d+)", slices):
@@ -198,18 +203,6 @@ class Scan(ABC):
     def _stated_window(self) -> Window | None:
         """The window that the file states for itself."""
         return None
-
-    @staticmethod
-    def _chosen_window(window: str | Sequence[float], stated: Window | None, name: str) -> Window:
-        if not is_file_window(window):
-            return parse_window(window)
-        if stated is None:
-            raise ValueError(no_file_window(name))
-        return stated
-
-    def _foreground(self, index: int) -> int:
-        """Number of pixels of a slice that are brighter than a quarter of what is shown."""
-        return int((np.asarray(self.slice_image(index).convert("L")) > 63).sum())
 
     def _index(self, index: Any) -> int:
         if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):
@@ -258,7 +251,7 @@ class Picture(Scan):
         return self._values
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-        return self._checked(masks).get(0, np.zeros((self.height, self.width), dtype=bool)).copy()
+        return super().to_source(masks)[0]
 
 
 def is_wide(image: Image.Image | np.ndarray) -> bool:

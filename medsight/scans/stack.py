@@ -18,7 +18,7 @@ from .windows import Window, apply_window, percentile_window, sampled_slices
 class Stack(Scan):
     """Grey levels of 8 bits, and colours, are shown as they are; wider ones by percentiles of the whole stack."""
 
-    def __init__(self, shape: tuple[int, int, int], name: str, files: Sequence[Path]) -> None:
+    def __init__(self, shape: tuple[int, ...], name: str, files: Sequence[Path]) -> None:
         super().__init__(name, files)
         self.num_slices, self.height, self.width = num_slices, height, width = shape
         size = f"{num_slices:,} slices of {height:,} x {width:,} pixels"
@@ -43,8 +43,8 @@ class Stack(Scan):
         if not is_wide(page):
             return to_picture(page, self.name)
         if self._levels is None:
-            sample = np.stack([np.asarray(self._page(sampled)) for sampled in sampled_slices(self.num_slices)])
-            self._levels = percentile_window(sample[np.isfinite(sample)])
+            sample = [np.asarray(self._page(sampled)) for sampled in sampled_slices(self.num_slices)]
+            self._levels = percentile_window(np.stack(sample))
         return Image.fromarray(apply_window(np.asarray(page), self._levels))
 
     def _grey_levels(self, index: int) -> np.ndarray | None:
@@ -59,13 +59,11 @@ class ArrayStack(Stack):
     kind = "array"
 
     def __init__(self, array: np.ndarray, name: str, files: Sequence[Path]) -> None:
-        num_slices, height, width = array.shape
-        super().__init__((num_slices, height, width), name, files)
+        super().__init__(array.shape, name, files)
         self._array = array
 
     def _page(self, index: int) -> np.ndarray:
-        page: np.ndarray = self._array[index]
-        return page
+        return self._array[index]
 
 
 class PageStack(Stack):
@@ -87,13 +85,9 @@ class PageStack(Stack):
         return page
 
     def _decode(self, index: int) -> Image.Image:
-        name = f"{self.name}, page {index}"
         with self._lock:
-            try:
-                self._opened.seek(index)
-            except Exception as error:
-                raise ValueError(f"{name} is damaged or truncated ({error})") from error
-            return decode(self._opened, name, upright=True).copy()
+            _seek(self._opened, index, self.name)
+            return decode(self._opened, f"{self.name}, page {index}", upright=True).copy()
 
 
 def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:
@@ -106,14 +100,16 @@ def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:
     count = count_frames(opened, name) if opened.format == "TIFF" else 1
     pages = set()
     for index in range(count):
-        try:
-            opened.seek(index)
-        except Exception as error:
-            raise ValueError(f"{name} is damaged or truncated: it has no page {index} ({error})") from error
+        _seek(opened, index, name)
         pages.add((opened.size, opened.mode))
-        if len(pages) > 1:
-            break
     if count > 1 and len(pages) == 1:
         return opened
     opened.close()
     return None
+
+
+def _seek(opened: Image.Image, index: int, name: str) -> None:
+    try:
+        opened.seek(index)
+    except Exception as error:
+        raise ValueError(f"{name}, page {index} is damaged or truncated ({error})") from error

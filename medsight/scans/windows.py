@@ -28,7 +28,6 @@ WINDOWS = {
 FILE_WINDOW = "file"  # the one that a file states for itself
 PERCENTILES = (1, 99)  # of the volume: what grey levels without a known scale are shown between
 _SAMPLED_SLICES = 16  # that percentiles are taken from
-_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _AIR = (-3100, -500)  # Hounsfield units of air, and of the padding around a scanner's field of view
 
 
@@ -66,13 +65,6 @@ def no_file_window(name: str) -> str:
     )
 
 
-def file_window(centre: float, width: float, function: str = "LINEAR") -> Window | None:
-    """A window as a file states it, or `None` where what it states is no window."""
-    shortest = 1 if function == "LINEAR" else 0
-    usable = function in _FUNCTIONS and np.isfinite(centre) and np.isfinite(width) and width > shortest
-    return Window(float(centre), float(width), function) if usable else None
-
-
 def sampled_slices(count: int) -> list[int]:
     """Which of `count` slices percentiles are taken from: 16 at most, evenly spread."""
     sampled = min(count, _SAMPLED_SLICES)
@@ -80,7 +72,8 @@ def sampled_slices(count: int) -> list[int]:
 
 
 def percentile_window(values: np.ndarray) -> Window:
-    """The window between the 1st and 99th percentile of `values`; of all of them where these coincide."""
+    """The window between the 1st and 99th percentile of what is finite; of all of it where these coincide."""
+    values = values[np.isfinite(values)]
     if not values.size:
         return Window(0, 1)
     low, high = np.percentile(values, PERCENTILES)
@@ -91,6 +84,7 @@ def percentile_window(values: np.ndarray) -> Window:
 
 def looks_like_hounsfield(values: np.ndarray) -> bool:
     """Whether grey levels without a stated unit are those of a CT: air at about -1000, tissue above 0."""
+    values = values[np.isfinite(values)]
     if not values.size:
         return False
     low, high = np.percentile(values, PERCENTILES)

@@ -7,23 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from medsight import Predictor, cli
+from medsight.checkpoint import SHIPPED_FOLDER
 from medsight.cli.chat import Conversation
-from medsight.inference.predictor import read_slices
+from medsight.inference.predictor import read_slices, user_turn
 from medsight.inference.settings import AnswerSettings
 
 
 PROMPTS = ["Segment the liver.", "And the spleen?", "Why?"]
 SETTINGS = AnswerSettings(max_new_tokens=6, force_region=True)
-
-
-@pytest.fixture
-def image_file(tmp_path: Path) -> Path:
-    path = tmp_path / "scan.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture
@@ -40,8 +33,7 @@ def chat(
     return run
 
 
-def test_each_turn_is_answered_after_the_ones_before_it(tiny_checkpoint: Path, image_file: Path) -> None:
-    predictor = Predictor(tiny_checkpoint, device="cpu")
+def test_each_turn_is_answered_after_the_ones_before_it(predictor: Predictor, image_file: Path) -> None:
     image = next(read_slices(image_file))
     streamed: list[str] = []
     conversation = Conversation(predictor, image, "scan", SETTINGS)
@@ -59,8 +51,29 @@ def test_each_turn_is_answered_after_the_ones_before_it(tiny_checkpoint: Path, i
     assert all(answer.raw_text.strip() in text for answer in answers)
 
 
-def test_a_turn_that_fails_is_not_part_of_the_conversation(tiny_checkpoint: Path, image_file: Path) -> None:
-    conversation = Conversation(Predictor(tiny_checkpoint, device="cpu"), next(read_slices(image_file)), "s", SETTINGS)
+@pytest.mark.skipif(not SHIPPED_FOLDER.is_dir(), reason="this tree has no shipped model")
+def test_later_turns_read_only_what_is_new_and_are_answered_alike(image_file: Path) -> None:
+    predictor = Predictor(device="cpu")
+    predictor.model.double()
+    conversation = Conversation(predictor, next(read_slices(image_file)), "scan", AnswerSettings(max_new_tokens=40))
+    read: list[int] = []
+    predictor.model.model.register_forward_pre_hook(
+        lambda module, arguments, inputs: read.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for number, prompt in enumerate(["Segment the nucleus.", "Is there a nucleus?", "Where is it?"]):
+        asked = [*conversation.messages, user_turn(prompt, None if number else conversation.image.image)]
+        read.clear()
+        answer = conversation.ask(prompt).answer
+        (columns,) = (width for width in read if width > 1)
+        (afresh,) = predictor.answer([asked], max_new_tokens=40)
+        assert number == 0 or columns < predictor.model.config.image_seq_length
+        assert (answer.raw_text, len(answer.regions)) == (afresh.raw_text, len(afresh.regions))
+        for region, expected in zip(answer.regions, afresh.regions, strict=True):
+            assert region.mask.equal(expected.mask) and region.score == pytest.approx(expected.score, abs=1e-9)
+
+
+def test_a_turn_that_fails_is_not_part_of_the_conversation(predictor: Predictor, image_file: Path) -> None:
+    conversation = Conversation(predictor, next(read_slices(image_file)), "s", SETTINGS)
     conversation.ask(PROMPTS[0])
     before = list(conversation.messages)
     with pytest.raises(ValueError, match="prompt is empty"):

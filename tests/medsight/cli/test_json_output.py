@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -24,17 +25,12 @@ def test_data_check(verb: Callable, data: Path) -> None:
 
 
 def test_data_annotate(verb: Callable, data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    names = cli_group_names(tiny_checkpoint)
+    names = json.loads((tiny_checkpoint / "config.json").read_text("utf-8"))["group_names"]
     groups = {name: [] for name in names} | {names[0]: ["*/*"]}
     (tmp_path / "groups.yaml").write_text(yaml.safe_dump(groups))
     arguments = ["--model", tiny_checkpoint, "--output", tmp_path / "out", "--groups", tmp_path / "groups.yaml"]
     (said,) = verb("data", "annotate", data, *arguments, "--per-image", 1, "--device", "cpu")
     assert said["conversations"] == said["images"] > 0 and (tmp_path / "out").is_dir()
-
-
-def cli_group_names(checkpoint: Path) -> list[str]:
-    names: list[str] = json.loads((checkpoint / "config.json").read_text("utf-8"))["group_names"]
-    return names
 
 
 def test_train(verb: Callable, data: Path, tmp_path: Path) -> None:
@@ -59,16 +55,6 @@ def test_convert(verb: Callable, published: Any, tmp_path: Path) -> None:
 
 
 def test_app(verb: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Application:
-        local_url = "http://127.0.0.1:7860/"
-        closed = False
-
-        def block_thread(self) -> None:
-            pass
-
-        def close(self) -> None:
-            self.closed = True
-
-    application = Application()
+    application = MagicMock(local_url="http://127.0.0.1:7860/")
     monkeypatch.setattr("medsight.app.launch", lambda *args, block, **settings: application, raising=False)
-    assert verb("app", "--port", 0) == [{"url": application.local_url}] and application.closed
+    assert verb("app", "--port", 0) == [{"url": application.local_url}] and application.close.called

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from medsight import Predictor, cli
+from medsight import Predictor
 from medsight.inference.prediction import describe, save_answer, to_parts
 from tests.medsight.answers import SIZE, contents, same
 from tests.medsight.scans.scan_files import png_claiming
 
 
-def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
-    predict: Callable, image_file: Path, tmp_path: Path
+def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay_and_a_table_is_printed(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "deep" / "answer"
     assert predict(image_file, "--force-region", "--output", str(output)) == 0
@@ -38,32 +38,21 @@ def test_the_folder_holds_the_answer_a_mask_a_region_and_an_overlay(
             assert image.size == SIZE and image.mode == "L"
         assert set(np.unique(mask)) <= {0, 255}
         assert region["area"] == (mask > 0).sum()
-        if region["area"]:
-            rows, columns = np.nonzero(mask)
-            assert region["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        else:
-            assert region["box"] is None
+        rows, columns = np.nonzero(mask)
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if region["area"] else None
+        assert region["box"] == box
         assert 0 <= region["score"] <= 1
     with Image.open(output / "overlay.png") as overlay:
         assert max(overlay.size) >= 512
-
-
-def test_the_answer_and_an_aligned_row_for_each_region_are_printed(
-    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert predict(image_file, "--force-region", "--output", str(tmp_path / "out")) == 0
-    printed = capsys.readouterr().out
-    answer = json.loads((tmp_path / "out" / "answer.json").read_text("utf-8"))
-    assert printed.startswith(answer["text"])
-    lines = printed.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     header = next(index for index, line in enumerate(lines) if "code" in line and "score" in line)
     column = lines[header].index("code")
     for region, line in zip(answer["regions"], lines[header + 1 :], strict=False):
         assert line[column:].startswith(region["code"])
-    assert str(tmp_path / "out") in lines[-1]
+    assert lines[0] == answer["text"].split("\n")[0] and str(output) in lines[-1]
 
 
-def test_a_cut_answer_says_so(predictor: Predictor) -> None:
+def test_a_cut_answer_and_one_without_regions_say_so(predictor: Predictor, tmp_path: Path) -> None:
     cut = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=1)
     ended = replace(cut, answer=replace(cut.answer, is_complete=True))
     assert (cut.to_dict()["is_complete"], ended.to_dict()["is_complete"]) == (False, True)
@@ -75,31 +64,31 @@ def test_a_cut_answer_says_so(predictor: Predictor) -> None:
     earlier = cut.to_dict()
     del earlier["is_complete"]  # of a version that did not know
     assert to_parts(earlier) == to_parts({**earlier, "is_complete": None})
+    bare = replace(cut, answer=replace(cut.answer, regions=[]))
+    bare.save(tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {"answer.json", "overlay.png", "regions.json"}
+    assert "cites no region" in bare.to_table()
+    hostile = replace(cut, answer=replace(cut.answer, text="a\x1b[2Jb\x07 ü 肝\nnext"))
+    assert hostile.to_table().startswith("a\ufffd[2Jb\ufffd ü 肝\nnext\n")
 
 
-def test_an_answer_cannot_drive_the_terminal(predictor: Predictor) -> None:
-    prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
-    prediction = replace(prediction, answer=replace(prediction.answer, text="a\x1b[2Jb\x07 ü 肝\nnext"))
-    assert prediction.to_table().startswith("a\ufffd[2Jb\ufffd ü 肝\nnext\n")
-
-
-def test_without_output_the_folder_is_named_after_the_image_and_lies_here(
-    predict: Callable, image_file: Path, tmp_path: Path
+def test_the_output_is_named_after_the_image_by_default_and_may_be_the_working_folder(
+    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert predict(image_file) == 0
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["scan-medsight"]
-
-
-def test_the_working_folder_may_be_the_output(predict: Callable, image_file: Path, tmp_path: Path, capsys) -> None:
+    shutil.rmtree(tmp_path / "here" / "scan-medsight")
     assert predict(image_file, "--output", ".") == 0
-    assert "answer.json" in {path.name for path in Path.cwd().iterdir()} and Path.cwd() == tmp_path / "here"
-    assert "Written to" in capsys.readouterr().out
+    assert (tmp_path / "here" / "answer.json").is_file() and "Written to ./" in capsys.readouterr().out
 
 
 def test_python_gives_the_regions_that_the_command_writes(
     predict: Callable, predictor: Predictor, image_file: Path, tmp_path: Path
 ) -> None:
+    with Image.open(image_file) as image:
+        from_memory = predictor(image, "Segment the liver.", max_new_tokens=6, force_region=True)
     prediction = predictor(image_file, "Segment the liver.", max_new_tokens=6, force_region=True)
+    assert same(prediction, from_memory)
     assert predict(image_file, "--force-region", "--output", str(tmp_path / "command")) == 0
     prediction.save(tmp_path / "python")
     python, command = contents(tmp_path / "python"), contents(tmp_path / "command")
@@ -108,54 +97,15 @@ def test_python_gives_the_regions_that_the_command_writes(
     assert one == other
 
 
-def test_a_picture_in_memory_is_answered_like_its_file(predictor: Predictor, image_file: Path) -> None:
-    with Image.open(image_file) as image:
-        from_memory = predictor(image, "Where?", max_new_tokens=6, force_region=True)
-    from_file = predictor(str(image_file), "Where?", max_new_tokens=6, force_region=True)
-    assert from_memory.answer.raw_text == from_file.answer.raw_text
-    for one, other in zip(from_memory.answer.regions, from_file.answer.regions, strict=True):
-        assert one.mask.equal(other.mask)
-
-
-def test_only_allowed_groups_are_cited(predictor: Predictor, image_file: Path) -> None:
+def test_groups_and_threshold_decide_on_regions(predictor: Predictor, image_file: Path) -> None:
     name = predictor.model.config.group_names[1]
-    for allowed in ([name], [1]):
-        prediction = predictor(image_file, "Where?", max_new_tokens=8, allowed_groups=allowed, force_region=True)
-        assert {region.group_name for region in prediction.answer.regions} == {name}
-
-
-def test_a_higher_threshold_gives_no_larger_mask(predictor: Predictor, image_file: Path) -> None:
-    areas = [
-        predictor(image_file, "Where?", max_new_tokens=6, force_region=True, threshold=threshold)
-        .answer.regions[0]
-        .area
-        for threshold in (0.05, 0.5, 0.95)
-    ]
+    areas = []
+    for allowed, threshold in (([name], 0.05), ([1], 0.5), ([1], 0.95)):
+        settings = {"allowed_groups": allowed, "threshold": threshold, "force_region": True}
+        regions = predictor(image_file, "Where?", max_new_tokens=8, **settings).answer.regions
+        assert {region.group_name for region in regions} == {name}
+        areas.append(regions[0].area)
     assert areas == sorted(areas, reverse=True)
-
-
-def test_an_answer_without_regions_gives_an_overlay_and_no_mask(predictor: Predictor, tmp_path: Path) -> None:
-    prediction = predictor(Image.new("L", SIZE), "Where?", max_new_tokens=2)
-    prediction = replace(prediction, answer=replace(prediction.answer, regions=[]))
-    prediction.save(tmp_path / "out")
-    assert set(contents(tmp_path / "out")) == {"answer.json", "overlay.png", "regions.json"}
-    assert "cites no region" in prediction.to_table()
-
-
-def test_an_answer_of_other_settings_is_replaced_only_on_request_and_then_completely(
-    predict: Callable, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    assert predict(image_file, "--output", str(output), "--force-region") == 0
-    before = contents(output)
-    assert predict(image_file, "--output", str(output), "--threshold", "0.9") == 1
-    error = capsys.readouterr().err
-    assert "another force_region, threshold" in error and "--overwrite" in error and str(output) in error
-    assert contents(output) == before
-    assert predict(image_file, "--output", str(output), "--overwrite", "--threshold", "0.9") == 0
-    after = json.loads((output / "answer.json").read_text("utf-8"))
-    assert after["run"]["threshold"] == 0.9
-    assert {path.name for path in output.iterdir()} == {"answer.json", *after["files"]}
 
 
 def test_a_finished_answer_is_shown_again_without_a_model(
@@ -222,7 +172,11 @@ def test_a_batch_gives_the_answers_of_single_calls(tiny_checkpoint: Path, tmp_pa
     assert same(together[1], single[1]) and [one.prompt for one in together] == [prompts[1]] * 5
 
 
-def test_a_batch_of_wrong_size_is_refused(predictor: Predictor, image_file: Path) -> None:
+def test_a_batch_of_wrong_size_and_an_empty_prompt_are_refused(predictor: Predictor, image_file: Path) -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        predictor(image_file, "  \n")
+    with pytest.raises(ValueError, match="no UTF-8"):  # as a shell passes on bytes of another encoding
+        predictor(image_file, b"Wo ist die F\xfc".decode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="got 2 for 1 images"):
         predictor([image_file], ["a", "b"])
     with pytest.raises(ValueError, match="batch_size 0"):
@@ -231,30 +185,22 @@ def test_a_batch_of_wrong_size_is_refused(predictor: Predictor, image_file: Path
         predictor(image_file, ["a", "b"])  # type: ignore[call-overload]
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """A folder of pictures with names that must not be trusted, one broken file, and what is no image."""
-    folder = tmp_path / "study"
-    for number, name in enumerate(
-        ["b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png"]
-    ):
-        picture(folder / name, number)
-    (folder / "broken.png").write_bytes(png_claiming(400, 400))
-    (folder / "notes.txt").write_text("not an image")
-    (folder / ".DS_Store").write_bytes(b"x")
-    return folder
+NAMES = ("b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png")  # not to be trusted
 
 
 def test_a_folder_is_answered_image_by_image_and_what_is_broken_is_reported_at_the_end(
-    predict: Callable, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    study = tmp_path / "study"
+    for number, name in enumerate(NAMES):
+        picture(study / name, number)
+    (study / "broken.png").write_bytes(png_claiming(400, 400))
+    (study / "notes.txt").write_text("not an image")
     output = tmp_path / "answers"
     assert predict(study, "--output", str(output), "--json", "--batch-size", "4") == 1
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
-    assert {Path(line["image"]).name for line in lines} == {
-        *("b.png", "a b;$(rm).png", "..hidden-ish..png", "UPPER.png", "upper.jpg", "con.png")
-    } - {"..hidden-ish..png"}
+    assert {Path(line["image"]).name for line in lines} == {*NAMES} - {"..hidden-ish..png"}
     names = {path.name for path in output.iterdir()}
     assert len(names) == len(lines) and {Path(line["output"]).name for line in lines} == names
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
@@ -337,35 +283,37 @@ def test_an_interrupted_run_resumes_and_gives_what_an_unbroken_one_gives(
         (("--threshold", "0.4"), "threshold"),
         (("--formats", "png,coco"), "formats"),
         (("--max-new-tokens", "7"), "max_new_tokens"),
+        ((), "image"),
+        ((), "model_sha256"),
     ],
 )
-def test_a_run_is_not_resumed_with_other_settings(
-    changed: tuple[str, str], named: str, predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_answer_of_other_settings_is_replaced_only_on_request_and_then_completely(
+    changed: tuple[str, ...],
+    named: str,
+    predict: Callable,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     picture(tmp_path / "study" / "0.png", 0)
-    output = str(tmp_path / "out")
-    assert predict(tmp_path / "study", "--output", output) == 0
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    arguments = (tmp_path / "study", "--output", str(tmp_path / "out"), "--force-region")
+    assert predict(*arguments, model=model) == 0
     picture(tmp_path / "study" / "1.png", 1)
     before = contents(tmp_path / "out")
-    assert predict(tmp_path / "study", "--output", output, *changed) == 1
+    if named == "image":
+        picture(tmp_path / "study" / "0.png", 9)
+    if named == "model_sha256":
+        weights = load_file(model / "model.safetensors")
+        save_file({name: weight + 0.01 for name, weight in weights.items()}, model / "model.safetensors")
+    assert predict(*arguments, *changed, model=model) == 1
     error = capsys.readouterr().err
-    assert f"an answer of another {named};" in error and str(tmp_path / "out" / "0") in error
+    assert f"an answer of another {named};" in error and "--overwrite" in error and str(tmp_path / "out/0") in error
     assert contents(tmp_path / "out") == before
-
-
-def test_a_changed_image_or_model_is_noticed(
-    predict: Callable, tiny_checkpoint: Path, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = str(tmp_path / "out")
-    assert predict(image_file, "--output", output) == 0
-    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-    weights = load_file(model / "model.safetensors")
-    save_file({name: weight + 0.01 for name, weight in weights.items()}, model / "model.safetensors")
-    assert predict(image_file, "--output", output, model=model) == 1
-    assert "another model_sha256;" in capsys.readouterr().err
-    picture(image_file, 9)
-    assert predict(image_file, "--output", output) == 1
-    assert "another image;" in capsys.readouterr().err
+    assert predict(*arguments, *changed, "--overwrite", model=model) == 0
+    assert (tmp_path / "out" / "1" / "answer.json").is_file()
+    after = json.loads((tmp_path / "out" / "0" / "answer.json").read_text("utf-8"))
+    assert {path.name for path in (tmp_path / "out" / "0").iterdir()} == {"answer.json", *after["files"]}
 
 
 def test_patterns_files_and_folders_add_up_without_earlier_answers(
@@ -451,22 +399,3 @@ def test_a_question_that_leaves_no_place_for_its_answer_is_refused(
         predictor(image_file, "Where? " * limit, max_new_tokens=6)
     assert predict(image_file, "--max-new-tokens", str(limit), "--output", str(tmp_path / "out")) == 1
     assert f"{limit} for the answer" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_an_empty_prompt_is_refused(predictor: Predictor, image_file: Path) -> None:
-    with pytest.raises(ValueError, match="prompt is empty"):
-        predictor(image_file, "  \n")
-    with pytest.raises(ValueError, match="no UTF-8"):  # as a shell passes on bytes of another encoding
-        predictor(image_file, b"Wo ist die F\xfc".decode("utf-8", "surrogateescape"))
-
-
-def test_the_shipped_model_answers_by_default(
-    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from medsight.checkpoint import SHIPPED_FOLDER
-
-    if not SHIPPED_FOLDER.is_dir():
-        pytest.skip(f"this tree has no {SHIPPED_FOLDER.name}")
-    output = tmp_path / "out"
-    assert cli.main(["predict", str(image_file), "--prompt", "Segment the nucleus.", "--output", str(output)]) == 0
-    assert json.loads((output / "answer.json").read_text("utf-8"))["model"] == "medsight-nano"

@@ -1,6 +1,7 @@
 """Scans of known content, and real ones, with regions where they are bright."""
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -36,28 +37,26 @@ def nifti(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.fromarray(bright_volume((2, 45, 60))[1].astype(np.uint8) * 255).convert("RGB").save(path)
+    Image.fromarray(bright_volume((2, 45, 60))[1]).convert("RGB").save(path)
     return path
 
 
-@pytest.fixture(scope="session")
-def array(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .npy file of slices, which says nothing of a place."""
-    path = tmp_path_factory.mktemp("array") / "volume.npy"
-    np.save(path, bright_volume((6, 30, 26)).astype(np.int16) * BRIGHT)
-    return path
+@pytest.fixture
+def array() -> np.ndarray:
+    """Slices, which say nothing of a place."""
+    return bright_volume((6, 30, 26)).astype(np.int16) * BRIGHT
 
 
-@pytest.fixture(scope="session")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def pages() -> bytes:
     """A TIFF of several pages."""
-    path = tmp_path_factory.mktemp("pages") / "pages.tif"
-    first, *others = (Image.fromarray(page.astype(np.uint8) * 255) for page in bright_volume((5, 30, 26)))
-    first.save(path, save_all=True, append_images=others)
-    return path
+    first, *others = map(Image.fromarray, bright_volume((5, 30, 26)))
+    file = BytesIO()
+    first.convert("L").save(file, "TIFF", save_all=True, append_images=[page.convert("L") for page in others])
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

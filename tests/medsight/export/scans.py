@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from tests.medsight.scans.scan_files import dicom_bytes, dicom_dataset, functional_group
 
 
 BRIGHT = 1000  # of tissue at 0: any sensible window tells them apart
@@ -32,43 +33,33 @@ def bright_volume(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
 
 def write_dicom_series(folder: Path, bright: np.ndarray, **changes: Any) -> list[Path]:
     """A CT series, oblique, its files named and numbered in no order; `bright` is (slices, rows, columns)."""
-    import pydicom
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    from pydicom.uid import generate_uid
 
     folder.mkdir(parents=True)
     across, down, through = OBLIQUE.T
     if np.dot(np.cross(across, down), through) < 0:
         through = -through
-    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    elements: dict[str, Any] = {
+        **{f"{name}InstanceUID": generate_uid() for name in ("Study", "Series")},
+        **{"FrameOfReferenceUID": generate_uid(), "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"]},
+        **{"PatientName": f"{SENTINEL}^Anna", "PatientID": f"{SENTINEL}-17", "PatientBirthDate": SECRET_DATE},
+        **{"PatientSex": "F", "PatientAge": "077Y", "StudyTime": "101112", "StudyID": f"{SENTINEL}-S"},
+        **dict.fromkeys(("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"), SECRET_DATE),
+        **{"AccessionNumber": f"{SENTINEL}-A", "ReferringPhysicianName": f"{SENTINEL}^Doctor"},
+        **dict.fromkeys(("StudyDescription", "SeriesDescription", "PatientComments"), f"{SENTINEL} thorax"),
+        **{"InstitutionName": f"{SENTINEL} Clinic", "RescaleType": "HU"},
+        **{"PixelSpacing": [0.75, 0.5], "SliceThickness": 2.5},
+        "ImageOrientationPatient": [f"{value:.10f}" for value in (*across, *down)],
+    }
     order = np.random.default_rng(1).permutation(len(bright))
     files = []
     for index, pixels in enumerate(bright):
-        dataset = pydicom.Dataset()
-        dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, generate_uid()
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
-        dataset.PatientName, dataset.PatientID = f"{SENTINEL}^Anna", f"{SENTINEL}-17"
-        dataset.PatientBirthDate, dataset.PatientSex, dataset.PatientAge = SECRET_DATE, "F", "077Y"
-        dataset.StudyDate = dataset.SeriesDate = dataset.AcquisitionDate = dataset.ContentDate = SECRET_DATE
-        dataset.StudyTime, dataset.StudyID, dataset.AccessionNumber = "101112", f"{SENTINEL}-S", f"{SENTINEL}-A"
-        dataset.ReferringPhysicianName, dataset.InstitutionName = f"{SENTINEL}^Doctor", f"{SENTINEL} Clinic"
-        dataset.StudyDescription = dataset.SeriesDescription = dataset.PatientComments = f"{SENTINEL} thorax"
+        place = [f"{value:.8f}" for value in np.array([-40, 25, 100]) + 2.5 * index * through]
+        numbered = {"InstanceNumber": int(order[index]) + 1, "ImagePositionPatient": place}
+        dataset = dicom_dataset(pixels.astype(np.int16) * BRIGHT, **(elements | numbered | changes))
         dataset.add_new(0x00091001, "LO", f"{SENTINEL} private")
-        dataset.Modality, dataset.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
-        dataset.InstanceNumber = int(order[index]) + 1
-        dataset.Rows, dataset.Columns = pixels.shape
-        dataset.PixelSpacing, dataset.SliceThickness = [0.75, 0.5], 2.5
-        dataset.ImagePositionPatient = [f"{value:.8f}" for value in np.array([-40, 25, 100]) + 2.5 * index * through]
-        dataset.ImageOrientationPatient = [f"{value:.10f}" for value in (*across, *down)]
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
-        dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = 0, 1, "HU"
-        dataset.PixelData = (pixels.astype(np.int16) * BRIGHT).tobytes()
-        for keyword, value in changes.items():
-            setattr(dataset, keyword, value)
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         files.append(folder / f"{order[index]:03d}.dcm")
-        dataset.save_as(files[-1], enforce_file_format=True)
+        files[-1].write_bytes(dicom_bytes(dataset))
     return files
 
 
@@ -79,16 +70,14 @@ def write_multi_frame(path: Path, bright: np.ndarray) -> None:
     single = [pydicom.dcmread(file) for file in reversed(write_dicom_series(path.with_suffix(""), bright))]
     dataset = single[0]
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedCTImageStorage
-    shared, measures, orientation = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
-    measures.PixelSpacing, measures.SliceThickness = dataset.PixelSpacing, dataset.SliceThickness
-    orientation.ImageOrientationPatient = dataset.ImageOrientationPatient
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
-    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
-    for frame in single:
-        groups, place = pydicom.Dataset(), pydicom.Dataset()
-        place.ImagePositionPatient = frame.ImagePositionPatient
-        groups.PlanePositionSequence = [place]
-        dataset.PerFrameFunctionalGroupsSequence.append(groups)
+    measures = {name: dataset[name].value for name in ("PixelSpacing", "SliceThickness")}
+    shared = functional_group("PixelMeasuresSequence", **measures)
+    orientation = dataset.ImageOrientationPatient
+    shared.update(functional_group("PlaneOrientationSequence", ImageOrientationPatient=orientation))
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    dataset.PerFrameFunctionalGroupsSequence = [
+        functional_group("PlanePositionSequence", ImagePositionPatient=frame.ImagePositionPatient) for frame in single
+    ]
     dataset.NumberOfFrames = len(single)
     dataset.PixelData = b"".join(frame.PixelData for frame in single)
     for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
@@ -122,30 +111,3 @@ def fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
                 if (y0 <= row + 0.5) != (y1 <= row + 0.5):
                     inside[row] ^= x < x0 + (row + 0.5 - y0) / (y1 - y0) * (x1 - x0)
     return inside
-
-
-def fill_with_pil(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """The same by PIL, which knows whole coordinates only and colours the border too: drawn fourfold, centres read."""
-    inside = np.zeros((height, width), dtype=bool)
-    for polygon in polygons:
-        canvas = Image.new("1", (4 * width, 4 * height))
-        ImageDraw.Draw(canvas).polygon([(4 * x, 4 * y) for x, y in polygon], fill=1)
-        inside |= np.asarray(canvas)[2::4, 2::4]
-    return inside
-
-
-def decode_run_lengths(counts: str, height: int, width: int) -> np.ndarray:
-    """A mask from COCO's compressed run lengths, by the description of their format."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts.encode("ascii"):
-        bits = character - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:
-            if bits & 0x10:
-                value |= -1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(width, height).T

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,7 +57,7 @@ def ct_volume() -> np.ndarray:
     return voxels
 
 
-def dicom_dataset(pixels: np.ndarray, **elements: object) -> object:
+def dicom_dataset(pixels: np.ndarray, **elements: object) -> Any:
     """A data set around (rows, columns), (frames, rows, columns) or (rows, columns, 3) pixels."""
     import pydicom
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -96,7 +97,7 @@ def dicom_dataset(pixels: np.ndarray, **elements: object) -> object:
     return dataset
 
 
-def functional_group(sequence: str, **elements: object) -> object:
+def functional_group(sequence: str, **elements: object) -> Any:
     """The functional groups of a frame of an enhanced object: one sequence with one item."""
     import pydicom
 
@@ -107,7 +108,7 @@ def functional_group(sequence: str, **elements: object) -> object:
     return groups
 
 
-def dicom_bytes(dataset: object) -> bytes:
+def dicom_bytes(dataset: Any) -> bytes:
     file = BytesIO()
     dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()

@@ -41,10 +41,7 @@ MODALITIES = ("CT", "MR", "PT", "NM", "DX", "US", None)
             {"WindowCenter": 2000, "WindowWidth": 1000, "VOILUTFunction": "LINEAR_EXACT"},
             apply_window(STORED, Window(2000, 1000)),
         ),
-        (
-            {"WindowCenter": 1000.5, "WindowWidth": 4001, "RescaleIntercept": -1000},
-            STORED / 4000 * 255,
-        ),
+        ({"WindowCenter": 1000.5, "WindowWidth": 4001, "RescaleIntercept": -1000}, STORED / 4000 * 255),
     ],
 )
 def test_a_dicom_of_any_modality_is_shown_with_its_first_window(
@@ -56,6 +53,8 @@ def test_a_dicom_of_any_modality_is_shown_with_its_first_window(
         assert scan.has_window
         levels = expected if photometric == "MONOCHROME2" else 255 - expected
         assert np.abs(np.asarray(scan.slice_image(0, "file"), dtype=float) - levels).max() <= 1
+        if modality in ("DX", "US", None):
+            assert scan.slice_image(0) == scan.slice_image(0, "file")
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

@@ -23,18 +23,21 @@ nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
 
-@pytest.mark.parametrize("kind", ["dicom", "nifti", "nifti.gz", "nifti-2", "png", "npy", "jpeg", "tiff"])
+CONTENTS = {
+    "dicom": dicom_bytes(dicom_dataset(STORED)),
+    "nifti": nifti_bytes(ct_volume()),
+    "nifti.gz": nifti_bytes(ct_volume(), packed=True),
+    "nifti-2": nifti_bytes(ct_volume(), second=True),
+    "png": picture_bytes("PNG", "I;16"),
+    "npy": npy_bytes(STORED),
+    "jpeg": picture_bytes("JPEG"),
+    "tiff": picture_bytes("TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", list(CONTENTS))
 def test_a_kind_is_recognised_by_content_in_a_file_of_any_name_and_in_bytes(kind: str, tmp_path: Path) -> None:
-    content = {
-        "dicom": lambda: dicom_bytes(dicom_dataset(STORED)),
-        "nifti": lambda: nifti_bytes(ct_volume()),
-        "nifti.gz": lambda: nifti_bytes(ct_volume(), packed=True),
-        "nifti-2": lambda: nifti_bytes(ct_volume(), second=True),
-        "png": lambda: picture_bytes("PNG", "I;16"),
-        "npy": lambda: npy_bytes(STORED),
-        "jpeg": lambda: picture_bytes("JPEG"),
-        "tiff": lambda: picture_bytes("TIFF"),
-    }[kind]()
+    content = CONTENTS[kind]
     (tmp_path / "file.png").write_bytes(content)
     scans = [open_scan(tmp_path / "file.png"), open_scan(str(tmp_path / "file.png")), open_scan(content, "upload")]
     expected = "dicom" if kind == "dicom" else "nifti" if kind.startswith("nifti") else "image"

@@ -34,54 +34,36 @@ def spacing(regions: list, **elements: object) -> tuple[float, float] | None:
     return open_scan(dicom_bytes(dataset)).pixel_spacing
 
 
-@pytest.mark.parametrize(
-    "regions",
-    [
-        [region()],
-        [region((0, 0, COLUMNS, ROWS))],
-        [region(UPPER)],
-        [region(UPPER), region(LOWER)],
-        [region(UPPER), region(LOWER, 0.02001, 0.03001)],
-        [region(UPPER, -0.02, -0.03)],
-        [region(UPPER, RegionDataType=2)],
-    ],
-    ids=["whole", "whole, ends excluded", "part", "two", "two, rounded", "downwards", "colour flow"],
-)
-def test_regions_that_agree_say_how_large_a_pixel_is(regions: list) -> None:
-    assert spacing(regions) == pytest.approx((0.2, 0.3), rel=0.01)
+CLEAR = {
+    "whole": [region()],
+    "whole, ends excluded": [region((0, 0, COLUMNS, ROWS))],
+    "part": [region(UPPER)],
+    "two": [region(UPPER), region(LOWER)],
+    "two, rounded": [region(UPPER), region(LOWER, 0.02001, 0.03001)],
+    "downwards": [region(UPPER, -0.02, -0.03)],
+    "colour flow": [region(UPPER, RegionDataType=2)],
+}
+DOUBTFUL = {
+    "none": [],
+    "two scales": [region(UPPER), region(LOWER, 0.03, 0.03)],
+    "spectrum beside it": [region(UPPER), region(LOWER, RegionSpatialFormat=3)],
+    "seconds": [region(UPPER), region(LOWER, PhysicalUnitsXDirection=4)],
+    "no unit": [region(UPPER), region(LOWER, PhysicalUnitsYDirection=0)],
+    "M-mode": [region(RegionSpatialFormat=2)],
+    "no step": [region(UPPER, down=0.0)],
+    "one step": [region(UPPER, PhysicalDeltaX=None)],
+    "no corner": [region(UPPER, RegionLocationMaxX1=None)],
+    "of a larger picture": [region((0, 0, 2 * COLUMNS, 2 * ROWS))],
+    "inside out": [region((30, 5, 20, 10))],
+}
 
 
-@pytest.mark.parametrize(
-    "regions",
-    [
-        [],
-        [region(UPPER), region(LOWER, 0.03, 0.03)],
-        [region(UPPER), region(LOWER, RegionSpatialFormat=3)],
-        [region(UPPER), region(LOWER, PhysicalUnitsXDirection=4)],
-        [region(UPPER), region(LOWER, PhysicalUnitsYDirection=0)],
-        [region(RegionSpatialFormat=2)],
-        [region(UPPER, down=0.0)],
-        [region(UPPER, PhysicalDeltaX=None)],
-        [region(UPPER, RegionLocationMaxX1=None)],
-        [region((0, 0, 2 * COLUMNS, 2 * ROWS))],
-        [region((30, 5, 20, 10))],
-    ],
-    ids=[
-        "none",
-        "two scales",
-        "spectrum beside it",
-        "seconds",
-        "no unit",
-        "M-mode",
-        "no step",
-        "one step",
-        "no corner",
-        "of a larger picture",
-        "inside out",
-    ],
-)
-def test_regions_that_leave_a_doubt_say_nothing(regions: list) -> None:
-    assert spacing(regions) is None
+@pytest.mark.parametrize("kind", [*CLEAR, *DOUBTFUL])
+def test_regions_say_how_large_a_pixel_is_if_they_leave_no_doubt(kind: str) -> None:
+    if kind in CLEAR:
+        assert spacing(CLEAR[kind]) == pytest.approx((0.2, 0.3), rel=0.01)
+    else:
+        assert spacing(DOUBTFUL[kind]) is None
 
 
 def test_the_pixels_own_spacing_goes_first() -> None:
