@@ -39,11 +39,13 @@ class Canvas:
             return 0
         return self.groups.index(row["modality"], row["site"])
 
-    def class_of(self, target: str, name: str) -> int:
-        """The mask class of a target; `name` is the file to blame where it has none."""
-        if target not in self.classes:
-            raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
-        return self.classes[target]
+    def classes_of(self, row: dict[str, Any]) -> torch.Tensor:
+        """(n,) long, the mask classes of a row's targets."""
+        for target in row["targets"]:
+            if target not in self.classes:
+                name = picture_name(row["image"])
+                raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
+        return torch.tensor([self.classes[target] for target in row["targets"]], dtype=torch.long)
 
     def absent_classes(self, absent: Sequence[str], present: Sequence[str]) -> list[int]:
         """The mask classes of targets known to be absent: where there is no tumor, there is no benign tumor either."""

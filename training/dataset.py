@@ -93,7 +93,7 @@ class RegionDataset(SampleDataset):
         canvas, name = self.canvas, picture_name(row["image"])
         pixels, size = canvas.load_image(row["image"])
         masks = canvas.load_masks(row["masks"], [size] * len(row["masks"]))
-        classes = torch.tensor([canvas.class_of(target, name) for target in row["targets"]], dtype=torch.long)
+        classes = canvas.classes_of(row)
         absent = torch.tensor(canvas.absent_classes(row["absent"], row["targets"]), dtype=torch.long)
         group = canvas.groups.index(row["modality"], row["site"])  # also of a model without a codebook
         pixels, masks = canvas.augment(self.augmenter, pixels, masks, group, row["targets"], generator)
