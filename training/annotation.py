@@ -270,7 +270,7 @@ class _Annotator:
 
 def _picture(picture: dict[str, Any], embed: bool) -> dict[str, Any]:
     """How a picture stands in the output: by its path, or with its bytes."""
-    path, content = picture.get("path"), picture.get("bytes")
+    path, content = picture["path"], picture["bytes"]
     if content is None and not embed:
         return {"path": str(Path(path).absolute()), "bytes": None}
     content = Path(path).read_bytes() if content is None else content

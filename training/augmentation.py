@@ -83,6 +83,7 @@ class Augmentation:
         return frozenset(found)
 
 
+@dataclass(frozen=True)
 class Augmenter:
     """Changes one picture and its masks together; holds no state, all chance comes from the generator of the call.
 
@@ -106,14 +107,9 @@ class Augmenter:
     ```
     """
 
-    def __init__(
-        self,
-        settings: Augmentation,
-        sided_groups: Collection[int] = frozenset(),
-        orientation_free_groups: Collection[int] = frozenset(),
-    ) -> None:
-        self.settings, self.sided_groups = settings, sided_groups
-        self.orientation_free_groups = orientation_free_groups
+    settings: Augmentation
+    sided_groups: Collection[int] = frozenset()
+    orientation_free_groups: Collection[int] = frozenset()
 
     def __call__(
         self,
