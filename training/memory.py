@@ -152,7 +152,7 @@ def as_fake(value: Any, mode: FakeTensorMode) -> Any:
 
 class WithoutContent(TorchDispatchMode):
     """Within a `FakeTensorMode`: numbers are its tensors, which have shapes and no content, while ids, counts and
-    places, which say where numbers go, are real. Where a number's value is asked for, it is 0."""
+    places, which say where numbers go, are real. Where a number's value is asked for, it is 0, and a condition holds."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -164,7 +164,7 @@ class WithoutContent(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0
+            return args[0].dtype is torch.bool
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [place for index in args[1] for place in places_of(index)])
         return func(*args, **kwargs)
