@@ -74,6 +74,7 @@ def test_files_import_each_other_in_no_circle(imports: dict[str, list[str]]) -> 
 
 
 def test_only_the_command_line_imports_our_modules_late() -> None:
+    """But for the metrics: each needs an extra, which a caller may do without."""
     late = []
     for path in python_files(*SOURCES):
         name = path.relative_to(ROOT).as_posix()
@@ -81,7 +82,8 @@ def test_only_the_command_line_imports_our_modules_late() -> None:
             continue
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-                late += [f"{name}:{node.lineno}" for node in own_imports(function)]
+                nodes = own_imports(function)
+                late += [f"{name}:{node.lineno}" for node in nodes if "medsight.metrics." not in ast.unparse(node)]
     assert not late, "\n".join(sorted(set(late)))
 
 

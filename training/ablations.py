@@ -1,6 +1,6 @@
 """Ablations: a recipe and its variations, trained over several seeds, and how they score side by side.
 
-python -m medsight.training.ablations nano --output runs/ablations --seeds 0 1 2 --share 0.2 \\
+python -m medsight.training.ablations nano --output runs/ablations --seeds 0 1 2 \\
     --ablations no-region-embeddings seg-token no-unified
 
 An ablation is what its file in `training/configs/ablations/` changes of the recipe. Of each seed the whole recipe runs
@@ -20,7 +20,7 @@ OUTPUT/SPLIT.json, SPLIT.md          all figures, and the table of means and spr
 """
 
 import argparse
-import json
+import dataclasses
 import shutil
 import statistics
 import sys
@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from medsight.checkpoint import read_json
 from medsight.evaluation.benchmarks import load_benchmark
 from medsight.evaluation.cases import Case
 from medsight.evaluation.figures import METRICS
@@ -50,8 +51,6 @@ from .settings import ResolvedStage, resolve_stages
 FULL = "full"
 FOLDER = CONFIGS / "ablations"
 BENCHMARKS = ("segmentation", "diagnose-then-segment")
-# Lengths of a schedule, which --share shortens.
-LENGTHS = ("max_steps", "num_train_epochs", "warmup_steps", "eval_steps")
 # Which stages a change of the model's configuration reaches; one of any other field reaches all.
 REACHED: dict[str, Callable[[ResolvedStage], bool]] = {
     "use_region_embeddings": lambda stage: stage.kind.reads == "conversations" and not stage.settings.text_only,
@@ -74,29 +73,6 @@ def ablation(recipe: Recipe, name: str) -> Recipe:
     stages = changes.get("stages", {})
     changes["stages"] = {stage: value for stage, value in stages.items() if value is not None or recipe.stage(stage)}
     return recipe.changed(changes, f"ablation {name}")
-
-
-def shortened(recipe: Recipe, share: float) -> Recipe:
-    """A recipe whose stages all take a share of their steps.
-
-    Raises:
-        ValueError: the share is not above 0 and at most 1.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"--share {share}: expected a share above 0, at most 1")
-    if share == 1:
-        return recipe
-
-    def scaled(value: Any) -> Any:
-        if isinstance(value, float):
-            return value if value < 1 else share * value  # below 1, a share already
-        return max(1, round(share * value)) if value > 0 else value
-
-    def lengths(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: scaled(value) for name, value in values.items() if name in LENGTHS}
-
-    stages = {entry["name"]: lengths(entry) for entry in recipe.stages}
-    return recipe.changed({"training": lengths(recipe.training), "stages": stages}, f"--share {share}")
 
 
 def shared_stages(full: Recipe, other: Recipe) -> list[str]:
@@ -126,27 +102,20 @@ def take_over(full: Recipe, other: Recipe) -> None:
                 shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
-def evaluate(
-    recipe: Recipe, model: Path, benchmark: str, items: list[Case], output: Path, remark: str
-) -> dict[str, Any]:
+def evaluate(recipe: Recipe, model: Path, benchmark: str, items: list[Case], output: Path) -> dict[str, Any]:
     """What metrics.json says of a run's result on the items of a benchmark, greedy and in single precision.
 
     Args:
         output: the evaluation's folder; a finished one is read, a begun one is resumed.
-        remark: for its report.
     """
     if (output / METRICS).is_file():
-        return json.loads((output / METRICS).read_text(encoding="utf-8"))
+        return read_json(output / METRICS)
     declared, data = load_benchmark(benchmark), Path(recipe.data.regions[0]["path"])
     protocol = protocol_of(declared, None, None, {})
     settings = RunSettings(threshold=protocol.mask_protocol.threshold, dtype="float32")
-    described, path = answer(
-        *(str(model), output, declared, data, items, settings),
-        device="auto",
-        batch_size=8,
-        overwrite=False,
-        processes=Processes(),
-    )
+    options: dict[str, Any] = {"device": "auto", "batch_size": 8, "overwrite": False, "processes": Processes()}
+    described, path = answer(str(model), output, declared, data, items, settings, **options)
+    remark = f"The {output.parent.name} rows of a recipe's own data."
     return score(output, declared, items, protocol, path, described, [remark], None, 0, accept_problems=False)
 
 
@@ -168,7 +137,7 @@ def run(
         OSError, ValueError: see `medsight.training.run.train`.
     """
     variants = {FULL: recipe, **{name: ablation(recipe, name) for name in names}}
-    corpora = {seed: read_corpus(recipe.changed({"seed": seed}, "--seeds")) for seed in seeds}
+    corpora = {seed: read_corpus(dataclasses.replace(recipe, seed=seed)) for seed in seeds}
     items: dict[str, dict[int, list[Case]]] = {}
     for benchmark in BENCHMARKS:
         try:
@@ -191,17 +160,11 @@ def run(
             found: dict[str, float | None] = {}
             for benchmark, by_seed in items.items():
                 folder = Path(variant.output).with_name(split) / benchmark
-                remark = f"The {split} rows of a recipe's own data."
-                metrics = evaluate(variant, model, benchmark, by_seed[seed], folder, remark)
+                metrics = evaluate(variant, model, benchmark, by_seed[seed], folder)
                 found |= {f"{benchmark}: {figure}": value for figure, value in figures(metrics).items()}
             runs[name][seed] = found
-    whole = runs[FULL]
     summary = {name: spread(list(by_seed.values())) for name, by_seed in runs.items()}
-    ahead = {
-        name: spread([difference(whole[seed], found) for seed, found in by_seed.items()])
-        for name, by_seed in runs.items()
-        if name != FULL
-    }
+    ahead = {name: spread([difference(runs[FULL][seed], runs[name][seed]) for seed in seeds]) for name in names}
     result = {"split": split, "seeds": list(seeds), "runs": runs, "summary": summary, "ahead": ahead}
     write_json(output / f"{split}.json", result)
     write_text(output / f"{split}.md", table(result) + "\n")
@@ -210,9 +173,7 @@ def run(
 
 def difference(whole: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """How far each figure is above the other's; None where either has none."""
-    return {
-        name: None if value is None or other[name] is None else value - other[name] for name, value in whole.items()
-    }
+    return {name: None if None in (value, other[name]) else value - other[name] for name, value in whole.items()}
 
 
 def spread(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -251,12 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--ablations", nargs="+", default=["no-region-embeddings", "seg-token", "no-unified"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps (default: all)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--test", action="store_true", help="score on the test rows, not the validation rows")
     args = parser.parse_args(arguments)
     try:
-        recipe = shortened(load_recipe(args.recipe, args.overrides), args.share)
+        recipe = load_recipe(args.recipe, args.overrides)
         split = "test" if args.test else "validation"
         print(table(run(recipe, args.ablations, args.seeds, args.output, split)))
     except (OSError, ValueError) as error:

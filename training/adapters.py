@@ -11,12 +11,8 @@ ADAPTED = r".*\.language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|ga
 
 
 def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
-    """The model with LoRA on the language model's linear layers; the codes' rows, and projectors of `settings.trains`,
-    train whole.
-
-    Args:
-        settings: `ConversationSettings` with a `method` other than `full`.
-    """
+    """The model with LoRA on the language model's linear layers, by `ConversationSettings`; the codes' rows, and
+    projectors of `settings.trains`, train whole."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     config = model.config
@@ -30,14 +26,13 @@ def add_adapters(model: nn.Module, settings: Any) -> nn.Module:
     rows = {"embed_tokens": codes}
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         rows["lm_head"] = codes
+    projectors = [f"{part}_projector" for part in ("vision_to_text", "text_to_vision") if part in settings.trains]
     adapters = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=ADAPTED,
-        modules_to_save=[
-            f"{part}_projector" for part in settings.trains if part in ("vision_to_text", "text_to_vision")
-        ],
+        modules_to_save=projectors,
         trainable_token_indices=rows,
     )
     return get_peft_model(model, adapters)

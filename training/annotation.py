@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -24,7 +24,7 @@ from medsight.data.wording import ConversationMaker, Turn, Vocabulary, position_
 from medsight.files import check_empty, staged_folder
 from medsight.inference.code_assignment import assign_codes
 
-from .annotation_output import AnnotationCounts, ConversationWriter, write_card
+from .annotation_output import AnnotationCounts, SplitWriter, write_card
 from .canvas import Canvas
 
 
@@ -47,7 +47,6 @@ def annotate(
     prompt_noise: float = 0.0,
     on_error: str = "stop",
     embed_images: bool = False,
-    root: str | Path | None = None,
     wordings: Wordings | None = None,
     progress: bool = False,
 ) -> AnnotationCounts:
@@ -58,7 +57,7 @@ def annotate(
 
     Args:
         rows: of `REGION_FEATURES`, map-style or streaming; read twice.
-        model: with a trained perceiver and codebook; on the device to run on.
+        model: with a trained perceiver and codebook; on the device to run on. It is put into evaluation mode.
         processor: the model's.
         groups: the code groups, named and ordered as in `model.config.group_names` (any, without a codebook).
         output: folder that appears whole or not at all; may exist if it is empty.
@@ -69,8 +68,6 @@ def annotate(
         prompt_noise: share of the words of a prompt that are misspelt or missing, see `ConversationMaker`.
         on_error: "stop" at a picture or mask that cannot be read, or "skip" it: count it, log it, name it in the card.
         embed_images: put the bytes of images and masks into the parquet files, in place of their paths.
-        root: write paths relative to this folder, which then is the `images` of the source that reads them; absolute
-            paths by default.
         wordings: what is said; `Wordings.load()` by default.
         progress: show a progress bar on standard error.
 
@@ -79,24 +76,25 @@ def annotate(
         ValueError: a picture, mask or setting is bad; a target is no class of the model; a row has no group, or groups
             are not the model's.
     """
-
-    _check_settings(per_image, plain_share, batch_size, on_error)
-    if model.config.use_region_codebook and groups.names != list(model.config.group_names):
-        raise ValueError(f"groups {groups.names}: expected those of the model, {list(model.config.group_names)}")
-    wordings = Wordings.load() if wordings is None else wordings
+    for name, value, least, most in (
+        ("per_image", per_image, 1, None),
+        ("batch_size", batch_size, 1, None),
+        ("plain_share", plain_share, 0, 1),
+    ):
+        if value < least or (most is not None and value > most):
+            raise ValueError(f"{name}={value}: expected at least {least}" + (f", at most {most}" if most else ""))
+    config = model.config
+    if config.use_region_codebook and groups.names != list(config.group_names):
+        raise ValueError(f"groups {groups.names}: expected those of the model, {list(config.group_names)}")
+    wordings = wordings or Wordings.load()
     vocabulary = Vocabulary.from_rows(rows, groups)
-    if plain_share < 1:
-        _check_targets(sorted(set().union(*vocabulary.targets)), model.config.mask_class_names)
-    annotator = _Annotator(
-        model,
-        Canvas(processor, model.config, groups),
-        ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions, noise=prompt_noise),
-        AnnotationCounts(codes={name: [0] * model.config.codes_per_group for name in groups.names}),
-        _Pictures(embed_images, None if root is None else Path(root)),
-        per_image,
-        plain_share,
-        seed,
-    )
+    unknown = sorted(set().union(*vocabulary.targets) - set(config.mask_class_names or ()))
+    if plain_share < 1 and config.mask_class_names is not None and unknown:
+        raise ValueError(
+            f"target {unknown[0]!r} ({len(unknown)} such) is none of the model's {len(config.mask_class_names)} mask "
+            f"classes ({', '.join(config.mask_class_names[:5])}, ...): train a perceiver that knows it, or rename it "
+            "in the data"
+        )
     settings = {
         "seed": seed,
         "per_image": per_image,
@@ -105,44 +103,51 @@ def annotate(
         "prompt_noise": prompt_noise,
         "embed_images": embed_images,
     }
-    with _evaluating(model), staged_folder(Path(output), False, check_empty) as folder:
-        _write_conversations(folder, rows, annotator, batch_size, on_error, progress)
-        write_card(folder, annotator.counts, {**settings, **_origin(model, wordings)})
-    return annotator.counts
-
-
-def _write_conversations(
-    folder: Path,
-    rows: Iterable[dict[str, Any]],
-    annotator: "_Annotator",
-    batch_size: int,
-    on_error: str,
-    progress: bool,
-) -> None:
-    """Write the shards; pictures are decoded in threads, a batch at a time."""
-
-    counts, numbered = annotator.counts, enumerate(rows)
-    bar = tqdm(total=_length(rows), desc="annotate", unit="image", disable=not progress, file=sys.stderr)
-    with bar, ThreadPoolExecutor(READERS) as pool, closing(ConversationWriter(folder)) as writer:
-        while batch := list(islice(numbered, batch_size)):
-            for reading in annotator.annotated(_readable(pool.map(annotator.read, batch), on_error, counts)):
-                for conversation in annotator.conversations(reading):
-                    writer.write(conversation)
-            bar.update(len(batch))
+    annotator = _Annotator(
+        model,
+        Canvas(processor, config, groups),
+        ConversationMaker(wordings, vocabulary, random.Random(), max_regions=max_regions, noise=prompt_noise),
+        AnnotationCounts(codes={name: [0] * config.codes_per_group for name in groups.names}),
+        settings,
+    )
+    counts, numbered, writers = annotator.counts, enumerate(rows), dict[str, SplitWriter]()
+    model.eval()
+    with staged_folder(Path(output), False, check_empty) as folder:
+        with ExitStack() as stack:
+            total = getattr(rows, "num_rows", None)
+            bar = tqdm(total=total, desc="annotate", unit="image", disable=not progress, file=sys.stderr)
+            stack.enter_context(bar)
+            pool = stack.enter_context(ThreadPoolExecutor(READERS))
+            while batch := list(islice(numbered, batch_size)):
+                readings = []
+                for reading in pool.map(annotator.read, batch):
+                    if isinstance(reading, _Reading):
+                        readings.append(reading)
+                    elif on_error == "stop":
+                        raise reading
+                    else:
+                        counts.skipped.append(str(reading))
+                        logger.warning("left out (number %d): %s", len(counts.skipped), reading)
+                annotator.annotate(readings)
+                for conversation in (entry for reading in readings for entry in annotator.conversations(reading)):
+                    split = conversation["split"]
+                    if split not in writers:
+                        writers[split] = stack.enter_context(closing(SplitWriter(folder, split)))
+                    writers[split].write(conversation)
+                bar.update(len(batch))
         if not counts.images:
             raise ValueError(f"no image to annotate: {len(counts.skipped)} could not be read, none else came")
-        writer.finish()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Puts the model into evaluation mode, and back into the one that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+        name = config._name_or_path
+        origin = {
+            "templates": Path(wordings.path).name,
+            "templates_sha256": wordings.sha256,
+            # a Hub id, or the name of the folder that it was loaded from: where that lies is nobody's concern
+            "model": Path(name).resolve().name if name and Path(name).exists() else name or type(model).__name__,
+            "weights_sha256": weights_sha256(model),
+            "torch": version("torch"),
+        }
+        write_card(folder, counts, {**settings, **origin})
+    return counts
 
 
 @dataclass
@@ -153,7 +158,7 @@ class _Reading:
     row: dict[str, Any]
     generators: list[random.Random]
     plain: list[bool]
-    places: list[str]
+    places: Sequence[str] = ()
     pixels: torch.Tensor | None = None
     masks: torch.Tensor | None = None
     turns: Sequence[Turn] = ()
@@ -168,18 +173,15 @@ class _Annotator:
     canvas: Canvas
     maker: ConversationMaker
     counts: AnnotationCounts
-    pictures: "_Pictures"
-    per_image: int
-    plain_share: float
-    seed: int
+    settings: dict[str, Any]
 
     def read(self, numbered: tuple[int, dict[str, Any]]) -> _Reading | Exception:
         """Decode a row's pictures, masks only if they may be cited; a bad one is handed back as its error."""
-
         index, row = numbered
-        generators = [random.Random(f"{self.seed}:{index}:{number}") for number in range(self.per_image)]
-        plain = [generator.random() < self.plain_share for generator in generators]
-        reading = _Reading(index, row, generators, plain, [])
+        seed, count = self.settings["seed"], self.settings["per_image"]
+        generators = [random.Random(f"{seed}:{index}:{number}") for number in range(count)]
+        plain = [generator.random() < self.settings["plain_share"] for generator in generators]
+        reading = _Reading(index, row, generators, plain)
         try:
             picture = read_picture(row["image"])
             if len(row["masks"]) != len(row["targets"]):
@@ -196,23 +198,23 @@ class _Annotator:
             return error
         return reading
 
-    def annotated(self, readings: Sequence[_Reading]) -> Sequence[_Reading]:
+    def annotate(self, readings: Sequence[_Reading]) -> None:
         """Draw the words, and let the model see the images whose masks these cite."""
-
         for reading in readings:
-            reading.turns = [self._turn(reading, number) for number in range(self.per_image)]
+            chances = zip(reading.generators, reading.plain, strict=True)
+            reading.turns = [self._turn(reading, generator, plain) for generator, plain in chances]
         seen = [reading for reading in readings if any(turn.regions for turn in reading.turns)]
         if not seen:
-            return readings
-        named = self.model.config.mask_class_names is not None
+            return
         with torch.no_grad():
             pixels = torch.stack([reading.pixels for reading in seen])
             regions = self.model.get_region_features(pixels.to(self.model.device, self.model.dtype))
+        named = self.model.config.mask_class_names is not None
         codes = assign_codes(
             self.model,
             regions,
             [reading.masks for reading in seen],
-            [self._classes(reading.row) for reading in seen] if named else None,
+            [self.canvas.classes_of(reading.row) for reading in seen] if named else None,
             torch.tensor([self.canvas.group(reading.row) for reading in seen]),
         )
         queries = regions.masks_queries_logits.shape[1]
@@ -222,18 +224,27 @@ class _Annotator:
             for code in reading.codes:
                 usage[code] += 1
             self.counts.masks_beyond_queries += max(0, len(reading.codes) - queries)
-        return readings
 
     def conversations(self, reading: _Reading) -> Iterator[dict[str, Any]]:
         """The rows of `CONVERSATION_FEATURES` to write, counted."""
-
         row, split = reading.row, reading.row["split"] or "train"
-        group = self.canvas.group(row)
+        group, embed = self.canvas.group(row), self.settings["embed_images"]
         tokens = [self.model.config.region_code_token(group, code) for code in reading.codes]
-        image = self.pictures.entry(row["image"])
-        masks = {mask: self.pictures.entry(row["masks"][mask]) for turn in reading.turns for mask in turn.regions}
-        self._count(row, split, reading.turns)
+        image = _picture(row["image"], embed)
+        masks = {mask: _picture(row["masks"][mask], embed) for turn in reading.turns for mask in turn.regions}
+        counts = self.counts
+        counts.images += 1
+        for target in sorted(set(row["targets"])):
+            if row["targets"].count(target) > self.maker.max_regions:
+                counts.not_asked[target] += 1
         for number, turn in enumerate(reading.turns):
+            counts.conversations += 1
+            counts.intents[turn.intent] += 1
+            counts.groups[self._group_name(row)] += 1
+            counts.splits[split] += 1
+            counts.datasets[row["dataset"] or "unnamed"] += 1
+            if turn.absent:
+                counts.absent[turn.absent] += 1
             answer = turn.text([tokens[mask] for mask in turn.regions])
             yield {
                 "id": f"{row['dataset'] or 'row'}-{reading.index}-{number}",
@@ -248,122 +259,28 @@ class _Annotator:
                 "split": split,
             }
 
-    def _turn(self, reading: _Reading, number: int) -> Turn:
-        self.maker.generator = reading.generators[number]
-        return (
-            self.maker.plain(reading.row)
-            if reading.plain[number]
-            else self.maker.grounded(reading.row, reading.places)
-        )
-
-    def _count(self, row: dict[str, Any], split: str, turns: Sequence[Turn]) -> None:
-        counts = self.counts
-        counts.images += 1
-        counts.conversations += len(turns)
-        for target in sorted(set(row["targets"])):
-            if row["targets"].count(target) > self.maker.max_regions:
-                counts.add("not_asked", target)
-        for turn in turns:
-            counts.add("intents", turn.intent)
-            counts.add("groups", self._group_name(row))
-            counts.add("splits", split)
-            counts.add("datasets", row["dataset"] or "unnamed")
-            if turn.absent:
-                counts.add("absent", turn.absent)
-
-    def _classes(self, row: dict[str, Any]) -> torch.Tensor:
-        """(n,) long, the mask classes of a row's targets."""
-
-        name = picture_name(row["image"])
-        return torch.tensor([self.canvas.class_of(target, name) for target in row["targets"]], dtype=torch.long)
+    def _turn(self, reading: _Reading, generator: random.Random, plain: bool) -> Turn:
+        self.maker.generator = generator
+        return self.maker.plain(reading.row) if plain else self.maker.grounded(reading.row, reading.places)
 
     def _group_name(self, row: dict[str, Any]) -> str:
         groups = self.maker.groups
         return groups.names[groups.index(row["modality"], row["site"])]
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """How pictures stand in the output: by path, or with their bytes."""
-
-    embed: bool
-    root: Path | None
-
-    def entry(self, picture: dict[str, Any]) -> dict[str, Any]:
-        path, content = picture.get("path"), picture.get("bytes")
-        if content is not None or self.embed:
-            content = Path(path).read_bytes() if content is None else content
-            return {"path": Path(path).name if path else None, "bytes": content}
-        absolute = Path(path).absolute()
-        if self.root is None:
-            return {"path": str(absolute), "bytes": None}
-        try:
-            return {"path": absolute.relative_to(self.root.absolute()).as_posix(), "bytes": None}
-        except ValueError as error:
-            raise ValueError(f"{path}: not in the folder {self.root} that paths are to be relative to") from error
+def _picture(picture: dict[str, Any], embed: bool) -> dict[str, Any]:
+    """How a picture stands in the output: by its path, or with its bytes."""
+    path, content = picture["path"], picture["bytes"]
+    if content is None and not embed:
+        return {"path": str(Path(path).absolute()), "bytes": None}
+    content = Path(path).read_bytes() if content is None else content
+    return {"path": Path(path).name if path else None, "bytes": content}
 
 
 def weights_sha256(model: Any) -> str:
     """A hash of all weights: of name, type, shape and bytes of each tensor, in the order of their names."""
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _origin(model: Any, wordings: Wordings) -> dict[str, Any]:
-    """What wrote the conversations, for the card."""
-    return {
-        "templates": Path(wordings.path).name,
-        "templates_sha256": wordings.sha256,
-        "model": _model_name(model),
-        "weights_sha256": weights_sha256(model),
-        "torch": version("torch"),
-    }
-
-
-def _model_name(model: Any) -> str:
-    """A Hub id, or the name of the folder that it was loaded from: where that lies is nobody's concern."""
-    name = model.config._name_or_path
-    return Path(name).resolve().name if name and Path(name).exists() else name or type(model).__name__
-
-
-def _check_settings(per_image: int, plain_share: float, batch_size: int, on_error: str) -> None:
-    for name, value in (("per_image", per_image), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    if not 0 <= plain_share <= 1:
-        raise ValueError(f"plain_share={plain_share}: expected a share between 0 and 1")
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f"on_error={on_error!r}: expected 'stop' or 'skip'")
-
-
-def _check_targets(targets: Sequence[str], classes: Sequence[str] | None) -> None:
-    unknown = [] if classes is None else sorted(set(targets) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"target {unknown[0]!r} ({len(unknown)} such) is none of the model's {len(classes)} mask classes "
-            f"({', '.join(classes[:5])}, ...): train a perceiver that knows it, or rename it in the data"
-        )
-
-
-def _readable(readings: Iterable[Any], on_error: str, counts: AnnotationCounts) -> list[_Reading]:
-    readable = []
-    for reading in readings:
-        if not isinstance(reading, Exception):
-            readable.append(reading)
-        elif on_error == "stop":
-            raise reading
-        else:
-            counts.skipped.append(str(reading))
-            logger.warning("left out (number %d): %s", len(counts.skipped), reading)
-    return readable
-
-
-def _length(rows: Any) -> int | None:
-    try:
-        return len(rows)
-    except TypeError:
-        return None

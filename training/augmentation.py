@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -14,7 +14,6 @@ from medsight.data.groups import Groups
 
 
 TRIES = 5  # draws of a geometry, until every mask stays in the picture
-ELASTIC_GRID = 5  # points a side, between which displacements are smooth
 KEPT_SHARE = 0.1  # of a mask's area; with less it counts as moved out of the picture
 
 # A chamber of the heart keeps its name in a mirrored picture: what tells it is its wall and neighbours, no side.
@@ -37,12 +36,10 @@ class Augmentation:
         rotate: degrees, either way.
         scale: natural logarithm of the zoom, in or out.
         shift: share of the picture's side, in either direction of both axes.
-        elastic: standard deviation of smooth local displacements (Ronneberger et al., 2015), a share of the side.
         brightness: added to pixels in 0..1.
         contrast: share by which differences from the mean grow or shrink.
         gamma: natural logarithm of the exponent.
         noise: standard deviation of Gaussian noise, the same in all channels.
-        colour: natural logarithm of each channel's gain, in pictures that are not grey.
         flip: "unsided" mirrors half of the pictures of groups that name no target left or right; "none" mirrors none.
         orientation_free: shell patterns of the names of groups whose pictures have no up and down (microscopy, skin):
             where "unsided" mirrors, these are also turned by quarters, so that all eight orientations are as likely.
@@ -54,12 +51,10 @@ class Augmentation:
     rotate: float = 15.0
     scale: float = 0.15
     shift: float = 0.08
-    elastic: float = 0.0
     brightness: float = 0.15
     contrast: float = 0.25
     gamma: float = 0.3
     noise: float = 0.03
-    colour: float = 0.0
     flip: Literal["none", "unsided"] = "unsided"
     orientation_free: list[str] = field(default_factory=list)
 
@@ -88,6 +83,7 @@ class Augmentation:
         return frozenset(found)
 
 
+@dataclass(frozen=True)
 class Augmenter:
     """Changes one picture and its masks together; holds no state, all chance comes from the generator of the call.
 
@@ -111,15 +107,9 @@ class Augmenter:
     ```
     """
 
-    def __init__(
-        self,
-        settings: Augmentation,
-        sided_groups: Collection[int] = frozenset(),
-        orientation_free_groups: Collection[int] = frozenset(),
-    ) -> None:
-        self.settings = settings
-        self.sided_groups = frozenset(sided_groups)
-        self.orientation_free_groups = frozenset(orientation_free_groups)
+    settings: Augmentation
+    sided_groups: Collection[int] = frozenset()
+    orientation_free_groups: Collection[int] = frozenset()
 
     def __call__(
         self,
@@ -131,7 +121,7 @@ class Augmenter:
         generator: torch.Generator,
         stays: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mirror or turn, then rotate, zoom, shift and deform, then change the pixels' values.
+        """Mirror or turn, then rotate, zoom and shift, then change the pixels' values.
 
         A mask that is not empty stays so: a geometry that leaves any of them less than `KEPT_SHARE` of its area is
         drawn again, and after `TRIES` draws there is none but mirroring and quarter turns.
@@ -146,23 +136,13 @@ class Augmenter:
 
         Returns:
             Pixels and masks of the same shapes and types, in 0..1; what comes into the picture from outside is 0.
-
-        Raises:
-            ValueError: pixels and masks are not square or of different sizes, or targets and masks differ in number.
         """
-        side = pixels.shape[-1]
-        if pixels.shape[1:] != (side, side) or masks.shape[1:] != (side, side) or len(masks) != len(targets):
-            raise ValueError(
-                f"pixels {tuple(pixels.shape)}, masks {tuple(masks.shape)} and {len(targets)} targets: expected "
-                "(3, S, S), (n, S, S) and n targets"
-            )
         if stays:
             return self._photometric(pixels, generator), masks
         layers = torch.cat([pixels, masks.to(pixels)])
         layers = self._reoriented(layers, group, targets, generator)
         layers = self._moved(layers, len(pixels), generator)
-        changed, masks_moved = layers[: len(pixels)], layers[len(pixels) :]
-        return self._photometric(changed, generator), masks_moved.to(masks)
+        return self._photometric(layers[: len(pixels)], generator), layers[len(pixels) :].to(masks)
 
     def _reoriented(
         self, layers: torch.Tensor, group: int, targets: Sequence[str], generator: torch.Generator
@@ -177,7 +157,7 @@ class Augmenter:
 
     def _moved(self, layers: torch.Tensor, channels: int, generator: torch.Generator) -> torch.Tensor:
         options = self.settings
-        if options.rotate == options.scale == options.shift == options.elastic == 0:
+        if options.rotate == options.scale == options.shift == 0:
             return layers
         areas = layers[channels:].sum((1, 2))
         for _ in range(TRIES):
@@ -187,10 +167,6 @@ class Augmenter:
             cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
             theta = torch.tensor([[[cos, -sin, across], [sin, cos, down]]], dtype=layers.dtype)
             grid = F.affine_grid(theta.to(layers.device), [1, *layers.shape], align_corners=False)
-            if options.elastic:
-                points = torch.randn(1, 2, ELASTIC_GRID, ELASTIC_GRID, generator=generator) * 2 * options.elastic
-                displacements = F.interpolate(points, layers.shape[-2:], mode="bicubic", align_corners=True)
-                grid = grid + displacements.movedim(1, -1).to(grid)
             moved = F.grid_sample(layers[None], grid, align_corners=False)[0].clamp(0, 1)
             inside = moved[channels:].sum((1, 2)) / zoom**2
             if bool((inside >= KEPT_SHARE * areas).all()):
@@ -199,9 +175,6 @@ class Augmenter:
 
     def _photometric(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         options = self.settings
-        if options.colour and not bool((pixels == pixels[:1]).all()):
-            gains = [math.exp(_uniform(options.colour, generator)) for _ in pixels]
-            pixels = (pixels * pixels.new_tensor(gains)[:, None, None]).clamp(0, 1)
         if options.gamma:
             pixels = pixels.pow(math.exp(_uniform(options.gamma, generator)))
         if options.contrast:
@@ -226,19 +199,18 @@ def names_a_place(text: str) -> bool:
     return _PLACE.search(text) is not None
 
 
-def sided_groups(rows: Iterable[Mapping[str, Any]], groups: Groups) -> frozenset[int]:
-    """Groups in which any target, present or absent, is named left or right; reads region rows once, streaming.
+def sided_groups(rows: Any, groups: Groups) -> frozenset[int]:
+    """Groups in which any target of region rows, present or absent, is named left or right.
 
     Raises:
         ValueError: for a row that no group matches.
     """
-    if hasattr(rows, "select_columns"):
-        rows = rows.select_columns(["modality", "site", "targets", "absent"])
-    found = set()
-    for row in rows:
-        if any(map(is_sided, (*row["targets"], *row["absent"]))):
-            found.add(groups.index(row["modality"], row["site"]))
-    return frozenset(found)
+    columns = zip(*(rows[name] for name in ("modality", "site", "targets", "absent")), strict=True)
+    return frozenset(
+        groups.index(modality, site)
+        for modality, site, targets, absent in columns
+        if any(map(is_sided, (*targets, *absent)))
+    )
 
 
 def _uniform(extent: float, generator: torch.Generator) -> float:

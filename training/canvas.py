@@ -39,11 +39,13 @@ class Canvas:
             return 0
         return self.groups.index(row["modality"], row["site"])
 
-    def class_of(self, target: str, name: str) -> int:
-        """The mask class of a target; `name` is the file to blame where it has none."""
-        if target not in self.classes:
-            raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
-        return self.classes[target]
+    def classes_of(self, row: dict[str, Any]) -> torch.Tensor:
+        """(n,) long, the mask classes of a row's targets."""
+        for target in row["targets"]:
+            if target not in self.classes:
+                name = picture_name(row["image"])
+                raise ValueError(f"{name}: target {target!r} is none of the model's {len(self.classes)} mask classes")
+        return torch.tensor([self.classes[target] for target in row["targets"]], dtype=torch.long)
 
     def absent_classes(self, absent: Sequence[str], present: Sequence[str]) -> list[int]:
         """The mask classes of targets known to be absent: where there is no tumor, there is no benign tumor either."""
@@ -77,7 +79,7 @@ class Canvas:
         return torch.stack(placed) if placed else torch.zeros(0, side, side)
 
     def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
-        path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else None
+        path = entry["path"] if isinstance(entry, dict) and entry.get("bytes") is None else None
         if self.loaded is None or path is None:
             return load()
         if path not in self.loaded:
@@ -103,18 +105,15 @@ class Canvas:
         return placed
 
     def augment(
-        self,
-        augmenter: Augmenter | None,
-        pixels: torch.Tensor,
-        masks: torch.Tensor,
-        group: int,
-        targets: Sequence[str],
-        generator: torch.Generator,
-        stays: bool = False,
+        self, augmenter: Augmenter | None, pixels: torch.Tensor, masks: torch.Tensor, **about: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and masks, moved together if at all; brightness changes before normalisation, as a camera's would."""
+        """Pixels and masks, moved together if at all; brightness changes before normalisation, as a camera's would.
+
+        Args:
+            about: `group`, `targets`, `generator` and `stays`, as an [`Augmenter`] takes them.
+        """
         if augmenter is not None:
             picture = (pixels * self.std + self.mean).clamp(0, 1)
-            picture, masks = augmenter(picture, masks, group=group, targets=targets, generator=generator, stays=stays)
+            picture, masks = augmenter(picture, masks, **about)
             pixels = (picture - self.mean) / self.std
         return pixels, resize_masks(masks, self.config.mask_size)

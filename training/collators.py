@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .dataset import Skipped
 
@@ -19,12 +21,10 @@ class Collator:
     """
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        good = []
         for sample in samples:
             if isinstance(sample, Skipped):
                 logger.warning("left out: %s", sample.reason)
-            else:
-                good.append(sample)
+        good = [sample for sample in samples if not isinstance(sample, Skipped)]
         batch = {**(self.collate(good) if good else {}), "files": [sample["file"] for sample in good]}
         return {**batch, "skipped": len(samples) - len(good)} if len(good) < len(samples) else batch
 
@@ -33,6 +33,7 @@ class Collator:
         raise NotImplementedError
 
 
+@dataclass
 class RegionCollator(Collator):
     """Batches of images with masks.
 
@@ -41,8 +42,8 @@ class RegionCollator(Collator):
         groups: whether to add `group_labels`, which makes it a batch for the codebook.
     """
 
-    def __init__(self, class_queries: bool = False, groups: bool = False) -> None:
-        self.class_queries, self.groups = class_queries, groups
+    class_queries: bool = False
+    groups: bool = False
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -60,6 +61,7 @@ class RegionCollator(Collator):
         return batch
 
 
+@dataclass
 class ConversationCollator(Collator):
     """Batches of conversations: right-padded ids, labels on the assistants' words, images and masks.
 
@@ -69,24 +71,19 @@ class ConversationCollator(Collator):
         class_labels: add `code_class_labels`.
     """
 
-    def __init__(self, processor: Any, label_prompts: bool = False, class_labels: bool = False) -> None:
-        self.pad_token_id = processor.tokenizer.pad_token_id
-        self.label_prompts, self.class_labels = label_prompts, class_labels
+    processor: Any
+    label_prompts: bool = False
+    class_labels: bool = False
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        encoded = [sample["encoded"] for sample in samples]
-        shape = (len(samples), max(len(ids) for ids, _ in encoded))
+        encoded = zip(*(sample["encoded"] for sample in samples), strict=True)
+        tokens, spoken = ([torch.tensor(row) for row in rows] for rows in encoded)
+        said = [ids.where(words.bool(), IGNORED) for ids, words in zip(tokens, spoken, strict=True)]
         batch: dict[str, Any] = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED),
+            "input_ids": pad_sequence(tokens, True, self.processor.tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in tokens], True),
+            "labels": pad_sequence(tokens if self.label_prompts else said, True, IGNORED),
         }
-        for row, (ids, spoken) in enumerate(encoded):
-            tokens = torch.tensor(ids)
-            labelled = torch.ones(len(ids), dtype=torch.bool) if self.label_prompts else torch.tensor(spoken).bool()
-            batch["input_ids"][row, : len(ids)] = tokens
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["labels"][row, : len(ids)] = tokens.where(labelled, IGNORED)
         pixels = [pixels for sample in samples for pixels in sample["pixel_values"]]
         if pixels:
             batch["pixel_values"] = torch.stack(pixels)

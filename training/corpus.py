@@ -53,7 +53,6 @@ class Corpus:
         Raises:
             OSError, ValueError: as `load_source`; or nothing can be held out though it is asked.
         """
-
         recipe = self.recipe
         named = {name for entry in recipe.stages for name in entry.get("data", [])}
         parts = {
@@ -70,10 +69,6 @@ class Corpus:
             start += len(part)
         return split
 
-    def split(self, name: str) -> Any:
-        """The region rows of `training` or `validation`."""
-        return self.training if name == "training" else self.validation
-
 
 def read_corpus(recipe: Recipe) -> Corpus:
     """Read the region sources of a recipe: rows only, no picture.
@@ -81,17 +76,13 @@ def read_corpus(recipe: Recipe) -> Corpus:
     Raises:
         OSError, ValueError: as `load_source`; or nothing can be held out though it is asked.
     """
-
     parts = [read_source(recipe, entry) for entry in recipe.data.regions]
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     held = hold_out_regions(rows, recipe.data.validation_fraction, split_seed(recipe))
     training, validation = divide(rows, held)
-    if recipe.data.groups:
-        groups = Groups(recipe.data.groups)
-    else:
-        groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
+    groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for targets in rows["targets"] for target in targets})
     return Corpus(recipe, training, validation, groups, classes)
 
@@ -102,7 +93,6 @@ def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
     Raises:
         OSError, ValueError: as `load_source`.
     """
-
     return load_source(Source.from_mapping(entry), skip_errors=recipe.data.on_error == "skip")
 
 
@@ -112,17 +102,19 @@ def split_seed(recipe: Recipe) -> int:
 
 
 def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
-    """The code groups of modalities and sites where a recipe names none: those of the checkpoint that it starts from,
-    or one a pair.
+    """The code groups of modalities and sites: the recipe's; or those of the checkpoint that it starts from; or one a
+    pair.
 
     Raises:
         ValueError: as `match_groups`.
     """
-    if recipe.model.folder is None:
-        return Groups.of_pairs(pairs)
-
-    config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
-    return match_groups(config, pairs) if config.use_region_codebook else Groups.of_pairs(pairs)
+    if recipe.data.groups:
+        return Groups(recipe.data.groups)
+    if recipe.model.folder is not None:
+        config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
+        if config.use_region_codebook:
+            return match_groups(config, pairs)
+    return Groups.of_pairs(pairs)
 
 
 def corpus_conversations(corpus: Corpus) -> Any:
@@ -131,42 +123,26 @@ def corpus_conversations(corpus: Corpus) -> Any:
     Made from the training rows alone, with the wordings of the first annotation; and the words of `data.text`, but
     those about images or patients that are held out elsewhere.
     """
-
     recipe = corpus.recipe
     settings = next(iter(recipe.annotations.values()), AnnotationSettings())
     maker = ConversationMaker(
-        load_wordings(settings),
+        Wordings.load(settings.templates),
         Vocabulary.from_rows(corpus.training, corpus.groups),
         random.Random(recipe.seed),
         max_regions=settings.max_regions,
         noise=settings.prompt_noise,
     )
-    rows = [
-        {
-            "id": f"text-{number}",
-            "images": [],
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}],
-            "masks": [],
-            **origin,
-        }
-        for number, (question, reply, origin) in enumerate(
-            corpus_texts(maker, corpus.training, recipe.data.text_rounds)
-        )
-    ]
     empty = dict.fromkeys(("modality", "site", "split", "patient"))
-    made = Dataset.from_list([{**empty, **row} for row in rows], features=CONVERSATION_FEATURES)
+    rows = []
+    for number, (question, reply, origin) in enumerate(corpus_texts(maker, corpus.training, recipe.data.text_rounds)):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        rows.append({**empty, "id": f"text-{number}", "images": [], "messages": messages, "masks": [], **origin})
+    made = Dataset.from_list(rows, features=CONVERSATION_FEATURES)
     if not recipe.data.text:
         return made
     text = concatenate_datasets([read_source(recipe, entry) for entry in recipe.data.text])
     held = hold_out_conversations(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
     return concatenate_datasets([made, divide(text, held)[0]])
-
-
-def hold_out_text(rows: Any, recipe: Recipe, split: str) -> Any:
-    """A part of the conversations of the corpus' text, of all kinds, is for validation."""
-    count = math.ceil(recipe.data.validation_fraction * len(rows))
-    held = set(random.Random(split_seed(recipe)).sample(range(len(rows)), count))
-    return rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
 
 
 def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str) -> Any:
@@ -175,30 +151,32 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
     Raises:
         OSError, ValueError: as `load_source` and `Corpus.conversations`.
     """
-
-    recipe = corpus.recipe
-    parts = [hold_out_text(corpus_conversations(corpus), recipe, split)] if TEXT in names else []
-    for name in [name for name in names if name in recipe.annotations]:
-        if len(corpus.split(split)):
+    recipe, parts = corpus.recipe, []
+    if TEXT in names:
+        rows = corpus_conversations(corpus)
+        count = math.ceil(recipe.data.validation_fraction * len(rows))
+        held = set(random.Random(split_seed(recipe)).sample(range(len(rows)), count))
+        parts.append(rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")]))
+    for name in names:
+        if name in recipe.annotations and len(getattr(corpus, split)):
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))
-        else:
+        elif name in recipe.annotations:
             parts.append(Dataset.from_dict({column: [] for column in CONVERSATION_FEATURES}, CONVERSATION_FEATURES))
-    for name in [name for name in names if name in recipe.data.conversations]:
-        training, validation = corpus.conversations[name]
-        parts.append(training if split == "training" else validation)
+    for name in names:
+        if name in recipe.data.conversations:
+            parts.append(corpus.conversations[name][0 if split == "training" else 1])
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, folder: Path) -> None:
     """Write the conversations of one annotation, training and validation, where they are not there yet."""
-
     recipe, settings = corpus.recipe, corpus.recipe.annotations[name]
     for split in ("training", "validation"):
         target = folder / ANNOTATIONS / name / split
-        if target.is_dir() or not len(corpus.split(split)):
+        if target.is_dir() or not len(getattr(corpus, split)):
             continue
         annotate(
-            corpus.split(split),
+            getattr(corpus, split),
             model,
             processor,
             corpus.groups,
@@ -207,16 +185,10 @@ def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, fold
             plain_share=settings.plain_share,
             max_regions=settings.max_regions,
             prompt_noise=settings.prompt_noise if split == "training" else 0.0,
-            wordings=load_wordings(settings),
+            wordings=Wordings.load(settings.templates),
             seed=recipe.seed,
             on_error=recipe.data.on_error,
         )
-
-
-def load_wordings(settings: AnnotationSettings) -> Any:
-    """The wordings that an annotation names, or the shipped ones."""
-
-    return Wordings.load(settings.templates) if settings.templates else Wordings.load()
 
 
 def fingerprint(rows: Any) -> str:

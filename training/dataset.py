@@ -14,11 +14,11 @@ from medsight.data.conversations import cited_codes, code_images
 from medsight.data.pictures import picture_name
 from medsight.data.schema import IMAGE_MARKER
 from modeling_medsight.loss_medsight import resize_masks
+from processing_medsight.chat_medsight import neutralise_conversations
 from processing_medsight.region_codes_medsight import region_code_ids
 
 from .augmentation import Augmenter, names_a_place
 from .canvas import Canvas
-from .encoding import encode
 
 
 MIXER = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: neighbouring draws get unrelated seeds
@@ -31,6 +31,7 @@ class Skipped:
     reason: str
 
 
+@dataclass(eq=False, repr=False)
 class SampleDataset(Dataset):
     """Samples of rows by draw number; row = draw mod number of rows.
 
@@ -42,41 +43,34 @@ class SampleDataset(Dataset):
         skip_errors: give a `Skipped` for a broken row in place of raising.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        canvas: Canvas,
-        augmenter: Augmenter | None = None,
-        seed: int = 0,
-        skip_errors: bool = False,
-    ) -> None:
-        self.rows, self.canvas, self.augmenter = rows, canvas, augmenter
-        self.seed, self.skip_errors = seed, skip_errors
+    rows: Any
+    canvas: Canvas
+    augmenter: Augmenter | None = None
+    seed: int = 0
+    skip_errors: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, draw: int) -> dict[str, Any] | Skipped:
-        return self.sample(self.rows[draw % len(self.rows)], draw)
-
-    def sample(self, row: dict[str, Any], draw: int) -> dict[str, Any] | Skipped:
-        """The sample of a row, with the chance of draw number `draw`.
-
-        Raises:
-            OSError, ValueError: a broken picture or mask, naming the file.
-        """
         generator = torch.Generator().manual_seed((self.seed * MIXER + draw * (MIXER >> 1) + 1) % 2**63)
         try:
-            return self._sample(row, generator)
+            return self.sample(self.rows[draw % len(self.rows)], generator)
         except (OSError, ValueError) as error:
             if not self.skip_errors:
                 raise
             return Skipped(str(error))
 
-    def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    def sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """The sample of a row, with the chance of `generator`.
+
+        Raises:
+            OSError, ValueError: a broken picture or mask, naming the file.
+        """
         raise NotImplementedError
 
 
+@dataclass(eq=False, repr=False)
 class RegionDataset(SampleDataset):
     """Samples for the perceiver and the codebook: an image with all its masks.
 
@@ -85,23 +79,22 @@ class RegionDataset(SampleDataset):
         matched_share: chance of an image to train the region queries besides the class queries.
     """
 
-    def __init__(self, *args: Any, most_asked: int = 8, matched_share: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.most_asked, self.matched_share = most_asked, matched_share
+    most_asked: int = 8
+    matched_share: float = 1.0
 
-    def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    def sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         canvas, name = self.canvas, picture_name(row["image"])
         pixels, size = canvas.load_image(row["image"])
         masks = canvas.load_masks(row["masks"], [size] * len(row["masks"]))
-        classes = torch.tensor([canvas.class_of(target, name) for target in row["targets"]], dtype=torch.long)
+        classes = canvas.classes_of(row)
         absent = torch.tensor(canvas.absent_classes(row["absent"], row["targets"]), dtype=torch.long)
         group = canvas.groups.index(row["modality"], row["site"])  # also of a model without a codebook
-        pixels, masks = canvas.augment(self.augmenter, pixels, masks, group, row["targets"], generator)
-        count = (
-            0
-            if not len(masks)
-            else int(torch.randint(1, min(self.most_asked, len(masks)) + 1, (1,), generator=generator))
+        pixels, masks = canvas.augment(
+            self.augmenter, pixels, masks, group=group, targets=row["targets"], generator=generator
         )
+        count, most = 0, min(self.most_asked, len(masks))
+        if len(masks):
+            count = int(torch.randint(1, most + 1, (1,), generator=generator))
         return {
             "pixel_values": pixels,
             "mask_labels": masks,
@@ -114,6 +107,7 @@ class RegionDataset(SampleDataset):
         }
 
 
+@dataclass(eq=False, repr=False)
 class ConversationDataset(SampleDataset):
     """Samples for stages on conversations: a conversation, its images, and the masks of the codes that it cites.
 
@@ -125,60 +119,80 @@ class ConversationDataset(SampleDataset):
         max_length: longest conversation in tokens; a longer one is an error naming it, never cut.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        mask_share: float = 1.0,
-        text_only: bool = False,
-        max_length: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.mask_share, self.text_only, self.max_length = mask_share, text_only, max_length
+    mask_share: float = 1.0
+    text_only: bool = False
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
         self.codes = frozenset(region_code_ids(self.canvas.processor.tokenizer).values())
 
-    def encoded(self, messages: list[dict[str, str]], name: str) -> tuple[list[int], list[int]]:
-        """Token ids, and 1 where one is the assistant's."""
-        ids, spoken = encode(messages, self.canvas.processor)
-        if self.max_length is not None and len(ids) > self.max_length:
-            raise ValueError(f"{name}: the conversation has {len(ids)} tokens, more than max_length={self.max_length}")
-        return ids, spoken
-
-    def _sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    def sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         name = picture_name(row["images"][0]) if row["images"] else f"conversation {row['id']}"
+        messages = row["messages"]
         if self.text_only:
-            messages = [
-                {**turn, "content": turn["content"].replace(IMAGE_MARKER, "").strip()} for turn in row["messages"]
-            ]
-            encoded = self.encoded(messages, name)
-            return {"encoded": encoded, "pixel_values": [], "mask_labels": None, "code_classes": None, "file": name}
+            messages = [{**turn, "content": turn["content"].replace(IMAGE_MARKER, "").strip()} for turn in messages]
+        encoded = encode(messages, self.canvas.processor)
+        length = len(encoded[0])
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"{name}: the conversation has {length} tokens, more than max_length={self.max_length}")
+        sample: dict[str, Any] = {"encoded": encoded, "file": name}
+        if self.text_only:
+            return {**sample, "pixel_values": [], "mask_labels": None, "code_classes": None}
         canvas = self.canvas
         loaded = [canvas.load_image(entry) for entry in row["images"]]
-        owners = code_images(row["messages"])
+        owners, said = code_images(messages), f"{name}: conversation {row['id']} cites"
         if len(owners) != len(row["masks"]) or -1 in owners:
-            raise ValueError(
-                f"{name}: conversation {row['id']} cites {len(owners)} codes, has {len(row['masks'])} masks"
-            )
-        unknown = [code for code in cited_codes(row["messages"]) if code not in self.codes]
-        if unknown:
-            raise ValueError(
-                f"{name}: conversation {row['id']} cites {unknown[0]}, which is none of the model's "
-                f"{len(self.codes)} region codes"
-            )
+            raise ValueError(f"{said} {len(owners)} codes, has {len(row['masks'])} masks")
+        for code in cited_codes(messages):
+            if code not in self.codes:
+                raise ValueError(f"{said} {code}, which is none of the model's {len(self.codes)} region codes")
         masks = canvas.load_masks(row["masks"], [loaded[owner][1] for owner in owners])
         classes = [canvas.classes.get(target, -1) for target in row["targets"]]
         all_pixels = [pixels for pixels, _ in loaded]
         if len(loaded) == 1:
-            stays = any(names_a_place(turn["content"]) for turn in row["messages"])
-            pixels, masks = canvas.augment(self.augmenter, all_pixels[0], masks, -1, row["targets"], generator, stays)
+            stays = any(names_a_place(turn["content"]) for turn in messages)
+            about = {"group": -1, "targets": row["targets"], "generator": generator, "stays": stays}
+            pixels, masks = canvas.augment(self.augmenter, all_pixels[0], masks, **about)
             all_pixels = [pixels]
         else:
             masks = resize_masks(masks, canvas.config.mask_size)
         decoded = torch.rand(1, generator=generator).item() < self.mask_share
         return {
-            "encoded": self.encoded(row["messages"], name),
+            **sample,
             "pixel_values": all_pixels,
             "mask_labels": masks if decoded or not len(masks) else None,
             "code_classes": torch.tensor(classes, dtype=torch.long),
-            "file": name,
         }
+
+
+def encode(messages: list[dict[str, str]], processor: Any) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation as a `MedSightProcessor` makes them, with image blocks at full length, and 1 where a
+    token is the assistant's."""
+    chat = [{"role": turn["role"], "content": content_parts(turn)} for turn in messages]
+    encoded = processor.tokenizer.apply_chat_template(
+        neutralise_conversations(chat, processor.tokenizer, processor.image_token),
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, spoken = list[int](), list[int]()
+    for token, assistant in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        repeats = processor.image_seq_length if token == processor.image_token_id else 1
+        ids += [token] * repeats
+        spoken += [assistant] * repeats
+    return ids, spoken
+
+
+def content_parts(turn: dict[str, str]) -> Any:
+    """A turn's content for the chat template: the marker of an image becomes an image part."""
+    if turn["role"] != "user" or IMAGE_MARKER not in turn["content"]:
+        return turn["content"]
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(turn["content"].split(IMAGE_MARKER)):
+        if index:
+            parts.append({"type": "image"})
+        text = text.strip("\n") if index else text
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts

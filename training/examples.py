@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import TrainerCallback
 
 from medsight.export.drawing import draw_overlay
 
 from .dataset import SampleDataset, Skipped
-from .stage import Stage
+from .stage import Stage, evenly
 
 
 class ExamplePictures(TrainerCallback):
@@ -21,7 +22,7 @@ class ExamplePictures(TrainerCallback):
 
     def __init__(self, stage: Stage, dataset: SampleDataset, folder: Path, count: int) -> None:
         self.stage, self.dataset, self.folder = stage, dataset, folder
-        self.chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+        self.chosen = evenly(len(dataset), count)[:count]
 
     @torch.no_grad()
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -32,36 +33,29 @@ class ExamplePictures(TrainerCallback):
         model.eval()
         for number, index in enumerate(self.chosen):
             sample = self.dataset[index]
-            if isinstance(sample, Skipped) or not len(sample["pixel_values"]):
-                continue
-            picture = self.draw(model, sample)
-            picture.save(self.folder / f"step-{state.global_step:06d}-{number}.png")
+            if not isinstance(sample, Skipped) and len(sample["pixel_values"]):
+                self.draw(model, sample).save(self.folder / f"step-{state.global_step:06d}-{number}.png")
         model.train(training)
 
     def draw(self, model: Any, sample: dict[str, Any]) -> Any:
         """One sample, wanted regions on the left and given ones on the right, as a PIL image."""
-        canvas, wanted = self.stage.canvas, [] if sample["mask_labels"] is None else list(sample["mask_labels"])
-        pixels = (
-            sample["pixel_values"] if isinstance(sample["pixel_values"], torch.Tensor) else sample["pixel_values"][-1]
-        )
+        canvas, pixels = self.stage.canvas, sample["pixel_values"]
+        pixels = pixels if isinstance(pixels, torch.Tensor) else pixels[-1]
         array = ((pixels * canvas.std + canvas.mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         image = Image.fromarray(array)
-        size = (image.height, image.width)
+        wanted = [] if sample["mask_labels"] is None else list(sample["mask_labels"])
         masks, labels = self.stage.example(model, sample)
-        sides = [
-            draw_overlay(image, at_size(wanted, size), ["wanted"] * len(wanted)),
-            draw_overlay(image, at_size(masks, size), labels[: len(masks)]),
-        ]
-        joined = Image.new("RGB", (sum(side.width for side in sides), max(side.height for side in sides)), "white")
-        joined.paste(sides[0], (0, 0))
-        joined.paste(sides[1], (sides[0].width, 0))
+        left, right = (
+            draw_overlay(image, at_size(drawn, (image.height, image.width)), names)
+            for drawn, names in ((wanted, ["wanted"] * len(wanted)), (masks, labels[: len(masks)]))
+        )
+        joined = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+        joined.paste(left, (0, 0))
+        joined.paste(right, (left.width, 0))
         return joined
 
 
 def at_size(masks: Any, size: tuple[int, int]) -> list[Any]:
     """Masks (H, W), boolean or in [0, 1], as boolean arrays of another size."""
-    result = []
-    for mask in masks:
-        resized = torch.nn.functional.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0]
-        result.append((resized >= 0.5).cpu().numpy())
-    return result
+    resized = [F.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0] for mask in masks]
+    return [(mask >= 0.5).cpu().numpy() for mask in resized]

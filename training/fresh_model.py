@@ -1,7 +1,12 @@
 """A model from a preset, with a tokenizer of the corpus' own text: for runs from scratch."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from configuration_medsight.presets_medsight import PRESETS
@@ -12,7 +17,6 @@ from processing_medsight.processing_medsight import MedSightProcessor
 from processing_medsight.region_codes_medsight import IMAGE_TOKEN, QWEN3_ADDED_TOKENS, add_region_codes
 
 from .recipe import Recipe
-from .tokenizer import train_tokenizer
 
 
 ROUND_VOCABULARY_TO = 64
@@ -66,14 +70,13 @@ def fresh_model(
         conversations: rows whose words the tokenizer learns.
     """
     settings, config = recipe.model, fresh_config(recipe, groups.patterns, classes)
-    tokenizer = train_tokenizer(words_of(conversations), settings.tokenizer_size)
+    texts = ["\n".join(turn["content"] for turn in messages) for messages in conversations["messages"]]
+    tokenizer = train_tokenizer(texts, settings.tokenizer_size)
     add_region_codes(tokenizer, config.num_groups, config.codes_per_group, config.use_region_codebook)
+    look = {"fit": settings.fit, "image_mean": settings.image_mean, "image_std": settings.image_std}
     size = {"height": config.image_size, "width": config.image_size}
-    image_processor = MedSightImageProcessor(
-        size=size, fit=settings.fit, image_mean=settings.image_mean, image_std=settings.image_std
-    )
     processor = MedSightProcessor(
-        image_processor=image_processor,
+        image_processor=MedSightImageProcessor(size=size, **look),
         tokenizer=tokenizer,
         image_seq_length=config.image_seq_length,
         group_names=config.group_names,
@@ -81,6 +84,34 @@ def fresh_model(
     return MedSightForConditionalGeneration(config).float(), processor
 
 
-def words_of(conversations: Any) -> list[str]:
-    """Every conversation as one text."""
-    return ["\n".join(turn["content"] for turn in messages) for messages in conversations["messages"]]
+def train_tokenizer(texts: Iterable[str], base_size: int) -> Qwen2Tokenizer:
+    """A small byte-level BPE in Qwen2Tokenizer's form: `base_size` entries (256 bytes and merges) and Qwen3's 26 added
+    tokens; region codes are appended later, after these.
+
+    Raises:
+        ValueError: the texts are too few for that many entries.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=base_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() != base_size:
+        raise ValueError(
+            f"the texts give {bpe.get_vocab_size()} byte-pair entries, tokenizer.base_size is {base_size}"
+        )
+    model = json.loads(bpe.to_str())["model"]
+    none = dict.fromkeys(("unk_token", "eos_token", "pad_token"))
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, clean_up_tokenization_spaces=False, **none)
+    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t, special in QWEN3_ADDED_TOKENS])
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    return tokenizer

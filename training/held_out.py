@@ -1,7 +1,9 @@
 """A recipe's own held-out rows as items of a benchmark, and the few figures that runs are compared by."""
 
+import contextlib
 import dataclasses
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,11 +33,9 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
         NoRowsError: there is no row.
         ValueError: the benchmark or a source has another layout, or two rows have one id.
     """
-
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     declared = load_benchmark(benchmark)
-    images = image_paths(corpus.validation)
     found: dict[str, Case] = {}
     for source in map(Source.from_mapping, corpus.recipe.data.regions):
         if {source.layout, declared.layout} != {"biomedparse"}:
@@ -43,33 +43,27 @@ def held_out_items(corpus: Corpus, benchmark: str, split: str = "validation") ->
                 f"benchmark {benchmark} reads the layout {declared.layout}, {source.path} has {source.layout}: "
                 "expected biomedparse of both"
             )
+        rows: Any = corpus.validation
         if split == "test":
             source = dataclasses.replace(source, split="test")
-            images = image_paths([item.row for item in iterate(source) if item.row is not None])
-        try:  # whether the files are there was seen when they were read
-            items, _ = read_cases(dataclasses.replace(declared, split=source.split, files=("*",)), source.path)
-        except NoRowsError:
-            continue
-        for item in items:
-            path = os.path.abspath(item.images[0]["path"])
-            if path not in images:
-                continue
-            if item.id in found and os.path.abspath(found[item.id].images[0]["path"]) != path:
-                raise ValueError(f"{source.path}: the row {item.id!r} is in two sources")
-            found[item.id] = item
+            rows = [item.row for item in iterate(source) if item.row is not None]
+        images = {os.path.abspath(row["image"]["path"]) for row in rows}
+        changes: dict[str, Any] = {"split": source.split, "files": ("*",)}
+        declared = dataclasses.replace(declared, **changes)
+        with contextlib.suppress(NoRowsError):  # whether the files are there was seen when they were read
+            for item in read_cases(declared, source.path)[0]:
+                path = os.path.abspath(item.images[0]["path"])
+                if path in images:
+                    if item.id in found and os.path.abspath(found[item.id].images[0]["path"]) != path:
+                        raise ValueError(f"{source.path}: the row {item.id!r} is in two sources")
+                    found[item.id] = item
     if not found:
         raise NoRowsError(f"benchmark {benchmark}: the recipe's data have no {split} row for it")
     return list(found.values())
 
 
-def image_paths(rows: Any) -> set[str]:
-    """The absolute paths of the images of region rows."""
-    return {os.path.abspath(row["image"]["path"]) for row in rows}
-
-
 def score_predictions(items: Sequence[Case], predictions: Sequence[Prediction], benchmark: str) -> dict[str, Any]:
     """What metrics.json would say of predictions, by the benchmark's own protocol."""
-
     declared = load_benchmark(benchmark)
     protocol = protocol_of(declared, None, None, {})
     by_id = {prediction.id: prediction for prediction in predictions}
@@ -84,17 +78,15 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
         `dice`, the mean over rows; `dice_sets`, the unweighted mean over data sets; `no_mask`, the share of rows about
         something absent that are answered without a mask; of diagnoses, `recall` first.
     """
-    dice = metrics["scores"].get("dice")
-    sets = list(set_dice(metrics).values())
-    absent = metrics["negatives"]["no_region_rate"]
-    found = {
+    dice, absent = metrics["scores"].get("dice"), metrics["negatives"]["no_region_rate"]
+    sets = set_dice(metrics).values()
+    found = {"recall": metrics["scores"]["answer"]["micro"]["value"]} if metrics["task"] == "diagnose" else {}
+    return {
+        **found,
         "dice": dice["micro"]["value"] if dice else None,
-        "dice_sets": sum(sets) / len(sets) if sets else None,
+        "dice_sets": statistics.fmean(sets) if sets else None,
         "no_mask": absent["value"] if absent else None,
     }
-    if metrics["task"] == "diagnose":
-        found = {"recall": metrics["scores"]["answer"]["micro"]["value"], **found}
-    return found
 
 
 def set_dice(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,7 +34,7 @@ def optimizer_bytes(model: nn.Module, muon_learning_rate: float, name: str) -> i
         name: `TrainingArguments.optim`.
     """
     if muon_learning_rate:
-        groups = muon_with_adamw(model, muon_learning_rate, 1e-3, 0.0, (0.9, 0.999)).param_groups
+        groups = muon_with_adamw(model, muon_learning_rate, 1e-3, 0.0).param_groups
         return sum(p.nbytes * (1 if group["muon"] else 2) for group in groups for p in group["params"])
     if name not in STATES:
         return None
@@ -94,7 +95,7 @@ def activation_bytes(
             stack.enter_context(WithoutContent())
         stack.enter_context(patch.object(HungarianMatcher, "forward", match_in_order))
         stack.enter_context(torch.autocast("cpu", autocast or torch.bfloat16, autocast is not None))
-        tracker = memory_tracker()
+        tracker = Tracker()
         tracker.track_external(model)
         stack.enter_context(tracker)
         trained_module(model, stage)(**batch)["loss"].backward()
@@ -105,28 +106,13 @@ def activation_bytes(
     return peak["Total"] - weights
 
 
-def memory_tracker() -> Any:
-    """torch's tracker of the memory that tensors take.
+class Tracker(MemTracker):
+    """Of the whole alone: of each module it would take much time, and a gradient of every parameter."""
 
-    Raises:
-        ValueError: this torch has none.
-    """
-    try:
-        from torch.distributed._tools.mem_tracker import MemTracker
-    except ImportError as error:
-        raise ValueError(
-            f"torch {torch.__version__} has no MemTracker, which --plan counts memory by: {error}"
-        ) from error
+    def _pre_fw_hook(self, *args: Any) -> None:
+        pass
 
-    class Tracker(MemTracker):
-        """Of the whole alone: of each module it would take much time, and a gradient of every parameter."""
-
-        def _pre_fw_hook(self, *args: Any) -> None:
-            pass
-
-        _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
-
-    return Tracker()
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
 
 def without_content(model: nn.Module, dtypes: dict[int, torch.dtype]) -> None:
@@ -166,7 +152,7 @@ def as_fake(value: Any, mode: FakeTensorMode) -> Any:
 
 class WithoutContent(TorchDispatchMode):
     """Within a `FakeTensorMode`: numbers are its tensors, which have shapes and no content, while ids, counts and
-    places, which say where numbers go, are real. Where a number's value is asked for, it is 0."""
+    places, which say where numbers go, are real. A number whose value is asked for is 0, and a condition holds."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -178,7 +164,7 @@ class WithoutContent(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0
+            return args[0].dtype is torch.bool
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [place for index in args[1] for place in places_of(index)])
         return func(*args, **kwargs)

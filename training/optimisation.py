@@ -29,7 +29,7 @@ class MuonWithAdamW(torch.optim.AdamW):
     ```python
     >>> import torch
     >>> from medsight.training.optimisation import muon_with_adamw
-    >>> optimizer = muon_with_adamw(torch.nn.Linear(3, 3), 1e-2, 1e-3, 0.0, (0.9, 0.99))
+    >>> optimizer = muon_with_adamw(torch.nn.Linear(3, 3), 1e-2, 1e-3, 0.0)
     >>> [group["muon"] for group in optimizer.param_groups]
     [True, False]
 
@@ -83,18 +83,15 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def muon_with_adamw(
-    model: nn.Module,
-    muon_learning_rate: float,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float = 1e-8,
+    model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, **options: Any
 ) -> MuonWithAdamW:
     """The optimizer of a model's trainable parameters; vectors, lookup tables and the first and last layers (see
-    `FOR_ADAMW`) go to AdamW, and vectors do not decay."""
-    matrices: list[nn.Parameter] = []
-    tables: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    `FOR_ADAMW`) go to AdamW, and vectors do not decay.
+
+    Args:
+        options: `betas` and `eps` of AdamW.
+    """
+    matrices, tables, vectors = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             outer = any(part in name for part in FOR_ADAMW)
@@ -104,4 +101,4 @@ def muon_with_adamw(
         {"params": tables, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return MuonWithAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps)
+    return MuonWithAdamW([group for group in groups if group["params"]], lr=learning_rate, **options)

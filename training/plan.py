@@ -1,25 +1,13 @@
 """What a recipe takes, before anything is trained: `medsight train CONFIG --plan`.
 
-Models are built without weights, so neither the model's folder nor the data need be there. A device holds, in bytes:
-
-    weights      all parameters and buffers, in `model.dtype`; QLoRA's linear layers in 4 bits with their scales
-    gradients    those of the parameters that train, in their own dtype
-    optimizer    AdamW two numbers, Muon one, for each of these parameters, in their dtype; see `memory.STATES`
-    activations  the most that lives besides, in the forward and backward pass of one micro-batch
-
-The first three are exact. Activations are an estimate: a stage's own pass runs on tensors without content, in the
-recipe's precision, with its gradient checkpointing, under torch's memory tracker. A conversation has one image,
-`max_length` tokens (the image and `stage_conversations.TOKENS` more where that is not set) and cites `max_regions`
-codes; an image has as many masks. Counted: what autograd keeps, parameters cast for mixed precision, logits, losses,
-temporaries. Not counted: workspaces of kernels and the CUDA context, fragmentation, validation.
-
-    a device     their sum; with several devices DDP's buckets too, which are as large as the gradients
-    sharded      FSDP2: the first three over all devices, the activations of a model in the computing dtype, and what
-                 is gathered at a time in it: all but the language model's layers, and two of these
+Models are built without weights, so neither the model's folder nor the data need be there. docs/training.md says what
+is counted. Activations are those of conversations with one image, `max_length` tokens (the image and
+`stage_conversations.TOKENS` more where that is not set) and `max_regions` codes, and of images with as many masks.
+Sharded (FSDP2) are weights, gradients and optimizer states; to them come the activations of a model in the computing
+dtype, and what is gathered at a time in it: all but the language model's layers, and two of these.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,25 +64,13 @@ class StagePlan:
         return self.weights + self.gradients + buckets + (self.optimizer or 0) + self.activations
 
 
-def plan(recipe: Recipe, devices: int | None = None) -> str:
-    """A table of all stages: parameters, steps, batch, memory a device.
-
-    Args:
-        devices: how many the run is for; WORLD_SIZE by default, or 1.
+def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str]]:
+    """The plan of each stage on so many devices, and what to say besides.
 
     Raises:
         OSError: the model's folder is not there, and no preset says what it will be like.
         ValueError: a setting is bad.
     """
-    devices = devices if devices is not None else int(os.environ.get("WORLD_SIZE", "1"))
-    if devices < 1:
-        raise ValueError(f"--devices {devices}: expected at least 1")
-    stages, notes = stage_plans(recipe, devices)
-    return "\n".join([*table(stages, devices), *notes])
-
-
-def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str]]:
-    """The plan of each stage, and what to say besides."""
     resolved = resolve_stages(recipe)
     corpus, notes = corpus_if_needed(recipe, resolved)
     config, source = planned_config(recipe, corpus)
@@ -114,30 +90,24 @@ def stage_plan(
     """Build the model of a stage on the meta device, let the stage choose what trains, and count."""
     canvas: Any = SimpleNamespace(config=config, processor=None)
     stage = resolved.kind(resolved.name, resolved.settings, canvas, recipe.seed)
-    dtype, autocast = getattr(torch, recipe.model.dtype), mixed_precision(resolved)
+    dtype, autocast = getattr(torch, recipe.model.dtype), None
+    if resolved.argument("bf16") or resolved.argument("fp16"):
+        autocast = torch.bfloat16 if resolved.argument("bf16") else torch.float16
     model, prepared, four_bits = model_on_meta(stage, config, dtype)
     tensors = [*prepared.parameters(), *prepared.buffers()]
     trained = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
     weights = sum(math.ceil(t.numel() * FOUR_BITS) if id(t) in four_bits else t.nbytes for t in tensors)
     gradients = sum(parameter.nbytes for parameter in trained)
     optimizer = optimizer_bytes(prepared, stage.settings.muon_learning_rate, str(resolved.argument("optim")))
-    counts = {
-        "trained": sum(parameter.numel() for parameter in trained) - words_that_stay(stage, model),
-        "parameters": sum(parameter.numel() for parameter in prepared.parameters()),
-    }
-    size, micro_batches = (
-        resolved.argument(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
+    size, micro_batches = map(resolved.argument, ("per_device_train_batch_size", "gradient_accumulation_steps"))
     computing = autocast or dtype
     gathered = gathered_numbers(model) * computing.itemsize
     most = max((entry.max_regions for entry in recipe.annotations.values()), default=AnnotationSettings.max_regions)
-    passing: dict[str, Any] = {
-        "regions": most,
-        "autocast": autocast,
-        "checkpointing": bool(
-            resolved.argument("gradient_checkpointing") or resolved.argument("activation_checkpointing")
-        ),
-    }
+    checkpointing = any(map(resolved.argument, ("gradient_checkpointing", "activation_checkpointing")))
+    passing: dict[str, Any] = {"regions": most, "autocast": autocast, "checkpointing": checkpointing}
+    # of the vocabulary, all rows but the codes' have a gradient and yet do not train where these train alone
+    tables = vocabularies(model) if stage.rows_alone else []
+    idle = sum((len(table) - stage.config.num_region_codes) * table.shape[1] for table in tables)
     activations = activation_bytes(stage, model, size, **passing, compute_dtypes=dict.fromkeys(four_bits, computing))
     sharded = None
     if devices > 1 and stage.shardable:
@@ -147,12 +117,15 @@ def stage_plan(
             in_shards = activation_bytes(stage, model, size, **passing)
         sharded = math.ceil((weights + gradients + (optimizer or 0)) / devices) + in_shards + gathered
     batch = (size, micro_batches, devices)
+    steps = resolved.argument("max_steps")
+    if steps <= 0:  # an epoch ends with a whole step
+        epochs = resolved.argument("num_train_epochs")
+        steps = None if rows is None else math.ceil(epochs * math.ceil(rows / math.prod(batch)))
     return StagePlan(
         name=stage.name,
-        **counts,
-        steps=count_steps(
-            resolved.argument("max_steps"), resolved.argument("num_train_epochs"), rows, math.prod(batch)
-        ),
+        trained=sum(parameter.numel() for parameter in trained) - idle,
+        parameters=sum(parameter.numel() for parameter in prepared.parameters()),
+        steps=steps,
         batch=batch,
         weights=weights,
         gradients=gradients,
@@ -172,26 +145,6 @@ def model_on_meta(
         linear = [m.weight for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
         in_four_bits = getattr(stage.settings, "method", "full") == "qlora"
         return model, stage.prepare(model), {id(weight) for weight in linear} if in_four_bits else set()
-
-
-def mixed_precision(stage: ResolvedStage) -> torch.dtype | None:
-    """What a stage computes in besides the model's own dtype."""
-    return torch.bfloat16 if stage.argument("bf16") else torch.float16 if stage.argument("fp16") else None
-
-
-def words_that_stay(stage: Stage, model: nn.Module) -> int:
-    """Numbers of the vocabulary that have a gradient and yet do not train: all rows but the codes', where these train
-    alone."""
-    if not stage.rows_alone:
-        return 0
-    return sum((len(table) - stage.config.num_region_codes) * table.shape[1] for table in vocabularies(model))
-
-
-def count_steps(max_steps: int, epochs: float, rows: int | None, batch: int) -> int | None:
-    """Optimizer steps; an epoch ends with a whole one."""
-    if max_steps > 0:
-        return int(max_steps)
-    return None if rows is None else math.ceil(epochs * math.ceil(rows / batch))
 
 
 def corpus_if_needed(recipe: Recipe, stages: dict[str, ResolvedStage]) -> tuple[Corpus | None, list[str]]:
@@ -215,10 +168,9 @@ def count_rows(stage: ResolvedStage, recipe: Recipe, corpus: Corpus | None) -> t
         rows = corpus.training
         shown = zip(rows["targets"], rows["absent"], strict=True)
         return sum(bool(targets or absent) for targets, absent in shown), []
-    names = stage.settings.data
-    annotated = [recipe.annotations[name] for name in names if name in recipe.annotations]
-    count = sum(settings.per_image for settings in annotated) * len(corpus.training)
-    others = [name for name in names if name not in recipe.annotations]
+    annotated = recipe.annotations.keys() & {*stage.settings.data}
+    count = sum(recipe.annotations[name].per_image for name in annotated) * len(corpus.training)
+    others = [name for name in stage.settings.data if name not in annotated]
     try:
         return count + (len(conversation_rows(corpus, others, Path(recipe.output), "training")) if others else 0), []
     except OSError as error:
@@ -237,16 +189,17 @@ def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfi
         config = MedSightConfig.from_pretrained(settings.folder, local_files_only=True, **settings.config)
         config.refuse_contradictions()
         return config, f"Model: {settings.folder}."
+    presets = ", ".join(sorted(PRESETS))
     if settings.preset is None:
         raise FileNotFoundError(
             f"model.folder={settings.folder} does not exist: make it with `medsight init`, or plan without it by "
-            f"naming a preset of its size, --set model.preset=NAME ({', '.join(sorted(PRESETS))})"
+            f"naming a preset of its size, --set model.preset=NAME ({presets})"
         )
     if settings.preset not in PRESETS:
-        raise ValueError(f"model.preset={settings.preset!r}: choose one of {', '.join(sorted(PRESETS))}")
+        raise ValueError(f"model.preset={settings.preset!r}: choose one of {presets}")
     if settings.folder is not None:
-        config = MedSightConfig.from_preset(settings.preset, **settings.config)
-        return config, f"Model: {settings.folder} is not there yet; planned as the preset {settings.preset}."
+        said = f"Model: {settings.folder} is not there yet; planned as the preset {settings.preset}."
+        return MedSightConfig.from_preset(settings.preset, **settings.config), said
     groups = corpus.groups.patterns if corpus else recipe.data.groups or {}
     classes = corpus.classes if corpus else recipe.data.classes or []
     return fresh_config(recipe, groups, classes), f"Model: the preset {settings.preset}, from scratch."

@@ -1,11 +1,9 @@
-"""A recipe: everything that is a choice in a training run, read from one YAML file.
+"""A recipe: everything that is a choice in a training run, read from one YAML file (docs/training.md).
 
-`extends: other.yaml` takes another recipe, beside it or a shipped one, and changes what is written; `--set a.b=value`
-changes one more key, likewise. Entries of a list that have a `name`, such as stages, are found by it: `stages:
-{perceiver: {max_steps: 9}}` changes one stage of the recipe that is extended, `stages: {perceiver: null}` leaves it
-out. Unknown keys are refused, naming the nearest known one. `Recipe.sources` says where each value comes from.
+Entries of a list that have a `name`, such as stages, are merged by it, in `extends` and `--set` alike.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -145,13 +143,11 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict, compare=False, metadata={"in_file": False})
+    sources: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the resolved YAML file holds them."""
-        values = dataclasses.asdict(self)
-        del values["sources"]
-        return values
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "sources"}
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """The entry of a stage; None where there is none of that name."""
@@ -184,10 +180,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"--set {override}: expected KEY=VALUE, for example seed=1")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {override}: not valid YAML ({' '.join(str(error).split())})") from error
+        value = _parsed(text, f"--set {override}")
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value, f"--set {override}")
@@ -199,35 +192,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _refuse_bad_values(recipe: Recipe, path: Path) -> None:
-    if recipe.model.preset is None and recipe.model.folder is None:
+    model, data = recipe.model, recipe.data
+    if model.preset is None and model.folder is None:
         raise ValueError(f"{path}: model: give a preset, to train from scratch, or a folder")
-    if recipe.data.on_error not in ("stop", "skip"):
-        raise ValueError(f"{path}: data.on_error={recipe.data.on_error!r}: choose stop or skip")
-    for name, dtype in (("dtype", recipe.model.dtype), ("save_dtype", recipe.model.save_dtype)):
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: model.{name}={dtype!r}: choose one of {', '.join(DTYPES)}")
-    if not 0 <= recipe.data.validation_fraction < 1:
-        raise ValueError(f"{path}: data.validation_fraction={recipe.data.validation_fraction}: expected 0 to below 1")
+    for name, value, choices in (
+        ("data.on_error", data.on_error, ("stop", "skip")),
+        ("model.dtype", model.dtype, DTYPES),
+        ("model.save_dtype", model.save_dtype, DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{path}: {name}={value!r}: choose one of {', '.join(choices)}")
+    if not 0 <= data.validation_fraction < 1:
+        raise ValueError(f"{path}: data.validation_fraction={data.validation_fraction}: expected 0 to below 1")
 
 
-def find_recipe(path: str | Path) -> Path:
-    """The file of a recipe, or of a shipped one named without `.yaml`."""
-    path = Path(path)
-    shipped = CONFIGS / f"{path}.yaml"
-    if not path.is_file() and shipped.is_file():
-        return shipped
-    if not path.is_file():
-        names = ", ".join(sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")))
-        raise FileNotFoundError(f"recipe {path} does not exist; the shipped ones are {names}")
-    return path
+def find_recipe(path: str | Path, beside: Path = Path(), said: str = "recipe") -> Path:
+    """The file of a recipe in the folder `beside`, or of a shipped one, with or without `.yaml`."""
+    for file in (beside / path, CONFIGS / path, CONFIGS / f"{path}.yaml"):
+        if file.is_file():
+            return file
+    names = ", ".join(sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")))
+    raise FileNotFoundError(f"{said} {beside / path} does not exist; the shipped ones are {names}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of a file and of those that it extends, and the file that each comes from."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
+        values = _parsed(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
     base = values.pop("extends", None)
@@ -235,16 +235,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     sources = sources_of(values, name)
     if base is None:
         return values, sources
-    beside, shipped = path.parent / base, CONFIGS / base
-    other = shipped if shipped.is_file() and not beside.is_file() else beside
-    if not other.is_file():
-        raise FileNotFoundError(f"{path}: extends {other}, which does not exist")
-    values_below, sources_below = _read(Path(os.path.normpath(other)))
+    found = find_recipe(base, path.parent, f"{path}: extends")
+    values_below, sources_below = _read(Path(os.path.normpath(found)))
     extended = {key: f"{source.removesuffix(' (extended)')} (extended)" for key, source in sources_below.items()}
     return merge(values_below, values, str(path)), extended | sources
 
 
-def is_named_list(value: Any) -> bool:
+def is_named_list(value: Any) -> typing.TypeGuard[list[Any]]:
     """Whether a value is a list of entries that are found by their names."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) and "name" in v for v in value)
 
@@ -306,13 +303,11 @@ def build(kind: Any, values: Any, where: str) -> Any:
     Raises:
         ValueError: an unknown key or a value of a wrong type, with its place.
     """
-    if values is None:
-        values = {}
+    values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping, got {values!r}")
     hints = typing.get_type_hints(kind)
-    fields = [entry.name for entry in dataclasses.fields(kind) if entry.metadata.get("in_file", True)]
-    refuse_unknown(values, fields, where)
+    refuse_unknown(values, [entry.name for entry in dataclasses.fields(kind) if entry.name != "sources"], where)
     if kind is Recipe:
         _refuse_bad_stages(values.get("stages", []), where)
     result = kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
@@ -328,43 +323,40 @@ def _refuse_bad_stages(stages: Any, where: str) -> None:
             f"{where}: stages: expected a list of stages, each with a name and a kind, got a mapping of "
             f"{', '.join(map(str, stages)) or 'nothing'}: that can only change stages of a recipe that is extended"
         )
+    names = []
     for number, entry in enumerate(stages if isinstance(stages, list) else ()):
+        place = f"{where}: stages, entry {number}"
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{where}: stages, entry {number}: expected a mapping, got {entry!r}")
+            raise ValueError(f"{place}: expected a mapping, got {entry!r}")
         for key in ("name", "kind"):
             if not isinstance(entry.get(key), str) or not STAGE_NAME.fullmatch(entry[key]):
-                raise ValueError(
-                    f"{where}: stages, entry {number}: {key}={entry.get(key)!r}: expected a word of letters, digits, "
-                    "'_' and '-'"
-                )
-        if entry["name"] in [other["name"] for other in stages[:number]]:
+                raise ValueError(f"{place}: {key}={entry.get(key)!r}: expected a word of letters, digits, '_' and '-'")
+        if entry["name"] in names:
             raise ValueError(f"{where}: stages: two are called {entry['name']!r}; give each a name of its own")
+        names.append(entry["name"])
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `hint` asks; YAML reads 1e-3 as a string, which a float takes."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
         options = [argument for argument in arguments if argument is not type(None)]
-        return convert(options[0], value, where) if len(options) == 1 else value
+        if len(options) > 1 or (value is None and len(options) < len(arguments)):
+            return value
+        return convert(options[0], value, where)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if origin is dict and isinstance(value, Mapping):
         return {key: convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
     if origin is list and isinstance(value, list):
         return [convert(arguments[0], entry, f"{where}, entry {place}") for place, entry in enumerate(value)]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+    expected = {dict: "a mapping", list: "a list", float: "a number", int: "int", str: "str", bool: "bool"}
+    kind = origin or hint
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            raise ValueError(f"{where}: expected a number, got {value!r}") from None
-    expected = {float: float, int: int, str: str, bool: bool}.get(hint, {dict: dict, list: list}.get(origin))
-    wrong = expected is not None and not isinstance(value, expected)
-    if wrong or (hint is int and isinstance(value, bool)):
-        name = {"dict": "a mapping", "list": "a list"}.get(kind := getattr(expected, "__name__", str(hint)), kind)
-        raise ValueError(f"{where}: expected {name}, got {value!r}")
+    if kind in expected and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        raise ValueError(f"{where}: expected {expected[kind]}, got {value!r}")
     return value
 
 

@@ -1,11 +1,6 @@
 """A run: the stages of a recipe one after the other, in one folder; it resumes where it was stopped.
 
-OUTPUT/recipe.yaml, settings.json, environment.json, data.json   what is run, with what, on what
-OUTPUT/stages/start/                                the model before any training
-OUTPUT/stages/NAME/checkpoint-N/                    to resume from
-OUTPUT/stages/NAME/model/, finished.json            the stage's result; its presence means finished
-OUTPUT/annotations/NAME/{training,validation}/      conversations with region codes
-OUTPUT/model/, training_record.json                 the result, and what its card says of the training
+docs/training.md says what stands in the folder.
 """
 
 import contextlib
@@ -13,7 +8,6 @@ import logging
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,7 +19,7 @@ from medsight.checkpoint import check_checkpoint
 from .augmentation import Augmentation, Augmenter, sided_groups
 from .canvas import Canvas
 from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus
-from .dataset import ConversationDataset, SampleDataset
+from .dataset import SampleDataset
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
 from .recipe import Recipe, build, refuse_unknown
@@ -83,8 +77,7 @@ def train(recipe: Recipe, only: str | None = None) -> Path:
     refuse_missing_regions(recipe, stages.values())
     if recipe.model.folder is not None and recipe.model.config.keys() & MedSightConfig.sub_configs.keys():
         raise ValueError("model.config: text_config and vision_config are the folder's own; leave them out")
-    if only is not None:
-        refuse_unknown([only], stages, "--stage")
+    refuse_unknown([only] if only else [], stages, "--stage")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
@@ -94,14 +87,13 @@ def train(recipe: Recipe, only: str | None = None) -> Path:
             training_arguments(stage_folder(output, stage.name), stage, recipe)  # refuses what only it can tell
             check_conversations(recipe, stage)
     on_main(lambda: open_folder(output, recipe))
-    held = lock(output) if state.is_main_process else contextlib.nullcontext()
-    with held:
+    with lock(output) if state.is_main_process else contextlib.nullcontext():
         return run_stages(recipe, stages, only, output)
 
 
 def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | None, output: Path) -> Path:
     """What `train` does once the folder is its own."""
-    state, corpus = PartialState(), read_corpus(recipe)
+    corpus = read_corpus(recipe)
     on_main(lambda: describe_data(output, {"training": corpus.training, "validation": corpus.validation}))
     on_main(lambda: keep_recipe(output, recipe))
     if not all(is_finished(output, name) for name in stages):
@@ -109,16 +101,14 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
         on_main(lambda: write_if_changed(output / SETTINGS_FILE, in_force))
     previous = start_folder(recipe, corpus, output)
     for name, stage in stages.items():
-        if only is not None and name != only and not is_finished(output, name):
-            if [*stages].index(name) < [*stages].index(only):
-                raise ValueError(f"stage {name} comes before {only} and is not finished: run it first")
-            break
-        if not is_finished(output, name):
+        if is_finished(output, name):
+            PartialState().print(f"stage {name} is finished: {stage_folder(output, name) / 'model'}", flush=True)
+        elif only in (None, name):
             on_main(lambda: outdate_result(output / "model"))
             run_stage(stage, recipe, corpus, previous, output)
             on_main(lambda: write_record(output, recipe, corpus))
-        elif state.is_main_process:
-            print(f"stage {name} is finished: {stage_folder(output, name) / 'model'}", flush=True)
+        else:
+            raise ValueError(f"stage {name} comes before {only} and is not finished: run it first")
         previous = stage_folder(output, name) / "model"
         if name == only:
             return previous
@@ -130,9 +120,8 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
 def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
     """The folder of the model before any training: the recipe's, or a fresh one made from a preset."""
     if recipe.model.folder is not None:
-        folder = Path(recipe.model.folder)
-        check_checkpoint(folder)
-        return folder
+        check_checkpoint(Path(recipe.model.folder))
+        return Path(recipe.model.folder)
     folder = output / "stages" / "start"
 
     def make() -> None:
@@ -151,8 +140,12 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     method = getattr(settings, "method", "full")
     model, processor = load_folder(start, recipe, quantised=method == "qlora")
-    if reads_regions(resolved, recipe):
-        refuse_other_groups(corpus, model.config)
+    groups = corpus.groups.names
+    if reads_regions(resolved, recipe) and model.config.use_region_codebook and groups != [*model.config.group_names]:
+        raise ValueError(
+            f"data.groups names the groups {groups}, but those of the model, whose order counts, are "
+            f"{[*model.config.group_names]}: name all of these"
+        )
     canvas = Canvas(processor, model.config, corpus.groups, recipe.data.keep_in_memory)
     stage = resolved.kind(resolved.name, settings, canvas, recipe.seed)
     last = checkpoints(folder)
@@ -176,12 +169,15 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
         stage.start(trained_module(model, stage), training)
     model = stage.prepare(model)
     module = trained_module(model, stage)
+    chances = rarity_weights(training.rows["dataset"], training.rows["targets"], settings.rarity_power)
+    micro_batches = state.num_processes * arguments.gradient_accumulation_steps
+    samples_a_step = micro_batches * arguments.per_device_train_batch_size
     trainer_class = StageTrainer if settings.trainer == "trainer" else sft_trainer_class()
     trainer = trainer_class(
         model=module,
         args=arguments,
         stage=stage,
-        sampler=sampler(training, settings, arguments, recipe.seed),
+        sampler=DrawSampler(len(training), recipe.seed, chances, samples_a_step),
         train_dataset=training,
         eval_dataset=validation if len(validation) else None,
         data_collator=stage.collator(),
@@ -200,49 +196,27 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     on_main(lambda: finish_stage(folder, model, processor, weights, metrics))
 
 
-def refuse_other_groups(corpus: Corpus, config: MedSightConfig) -> None:
-    """Raise ValueError where the data's code groups are not those of a model with a codebook, in their order."""
-    if config.use_region_codebook and corpus.groups.names != list(config.group_names):
-        raise ValueError(
-            f"data.groups names the groups {corpus.groups.names}, but those of the model, whose order counts, are "
-            f"{list(config.group_names)}: name all of these"
-        )
-
-
 def stage_dataset(stage: Stage, recipe: Recipe, corpus: Corpus, split: str) -> SampleDataset:
     """The training or validation samples of a stage."""
     if stage.reads == "regions":
-        rows = corpus.split(split)
+        rows = getattr(corpus, split)
         shown = zip(rows["targets"], rows["absent"], strict=True)
         rows = rows.select([i for i, (targets, absent) in enumerate(shown) if targets or absent])
     else:
         rows = conversation_rows(corpus, stage.settings.data, Path(recipe.output), split)
     augmenter = None
     if split == "training" and stage.settings.augment:
-        values = dict(recipe.augmentation)
-        if stage.reads == "conversations":
-            values["flip"] = "none"  # a text may name a side
-        strengths = build(Augmentation, values, "augmentation")
+        text = {"flip": "none"} if stage.reads == "conversations" else {}  # a text may name a side
+        strengths = build(Augmentation, {**recipe.augmentation, **text}, "augmentation")
         sided = sided_groups(corpus.training, corpus.groups)
         augmenter = Augmenter(strengths, sided, strengths.orientation_free_groups(corpus.groups))
     skip = recipe.data.on_error == "skip"
     return stage.dataset(rows, split == "training", augmenter=augmenter, seed=recipe.seed, skip_errors=skip)
 
 
-def sampler(dataset: SampleDataset, settings: Any, arguments: TrainingArguments, seed: int) -> DrawSampler:
-    """The order of a stage's training draws."""
-    lengths = None
-    if settings.group_by_length and isinstance(dataset, ConversationDataset):
-        lengths = [sum(len(turn["content"]) for turn in messages) for messages in dataset.rows["messages"]]
-    weights = rarity_weights(dataset.rows["dataset"], dataset.rows["targets"], settings.rarity_power)
-    size = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
-    return DrawSampler(len(dataset), seed, weights, lengths, size)
-
-
 def training_arguments(folder: Path, stage: ResolvedStage, recipe: Recipe) -> TrainingArguments:
     """The stage's `TrainingArguments`; what the trainer here depends on is fixed."""
-    kind = arguments_class(stage.settings.trainer)
-    arguments = kind(**argument_values(stage, recipe, folder))
+    arguments = arguments_class(stage.settings.trainer)(**argument_values(stage, recipe, folder))
     if arguments.n_gpu > 1:  # Trainer would divide batches by DataParallel, which cannot divide lists of masks
         logger.warning("one process trains on one GPU of %d; for all, start it by accelerate launch", arguments.n_gpu)
         arguments._n_gpu = 1

@@ -1,12 +1,11 @@
 """The folder of a run: kept from being used twice, checked against the recipe, read and written whole."""
 
 import contextlib
-import dataclasses
 import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -91,31 +90,25 @@ def open_folder(output: Path, recipe: Recipe) -> None:
         ValueError: the folder holds another run (with the differences), one of an earlier version, or something else.
     """
     file, versions = output / RECIPE_FILE, output / ENVIRONMENT_FILE
-    if file.is_file():
-        before, now = (
-            {**values, "stages": _begun(output, values["stages"])}
-            for values in (read_recipe_file(file), recipe.to_dict())
+    if not file.is_file():
+        if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
+            raise ValueError(f"{output} is not empty and holds no run: choose another output")
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(versions, environment())
+        return keep_recipe(output, recipe)
+    before, now = read_recipe_file(file), recipe.to_dict()
+    for values in (before, now):
+        values["stages"] = _begun(output, values["stages"])
+    processes = read_json(versions)["processes"]
+    sizes = samples_a_step(now, PartialState().num_processes)
+    sizes |= {name: size for name, size in samples_a_step(now, processes).items() if is_finished(output, name)}
+    step = "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of "
+    lines = differences(before, now) + differences(samples_a_step(before, processes), sizes, step)
+    if lines:
+        raise ValueError(
+            f"{output} holds a run of another recipe; resume with the same one, or choose another output. "
+            f"It differs in {'; '.join(lines)}"
         )
-        processes = read_json(versions)["processes"]
-        sizes = samples_a_step(now, PartialState().num_processes)
-        sizes |= {name: size for name, size in samples_a_step(now, processes).items() if is_finished(output, name)}
-        lines = differences(before, now)
-        lines += differences(
-            samples_a_step(before, processes),
-            sizes,
-            "samples a step (per_device_train_batch_size x gradient_accumulation_steps x processes) of ",
-        )
-        if lines:
-            raise ValueError(
-                f"{output} holds a run of another recipe; resume with the same one, or choose another output. "
-                f"It differs in {'; '.join(lines)}"
-            )
-        return
-    if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no run: choose another output")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(versions, environment())
-    keep_recipe(output, recipe)
 
 
 def read_recipe_file(file: Path) -> dict[str, Any]:
@@ -157,8 +150,8 @@ def _begun(output: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:
     """How many samples a step of each stage of a recipe is made of."""
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    defaults = {name: getattr(TrainingArguments, name) for name in factors}
     return {
         entry["name"]: processes * math.prod({**defaults, **recipe["training"], **entry}[name] for name in factors)
         for entry in recipe["stages"]
@@ -167,21 +160,15 @@ def samples_a_step(recipe: Mapping[str, Any], processes: int) -> dict[str, int]:
 
 def environment() -> dict[str, Any]:
     """Versions of what a run depends on."""
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
+    installed = {found.metadata["Name"]: found.version for found in distributions()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "medsight": of("medsight"),
+        "medsight": installed.get("medsight"),
         "python": platform.python_version(),
         "device": device,
         "processes": PartialState().num_processes,
         "torch": str(torch.__version__),  # names the build too
-        **{package: of(package) for package in PACKAGES},
+        **{package: installed.get(package) for package in PACKAGES},
     }
 
 
@@ -193,13 +180,9 @@ def describe_data(folder: Path, splits: Mapping[str, Any]) -> None:
     """
     described = {name: {"rows": len(rows), "sha256": fingerprint(rows)} for name, rows in splits.items()}
     file = folder / "data.json"
-    if not file.is_file():
-        write_json(file, described)
-        return
-    before = read_json(file)
-    if before != described:
-        lines = differences(before, described)
+    if file.is_file() and (lines := differences(read_json(file), described)):
         raise ValueError(f"the data have changed since {folder} began: {'; '.join(lines)}; choose another output")
+    write_if_changed(file, described)
 
 
 def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: dict[str, Any]) -> None:
@@ -229,8 +212,10 @@ def load_folder(
     config.refuse_contradictions()
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
     options |= {"ignore_mismatched_sizes": reshaped, "output_loading_info": True}
-    if quantised:
-        options |= in_four_bits(options["dtype"])
+    if quantised:  # of the language model's linear layers alone: the model leaves the others out
+        in_four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        compute = {"bnb_4bit_compute_dtype": options["dtype"]}
+        options["quantization_config"] = BitsAndBytesConfig(**in_four_bits, **compute)
     try:
         model, loaded = MedSightForConditionalGeneration.from_pretrained(
             folder, config=config, local_files_only=True, **options
@@ -243,17 +228,6 @@ def load_folder(
     processor.image_seq_length = config.image_seq_length  # an ablation may leave the region rows out
     processor.region_codes = None  # what codes usually stand for was counted with other weights
     return model, processor
-
-
-def in_four_bits(dtype: torch.dtype) -> dict[str, Any]:
-    """Loading options for QLoRA: 4 bits, which the model applies to its language model's linear layers alone."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-    return {"quantization_config": config}
 
 
 def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> None:
@@ -278,13 +252,10 @@ def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
         return
     model = MedSightForConditionalGeneration.from_pretrained(last, local_files_only=True, dtype=torch.float32)
     processor = MedSightProcessor.from_pretrained(last, local_files_only=True)
-    model.generation_config = GenerationConfig(
-        max_new_tokens=160,
-        do_sample=False,
-        return_dict_in_generate=True,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    tokenizer = processor.tokenizer
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    greedy = {"max_new_tokens": 160, "do_sample": False, "return_dict_in_generate": True}
+    model.generation_config = GenerationConfig(**greedy, **ends)
     dtype = getattr(torch, recipe.model.save_dtype)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     stored = {

@@ -7,9 +7,6 @@ import torch
 from torch.utils.data import Sampler
 
 
-MEGABATCH = 50
-
-
 class DrawSampler(Sampler[int]):
     """Yields draw numbers; the row is the draw number modulo the number of rows, so that each draw has its own chance.
 
@@ -21,7 +18,6 @@ class DrawSampler(Sampler[int]):
         size: number of rows.
         seed: source of the order.
         weights: (size,) chance of each row, drawn with replacement; without them rows come in passes.
-        lengths: (size,) length of each row: rows of like length come together, in megabatches of 50 steps.
         batch_size: samples a step, over all processes and micro-batches.
 
     Example:
@@ -34,15 +30,8 @@ class DrawSampler(Sampler[int]):
     ```
     """
 
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        weights: torch.Tensor | None = None,
-        lengths: Sequence[int] | None = None,
-        batch_size: int = 1,
-    ) -> None:
-        self.size, self.seed, self.weights, self.lengths, self.batch_size = size, seed, weights, lengths, batch_size
+    def __init__(self, size: int, seed: int, weights: torch.Tensor | None = None, batch_size: int = 1) -> None:
+        self.size, self.seed, self.weights, self.batch_size = size, seed, weights, batch_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,13 +43,11 @@ class DrawSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * len(self)
-        generator = self._generator(self.epoch)
         if self.weights is None:
             order = self._of_passes(first)
         else:
+            generator = self._generator(self.epoch)
             order = torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
-        if self.lengths is not None:
-            order = self._by_length(order, generator)
         for position, row in enumerate(order, start=first):
             yield position * self.size + row
 
@@ -73,19 +60,6 @@ class DrawSampler(Sampler[int]):
         orders = [torch.randperm(self.size, generator=self._generator(number)).tolist() for number in passes]
         rows = [row for order in orders for row in order]
         return rows[first % self.size :][: len(self)]
-
-    def _by_length(self, order: list[int], generator: torch.Generator) -> list[int]:
-        """Longest first within a megabatch; then whole batches are shuffled, the longest staying first: memory that
-        is going to run out runs out at once."""
-        step = MEGABATCH * self.batch_size
-        parts = [order[start : start + step] for start in range(0, len(order), step)]
-        ranked = [row for part in parts for row in sorted(part, key=lambda row: -self.lengths[row])]
-        batches = [ranked[start : start + self.batch_size] for start in range(0, len(ranked), self.batch_size)]
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        batches = [batches[index] for index in shuffled]
-        longest = max(range(len(batches)), key=lambda index: self.lengths[batches[index][0]])
-        batches[0], batches[longest] = batches[longest], batches[0]
-        return [row for batch in batches for row in batch]
 
 
 def rarity_weights(sets: Sequence[str | None], targets: Sequence[Sequence[str]], power: float) -> torch.Tensor | None:

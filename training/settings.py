@@ -3,6 +3,7 @@ from.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,15 +79,13 @@ class ResolvedStage:
 
     def all_arguments(self) -> dict[str, Any]:
         """Every field of `TrainingArguments`, as set or by default."""
-        fields = dataclasses.fields(arguments_class(self.settings.trainer))
         defaults = {
             entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-            for entry in fields
+            for entry in dataclasses.fields(arguments_class(self.settings.trainer))
             if entry.init
         }
-        sft = self.settings.trainer == "sft"
-        forced = {**FIXED, **(FIXED_SFT if sft else {})}
-        return {**defaults, **(DEFAULTS_SFT if sft else {}), **self.arguments, **forced}
+        ours, fixed = (DEFAULTS_SFT, FIXED | FIXED_SFT) if self.settings.trainer == "sft" else ({}, FIXED)
+        return {**defaults, **ours, **self.arguments, **fixed}
 
 
 def resolve_stages(recipe: Recipe) -> dict[str, ResolvedStage]:
@@ -99,10 +98,18 @@ def resolve_stages(recipe: Recipe) -> dict[str, ResolvedStage]:
     if not recipe.stages:
         raise ValueError("the recipe has no stages: list some, each with a name and a kind")
     stages = {entry["name"]: _resolved(recipe, entry) for entry in recipe.stages}
-    for stage in stages.values():
+    codebooks = [name for name, stage in stages.items() if "codebook" in stage.settings.trains]
+    ahead = bool(codebooks)  # whether a codebook is still to be trained
+    for name, stage in stages.items():
         known = [*recipe.annotations, *recipe.data.conversations, TEXT]
-        refuse_unknown(stage.settings.data, known, f"stages.{stage.name}: data")
-    _refuse_codes_before_their_codebook(recipe, [*stages.values()])
+        refuse_unknown(stage.settings.data, known, f"stages.{name}: data")
+        ahead = ahead and name != codebooks[-1]
+        for read in stage.settings.data if ahead else ():
+            if read in recipe.annotations and recipe.annotations[read].plain_share < 1:
+                raise ValueError(
+                    f"stages.{name}: the answers of {read} cite region codes, which stage {codebooks[-1]} learns "
+                    "after it: name annotations of plain_share 1"
+                )
     return stages
 
 
@@ -131,12 +138,9 @@ def _resolved(recipe: Recipe, entry: Mapping[str, Any]) -> ResolvedStage:
         raise ValueError(f"{where}: {error}") from error
     for name in OPTIMIZERS & given.keys() if settings.muon_learning_rate else ():
         raise ValueError(f"{where}: {name} has no use beside muon_learning_rate: leave one of them out")
-    passed = {
-        name: convert(arguments[name].type, value, f"{where}: {name}")
-        for name, value in chosen.items()
-        if name not in fields
-    }
-    return ResolvedStage(entry["name"], kind, settings, passed)
+    passed = {name: value for name, value in chosen.items() if name not in fields}
+    taken = {name: convert(arguments[name].type, value, f"{where}: {name}") for name, value in passed.items()}
+    return ResolvedStage(entry["name"], kind, settings, taken)
 
 
 def arguments_class(trainer: str) -> type[TrainingArguments]:
@@ -170,18 +174,6 @@ def reads_regions(stage: ResolvedStage, recipe: Recipe) -> bool:
     return stage.kind.reads == "regions" or bool({TEXT, *recipe.annotations} & {*stage.settings.data})
 
 
-def _refuse_codes_before_their_codebook(recipe: Recipe, stages: list[ResolvedStage]) -> None:
-    """Raise ValueError where a stage reads answers whose codes a later one is yet to learn, naming both."""
-    codebooks = [place for place, stage in enumerate(stages) if "codebook" in stage.settings.trains]
-    for stage in stages[: codebooks[-1]] if codebooks else ():
-        for name in stage.settings.data:
-            if name in recipe.annotations and recipe.annotations[name].plain_share < 1:
-                raise ValueError(
-                    f"stages.{stage.name}: the answers of {name} cite region codes, which stage "
-                    f"{stages[codebooks[-1]].name} learns after it: name annotations of plain_share 1"
-                )
-
-
 def argument_values(stage: ResolvedStage, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The fields of a stage's `TrainingArguments`, those that the run and the machine set among them."""
     values = {**stage.all_arguments(), "output_dir": str(folder), "seed": recipe.seed}
@@ -204,19 +196,20 @@ def settings_in_force(recipe: Recipe) -> dict[str, dict[str, Any]]:
     shared["augmentation"] = dataclasses.asdict(build(Augmentation, recipe.augmentation, "augmentation"))
     rows = {key: {"value": value, "source": _source(recipe, key) or "default"} for key, value in leaves(shared)}
     for stage in resolve_stages(recipe).values():
-        where = f"stages.{stage.name}"
-        values = {"kind": stage.kind.kind, **dataclasses.asdict(stage.settings)}
-        values |= argument_values(stage, recipe, Path(recipe.output) / "stages" / stage.name)
-        forced = FIXED | FIXED_SFT
-        for name, value in values.items():
+        where, own = f"stages.{stage.name}", dataclasses.asdict(stage.settings)
+        values = argument_values(stage, recipe, Path(recipe.output) / "stages" / stage.name)
+        fixed = {*SET_BY_RUN, *(name for name in (*FIXED, *FIXED_SFT) if name not in own)}
+        for name, value in {"kind": stage.kind.kind, **own, **values}.items():
             source = _source(recipe, f"{where}.{name}") or _source(recipe, f"training.{name}")
-            if source is None and name in DEFAULTS and value == DEFAULTS[name]:
-                source = "default of medsight"
-            if name in SET_BY_RUN or (name in forced and name not in vars(stage.settings)):
+            if name in fixed:
                 source = "fixed"
-            if source is None and not torch.cuda.is_available() and name in WITHOUT_GPU:
+            elif source is None and not torch.cuda.is_available() and name in WITHOUT_GPU:
                 source = "no GPU here"
-            rows[f"{where}.{name}"] = {"value": _plain(value), "source": source or "default"}
+            elif source is None and name in DEFAULTS and value == DEFAULTS[name]:
+                source = "default of medsight"
+            # as JSON takes it
+            plain = json.loads(json.dumps(value, default=str))
+            rows[f"{where}.{name}"] = {"value": plain, "source": source or "default"}
     return rows
 
 
@@ -226,15 +219,6 @@ def _source(recipe: Recipe, key: str) -> str | None:
         return recipe.sources[key]
     parts = {source: None for name, source in recipe.sources.items() if name.startswith(f"{key}.")}
     return ", ".join(parts) or None
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON takes it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def topology(recipe: Recipe) -> dict[str, Any]:
@@ -253,21 +237,18 @@ def topology(recipe: Recipe) -> dict[str, Any]:
 def shown(settings: Mapping[str, Mapping[str, Any]], spread: Mapping[str, Any]) -> str:
     """Settings in force and topology for a terminal; what is the same in all stages is said once."""
     sections: dict[str, list[list[str]]] = {"recipe": [], "every stage": []}
-    by_key: dict[str, list[tuple[str, list[str]]]] = {}
-    for key, entry in settings.items():
-        cells = [str(entry["value"]), entry["source"]]
-        if key.startswith("stages."):
-            _, name, key = key.split(".", 2)
-            by_key.setdefault(key, []).append((name, cells))
-        else:
+    rows = {key: [str(entry["value"]), entry["source"]] for key, entry in settings.items()}
+    for key, cells in rows.items():
+        if not key.startswith("stages."):
             sections["recipe"].append([key, *cells])
-    count = len(spread["batches"])
-    for key, found in by_key.items():
-        if count > 1 and len(found) == count and all(cells == found[0][1] for _, cells in found):
-            sections["every stage"].append([key, *found[0][1]])
             continue
-        for name, cells in found:
-            sections.setdefault(f"stage {name}", []).append([key, *cells])
+        _, name, field = key.split(".", 2)
+        stages = [*spread["batches"]]
+        if len(stages) > 1 and all(rows.get(f"stages.{other}.{field}") == cells for other in stages):
+            if name == stages[0]:
+                sections["every stage"].append([field, *cells])
+        else:
+            sections.setdefault(f"stage {name}", []).append([field, *cells])
     lines = [["processes", str(spread["processes"])], ["device", spread["device"]], ["sharding", spread["sharding"]]]
     for name, batch in spread["batches"].items():
         product = f"{batch['per_device']} a device x {batch['accumulation']} micro-batches x {spread['processes']}"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .canvas import Canvas
@@ -42,7 +43,6 @@ class StageSettings:
         muon_learning_rate: above 0, inner matrices and kernels take Muon at this rate.
         rarity_power: below 1, rows with rare targets are drawn more often (`rarity_weights`); with 1 every row comes
             once an epoch.
-        group_by_length: bring conversations of like length together.
         augment: move and recolour the training pictures.
         eval_batches: validation batches an evaluation, spread over all of the split; all by default.
         example_images: validation samples drawn as pictures at every evaluation.
@@ -53,7 +53,6 @@ class StageSettings:
     trainer: str = "trainer"
     muon_learning_rate: float = 0.0
     rarity_power: float = 1.0
-    group_by_length: bool = False
     augment: bool = True
     eval_batches: int | None = None
     example_images: int = 4
@@ -171,8 +170,7 @@ def stage_kinds() -> dict[str, type[Stage]]:
 
 
 def trained_module(model: Any, stage: Stage) -> nn.Module:
-    """The module that a stage trains, calls and scores, of a whole model: what sees, or all. To train what sees trains
-    the whole, which has the very same modules."""
+    """The module that a stage trains, calls and scores, of a whole model: what sees, or all."""
     return model.region_model if stage.reads == "regions" else model
 
 
@@ -223,13 +221,12 @@ def ratio(totals: dict[str, torch.Tensor], above: str, below: str) -> float:
 
 def batch_to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
     """A batch with its tensors, also those in lists, on a device."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, batch)
 
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device)
-        return [moved(entry) for entry in value] if isinstance(value, list) else value
 
-    return {key: moved(value) for key, value in batch.items()}
+def evenly(size: int, count: int) -> range:
+    """At least `count` places of `size`, or all, evenly."""
+    return range(0, size, max(1, size // count))
 
 
 def in_batches(

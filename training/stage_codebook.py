@@ -2,6 +2,8 @@
 embeddings. Stage 3a of the paper.
 """
 
+import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from .collators import RegionCollator
 from .dataset import RegionDataset
-from .stage import Stage, StageSettings, dice, in_batches, ratio
+from .stage import Stage, StageSettings, batch_to, dice, evenly, in_batches, ratio
 from .stage_regions import region_batch_of_zeros
 
 
@@ -58,17 +60,17 @@ class CodebookStage(Stage):
         super().__init__(*args, **kwargs)
         self.used = torch.zeros(self.config.num_groups, self.config.codes_per_group, dtype=torch.long)
         self.used_here = torch.zeros_like(self.used)  # by this process, in the step that runs
-        self.train_dataset: RegionDataset | None = None
+        self.train_dataset: RegionDataset  # codes start from, and are moved onto, regions of pictures as they are
 
     @property
     def shardable(self) -> bool:
         return False
 
     def dataset(self, rows: Any, training: bool, **common: Any) -> RegionDataset:
-        dataset = RegionDataset(rows, self.canvas, **common)
-        if training:  # codes start from, and are moved onto, regions of pictures as they are
-            self.train_dataset = RegionDataset(rows, self.canvas, seed=self.seed, skip_errors=dataset.skip_errors)
-        return dataset
+        if training:
+            unmoved = {**common, "augmenter": None}
+            self.train_dataset = RegionDataset(rows, self.canvas, **unmoved)
+        return RegionDataset(rows, self.canvas, **common)
 
     def batch_of_zeros(self, size: int, regions: int) -> dict[str, Any]:
         batch = region_batch_of_zeros(self.config, size, regions)
@@ -84,7 +86,7 @@ class CodebookStage(Stage):
             return
         codes = model.codebook.codes
         if PartialState().is_main_process:
-            vectors, groups = self._regions_of(model, self._spread(self.settings.kmeans_images))
+            vectors, groups = self._regions_of(model, evenly(len(self.train_dataset), self.settings.kmeans_images))
             generator = torch.Generator().manual_seed(self.seed)
             for group in groups.unique().tolist():
                 points = vectors[groups == group]
@@ -107,9 +109,8 @@ class CodebookStage(Stage):
         codes = model.codebook.codes
         if PartialState().is_main_process:
             generator = torch.Generator().manual_seed(self.seed + step)
-            chosen = torch.randint(
-                len(self.train_dataset), (self.settings.revive_images,), generator=generator
-            ).tolist()
+            count = self.settings.revive_images
+            chosen = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
             vectors, groups = self._regions_of(model, chosen)
             for group in groups.unique().tolist():
                 points = vectors[groups == group]
@@ -131,20 +132,15 @@ class CodebookStage(Stage):
         return model
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        regions = model.get_region_features(batch["pixel_values"])
+        regions, pairs = matched_regions(model, batch)
         groups = batch["group_labels"]
         quantized = model.quantize_regions(regions.region_embeddings, groups)
         logits = model.region_perceiver.segmentation_head(quantized.reconstructed_regions, regions.image_features)[0]
-        pairs = model.perceiver_loss.matcher(
-            regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
-        )
         used = torch.zeros_like(self.used, dtype=torch.float32, device=model.device)
         result = {"used": used, "regions": 0, "error": 0.0, "dice": 0.0, "images": len(groups)}
         for row, (queries, targets) in enumerate(pairs):
             taken = quantized.code_indices[row][queries]
-            used.index_put_(
-                (groups[row].expand(len(taken)), taken), torch.ones_like(taken, dtype=used.dtype), accumulate=True
-            )
+            used[groups[row]] += taken.bincount(minlength=used.shape[1])
             wanted, given = regions.region_embeddings[row][queries], quantized.reconstructed_regions[row][queries]
             result["error"] += float((wanted.float() - given.float()).square().mean(-1).sum())
             result["dice"] += float(dice(logits[row][queries] > 0, batch["mask_labels"][row][targets] >= 0.5).sum())
@@ -153,44 +149,30 @@ class CodebookStage(Stage):
         return result
 
     def summarise(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
-        used = totals["used"]
-        seen = used[used.sum(1) > 0]
-        share = seen / seen.sum(1, keepdim=True)
-        perplexity = torch.exp(-(share * share.clamp(min=1e-9).log()).sum(1))
-        figures = {
-            "live_codes": float((seen > 0).float().mean()),
-            "code_perplexity": float(perplexity.mean()),
+        by_group = {
+            name: (float((row > 0).float().mean()), float(torch.special.entr(row / row.sum()).sum().exp()))
+            for name, row in zip(self.config.group_names, totals["used"], strict=True)
+            if row.sum()
+        }
+        live, perplexity = zip(*by_group.values(), strict=True) if by_group else ((math.nan,), (math.nan,))
+        return {
+            "live_codes": statistics.fmean(live),
+            "code_perplexity": statistics.fmean(perplexity),
             "reconstruction": ratio(totals, "error", "regions"),
             "dice_through_codes": ratio(totals, "dice", "regions"),
             "group_accuracy": ratio(totals, "right_groups", "images"),
+            **{f"live_codes/{name}": value for name, (value, _) in by_group.items()},
+            **{f"code_perplexity/{name}": value for name, (_, value) in by_group.items()},
         }
-        for group, row in enumerate(used):
-            if row.sum():
-                name = self.config.group_names[group]
-                figures[f"live_codes/{name}"] = float((row > 0).float().mean())
-                share = row / row.sum()
-                figures[f"code_perplexity/{name}"] = float(torch.exp(-(share * share.clamp(min=1e-9).log()).sum()))
-        return figures
 
     def example(self, model: nn.Module, sample: dict[str, Any]) -> tuple[list[torch.Tensor], list[str]]:
-        device = model.device
-        regions = model.get_region_features(sample["pixel_values"][None].to(device))
-        quantized = model.quantize_regions(regions.region_embeddings, torch.tensor([sample["group"]], device=device))
-        head = model.region_perceiver.segmentation_head
-        logits = head(quantized.reconstructed_regions, regions.image_features)[0]
-        masks, labels = [sample["mask_labels"].to(device)], [sample["class_labels"].to(device)]
-        ((queries, _),) = model.perceiver_loss.matcher(
-            regions.masks_queries_logits, regions.class_queries_logits, masks, labels
-        )
-        indices = quantized.code_indices[0][queries].tolist()
-        return [logits[0][i] > 0 for i in queries], [
-            self.config.region_code_token(sample["group"], m) for m in indices
-        ]
-
-    def _spread(self, count: int) -> range:
-        """Up to `count` draws, evenly over the training set."""
-        size = len(self.train_dataset)
-        return range(0, size, max(1, size // count))
+        batch = batch_to(self.collator()([sample]), model.device)
+        regions, ((queries, _),) = matched_regions(model, batch)
+        quantized = model.quantize_regions(regions.region_embeddings, batch["group_labels"])
+        logits = model.region_perceiver.segmentation_head(quantized.reconstructed_regions, regions.image_features)[0]
+        codes = quantized.code_indices[0][queries].tolist()
+        labels = [self.config.region_code_token(sample["group"], code) for code in codes]
+        return [logits[0][i] > 0 for i in queries], labels
 
     def _regions_of(self, model: nn.Module, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """W_q of the matched regions of training images, (n, d_c), and the group of each, (n,), on the CPU."""
@@ -198,15 +180,19 @@ class CodebookStage(Stage):
         model.eval()
         vectors, groups = [], []
         for batch in in_batches(self.train_dataset, chosen, self.collator(), 16, model.device):
-            regions = model.get_region_features(batch["pixel_values"])
-            pairs = model.perceiver_loss.matcher(
-                regions.masks_queries_logits, regions.class_queries_logits, batch["mask_labels"], batch["class_labels"]
-            )
+            regions, pairs = matched_regions(model, batch)
             for row, (queries, _) in enumerate(pairs):
                 vectors.append(model.codebook.encode(regions.region_embeddings[row][queries]).cpu())
                 groups.append(batch["group_labels"][row].cpu().expand(len(queries)))
         model.train(training)
         return torch.cat(vectors), torch.cat(groups)
+
+
+def matched_regions(model: nn.Module, batch: dict[str, Any]) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """What the model sees in images, and which of their queries show which of their masks."""
+    regions = model.get_region_features(batch["pixel_values"])
+    masks, classes = regions.masks_queries_logits, regions.class_queries_logits
+    return regions, model.perceiver_loss.matcher(masks, classes, batch["mask_labels"], batch["class_labels"])
 
 
 def kmeans(points: torch.Tensor, count: int, rounds: int, generator: torch.Generator) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from modeling_medsight.region_codes_in_text_medsight import is_region_code
@@ -17,7 +18,7 @@ from modeling_medsight.region_codes_in_text_medsight import is_region_code
 from .adapters import METHODS, add_adapters, merge_quantised
 from .collators import ConversationCollator
 from .dataset import ConversationDataset
-from .stage import Stage, StageSettings, batch_to, dice, in_batches, ratio
+from .stage import Stage, StageSettings, batch_to, dice, evenly, in_batches, ratio
 
 
 WORDS = re.compile(r"[^\W_]+")
@@ -151,9 +152,8 @@ class ConversationStage(Stage):
         if not self.settings.start_at_word_scale:
             return
         model.eval()
-        chosen = range(0, len(dataset), max(1, len(dataset) // 64))
         lengths = []
-        for batch in in_batches(dataset, chosen, self.collator(), 8, model.device):
+        for batch in in_batches(dataset, evenly(len(dataset), 64), self.collator(), 8, model.device):
             if "pixel_values" in batch:
                 regions = model.get_region_features(batch["pixel_values"])
                 lengths.append(model.model.project_regions(regions).norm(dim=-1).mean())
@@ -244,11 +244,10 @@ def answer(model: nn.Module, batch: dict[str, Any], tokenizer: Any, max_new_toke
         generate's output with `sequences` (rows, new tokens) of the answers alone.
     """
     starts = [int((labels != -100).nonzero()[0]) for labels in batch["labels"]]
-    width = max(starts)
-    ids = batch["input_ids"].new_full((len(starts), width), tokenizer.pad_token_id)
-    for row, start in enumerate(starts):
-        ids[row, width - start :] = batch["input_ids"][row, :start]
-    mask = (torch.arange(width, device=ids.device) >= width - torch.tensor(starts, device=ids.device)[:, None]).long()
+    prompts = [ids[:start] for ids, start in zip(batch["input_ids"], starts, strict=True)]
+    ids = pad_sequence(prompts, True, tokenizer.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
+    width = ids.shape[1]
     images = first_images(model.config, batch, starts)
     output = model.generate(
         input_ids=ids,

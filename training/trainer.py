@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,8 +69,10 @@ class StageTrainer(Trainer):
         self.stage, self.sampler = stage, sampler
         self.counts: dict[str, float] = {}
         self.sums: dict[str, torch.Tensor] = {}
-        self.window: list[dict[str, Any]] = []
+        self.window: list[dict[str, Any]] = []  # steps that are not in the file yet
+        self.unlogged: list[dict[str, Any]] = []
         self.skipped = 0
+        self._staging: str | None = None
         if getattr(kwargs.get("args"), "push_to_hub", False):
             raise ValueError(
                 "push_to_hub would upload a run's logs, example pictures and pickles at every save: leave it out, and "
@@ -156,24 +159,18 @@ class StageTrainer(Trainer):
                 self.sums[name] = self.sums.get(name, 0) + outputs[name].detach().float() * counts
         if files:
             self.stage.after_forward(outputs)
-        loss = loss * counts
         # Gradients are averaged over processes, where the counts already span them.
-        loss = loss * self.accelerator.num_processes
+        loss = loss * counts * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as `TrainingArguments` says, or Muon with AdamW where the stage has a `muon_learning_rate`."""
         self.optimizer: Any
-        if self.optimizer is None and self.stage.settings.muon_learning_rate:
-            self.optimizer = muon_with_adamw(
-                self.model,
-                self.stage.settings.muon_learning_rate,
-                self.args.learning_rate,
-                self.args.weight_decay,
-                (self.args.adam_beta1, self.args.adam_beta2),
-                self.args.adam_epsilon,
-            )
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+        args, muon = self.args, self.stage.settings.muon_learning_rate
+        if self.optimizer is None and muon:
+            options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            self.optimizer = muon_with_adamw(self.model, muon, args.learning_rate, args.weight_decay, **options)
+        return super().create_optimizer(*([] if model is None else [model]))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.sums:
@@ -186,7 +183,7 @@ class StageTrainer(Trainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _write_steps(self) -> None:
-        self.unlogged = [*getattr(self, "unlogged", []), *self.window]
+        self.unlogged += self.window
         if self.is_world_process_zero() and self.window:
             with open(Path(self.args.output_dir) / STEPS_FILE, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self.window)
@@ -194,12 +191,10 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's log, with the mean of every loss since the last one."""
-        steps, self.unlogged = getattr(self, "unlogged", []), []
+        steps, self.unlogged = self.unlogged, []
         if steps and "loss" in logs:
-            for name in steps[-1]:
-                if name != "step":
-                    given = [step[name] for step in steps if name in step]
-                    logs[name] = sum(given) / len(given)
+            for name in (name for name in steps[-1] if name != "step"):
+                logs[name] = statistics.fmean(step[name] for step in steps if name in step)
         if self.skipped:
             logs["skipped_items"] = self.skipped
         super().log(logs, *args, **kwargs)
@@ -232,16 +227,18 @@ class StageTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sync_tree(staging / name)
+            for path in filter(Path.is_file, staging.rglob("*")):  # on the disk, before it has its name
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(staging / name, output / name)
             shutil.rmtree(staging, ignore_errors=True)
             limit = self.args.save_total_limit
-            for old in checkpoints(output)[: -limit if limit else None][: None if limit else 0]:
+            for old in checkpoints(output)[:-limit] if limit else ():
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return getattr(self, "_staging", None) or super()._get_output_dir(trial)
+        return self._staging or super()._get_output_dir(trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -376,12 +373,12 @@ def count_terms(batch: dict[str, Any], num_queries: int) -> dict[str, float]:
         counts["tokens"] = float((batch["labels"][:, 1:] != -100).sum())
         counts["masks"] = float(sum(len(entry) for entry in masks if entry is not None))
         counts["codes"] = float(sum(int((classes >= 0).sum()) for classes in batch.get("code_class_labels", [])))
-        return counts
-    matched = batch.get("matched_images")
-    rows = range(len(masks)) if matched is None else matched.tolist()
-    counts["masks"] = float(sum(min(len(masks[row]), num_queries) for row in rows))
-    counts["images"] = float(len(rows))
-    counts["asked"] = float(sum(len(asked) for asked in batch.get("asked_classes", masks)))
+    else:
+        matched = batch.get("matched_images")
+        rows = range(len(masks)) if matched is None else matched.tolist()
+        counts["masks"] = float(sum(min(len(masks[row]), num_queries) for row in rows))
+        counts["images"] = float(len(rows))
+        counts["asked"] = float(sum(len(asked) for asked in batch.get("asked_classes", masks)))
     return counts
 
 
@@ -393,19 +390,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def cut_steps(path: Path, step: int) -> None:
     """Drop the steps after `step` from a log that a killed run wrote further than its last checkpoint."""
-    if not path.is_file():
-        return
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError, KeyError):  # the line that the kill cut short
             if json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
     write_text(path, "".join(lines))
-
-
-def sync_tree(folder: Path) -> None:
-    """Have the system write a folder's files to the disk before it is renamed."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

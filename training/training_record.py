@@ -3,7 +3,6 @@
 import csv
 import importlib.resources
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,27 +24,6 @@ RECORD_FILE = "training_record.json"
 EMISSIONS = "emissions.csv"  # of codecarbon, where `report_to: codecarbon` asked for it
 FEW_IMAGES = 20
 NAMES = {"device": "device", "processes": "processes", "python": "Python", "torch": "torch"}
-
-
-@dataclass
-class Part:
-    """A run of a chain, as far as its stage `last`: all of it, where there is none.
-
-    Attributes:
-        recipe: as its recipe.yaml has it, of whichever version.
-    """
-
-    run: Path
-    recipe: dict[str, Any]
-    last: str | None = None
-
-    def stages(self) -> list[str]:
-        """Its finished stages in order."""
-        names = sorted(path.parent.name for path in self.run.glob(f"stages/*/{FINISHED_FILE}"))
-        if is_named_list(self.recipe["stages"]):
-            order = [entry["name"] for entry in self.recipe["stages"]]
-            names = [name for name in order if name in names]
-        return names[: names.index(self.last) + 1] if self.last in names else names
 
 
 @dataclass
@@ -77,13 +55,12 @@ def write_record(run: Path, recipe: Recipe, corpus: Corpus) -> None:
         ValueError: such a record is damaged.
     """
     sets = _read_sets(recipe, corpus)
-    rows, held = len(corpus.training), len(corpus.validation)
-    emissions = _emissions(run)
+    rows, held, emissions = len(corpus.training), len(corpus.validation), _emissions(run)
     record = {
         "datasets": sorted(sets),
         "emissions": emissions,
         "data": f"{rows:,} training images, {held:,} held out for validation.\n\n{_sets_table(sets)}",
-        "training": _training_text(Part(run, recipe.to_dict()), emissions),
+        "training": _training_text(run, recipe.to_dict(), emissions),
     }
     write_if_changed(run / RECORD_FILE, record)
 
@@ -99,31 +76,24 @@ def _read_sets(recipe: Recipe, corpus: Corpus) -> dict[str, DataSet]:
     reads_text = any(TEXT in stage.get("data", []) for stage in recipe.stages)
     texts = [read_source(recipe, source) for source in recipe.data.text] if reads_text else []
     spoken = [rows for split in corpus.conversations.values() for rows in split]
-    for parts, words_only in ((texts, True), (spoken, False)):
-        for rows in parts:
-            for name, count in Counter(rows["dataset"]).items():
-                entry = sets[name or "unnamed"]
-                entry.conversations += count
-                entry.words_only = words_only and not entry.images
-    _state_licences(sets, [Source.from_mapping(source) for source in recipe.data.regions])
-    return dict(sets)
-
-
-def _state_licences(sets: dict[str, DataSet], sources: Iterable[Any]) -> None:
-    """Licences and addresses that the manifests of the region sources state."""
-    for source in sources:
-        shards = biomedparse_shards(source) if source.layout == "biomedparse" else []
-        for shard in map(Path, shards):
+    for rows, words_only in [*((text, True) for text in texts), *((rows, False) for rows in spoken)]:
+        for name, count in Counter(rows["dataset"]).items():
+            entry = sets[name or "unnamed"]
+            entry.conversations += count
+            entry.words_only = words_only and not entry.images
+    for source in map(Source.from_mapping, recipe.data.regions):
+        for shard in map(Path, biomedparse_shards(source) if source.layout == "biomedparse" else []):
             for _, record in json_records(shard) if shard.is_file() else ():
                 if not isinstance(record, dict) or source.split not in (None, canonical_split(record["split"])):
                     continue
                 parts = Path(record["image"]).parts
-                entry = sets.get(parts[0] if len(parts) > 2 else shard.absolute().parent.name)
-                if entry is not None and record.get("licence"):
+                name = parts[0] if len(parts) > 2 else shard.absolute().parent.name
+                if name in sets and record.get("licence"):
                     unverified = ", not verified at the source" if record.get("tier") == "B" else ""
-                    entry.licences.add(f"{record['licence']}{unverified}")
-                if entry is not None and record.get("source_url"):
-                    entry.sources.add(record["source_url"])
+                    sets[name].licences.add(f"{record['licence']}{unverified}")
+                if name in sets and record.get("source_url"):
+                    sets[name].sources.add(record["source_url"])
+    return dict(sets)
 
 
 def _sets_table(sets: dict[str, DataSet]) -> str:
@@ -132,52 +102,49 @@ def _sets_table(sets: dict[str, DataSet]) -> str:
     lines = ["| set | images | masks | masks made by | licence | credit |", "|---|---|---|---|---|---|"]
     pseudo = 0
     for name, entry in sorted(sets.items()):
-        about = known.get(name, {})
-        licence = "; ".join(sorted(entry.licences)) or about.get("licence", "not stated")
-        credit = "; ".join([about.get("credit", "not stated"), *sorted(entry.sources)])
-        made = ", ".join(_origin(origin) for origin, count in entry.origins.items() if count) or "-"
-        pseudo += sum(count for origin, count in entry.origins.items() if _is_pseudo(origin))
+        about, made = known.get(name, {}), []
+        for origin, count in entry.origins.items():
+            trusted = origin.startswith(("expert", "not stated"))
+            pseudo += 0 if trusted else count
+            made += [origin if trusted else f"{origin}: pseudo-labels"] if count else []
         images = f"{entry.images:,}" if entry.images else "words only" if entry.words_only else "-"
-        if entry.conversations:
-            images += f"; {entry.conversations:,} conversations"
-        title = about.get("title", "")
-        cells = (f"{name} ({title})" if title else name, images, f"{entry.masks:,}", made, licence, credit)
+        cells = (
+            f"{name} ({about['title']})" if about.get("title") else name,
+            images + (f"; {entry.conversations:,} conversations" if entry.conversations else ""),
+            f"{entry.masks:,}",
+            ", ".join(made) or "-",
+            "; ".join(sorted(entry.licences)) or about.get("licence", "not stated"),
+            "; ".join([about.get("credit", "not stated"), *sorted(entry.sources)]),
+        )
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     few = [name for name, entry in sorted(sets.items()) if 0 < entry.images < FEW_IMAGES]
     if few:
         lines += ["", f"Fewer than {FEW_IMAGES} images, so expect little there: {', '.join(few)}."]
     if pseudo:
-        lines += [
-            "",
-            f"The masks of {pseudo:,} images are **pseudo-labels**: another program's output, not an expert's.",
-        ]
+        lines += ["", f"The masks of {pseudo:,} images are **pseudo-labels**: a program's output, not an expert's."]
     return "\n".join(lines)
 
 
-def _is_pseudo(origin: str) -> bool:
-    return not origin.startswith(("expert", "not stated"))
-
-
-def _origin(origin: str) -> str:
-    return f"{origin}: pseudo-labels" if _is_pseudo(origin) else origin
-
-
-def _training_text(last: Part, emissions: dict[str, Any] | None) -> str:
-    chain = [*_runs_before(last.recipe), last]
-    begun = [_beginning(part, number) for number, part in enumerate(chain)]
-    lines = [f"Started from {begun[0]}"]
-    if len(chain) > 1:
-        lines = [f"* Run {number} started from {text}" for number, text in enumerate(begun, start=1)]
-    lines += ["", "| stage | hours:minutes | on |", "|---|---|---|"]
-    total = 0.0
-    for number, part in enumerate(chain, start=1):
-        for name in part.stages():
-            finished = read_json(stage_folder(part.run, name) / FINISHED_FILE)
+def _training_text(run: Path, recipe: dict[str, Any], emissions: dict[str, Any] | None) -> str:
+    chain = [*_runs_before(recipe), (run, recipe, None)]
+    begun, rows, total = [], [], 0.0
+    for number, (folder, settings, last) in enumerate(chain, start=1):
+        model, title = settings["model"], "" if len(chain) == 1 else f"run {number}: "
+        start = f"scratch (random weights, preset `{model['preset']}`)"
+        if model["folder"]:
+            start = f"run {number - 1}" if number > 1 else f"the checkpoint `{Path(model['folder']).name}`"
+        machine = _machine(read_json(folder / ENVIRONMENT_FILE))
+        begun.append(f"from {start}; seed {settings['seed']}; {machine}.")
+        for name in _finished(folder, settings, last):
+            finished = read_json(stage_folder(folder, name) / FINISHED_FILE)
             seconds = float(finished["metrics"]["train_runtime"])
             total += seconds
-            title = name if len(chain) == 1 else f"run {number}: {name}"
-            lines.append(f"| {title} | {_hours(seconds)} | {_machine(finished.get('environment', {}))} |")
-    lines += [f"| together | {_hours(total)} | |", "", "A stage that was interrupted counts from its last start.", ""]
+            rows.append(f"| {title}{name} | {_hours(seconds)} | {_machine(finished.get('environment', {}))} |")
+    lines = [f"Started {begun[0]}"]
+    if len(chain) > 1:
+        lines = [f"* Run {number} started {text}" for number, text in enumerate(begun, start=1)]
+    lines += ["", "| stage | hours:minutes | on |", "|---|---|---|", *rows, f"| together | {_hours(total)} | |"]
+    lines += ["", "A stage that was interrupted counts from its last start.", ""]
     if emissions:
         of_last = "" if len(chain) == 1 else ", for the last run"
         lines.append(f"codecarbon estimated {emissions['emissions']:,} g of CO₂ equivalents{of_last}.")
@@ -186,8 +153,9 @@ def _training_text(last: Part, emissions: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _runs_before(recipe: dict[str, Any]) -> list[Part]:
-    """The runs, oldest first, that led to the folder which a recipe starts from, as far as they are still there."""
+def _runs_before(recipe: dict[str, Any]) -> list[tuple[Path, dict[str, Any], str | None]]:
+    """The runs, oldest first, that led to the folder which a recipe starts from, as far as they are still there: the
+    folder of each, its recipe, of whichever version, and the stage that was started from (None: the last)."""
     if not recipe["model"]["folder"]:
         return []
     start = Path(recipe["model"]["folder"]).absolute()
@@ -195,17 +163,16 @@ def _runs_before(recipe: dict[str, Any]) -> list[Part]:
     for run, last in ((start.parent, None), (start.parent.parent.parent, start.parent.name)):
         if (run / RECIPE_FILE).is_file():
             before = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
-            return [*_runs_before(before), Part(run, before, last)]
+            return [*_runs_before(before), (run, before, last)]
     return []
 
 
-def _beginning(part: Part, before: int) -> str:
-    """What a run began with, where `before` runs led to it, and on what it ran first."""
-    model = part.recipe["model"]
-    start = f"scratch (random weights, preset `{model['preset']}`)"
-    if model["folder"]:
-        start = f"run {before}" if before else f"the checkpoint `{Path(model['folder']).name}`"
-    return f"{start}; seed {part.recipe['seed']}; {_machine(read_json(part.run / ENVIRONMENT_FILE))}."
+def _finished(run: Path, recipe: dict[str, Any], last: str | None) -> list[str]:
+    """The finished stages of a run in order, up to `last`."""
+    names = sorted(path.parent.name for path in run.glob(f"stages/*/{FINISHED_FILE}"))
+    if is_named_list(recipe["stages"]):
+        names = [entry["name"] for entry in recipe["stages"] if entry["name"] in names]
+    return names[: names.index(last) + 1] if last in names else names
 
 
 def _machine(environment: dict[str, Any]) -> str:

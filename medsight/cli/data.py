@@ -82,8 +82,8 @@ def annotate(
     from medsight.data.sources import Source, detect_layout, kind_of, load_source
     from medsight.data.wording import Wordings
     from medsight.loading import choose_device, load_checkpoint
-    from medsight.training.annotate import summary
     from medsight.training.annotation import annotate as write_conversations
+    from medsight.training.annotation_output import summary
 
     check_empty(Path(output))
     wordings = Wordings.load(templates)

@@ -137,13 +137,18 @@ def tensor_headers(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
 
 def stages_trained(folder: Path) -> list[str] | None:
     """The stages of the run that a folder is the result of, or a stage's; None where it does not lie in a run."""
-    holder = folder.absolute().parent
-    inside = holder.parent.name == "stages"
-    run = holder.parent.parent if inside else holder
-    if folder.absolute().name != "model" or not (run / "recipe.yaml").is_file():
+    import yaml
+
+    model = folder.absolute()
+    inside = model.parent.parent.name == "stages"
+    stages = model.parent.parent if inside else model.parent / "stages"
+    if model.name != "model" or not (stages.parent / "recipe.yaml").is_file():
         return None
-    finished = sorted(path.parent.name for path in run.glob("stages/*/finished.json"))
-    return [name for name in finished if not inside or name <= holder.name]
+    finished = sorted(path.parent.name for path in stages.glob("*/finished.json"))
+    planned = yaml.safe_load((stages.parent / "recipe.yaml").read_text(encoding="utf-8"))["stages"]
+    if isinstance(planned, list):  # in an earlier version's recipe they are none, and their folders are numbered
+        finished = [stage["name"] for stage in planned if stage["name"] in finished]
+    return finished[: finished.index(model.parent.name) + 1] if inside and model.parent.name in finished else finished
 
 
 def as_lines(content: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from processing_medsight.processing_medsight import MedSightProcessor
 from tests.training.tiny_run import STAGES, tiny_recipe, tiny_values
 
 
-SHORT = {"max_steps": 4, "eval_strategy": "no", "example_images": 0}
+SHORT = {"max_steps": 2, "eval_strategy": "no", "example_images": 0}
 GROUP_CLASSIFIER = ("group_classifier.weight", "group_classifier.bias")
 
 
@@ -32,7 +32,7 @@ def recipe_file(drawn_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def arguments(recipe_file: Path, output: Path) -> list[str]:
     chosen = ["no-region-embeddings", "no-unified"]
-    return [str(recipe_file), "--output", str(output), "--seeds", "3", "--share", "0.5", "--ablations", *chosen]
+    return [str(recipe_file), "--output", str(output), "--seeds", "3", "--ablations", *chosen]
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +69,6 @@ def test_an_ablation_shares_the_stages_before_its_change(name: str, shared: list
 def test_every_shipped_ablation_is_known() -> None:
     with pytest.raises(ValueError, match="ablation 'nothing': choose some of head-decoder, no-region-embeddings, no-"):
         ablations.ablation(load_recipe("nano"), "nothing")
-
-
-def test_a_share_shortens_every_stage() -> None:
-    full = load_recipe("nano", ["stages.codebook={num_train_epochs: 3.0, warmup_steps: 0.03, max_steps: -1}"])
-    short = ablations.shortened(full, 0.1)
-    for before, after in zip(full.stages, short.stages, strict=True):
-        assert {name for name in before if after[name] != before[name]} <= set(ablations.LENGTHS)
-        if before["name"] != "codebook":
-            assert after["max_steps"] == round(before["max_steps"] / 10)
-            assert short.sources[f"stages.{before['name']}.max_steps"] == "--share 0.1"
-    codebook = short.stage("codebook")
-    assert codebook["num_train_epochs"] == pytest.approx(0.3)
-    assert (codebook["warmup_steps"], codebook["max_steps"]) == (0.03, -1)
-    assert ablations.shortened(full, 1.0) == full
-    for wrong in (0.0, 1.5):
-        with pytest.raises(ValueError, match="expected a share"):
-            ablations.shortened(full, wrong)
 
 
 def test_the_table_has_means_spreads_and_paired_differences() -> None:
@@ -127,10 +110,8 @@ def test_runs_are_scored_and_written(finished: Path, recipe_file: Path) -> None:
 @pytest.mark.slow
 def test_what_is_taken_over_is_what_training_again_gives(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
     """Bit for bit: a run of the ablation's recipe from scratch has the same result as one that shared two stages."""
-    recipe = ablations.shortened(load_recipe(recipe_file), 0.5)
-    recipe = dataclasses.replace(
-        ablations.ablation(recipe, "no-region-embeddings"), seed=3, output=str(tmp_path / "r")
-    )
+    recipe = ablations.ablation(load_recipe(recipe_file), "no-region-embeddings")
+    recipe = dataclasses.replace(recipe, seed=3, output=str(tmp_path / "r"))
     alone, shared = weights(train(recipe)), weights(finished / "no-region-embeddings/seed-3/run/model")
     assert alone.keys() == shared.keys() and all(torch.equal(alone[name], shared[name]) for name in alone)
 

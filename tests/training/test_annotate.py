@@ -196,30 +196,23 @@ def test_datasets_loads_the_folder_by_its_card(written: Path, tmp_path: Path) ->
     assert {split: len(part) for split, part in loaded.items()} == {"train": 72, "validation": 12}
 
 
-def test_embedded_pictures_and_relative_paths(rows: Dataset, model, processor, tmp_path: Path) -> None:
+def test_pictures_are_named_by_path_or_embedded(rows: Dataset, model, processor, tmp_path: Path) -> None:
     few = rows.select([0])
-    root = Path(few[0]["image"]["path"]).parent
     annotate(few, model, processor, GROUPS, tmp_path / "bytes", embed_images=True)
-    annotate(few, model, processor, GROUPS, tmp_path / "paths", root=root.parent)
-    for embedded, relative in zip(read(tmp_path / "bytes"), read(tmp_path / "paths"), strict=True):
-        for inside, outside in zip(
-            embedded["images"] + embedded["masks"], relative["images"] + relative["masks"], strict=True
-        ):
-            assert not Path(outside["path"]).is_absolute() and outside["bytes"] is None
-            assert inside["bytes"] == (root.parent / outside["path"]).read_bytes()
-            assert inside["path"] == Path(outside["path"]).name
-    with pytest.raises(ValueError, match="0.png: not in the folder"):
-        annotate(few, model, processor, GROUPS, tmp_path / "no", root=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "paths"]
+    annotate(few, model, processor, GROUPS, tmp_path / "paths")
+    for embedded, outside in zip(read(tmp_path / "bytes"), read(tmp_path / "paths"), strict=True):
+        for name in ("images", "masks"):
+            paths = [Path(entry["path"]) for entry in outside[name]]
+            assert [entry["bytes"] for entry in outside[name]] == [None] * len(paths)
+            assert embedded[name] == [{"path": path.name, "bytes": path.read_bytes()} for path in paths]
 
 
-def test_shards_are_cut_by_size_and_named_when_whole(rows, model, processor, tmp_path, monkeypatch, written) -> None:
+def test_shards_are_cut_by_size(rows, model, processor, tmp_path, monkeypatch, written) -> None:
     monkeypatch.setattr(annotation_output, "ROW_GROUP_ROWS", 10)
     monkeypatch.setattr(annotation_output, "SHARD_BYTES", 0)
     annotate(rows, model, processor, GROUPS, tmp_path / "cut", per_image=12, plain_share=0.25, seed=3)
     names = sorted(path.name for path in (tmp_path / "cut").glob("train*"))
-    assert names == [f"train-{number:05d}-of-00008.parquet" for number in range(8)]
-    assert not list((tmp_path / "cut").glob("*unfinished"))
+    assert names == [f"train-{number:05d}.parquet" for number in range(8)]
     assert read(tmp_path / "cut") == read(written)
 
 
@@ -229,9 +222,9 @@ def test_a_failure_leaves_nothing_behind(rows: Dataset, model, processor, tmp_pa
             raise OSError(28, "No space left on device")
         return write(self, row)
 
-    write = annotation_output.ConversationWriter.write
+    write = annotation_output.SplitWriter.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotation_output.ConversationWriter, "write", disk_full)
+        patch.setattr(annotation_output.SplitWriter, "write", disk_full)
         with pytest.raises(OSError, match="No space"):
             annotate(rows, model, processor, GROUPS, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -283,22 +276,12 @@ def test_plain_conversations_need_no_model_and_no_masks(rows: Dataset, processor
     assert all(one["masks"] == [] and not codes_of(text_of(one)[1]) for one in read(tmp_path / "out"))
 
 
-def test_the_model_is_left_in_the_mode_it_was_in(rows: Dataset, model, processor, tmp_path: Path) -> None:
-    model.train()
-    try:
-        annotate(rows.select([0]), model, processor, GROUPS, tmp_path / "out", per_image=1)
-        assert model.training
-    finally:
-        model.eval()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"per_image": 0}, "per_image=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"plain_share": 1.5}, "plain_share=1.5"),
-        ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"max_regions": 0}, "max_regions=0"),
         ({"groups": Groups({"CT torso": ["*"]})}, "expected those of the model"),
     ],

@@ -187,8 +187,6 @@ def test_a_stage_of_broken_items_alone_says_so(data: Path, tmp_path: Path) -> No
         ({"data": {"regions": []}}, "data.regions is empty"),
         ({"data": {"groups": {"CT": ["CT/*"]}}}, "no code group matches"),
         ({"data": {"classes": ["liver"]}}, "is none of the model's 1 mask classes"),
-        ({"stages": {"vision_to_text": {"data": ["plane"]}}}, "unknown key 'plane'; did you mean 'plain'"),
-        ({"stages": {"vision_to_text": {"data": []}}}, "a stage on conversations needs data"),
         ({"stages": {"vision_to_text": {"lr_scheduler_type": "cosin"}}}, "cosin is not a valid SchedulerType"),
         (
             {
@@ -231,7 +229,5 @@ def test_a_model_remembers_what_its_groups_hold(drawn_data: Path, tmp_path: Path
     assert MedSightConfig.from_pretrained(start).group_patterns == groups
     again = perceiver(drawn_data, tmp_path / "again", model={"folder": str(start)})
     found = read_corpus(again).groups
-    assert found.names == list(groups) and [found.index("MRI-cine", "heart"), found.index("ultrasound", "breast")] == [
-        0,
-        1,
-    ]
+    assert found.names == list(groups)
+    assert [found.index("MRI-cine", "heart"), found.index("ultrasound", "breast")] == [0, 1]

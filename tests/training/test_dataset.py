@@ -1,6 +1,7 @@
 """Samples and batches: as in inference, a pure function of row, seed and draw."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from tests.tiny_checkpoint import tiny_processor
 
 GROUPS = {"MRI": ["MRI*/*"], "ultrasound": ["ultrasound/*"], "CT": ["CT/*"]}
 CLASSES = ["left ventricle", "benign breast tumor", "left kidney", "liver", "a", "b", "c"]
+UNKNOWN = [
+    {"role": "user", "content": "<image>Segment."},
+    {"role": "assistant", "content": "liver [C2_1], left kidney [C7_3]."},
+]
 
 
 @pytest.fixture
@@ -109,13 +114,8 @@ def test_a_conversations_ids_and_labels_are_the_processors_own(canvas: Canvas, d
     assert len(batch["mask_labels"][0]) == 2
 
 
-def test_a_mask_that_the_model_does_not_see_and_a_code_it_lacks_are_named(canvas: Canvas, drawn_data: Path) -> None:
+def test_a_mask_that_the_model_does_not_see_is_named(canvas: Canvas, drawn_data: Path) -> None:
     rows = conversation(drawn_data)
-    unknown = [rows[0]["messages"][0], {"role": "assistant", "content": "liver [C2_1], left kidney [C7_3]."}]
-    with pytest.raises(ValueError, match=r"2_CT_torso\.png: conversation 1 cites \[C7_3\], which is none of the"):
-        ConversationDataset(conversation(drawn_data, messages=unknown), canvas)[0]
-    skipped = ConversationDataset(conversation(drawn_data, messages=unknown), canvas, skip_errors=True)[0]
-    assert isinstance(skipped, Skipped) and "[C7_3]" in skipped.reason
     canvas.image_processor.fit = "crop"
     edge = drawn_data.parent / "edge.png"
     pixels = np.zeros((24, 32), dtype=bool)
@@ -176,12 +176,21 @@ def test_several_images_keep_their_masks_apart(canvas: Canvas, drawn_data: Path)
     assert (batch["input_ids"] == canvas.config.image_token_id).sum() == 2 * canvas.config.image_seq_length
 
 
-def test_masks_that_do_not_match_codes_are_refused_by_name(canvas: Canvas, drawn_data: Path) -> None:
-    rows = conversation(drawn_data, masks=[], targets=[])
-    with pytest.raises(ValueError, match=r"2_CT_torso\.png.* cites 2 codes, has 0 masks"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"messages": UNKNOWN}, r"2_CT_torso\.png: conversation 1 cites \[C7_3\], which is none of the"),
+        ({"masks": [], "targets": []}, r"2_CT_torso\.png.* cites 2 codes, has 0 masks"),
+    ],
+)
+def test_codes_without_masks_or_that_the_model_lacks_are_named_or_left_out(
+    canvas: Canvas, drawn_data: Path, changes: dict[str, Any], message: str
+) -> None:
+    rows = conversation(drawn_data, **changes)
+    with pytest.raises(ValueError, match=message):
         ConversationDataset(rows, canvas)[0]
     skipped = ConversationDataset(rows, canvas, skip_errors=True)[0]
-    assert isinstance(skipped, Skipped) and "2_CT_torso.png" in skipped.reason
+    assert isinstance(skipped, Skipped) and re.match(f".*{message}", skipped.reason)
     assert ConversationCollator(canvas.processor)([skipped]) == {"files": [], "skipped": 1}
 
 

@@ -30,7 +30,7 @@ def trained(model: Toy, optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def make(model: Toy) -> torch.optim.Optimizer:
-    return muon_with_adamw(model, 3e-3, 1e-3, 0.01, (0.9, 0.99), eps=0.1)
+    return muon_with_adamw(model, 3e-3, 1e-3, 0.01, betas=(0.9, 0.99), eps=0.1)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:

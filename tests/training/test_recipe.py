@@ -49,7 +49,7 @@ def test_values_come_from_the_file_and_from_overrides(recipe_file: Path) -> None
         ("data.validation_fraction=1.5", "validation_fraction=1.5: expected 0 to below 1"),
         ("model.dtype=bf16", "model.dtype='bf16': choose one of float32, bfloat16, float16"),
         ("model.save_dtype=half", "model.save_dtype='half': choose one of"),
-        ("data.on_error=ignore", "on_error='ignore': choose stop or skip"),
+        ("data.on_error=ignore", "on_error='ignore': choose one of stop, skip"),
         ("model.preset=null", "model: give a preset, to train from scratch, or a folder"),
         ("data.groups={MR: 'MRI*/heart'}", "data: groups.MR: expected a list, got 'MRI\\*/heart'"),
         ("data.classes=[liver, 3]", "data: classes, entry 1: expected str, got 3"),
@@ -151,7 +151,7 @@ def test_every_value_says_where_it_comes_from(recipe_file: Path, tmp_path: Path)
     where = "stages.perceiver"
     assert found["model.preset"] == ("tiny", f"{recipe_file} (extended)")
     assert found["seed"] == (4, "command line") and found["model.dtype"] == ("float32", "default")
-    assert found["augmentation.elastic"] == (0.0, "default")
+    assert found["augmentation.rotate"] == (15.0, "default")
     assert found[f"{where}.max_steps"] == (3, f"{recipe_file} (extended)")
     assert found[f"{where}.most_asked"] == (2, str(child)) and found[f"{where}.bf16"] == (True, str(child))
     assert found[f"{where}.learning_rate"] == (1e-3, "command line")
@@ -190,13 +190,13 @@ def test_files_that_are_not_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.yaml does not exist; the shipped ones are .*nano"):
         load_recipe(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
+    with pytest.raises(ValueError, match="broken.yaml: not valid YAML"):
         load_recipe(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- a", encoding="utf-8")
     with pytest.raises(ValueError, match="list.yaml: expected a mapping, got list"):
         load_recipe(tmp_path / "list.yaml")
     (tmp_path / "child.yaml").write_text("extends: parent.yaml", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match="child.yaml: extends .*parent.yaml, which does not exist"):
+    with pytest.raises(FileNotFoundError, match="child.yaml: extends .*parent.yaml does not exist"):
         load_recipe(tmp_path / "child.yaml")
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from medsight import Predictor
-from medsight.training.corpus import corpus_conversations, hold_out_text, read_corpus
-from medsight.training.recipe import Recipe, build, load_recipe
+from medsight.training.corpus import conversation_rows, corpus_conversations, read_corpus
+from medsight.training.recipe import Recipe, build
 from medsight.training.run import train, training_arguments
 from medsight.training.settings import resolve_stages
 from medsight.training.trainer import StageTrainer, checkpoints
@@ -164,11 +163,12 @@ def test_text_of_all_kinds_is_held_out(drawn_data: Path, tmp_path: Path) -> None
     """The rounds of an image's text are of different kinds, one after the other."""
     rounds = 5
     recipe = tiny_recipe(drawn_data, tmp_path, data={"text_rounds": rounds, "validation_fraction": 1 / rounds})
-    rows = corpus_conversations(read_corpus(recipe))
-    training, held = (hold_out_text(rows, recipe, split) for split in ("training", "validation"))
-    assert sorted([*training["id"], *held["id"]]) == sorted(rows["id"]) and len(held) == math.ceil(len(rows) / rounds)
-    assert {int(name.removeprefix("text-")) % rounds for name in held["id"]} == set(range(rounds))
-    assert hold_out_text(rows, recipe, "validation")["id"] == held["id"]
+    corpus = read_corpus(recipe)
+    splits = ("training", "validation")
+    training, held = (conversation_rows(corpus, ["text"], tmp_path, name)["id"] for name in splits)
+    everything = corpus_conversations(corpus)["id"]
+    assert sorted([*training, *held]) == sorted(everything) and len(held) == math.ceil(len(everything) / rounds)
+    assert {int(name.removeprefix("text-")) % rounds for name in held} == set(range(rounds))
 
 
 def test_what_a_stage_validates_on_is_in_no_text(drawn_data: Path, tmp_path: Path) -> None:
@@ -234,6 +234,12 @@ def test_only_the_last_checkpoints_are_kept(drawn_data: Path, tmp_path: Path, mo
     assert not checkpoints(tmp_path / "run" / "stages" / "language_model")  # the finished model takes their place
 
 
+def started(folder: Path, data: Path, run: Path, stage: str, settings: dict[str, Any]) -> Recipe:
+    """A recipe of one stage that starts from a checkpoint."""
+    values = tiny_values(data, run / "run", stages={**only(stage), stage: settings})
+    return build(Recipe, {**values, "model": {"folder": str(folder)}}, "a test")
+
+
 @pytest.mark.parametrize("trainer", ["trainer", "sft"])
 def test_what_trains_beside_a_quantised_model_is_not_rounded(
     unbroken: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
@@ -247,9 +253,8 @@ def test_what_trains_beside_a_quantised_model_is_not_rounded(
 
     monkeypatch.setattr(StageTrainer, "training_step", watched)
     settings = {"method": "qlora", "trainer": trainer, "max_steps": 2, "mask_share": 1.0}
-    values = tiny_values(drawn_data, tmp_path / "run", stages={**only("unified"), "unified": settings})
-    values["model"] = {"folder": str(unbroken / "stages" / "text_to_vision" / "model")}
-    assert (train(build(Recipe, values, "a test")) / "model.safetensors").is_file()
+    folder = unbroken / "stages" / "text_to_vision" / "model"
+    assert (train(started(folder, drawn_data, tmp_path, "unified", settings)) / "model.safetensors").is_file()
     assert seen == {torch.float32}
 
 
@@ -260,12 +265,7 @@ def test_stage_4_by_adapters_and_under_trl(
 ) -> None:
     settings = {"method": method, "trainer": trainer, "max_steps": 2, "mask_share": 1.0}
     folder = unbroken / "stages" / "text_to_vision" / "model"
-    changes = {"stages": {**only("unified"), "unified": settings}}
-    values = tiny_values(drawn_data, tmp_path / "run", **changes)
-    values["model"] = {"folder": str(folder)}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    result = train(load_recipe(path))
+    result = train(started(folder, drawn_data, tmp_path, "unified", settings))
     before, after = weights(folder), weights(result)
     assert before.keys() == after.keys()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
@@ -277,13 +277,9 @@ def test_stage_4_by_adapters_and_under_trl(
 
 
 def test_stage_2_under_trl(unbroken: Path, drawn_data: Path, tmp_path: Path) -> None:
-    changes = {"stages": {**only("vision_to_text"), "vision_to_text": {"trainer": "sft", "max_steps": 2}}}
-    values = tiny_values(drawn_data, tmp_path / "run", **changes)
     folder = unbroken / "stages" / "perceiver" / "model"
-    values["model"] = {"folder": str(folder)}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    before, after = weights(folder), weights(train(load_recipe(path)))
+    recipe = started(folder, drawn_data, tmp_path, "vision_to_text", {"trainer": "sft", "max_steps": 2})
+    before, after = weights(folder), weights(train(recipe))
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if name.startswith(TRAINED["vision_to_text"])}
 

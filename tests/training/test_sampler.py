@@ -31,22 +31,6 @@ def test_no_two_draws_of_a_run_are_the_same() -> None:
     assert 40 < sum(draw % 7 == 0 for draw in draws) < 100
 
 
-def test_rows_of_like_length_come_together() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 1000, (200,), generator=generator).tolist()
-    sampler = DrawSampler(200, seed=0, lengths=lengths, batch_size=4)
-    order = rows(sampler, 0)
-    assert sorted(order) == list(range(200))
-    batches = [[lengths[row] for row in order[start : start + 4]] for start in range(0, 200, 4)]
-    shuffled = rows(DrawSampler(200, seed=0, batch_size=4), 0)
-    spread = sum(max(batch) - min(batch) for batch in batches)
-    assert spread < 0.1 * sum(
-        max(lengths[row] for row in shuffled[s : s + 4]) - min(lengths[row] for row in shuffled[s : s + 4])
-        for s in range(0, 200, 4)
-    )
-    assert max(batches[0]) == max(lengths)
-
-
 def test_sets_of_one_target_are_drawn_by_their_size_to_a_power() -> None:
     names, targets = ["large"] * 9 + ["small"], [["a"]] * 10
     assert rarity_weights(names, targets, 1) is None

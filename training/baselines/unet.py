@@ -33,7 +33,7 @@ from medsight.evaluation.benchmarks import load_benchmark
 from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import Prediction, append_predictions, encode_mask
 from medsight.evaluation.readers import read_cases
-from medsight.files import staged_folder, write_json
+from medsight.files import check_empty, staged_folder, write_json
 from medsight.text import note
 from modeling_medsight.loss_medsight import mask_bce, mask_dice
 from processing_medsight.image_processing_medsight import MedSightImageProcessor
@@ -114,24 +114,8 @@ class UNet(nn.Module):
         return self.head(features)[:, 0]
 
 
-@dataclasses.dataclass
-class Budget:
-    """How long training takes: steps, or minutes of them, validation left out."""
-
-    steps: int | None = None
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.minutes is None) or (self.steps or self.minutes or 0) <= 0:
-            raise ValueError(f"--steps {self.steps}, --minutes {self.minutes}: expected one of them, above 0")
-
-    def spent(self, steps: int, seconds: float) -> float:
-        """The share of the budget that is spent."""
-        return steps / self.steps if self.steps else seconds / (60 * self.minutes)
-
-
 def learning_rate(spent: float) -> float:
-    """A short warm-up, then half a cosine over the whole budget."""
+    """A short warm-up, then half a cosine, by the share of the budget that is spent."""
     cosine = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
     return LEARNING_RATE * min(1.0, (spent + 1e-3) / WARMUP) * cosine
 
@@ -154,29 +138,24 @@ def region_dataset(recipe: Recipe, corpus: Corpus, size: int) -> SampleDataset:
     return stage_dataset(stage, recipe, corpus, "training")
 
 
-def batches(
-    dataset: SampleDataset, power: float, seed: int, size: int, workers: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def batches(dataset: SampleDataset, power: float, seed: int, workers: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """Without end: pictures (n, 3, S, S), a class asked of each (n,), and its masks (n, S, S), empty where absent.
 
     Args:
         power: rows with rare targets are drawn more often, see `rarity_weights`.
-        size: pictures a batch.
         workers: processes that prepare them; the same pictures whatever their number.
     """
     weights = rarity_weights(dataset.rows["dataset"], dataset.rows["targets"], power)
-    sampler = DrawSampler(len(dataset), seed, weights, batch_size=size)
-    loader = DataLoader(
-        dataset, size, sampler=sampler, collate_fn=batch_of, num_workers=workers, persistent_workers=workers > 0
-    )
+    sampler = DrawSampler(len(dataset), seed, weights, batch_size=BATCH_SIZE)
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(dataset, BATCH_SIZE, sampler=sampler, collate_fn=batch_of, **options)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         yield from (batch for batch in loader if batch is not None)
 
 
-def batch_of(samples: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def batch_of(samples: Sequence[Any]) -> tuple[torch.Tensor, ...] | None:
     """Samples with the class that each is asked for and the mask of that class; None of broken ones alone."""
-
     samples = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not samples:
         return None
@@ -203,7 +182,6 @@ def classes_asked(target: str | None, names: Sequence[str], item: str) -> list[i
 @torch.inference_mode()
 def predict(network: UNet, canvas: Canvas, items: Sequence[Case]) -> list[Prediction]:
     """A mask, at the picture's own size, for the target of each item; none where no pixel reaches `THRESHOLD`."""
-
     network.eval()
     device, names, predictions = next(network.parameters()).device, list(canvas.classes), []
     for item in items:
@@ -217,34 +195,32 @@ def predict(network: UNet, canvas: Canvas, items: Sequence[Case]) -> list[Predic
     return predictions
 
 
-def device_name() -> str:
-    """The GPU that training takes, or "cpu"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
 def on_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Pictures with their channels last, which halves the time of a CPU's convolutions."""
     return pixels.to(device).contiguous(memory_format=torch.channels_last)
 
 
 def train(
-    corpus: Corpus, recipe: Recipe, budget: Budget, size: int, batch_size: int = BATCH_SIZE, workers: int = 0
+    corpus: Corpus, recipe: Recipe, size: int, steps: int | None, minutes: float | None, workers: int = 0
 ) -> tuple[UNet, Canvas, dict[str, Any]]:
     """Train on the recipe's training rows, and score the validation rows `VALIDATIONS` times on the way.
+
+    Args:
+        size: pixels of the picture's side that the network sees.
+        steps, minutes: how long; one of them, validation left out.
+        workers: processes that prepare pictures.
 
     Returns:
         The network, its canvas, and what summary.json says.
     """
-
     torch.manual_seed(recipe.seed)
     dataset, validation = region_dataset(recipe, corpus, size), held_out_items(corpus, "segmentation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = UNet(len(corpus.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-    drawn = batches(dataset, region_settings(recipe).rarity_power, recipe.seed, batch_size, workers)
-    steps = images = 0
-    seconds = cpu_seconds = spent = 0.0
-    validations: list[dict[str, Any]] = []
+    drawn = batches(dataset, region_settings(recipe).rarity_power, recipe.seed, workers)
+    done: dict[str, Any] = {"steps": 0, "images": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+    spent, validations = 0.0, list[dict[str, Any]]()
     while spent < 1:
         clock, cpu_clock = time.perf_counter(), time.process_time()
         network.train()
@@ -254,101 +230,68 @@ def train(
         logits, masks = network(on_device(pixels, device), asked.to(device)), masks.to(device)
         loss = (mask_bce(logits, masks) + mask_dice(logits, masks)).mean()
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of step {steps + 1} is {loss.item()}")
+            raise ValueError(f"the loss of step {done['steps'] + 1} is {loss.item()}")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        steps, images = steps + 1, images + len(pixels)
-        seconds, cpu_seconds = seconds + time.perf_counter() - clock, cpu_seconds + time.process_time() - cpu_clock
-        spent = budget.spent(steps, seconds)
+        done["steps"] += 1
+        done["images"] += len(pixels)
+        done["seconds"] += time.perf_counter() - clock
+        done["cpu_seconds"] += time.process_time() - cpu_clock
+        spent = done["steps"] / steps if steps else done["seconds"] / 60 / (minutes or 1)
         if spent >= (len(validations) + 1) / VALIDATIONS:
-            scores = score_predictions(validation, predict(network, dataset.canvas, validation), "segmentation")
-            done = {"steps": steps, "images": images, "seconds": round(seconds), "cpu_seconds": round(cpu_seconds)}
-            validations.append({**done, **figures(scores), "sets": set_dice(scores)})
-            shown = {name: "-" if value is None else f"{value:.3f}" for name, value in figures(scores).items()}
-            print(
-                f"{images:,} images, {seconds:,.0f} s: validation Dice {shown['dice']} (rows), {shown['dice_sets']} "
-                f"(unweighted over sets); absent, no mask {shown['no_mask']}",
-                flush=True,
-            )
+            metrics = score_predictions(validation, predict(network, dataset.canvas, validation), "segmentation")
+            validations.append({**done, **figures(metrics), "sets": set_dice(metrics)})
+            print(f"validation: {validations[-1]}", flush=True)
     return network, dataset.canvas, {**done, "validation_rows": len(validation), "validation": validations}
-
-
-def run(
-    recipe_name: str,
-    output: Path,
-    budget: Budget,
-    size: int = 112,
-    threads: int | None = None,
-    seed: int = 0,
-    benchmark: str | None = None,
-    data: str | None = None,
-    batch_size: int = BATCH_SIZE,
-    workers: int = 0,
-) -> None:
-    """Train, predict the rows of a benchmark, and write both files of OUTPUT.
-
-    Args:
-        size: pixels of the picture's side that the network sees.
-        seed: of weights, order and augmentation; the validation split stays the recipe's.
-        batch_size: pictures a step.
-        workers: processes that prepare pictures.
-        benchmark, data: a benchmark of segmentation and the folder with its rows.
-
-    Raises:
-        OSError: `output` is there, or something is missing.
-        ValueError: the recipe, the data or the benchmark is bad, or the loss is not finite.
-    """
-
-    if output.exists():
-        raise FileExistsError(f"{output} exists; name another output")
-    if (benchmark is None) != (data is None):
-        raise ValueError("--benchmark and --data go together")
-    if threads:
-        torch.set_num_threads(threads)
-    recipe = load_recipe(recipe_name)
-    corpus = read_corpus(recipe)
-    asked, _ = read_cases(load_benchmark(benchmark), data) if benchmark and data else ([], 0)
-    for item in asked:
-        classes_asked(item.target, corpus.classes, item.id)
-    with staged_folder(output, overwrite=False) as folder:
-        network, canvas, summary = train(
-            corpus, dataclasses.replace(recipe, seed=seed), budget, size, batch_size, workers
-        )
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        setting = {"recipe": recipe_name, "size": size, "batch_size": batch_size, "seed": seed}
-        setting |= {"device": device_name(), "threads": torch.get_num_threads(), "workers": workers}
-        write_json(folder / SUMMARY, {"parameters": parameters, **setting, **vars(budget), **summary})
-        if asked:
-            append_predictions(folder / PREDICTIONS, predict(network, canvas, asked))
-        files = sorted(file.name for file in folder.iterdir())
-    print(f"{parameters:,} parameters; written to {output}/: {', '.join(files)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="recipe (YAML file), or the name of a shipped one, such as nano")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--minutes", type=float, help="of training, validation left out")
     parser.add_argument("--steps", type=int, help="of training, in place of minutes")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="pictures a step (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare pictures (default: none)")
     parser.add_argument("--size", type=int, default=112, help="pixels of a picture's side (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)")
     parser.add_argument("--benchmark", help="predict the rows of this benchmark, such as segmentation")
     parser.add_argument("--data", help="folder with the benchmark's rows")
-    args = vars(parser.parse_args(arguments))
+    chosen = parser.parse_args(arguments)
     try:
-        budget = Budget(args.pop("steps"), args.pop("minutes"))
-        run(args.pop("recipe"), budget=budget, **args)
+        run(chosen)
     except (OSError, ValueError) as error:
         note(f"error: {error}")
         return 1
     return 0
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Train, predict the rows of a benchmark, and write both files of OUTPUT."""
+    if (chosen.steps is None) == (chosen.minutes is None) or (chosen.steps or chosen.minutes) <= 0:
+        raise ValueError(f"--steps {chosen.steps}, --minutes {chosen.minutes}: expected one of them, above 0")
+    if (chosen.benchmark is None) != (chosen.data is None):
+        raise ValueError("--benchmark and --data go together")
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    recipe = load_recipe(chosen.recipe)
+    corpus = read_corpus(recipe)  # the validation split stays the recipe's, whatever --seed
+    asked = read_cases(load_benchmark(chosen.benchmark), chosen.data)[0] if chosen.benchmark else []
+    for item in asked:
+        classes_asked(item.target, corpus.classes, item.id)
+    with staged_folder(chosen.output, False, check_empty) as folder:
+        recipe = dataclasses.replace(recipe, seed=chosen.seed)
+        network, canvas, summary = train(corpus, recipe, chosen.size, chosen.steps, chosen.minutes, chosen.workers)
+        summary["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+        summary["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        summary |= {name: getattr(chosen, name) for name in ("recipe", "size", "seed", "minutes", "workers")}
+        write_json(folder / SUMMARY, {**summary, "threads": torch.get_num_threads(), "batch_size": BATCH_SIZE})
+        if asked:
+            append_predictions(folder / PREDICTIONS, predict(network, canvas, asked))
+    print(f"written to {chosen.output}/")
 
 
 if __name__ == "__main__":

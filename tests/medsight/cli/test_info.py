@@ -50,15 +50,16 @@ def test_what_codes_usually_stand_for_is_listed(
 def test_the_stages_of_a_run_are_those_that_are_finished(
     info: Callable, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "recipe.yaml").touch()
-    stages = ["1_perceiver", "3a_codebook", "4_unified"]
+    stages = ["perceiver", "codebook", "unified"]
+    recipe = {"stages": [{"name": stage, "kind": "regions"} for stage in [*stages, "ahead"]]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     for stage in stages:
         (tmp_path / "stages" / stage).mkdir(parents=True)
         (tmp_path / "stages" / stage / "finished.json").touch()
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
-    shutil.copytree(tiny_checkpoint, tmp_path / "stages" / "3a_codebook" / "model")
+    shutil.copytree(tiny_checkpoint, tmp_path / "stages" / "codebook" / "model")
     assert info(tmp_path / "model")["stages_trained"] == stages
-    assert info(tmp_path / "stages" / "3a_codebook" / "model")["stages_trained"] == stages[:2]
+    assert info(tmp_path / "stages" / "codebook" / "model")["stages_trained"] == stages[:2]
 
 
 def test_an_adapter_names_its_base_model(info: Callable, tmp_path: Path) -> None:
