@@ -163,10 +163,10 @@ class Stage:
 @cache
 def stage_kinds() -> dict[str, type[Stage]]:
     """The kinds of stages by name: those of all modules beside this one whose names begin with `stage_`."""
-    for module in iter_modules([str(Path(__file__).parent)]):
-        if module.name.startswith("stage_"):
-            import_module(f".{module.name}", __package__)
-    return {kind.kind: kind for kind in Stage.__subclasses__()}
+    names = [found.name for found in iter_modules([str(Path(__file__).parent)]) if found.name.startswith("stage_")]
+    modules = [import_module(f".{name}", __package__) for name in names]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {kind.kind: kind for kind in classes if issubclass(kind, Stage) and kind is not Stage}
 
 
 def trained_module(model: Any, stage: Stage) -> nn.Module:
