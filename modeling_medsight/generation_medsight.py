@@ -277,7 +277,8 @@ class MedSightGenerationMixin(GenerationMixin):
         new_tokens = sequences[:, length:]
         codes = locate_codes(sequences, self.config, start=length)
         if views is None or not sum(codes.counts):
-            states = torch.empty(len(sequences), 0, self.lm_head.in_features, dtype=self.dtype, device=self.device)
+            width = self.config.text_config.hidden_size
+            states = torch.empty(len(sequences), 0, width, dtype=self.dtype, device=self.device)
             if synced:
                 states = self.model(input_ids=sequences[:, -1:], use_cache=False).last_hidden_state
             return self._decoded_regions(sequences, codes, states, None)

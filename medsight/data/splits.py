@@ -110,10 +110,14 @@ def hold_out_regions(rows: "Dataset", fraction: float, seed: int) -> set[int]:
     Args:
         rows: of `schema.REGION_FEATURES`, map-style.
     """
+    import pyarrow.compute as pc
+
+    paths: list[str | None] = []
+    for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=1000):
+        paths += pc.struct_field(batch["image"].combine_chunks(), "path").to_pylist()
     members = []
-    texts = rows.select_columns([*_ORIGIN, "image"]).flatten().select_columns([*_ORIGIN, "image.path"])
-    for position, row in enumerate(texts):
-        image = row["image.path"] or f"row {position}"
+    for position, (row, path) in enumerate(zip(rows.select_columns([*_ORIGIN]), paths, strict=True)):
+        image = path or f"row {position}"
         members.append(Member(row["dataset"] or "", row["patient"] or image, row["modality"] or "", image))
     return hold_out(members, fraction, seed) if members else set()
 

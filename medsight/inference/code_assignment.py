@@ -30,9 +30,15 @@ def assign_codes(
         For each image (n_i,) long: m, the index of the code within its group, on the CPU. Without a codebook all 0.
 
     Raises:
-        ValueError: the model's mask logits are not finite, or the matcher refuses the labels.
+        ValueError: the model's mask logits are not finite, or counts differ.
     """
     logits = regions.masks_queries_logits
+    given = mask_labels if class_labels is None else class_labels
+    if not len(logits) == len(mask_labels) == len(groups) or list(map(len, given)) != list(map(len, mask_labels)):
+        raise ValueError(
+            f"{len(logits)} images, {len(mask_labels)} mask_labels, {len(groups)} groups: expected an entry an image, "
+            "and a class a mask"
+        )
     if not model.config.use_region_codebook:
         return [torch.zeros(len(masks), dtype=torch.long) for masks in mask_labels]
     if not torch.isfinite(logits).all():
