@@ -97,6 +97,16 @@ def dicom_dataset(pixels: np.ndarray, **elements: object) -> Any:
     return dataset
 
 
+def lookup_table(factor: int, count: int) -> Any:
+    """A modality or VOI lookup table: `count` values of 16 bits, `factor` times as large as what is looked up."""
+    import pydicom
+
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [count, 0, 16], "US"
+    table.add_new("LUTData", "US", list(range(0, factor * count, factor)))
+    return table
+
+
 def functional_group(sequence: str, **elements: object) -> Any:
     """The functional groups of a frame of an enhanced object: one sequence with one item."""
     import pydicom

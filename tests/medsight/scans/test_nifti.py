@@ -128,13 +128,6 @@ def test_colour_voxels_are_shown_in_colour() -> None:
     assert np.array_equal(np.asarray(scan.slice_image(2)), np.moveaxis(colours[::-1, ::-1, 2], 0, 1))
 
 
-def test_voxels_that_are_not_finite_are_black() -> None:
-    voxels = np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32)
-    voxels[0, 0] = np.nan
-    shown = np.asarray(open_scan(nifti_bytes(voxels)).slice_image(3))
-    assert shown[-1, -1] == 0 and shown.max() == 255
-
-
 def test_training_images_are_made_as_scans_are_shown(shared_data: Path) -> None:
     """The CT images of the training data, slice by slice: same orientation, same window."""
     scan = open_scan(shared_data / "volumes/tcia_sts/sts002_CT.nii.gz")
