@@ -1,6 +1,5 @@
 """Scans of known content, and real ones, with regions where they are bright."""
 
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.export import FoundRegion
 from medsight.scans import Scan, open_scan
 from tests.shared import shared_folder
 
@@ -57,21 +55,6 @@ def pages() -> bytes:
     file = BytesIO()
     first.convert("L").save(file, "TIFF", save_all=True, append_images=[page.convert("L") for page in others])
     return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def bright_regions() -> Callable[..., list[FoundRegion]]:
-    """A region for each slice, or for some, where what is displayed lies above `level`."""
-
-    def find(scan: Scan, level: float = BRIGHT / 2, label: str = "bright", every: int = 1) -> list[FoundRegion]:
-        regions = []
-        for index in range(0, scan.num_slices, every):
-            window = None if scan.kind == "image" else (level, 2.0)
-            shown = np.asarray(scan.slice_image(index, window).convert("L"))
-            regions.append(FoundRegion(index, shown > 127, label, f"[C0_{index % 16}]", 0.5))
-        return regions
-
-    return find
 
 
 @pytest.fixture
