@@ -1,14 +1,16 @@
 """The page over a tiny random model whose answers always cite a region code."""
 
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.medsight.scans.scan_files import picture_bytes
+
+
+PICTURE = picture_bytes("PNG", size=(56, 40))
 
 
 @pytest.fixture(scope="session")
@@ -42,22 +44,6 @@ def upload(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def session(page: Any, upload: Callable[..., str], picture_file: bytes) -> Any:
+def session(page: Any, upload: Callable[..., str]) -> Any:
     """The session of a visitor who has opened a picture."""
-    return page.open_upload(None, [upload(picture_file, "a.png")], 0.5)[page.session]
-
-
-@pytest.fixture
-def picture_file() -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def volume_file() -> bytes:
-    """A NIfTI volume of four slices."""
-    nibabel = pytest.importorskip("nibabel")
-    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 4), dtype=np.int16)
-    return nibabel.Nifti1Image(voxels, np.diag([-2.0, -2.0, 5.0, 1.0])).to_bytes()
+    return page.open_upload(None, [upload(PICTURE, "a.png")], 0.5)[page.session]

@@ -14,11 +14,25 @@ import pytest
 from PIL import Image
 
 from medsight.app.drawing import color_of
+from tests.medsight.scans.scan_files import nifti_bytes, picture_bytes
 
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio (pip install 'medsight[app]')")
 SECRET = "Doe^Jane 1970-01-01.png"
+PICTURE = picture_bytes("PNG", size=(56, 40))
 ASK = {"max_new_tokens": 12, "predicted_only": False, "threshold": 0.5}
+
+
+def volume_file() -> bytes:
+    """A NIfTI volume of four slices."""
+    pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 4), dtype=np.int16)
+    return nifti_bytes(voxels, np.diag([-2.0, -2.0, 5.0, 1.0]))
+
+
+def ct_file() -> bytes:
+    data = pytest.importorskip("pydicom.data")
+    return Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
 
 
 def opened(page: Any, file: str) -> Any:
@@ -40,9 +54,9 @@ def shown(updates: dict[Any, Any], component: Any) -> Any:
 
 
 def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
-    page: Any, upload: Callable[..., str], picture_file: bytes, tmp_path: Path
+    page: Any, upload: Callable[..., str], tmp_path: Path
 ) -> None:
-    file = upload(picture_file, SECRET)
+    file = upload(PICTURE, SECRET)
     updates = page.open_upload(None, [file], 0.5)
     session = updates[page.session]
     assert not Path(file).exists() and updates[page.upload] is None
@@ -60,8 +74,7 @@ def test_what_cannot_be_read_is_refused_by_number_without_name_or_path_and_leave
 ) -> None:
     files = [b"no image at all"]
     if kind != "no image":
-        data = pytest.importorskip("pydicom.data")
-        content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+        content = ct_file()
         files = [content[:400]] if kind == "half a DICOM file" else [content, content[:-5000]]
     with pytest.warns(UserWarning, match="[Uu]pload") as caught:
         updates = page.open_upload(session, [upload(file, SECRET) for file in files], 0.5)
@@ -159,7 +172,7 @@ def test_a_layer_goes_off_and_on_and_a_code_shows_its_heat_map(page: Any, sessio
 
 
 def test_the_card_says_what_a_code_usually_means(
-    tiny_checkpoint: Path, tmp_path: Path, upload: Callable[..., str], picture_file: bytes, page: Any
+    tiny_checkpoint: Path, tmp_path: Path, upload: Callable[..., str], page: Any
 ) -> None:
     from medsight.app.page import Page
     from medsight.inference.predictor import Predictor
@@ -170,16 +183,14 @@ def test_the_card_says_what_a_code_usually_means(
     meaning = {"n": 1234, "structures": {"<spleen>": 0.25, "liver": 0.75}}
     (folder / "region_codes.json").write_text(json.dumps({"codes": dict.fromkeys(codes, meaning)}))
     described = Page(Predictor(folder, device="cpu"), page.folder)
-    session = opened(described, upload(picture_file, "a.png"))
+    session = opened(described, upload(PICTURE, "a.png"))
     asked(described, session)
     card = shown(described.show_heat_map(session, 0.5, click(finding=0)), described.card)
     assert "<b>liver</b> 75%, <b>&lt;spleen&gt;</b> 25% (of 1,234 reference masks)" in card
 
 
-def test_each_slice_has_its_own_masks_and_conversation(
-    page: Any, upload: Callable[..., str], volume_file: bytes
-) -> None:
-    updates = page.open_upload(None, [upload(volume_file, "anything")], 0.5)
+def test_each_slice_has_its_own_masks_and_conversation(page: Any, upload: Callable[..., str]) -> None:
+    updates = page.open_upload(None, [upload(volume_file(), "anything")], 0.5)
     session = updates[page.session]
     assert updates[page.slice]["visible"] and updates[page.slice]["maximum"] == 4 and session.slice_index == 2
     assert "2 × 2 × 5 mm" in shown(updates, page.facts)
@@ -202,9 +213,9 @@ def test_each_slice_has_its_own_masks_and_conversation(
 
 
 def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
-    page: Any, upload: Callable[..., str], volume_file: bytes, picture_file: bytes
+    page: Any, upload: Callable[..., str]
 ) -> None:
-    updates = page.open_upload(None, [upload(volume_file, "brain.nii")], 0.5)
+    updates = page.open_upload(None, [upload(volume_file(), "brain.nii")], 0.5)
     session = updates[page.session]
     assert updates[page.plane]["visible"] and updates[page.plane]["value"] == "axial" and session.scan.num_slices == 4
     asked(page, session)
@@ -214,14 +225,12 @@ def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
     assert session.turns == [] and cut[page.slice]["maximum"] == 24 and not cut[page.layers]["visible"]
     (finding, *_) = asked(page, session) and session.findings
     assert page._mask(session.scan, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
-    picture = page.open_upload(session, [upload(picture_file, "a.png")], 0.5)
+    picture = page.open_upload(session, [upload(PICTURE, "a.png")], 0.5)
     assert not picture[page.plane]["visible"] and not picture[page.window]["visible"]
 
 
-def test_a_window_is_a_name_or_two_numbers_or_refused(
-    page: Any, upload: Callable[..., str], volume_file: bytes
-) -> None:
-    session = opened(page, upload(volume_file, "a.nii"))
+def test_a_window_is_a_name_or_two_numbers_or_refused(page: Any, upload: Callable[..., str]) -> None:
+    session = opened(page, upload(volume_file(), "a.nii"))
     plain = np.asarray(shown(page.redraw(session, 0.5), page.picture))
     narrow = page.show_window(session, " 200 / 100 ", 0.5)
     assert session.window == (200.0, 100.0) and (np.asarray(shown(narrow, page.picture)) != plain).any()
@@ -232,11 +241,9 @@ def test_a_window_is_a_name_or_two_numbers_or_refused(
     assert (np.asarray(shown(page.show_window(session, "default", 0.5), page.picture)) == plain).all()
 
 
-def test_a_files_own_window_is_offered_where_it_has_one(
-    page: Any, upload: Callable[..., str], volume_file: bytes
-) -> None:
+def test_a_files_own_window_is_offered_where_it_has_one(page: Any, upload: Callable[..., str]) -> None:
     nibabel = pytest.importorskip("nibabel")
-    image = nibabel.Nifti1Image.from_bytes(volume_file)
+    image = nibabel.Nifti1Image.from_bytes(volume_file())
     image.header["cal_min"], image.header["cal_max"] = 100, 200
     updates = page.open_upload(None, [upload(image.to_bytes(), "a.nii")], 0.5)
     session = updates[page.session]
@@ -245,7 +252,7 @@ def test_a_files_own_window_is_offered_where_it_has_one(
     assert session.window == "file"
     assert (np.asarray(shown(page.show_window(session, "150/100", 0.5), page.picture)) == own).all()
 
-    updates = page.open_upload(session, [upload(volume_file, "b.nii")], 0.5)
+    updates = page.open_upload(session, [upload(volume_file(), "b.nii")], 0.5)
     assert updates[page.window]["choices"] == ["default"]
     with pytest.warns(UserWarning, match="^The upload states no window"):
         assert page.show_window(updates[page.session], "file", 0.5) == {page.window: "default"}
@@ -281,7 +288,7 @@ def test_a_stopped_answer_stays_with_its_masks(page: Any, session: Any) -> None:
 
 
 def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
-    page: Any, session: Any, upload: Callable[..., str], picture_file: bytes
+    page: Any, session: Any, upload: Callable[..., str]
 ) -> None:
     steps = page.ask(session, "Go on", 400, False, 0.5)
     next(steps), next(steps)
@@ -291,7 +298,7 @@ def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
 
     steps = page.ask(session, "Go on", 400, False, 0.5)
     next(steps), next(steps)
-    page.open_upload(session, [upload(picture_file, "b.png")], 0.5)
+    page.open_upload(session, [upload(PICTURE, "b.png")], 0.5)
     assert "ms-question" not in list(steps)[-1][page.chat] and session.turns == []
 
 
@@ -305,13 +312,11 @@ def test_the_threshold_redraws_and_only_shrinks_masks(page: Any, session: Any) -
 
 @pytest.mark.parametrize("kind", ["picture", "volume", "dicom"])
 def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
-    page: Any, upload: Callable[..., str], picture_file: bytes, volume_file: bytes, kind: str
+    page: Any, upload: Callable[..., str], kind: str
 ) -> None:
-    content = {"picture": picture_file, "volume": volume_file}.get(kind)
-    if content is None:
+    if kind == "dicom":
         pytest.importorskip("highdicom")
-        data = pytest.importorskip("pydicom.data")
-        content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+    content = {"picture": lambda: PICTURE, "volume": volume_file, "dicom": ct_file}[kind]()
     updates = page.open_upload(None, [upload(content, "x")], 0.5)
     session, formats = updates[page.session], updates[page.formats]["choices"]
     wanted = {"picture": {"png", "coco"}, "volume": {"png", "coco", "nifti"}, "dicom": {"png", "coco", "dicom-seg"}}
@@ -360,8 +365,8 @@ def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
     assert last[page.question]["value"] == question
 
 
-def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
-    one, other = (opened(page, upload(picture_file, "a.png")) for _ in range(2))
+def test_sessions_share_nothing(page: Any, upload: Callable[..., str]) -> None:
+    one, other = (opened(page, upload(PICTURE, "a.png")) for _ in range(2))
     asked(page, one)
     assert one.findings and not other.turns and "ms-question" not in page.begin_anew(other, 0.5)[page.chat]
     page.begin_anew(one, 0.5)

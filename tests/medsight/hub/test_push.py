@@ -119,7 +119,7 @@ def test_a_token_that_may_not_is_told_so(
 def test_a_commit_that_fails_leaves_nothing_and_is_not_repeated(
     hub: FakeHub, folder: Path, status: int, message: str
 ) -> None:
-    hub.fail("POST", "/commit/", status)
+    hub.commits_fail_with = status
     with pytest.raises(OSError, match=rf"me/tiny: .*{message}.*HTTP {status}"):
         push(folder, "me/tiny")
     assert not hub.files("me/tiny")
