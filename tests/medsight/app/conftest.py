@@ -1,5 +1,6 @@
 """The page over a tiny random model whose answers always cite a region code."""
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tests.medsight.scans.scan_files import picture_bytes
 
 
+SECRET = "Doe^Jane 1970-01-01.png"
 PICTURE = picture_bytes("PNG", size=(56, 40))
 
 
@@ -31,19 +33,23 @@ def page(tiny_predictor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def upload(tmp_path: Path) -> Callable[..., str]:
-    """Writes a file where Gradio puts uploads: in a folder of its own, under the name that the visitor gave."""
+def upload(page: Any, tmp_path: Path) -> Callable[..., tuple[Any, dict[Any, Any]]]:
+    """Uploads files, each from a folder of its own as Gradio does, under a patient's name.
 
-    def write(content: bytes, name: str) -> str:
-        folder = tmp_path / "uploads" / f"{len(list(tmp_path.glob('uploads/*')))}"
-        folder.mkdir(parents=True)
-        (folder / name).write_bytes(content)
-        return str(folder / name)
+    The session afterwards, and what the page shows.
+    """
 
-    return write
+    def run(*contents: bytes, session: Any = None, onto: Any = page) -> tuple[Any, dict[Any, Any]]:
+        files = [Path(tempfile.mkdtemp(dir=tmp_path)) / SECRET for _ in contents]
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+        updates = onto.open_upload(session, list(map(str, files)), 0.5)
+        return updates.get(onto.session), updates
+
+    return run
 
 
 @pytest.fixture
-def session(page: Any, upload: Callable[..., str]) -> Any:
+def session(upload: Callable[..., Any]) -> Any:
     """The session of a visitor who has opened a picture."""
-    return page.open_upload(None, [upload(PICTURE, "a.png")], 0.5)[page.session]
+    return upload(PICTURE)[0]

@@ -27,7 +27,6 @@ from .scans import (
 
 
 hd = pytest.importorskip("highdicom")
-REAL_SERIES = (("totalsegmentator/example_ct_dicom", 200), ("tcia_sts_dicom/image", 400))
 
 
 def read_series(folder: Path) -> dict[str, pydicom.Dataset]:
@@ -85,29 +84,21 @@ def assert_bright(planes: dict[str, np.ndarray], sources: dict[str, pydicom.Data
     assert planes.keys() <= sources.keys() and seen > 0
 
 
-@pytest.mark.parametrize(("name", "level"), REAL_SERIES)
-def test_real_series(volumes: Path, name: str, level: float, tmp_path: Path) -> None:
-    """One of these series was emptied of the UIDs that a DICOM object refers by: refused as it is, then given some."""
-    (tmp_path / "series").mkdir()
-    was_emptied = False
-    for file in (volumes / name).iterdir():
-        dataset = pydicom.dcmread(file)
-        was_emptied |= not dataset.SOPInstanceUID
-        if not dataset.SOPInstanceUID:
-            dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID
-            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "2.25.1", "2.25.2"
-        dataset.save_as(tmp_path / "series" / file.name)
-    if was_emptied:
-        original = open_scan(volumes / name)
-        with pytest.raises(ValueError, match="its files lack SOPClassUID, SOPInstanceUID, StudyInstanceUID"):
-            write_masks(original, bright_regions(original, level, every=9), tmp_path / "refused", ["dicom-seg"])
-    scan = open_scan(tmp_path / "series")
+def test_a_real_series_is_masked_where_it_is_bright(volumes: Path, tmp_path: Path) -> None:
+    folder, level = volumes / "tcia_sts_dicom/image", 400
+    scan = open_scan(folder)
     write_masks(scan, bright_regions(scan, level, every=4), tmp_path / "out", ["dicom-seg", "rtstruct"])
     wanted = {scan.dicom_datasets()[index].SOPInstanceUID for index in range(0, scan.num_slices, 4)}
-    sources = {uid: dataset for uid, dataset in read_series(tmp_path / "series").items() if uid in wanted}
+    sources = {uid: dataset for uid, dataset in read_series(folder).items() if uid in wanted}
     assert_bright(segment_planes(pydicom.dcmread(tmp_path / "out" / "segmentation.dcm"), 1), sources, level)
     assert_bright(structure_planes(pydicom.dcmread(tmp_path / "out" / "rtstruct.dcm"), sources), sources, level)
+
+
+@pytest.mark.parametrize("deidentify", [False, True])
+def test_a_series_that_was_emptied_of_its_uids_is_refused(volumes: Path, tmp_path: Path, deidentify: bool) -> None:
+    scan = open_scan(volumes / "totalsegmentator/example_ct_dicom")
+    with pytest.raises(ValueError, match="its files lack SOPClassUID, SOPInstanceUID, StudyInstanceUID"):
+        write_masks(scan, bright_regions(scan, 200, every=9), tmp_path / "out", ["dicom-seg"], deidentify=deidentify)
 
 
 def test_highdicom_reads_overlapping_segments_where_they_were(series: Path, tmp_path: Path) -> None:
@@ -298,13 +289,19 @@ def test_a_format_that_a_scan_cannot_be_written_in_is_refused_with_nothing_writt
     assert not any(tmp_path.iterdir())
 
 
-def test_without_a_region_there_is_no_dicom_object(series: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("masks", [0, 1])
+def test_without_a_region_there_is_no_dicom_object_and_no_annotation(masks: int, series: Path, tmp_path: Path) -> None:
     scan = open_scan(series)
-    empty = FoundRegion(0, np.zeros((scan.height, scan.width), dtype=bool), "liver", "[C0_0]", 0.1)
-    files = write_masks(scan, [empty], tmp_path / "out", ["png", "nifti", "dicom-seg", "rtstruct"])
-    assert {file.name for file in files} == {"mask-01.png", "labels.nii.gz", "regions.json"}
-    content = json.loads((tmp_path / "out" / "regions.json").read_text("utf-8"))
+    empty = FoundRegion(0, np.zeros((scan.height, scan.width), dtype=bool), "liver", "[C0_0]", None)
+    write_masks(scan, [empty] * masks, tmp_path / "out", ["png", "coco", "nifti", "dicom-seg", "rtstruct"])
+    names = {"labels.nii.gz", "regions.json", "coco-rle.json", "coco-polygons.json", *["mask-01.png"][:masks]}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    content, coco = (
+        json.loads((tmp_path / "out" / f"{name}.json").read_text("utf-8")) for name in ("regions", "coco-rle")
+    )
     assert content["left_out"] == {"dicom-seg": "no region was found", "rtstruct": "no region was found"}
+    assert [region["area_px"] for region in content["regions"]] == [0] * masks
+    assert coco["annotations"] == [] and len(coco["categories"]) == masks
 
 
 def test_a_failure_leaves_nothing_and_a_file_is_never_replaced(

@@ -63,19 +63,6 @@ def test_outlines_cover_exactly_the_mask(density: float) -> None:
             assert np.array_equal(decode(merge(encoded)), mask)
 
 
-def test_an_empty_mask_and_no_region(picture: Path, tmp_path: Path) -> None:
-    scan = open_scan(picture)
-    empty = FoundRegion(0, np.zeros((scan.height, scan.width), dtype=bool), "polyp", "[C9_0]", None)
-    write_masks(scan, [empty], tmp_path / "empty", ["png", "coco"])
-    for form in ("rle", "polygons"):
-        assert json.loads((tmp_path / "empty" / f"coco-{form}.json").read_text("utf-8"))["annotations"] == []
-    (listed,) = json.loads((tmp_path / "empty" / "regions.json").read_text("utf-8"))["regions"]
-    assert listed["area_px"] == 0 and listed["mask"] == "mask-01.png"
-    write_masks(scan, [], tmp_path / "none", ["png", "coco"])
-    content = json.loads((tmp_path / "none" / "coco-rle.json").read_text("utf-8"))
-    assert content["annotations"] == content["categories"] == [] and len(content["images"]) == 1
-
-
 def test_sizes_follow_from_the_spacing(series: Path, picture: Path, tmp_path: Path) -> None:
     scan = open_scan(series)
     regions = bright_regions(scan)

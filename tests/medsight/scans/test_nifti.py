@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.scans import nifti, open_scan
+from medsight.scans import open_scan
 from tests.medsight.scans.scan_files import ct_volume, nifti_bytes, shows, soft_tissue
 
 
@@ -100,15 +100,6 @@ def test_spacing_is_in_millimetres_whatever_the_unit_of_a_nifti(unit: str, per_m
     scan = open_scan(image.to_bytes())
     assert np.allclose(scan.pixel_spacing, (1.5, 0.5)) and np.isclose(scan.slice_spacing, 2)
     assert np.isclose(scan.pixel_mm2, 0.75)
-
-
-@pytest.mark.parametrize("axis", range(3))
-def test_the_window_of_a_nifti_is_found_on_all_planes(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nifti, "_SAMPLE", 64)
-    volume = np.full((8, 8, 8), 100, np.int16)
-    np.moveaxis(volume, axis, 0)[0] = -1000  # the air of one plane
-    scan = open_scan(nifti_bytes(volume))
-    assert shows(scan.slice_image(3), soft_tissue(volume[::-1, ::-1, 3].T))
 
 
 def test_the_first_volume_of_several_is_used_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
