@@ -34,10 +34,6 @@ def read_series(folder: Path) -> dict[str, pydicom.Dataset]:
     return {dataset.SOPInstanceUID: dataset for dataset in datasets}
 
 
-def modality_values(dataset: pydicom.Dataset) -> np.ndarray:
-    return dataset.pixel_array * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
-
-
 def segment_planes(segmentation: pydicom.Dataset, number: int) -> dict[str, np.ndarray]:
     """The planes of a segment by the source instance that each refers to."""
     frames = np.reshape(segmentation.pixel_array, (-1, segmentation.Rows, segmentation.Columns))
@@ -76,7 +72,7 @@ def structure_planes(
 def assert_bright(planes: dict[str, np.ndarray], sources: dict[str, pydicom.Dataset], level: float) -> None:
     seen = 0
     for uid, source in sources.items():
-        values = modality_values(source)
+        values = pydicom.pixels.apply_rescale(source.pixel_array, source)
         plane = planes.get(uid, np.zeros(values.shape, dtype=bool))
         # Values within one of the level may fall on either side of it: displaying rounds.
         assert not ((plane != (values > level)) & (abs(values - level) > 1)).any()
@@ -296,9 +292,8 @@ def test_without_a_region_there_is_no_dicom_object_and_no_annotation(masks: int,
     write_masks(scan, [empty] * masks, tmp_path / "out", ["png", "coco", "nifti", "dicom-seg", "rtstruct"])
     names = {"labels.nii.gz", "regions.json", "coco-rle.json", "coco-polygons.json", *["mask-01.png"][:masks]}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
-    content, coco = (
-        json.loads((tmp_path / "out" / f"{name}.json").read_text("utf-8")) for name in ("regions", "coco-rle")
-    )
+    content = json.loads((tmp_path / "out" / "regions.json").read_text("utf-8"))
+    coco = json.loads((tmp_path / "out" / "coco-rle.json").read_text("utf-8"))
     assert content["left_out"] == {"dicom-seg": "no region was found", "rtstruct": "no region was found"}
     assert [region["area_px"] for region in content["regions"]] == [0] * masks
     assert coco["annotations"] == [] and len(coco["categories"]) == masks

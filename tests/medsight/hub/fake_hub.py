@@ -25,12 +25,12 @@ WRITER, READER = "hf_writer", "hf_reader"
 
 @dataclass
 class Commit:
-    """One commit: its files afterwards, and what it did."""
+    """One commit: its files afterwards, and the paths that it added, replaced or deleted."""
 
     oid: str
     message: str
     files: dict[str, bytes]
-    changes: list[tuple[str, str]]
+    changes: set[str]
 
 
 @dataclass
@@ -61,11 +61,11 @@ class FakeHub:
         return self.repos[repo_id].branches[branch][1:]
 
     def create(self, repo_id: str, private: bool = False) -> None:
-        first = commit([], "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"}, [])
+        first = commit([], "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"}, set())
         self.repos[repo_id] = Repo(private, {"main": [first]})
 
 
-def commit(before: list[Commit], message: str, files: dict[str, bytes], changes: list[tuple[str, str]]) -> Commit:
+def commit(before: list[Commit], message: str, files: dict[str, bytes], changes: set[str]) -> Commit:
     text = json.dumps([len(before), message, {path: digest(content) for path, content in files.items()}])
     return Commit(hashlib.sha1(text.encode()).hexdigest(), message, files, changes)
 
@@ -248,16 +248,16 @@ class HubHandler(BaseHTTPRequestHandler):
         if branch is None:
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         header, *operations = (json.loads(line) for line in self.content.splitlines())
-        files, changes = dict(branch[-1].files), []
+        files = dict(branch[-1].files)
         for operation in operations:
             key, value = operation["key"], operation["value"]
-            changes.append((key, value["path"]))
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
             elif files.pop(value["path"], None) is None:
                 raise RefusedError(404, f"{key}: a file with this name doesn't exist", "EntryNotFound")
+        changes = {operation["value"]["path"] for operation in operations}
         branch.append(commit(branch, header["value"]["summary"], files, changes))
         url = f"{self.hub.url}/{repo_id}/commit/{branch[-1].oid}"
         self.reply({"success": True, "commitOid": branch[-1].oid, "commitUrl": url})

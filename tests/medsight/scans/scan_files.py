@@ -26,6 +26,12 @@ def picture_bytes(kind: str, mode: str = "RGB", size: tuple[int, int] = (12, 9),
     return file.getvalue()
 
 
+def tiff_bytes(pages: list[Image.Image], **options: object) -> bytes:
+    file = BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], **options)
+    return file.getvalue()
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header claims a size, with next to no pixels in it."""
     content = bytearray(picture_bytes("PNG"))

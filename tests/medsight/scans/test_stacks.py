@@ -11,21 +11,15 @@ import torch
 from PIL import Image
 
 from medsight.scans import open_scan, stack
-from medsight.scans.windows import WINDOWS, Window, apply_window, percentile_window
+from medsight.scans.windows import Window, apply_window, percentile_window
 from processing_medsight.image_loading_medsight import to_array
-from tests.medsight.scans.scan_files import nifti_bytes, npy_bytes
+from tests.medsight.scans.scan_files import nifti_bytes, npy_bytes, tiff_bytes
 
 
 RNG = np.random.default_rng(0)
 VOLUME = RNG.integers(-1000, 2000, (7, 9, 6)).astype(np.int16)
 DTYPES = ("int16", "uint16", "int32", "uint32", "int64", "float16", "float32", "float64", ">i2", ">f4")
 PAGES = [Image.fromarray(RNG.integers(0, 256, (9, 6, 3), dtype=np.uint8)) for _ in range(5)]
-
-
-def tiff_bytes(pages: list[Image.Image], **options: object) -> bytes:
-    file = BytesIO()
-    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], **options)
-    return file.getvalue()
 
 
 SIZES = (1, 2, 3, 4, 5, 9)
@@ -63,7 +57,6 @@ def test_grey_levels_of_any_type_are_shown_by_percentiles_of_the_volume_or_a_win
     for index in range(7):
         assert np.array_equal(scan.slice_image(index), apply_window(array[index], whole))
         assert np.array_equal(scan.slice_image(index, (100, 500)), apply_window(array[index], Window(100, 500)))
-        assert np.array_equal(scan.slice_image(index, "lung"), apply_window(array[index], WINDOWS["lung"]))
 
 
 def test_8_bits_are_shown_as_they_are_or_with_a_window() -> None:
