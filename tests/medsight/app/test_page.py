@@ -1,6 +1,5 @@
 """What the page's controls do, without a browser: events take a session, change it, and say what the page shows."""
 
-import io
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from PIL import Image
 
 from medsight.app.drawing import color_of
 from tests.medsight.app.conftest import PICTURE, SECRET
-from tests.medsight.scans.scan_files import nifti_bytes
+from tests.medsight.scans.scan_files import nifti_bytes, npy_bytes, picture_bytes, tiff_bytes
 
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio (pip install 'medsight[app]')")
@@ -126,14 +125,8 @@ def test_words_of_a_phrase_are_marked_in_the_colour_of_their_mask(page: Any) -> 
     from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
 
     text, mask = "The <liver> and a cyst.", torch.zeros(2, 2)
-    regions = [
-        GroundedRegion(code, 0, 0, 1, "CT", phrase, span, 0, mask.bool(), None, 0, 0.5)
-        for code, phrase, span in (
-            ("[C0_1]", "<liver>", (4, 11)),
-            ("[C0_2]", "cyst", (18, 22)),
-            ("[C0_3]", None, None),
-        )
-    ]
+    places = (("[C0_1]", "<liver>", (4, 11)), ("[C0_2]", "cyst", (18, 22)), ("[C0_3]", None, None))
+    regions = [GroundedRegion(code, 0, 0, 1, "CT", *place, 0, mask.bool(), None, 0, 0.5) for code, *place in places]
     findings = [Finding(number, region, mask, 0) for number, region in enumerate(regions, 5)]
     turn = Turn("q", 0, None, answer=GroundedAnswer(text, text, regions), findings=findings)
     chat = markup.conversation([turn], 1)
@@ -253,13 +246,13 @@ def test_a_files_own_window_is_offered_where_it_has_one(page: Any, upload: Calla
 def test_what_has_grey_levels_to_choose_offers_a_window_and_what_has_slices_a_slider(
     kind: str, slices: int, page: Any, upload: Callable
 ) -> None:
-    volume, file = np.random.default_rng(0).integers(0, 900, (slices, 20, 24)).astype(np.uint16), io.BytesIO()
-    if kind == "array":
-        np.save(file, volume)
-    else:
-        first, *others = map(Image.fromarray, volume)
-        first.save(file, kind, **({"save_all": True, "append_images": others} if others else {}))
-    session, updates = upload(file.getvalue())
+    volume = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16)
+    array, pages, picture = (
+        npy_bytes(volume),
+        tiff_bytes(list(map(Image.fromarray, volume))),
+        picture_bytes("PNG", "I;16"),
+    )
+    session, updates = upload({"array": array, "TIFF": pages, "PNG": picture}[kind])
     assert updates[page.slice]["visible"] == ("6 slices" in updates[page.facts]["value"]) == (slices == 6)
     assert updates[page.slice]["maximum"] == max(2, slices) and updates[page.formats]["choices"] == ["png", "coco"]
     narrow = page.show_window(session, "200/100", 0.5)
