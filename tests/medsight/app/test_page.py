@@ -247,12 +247,9 @@ def test_what_has_grey_levels_to_choose_offers_a_window_and_what_has_slices_a_sl
     kind: str, slices: int, page: Any, upload: Callable
 ) -> None:
     volume = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16)
-    array, pages, picture = (
-        npy_bytes(volume),
-        tiff_bytes(list(map(Image.fromarray, volume))),
-        picture_bytes("PNG", "I;16"),
-    )
-    session, updates = upload({"array": array, "TIFF": pages, "PNG": picture}[kind])
+    pages = tiff_bytes([Image.fromarray(page) for page in volume])
+    files = {"array": npy_bytes(volume), "TIFF": pages, "PNG": picture_bytes("PNG", "I;16")}
+    session, updates = upload(files[kind])
     assert updates[page.slice]["visible"] == ("6 slices" in updates[page.facts]["value"]) == (slices == 6)
     assert updates[page.slice]["maximum"] == max(2, slices) and updates[page.formats]["choices"] == ["png", "coco"]
     narrow = page.show_window(session, "200/100", 0.5)
