@@ -1,14 +1,18 @@
 """The page over a tiny random model whose answers always cite a region code."""
 
-import io
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.medsight.scans.scan_files import picture_bytes
+
+
+SECRET = "Doe^Jane 1970-01-01.png"
+PICTURE = picture_bytes("PNG", size=(56, 40))
 
 
 @pytest.fixture(scope="session")
@@ -29,35 +33,23 @@ def page(tiny_predictor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def upload(tmp_path: Path) -> Callable[..., str]:
-    """Writes a file where Gradio puts uploads: in a folder of its own, under the name that the visitor gave."""
+def upload(page: Any, tmp_path: Path) -> Callable[..., tuple[Any, dict[Any, Any]]]:
+    """Uploads files, each from a folder of its own as Gradio does, under a patient's name.
 
-    def write(content: bytes, name: str) -> str:
-        folder = tmp_path / "uploads" / f"{len(list(tmp_path.glob('uploads/*')))}"
-        folder.mkdir(parents=True)
-        (folder / name).write_bytes(content)
-        return str(folder / name)
+    The session afterwards, and what the page shows.
+    """
 
-    return write
+    def run(*contents: bytes, session: Any = None, onto: Any = page) -> tuple[Any, dict[Any, Any]]:
+        files = [Path(tempfile.mkdtemp(dir=tmp_path)) / SECRET for _ in contents]
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+        updates = onto.open_upload(session, list(map(str, files)), 0.5)
+        return updates.get(onto.session), updates
+
+    return run
 
 
 @pytest.fixture
-def session(page: Any, upload: Callable[..., str], picture_file: bytes) -> Any:
+def session(upload: Callable[..., Any]) -> Any:
     """The session of a visitor who has opened a picture."""
-    return page.open_upload(None, [upload(picture_file, "a.png")], 0.5)[page.session]
-
-
-@pytest.fixture
-def picture_file() -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def volume_file() -> bytes:
-    """A NIfTI volume of four slices."""
-    nibabel = pytest.importorskip("nibabel")
-    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 4), dtype=np.int16)
-    return nibabel.Nifti1Image(voxels, np.diag([-2.0, -2.0, 5.0, 1.0])).to_bytes()
+    return upload(PICTURE)[0]

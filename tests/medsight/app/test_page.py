@@ -1,6 +1,5 @@
 """What the page's controls do, without a browser: events take a session, change it, and say what the page shows."""
 
-import io
 import json
 import re
 import shutil
@@ -14,15 +13,24 @@ import pytest
 from PIL import Image
 
 from medsight.app.drawing import color_of
+from tests.medsight.app.conftest import PICTURE, SECRET
+from tests.medsight.scans.scan_files import nifti_bytes, npy_bytes, picture_bytes, tiff_bytes
 
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio (pip install 'medsight[app]')")
-SECRET = "Doe^Jane 1970-01-01.png"
 ASK = {"max_new_tokens": 12, "predicted_only": False, "threshold": 0.5}
 
 
-def opened(page: Any, file: str) -> Any:
-    return page.open_upload(None, [file], 0.5)[page.session]
+def volume_file() -> bytes:
+    """A NIfTI volume of four slices."""
+    pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 4), dtype=np.int16)
+    return nifti_bytes(voxels, np.diag([-2.0, -2.0, 5.0, 1.0]))
+
+
+def ct_file() -> bytes:
+    data = pytest.importorskip("pydicom.data")
+    return Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
 
 
 def asked(page: Any, session: Any, question: str = "What is it?", **settings: Any) -> list[dict[Any, Any]]:
@@ -40,12 +48,10 @@ def shown(updates: dict[Any, Any], component: Any) -> Any:
 
 
 def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
-    page: Any, upload: Callable[..., str], picture_file: bytes, tmp_path: Path
+    page: Any, upload: Callable, tmp_path: Path
 ) -> None:
-    file = upload(picture_file, SECRET)
-    updates = page.open_upload(None, [file], 0.5)
-    session = updates[page.session]
-    assert not Path(file).exists() and updates[page.upload] is None
+    session, updates = upload(PICTURE)
+    assert not list(tmp_path.rglob(SECRET)) and updates[page.upload] is None
     kept = [path for path in (tmp_path / "sessions").rglob("*") if path.is_file()]
     assert [path.name for path in kept] == ["00001"]
     assert "Doe" not in repr({str(key): value for key, value in updates.items()})
@@ -56,15 +62,14 @@ def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
 
 @pytest.mark.parametrize("kind", ["no image", "half a DICOM file", "a damaged series"])
 def test_what_cannot_be_read_is_refused_by_number_without_name_or_path_and_leaves_nothing(
-    kind: str, page: Any, session: Any, upload: Callable[..., str], tmp_path: Path
+    kind: str, page: Any, session: Any, upload: Callable, tmp_path: Path
 ) -> None:
     files = [b"no image at all"]
     if kind != "no image":
-        data = pytest.importorskip("pydicom.data")
-        content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+        content = ct_file()
         files = [content[:400]] if kind == "half a DICOM file" else [content, content[:-5000]]
     with pytest.warns(UserWarning, match="[Uu]pload") as caught:
-        updates = page.open_upload(session, [upload(file, SECRET) for file in files], 0.5)
+        _, updates = upload(*files, session=session)
     warned = str([str(warning.message) for warning in caught])
     assert not any(secret in warned for secret in (str(tmp_path), "Doe", "0000")), warned
     assert session.scan is None and updates[page.picture]["visible"] is False
@@ -119,13 +124,10 @@ def test_words_of_a_phrase_are_marked_in_the_colour_of_their_mask(page: Any) -> 
     from medsight.app.session import Finding, Turn
     from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
 
-    def region(code: str, span: tuple[int, int] | None, text: str) -> GroundedRegion:
-        phrase = None if span is None else text[slice(*span)]
-        return GroundedRegion(code, 0, 0, 1, "CT", phrase, span, 0, torch.zeros(2, 2).bool(), None, 0, 0.5)
-
-    text = "The <liver> and a cyst."
-    regions = [region("[C0_1]", (4, 11), text), region("[C0_2]", (18, 22), text), region("[C0_3]", None, text)]
-    findings = [Finding(5 + i, one, torch.zeros(2, 2), 0) for i, one in enumerate(regions)]
+    text, mask = "The <liver> and a cyst.", torch.zeros(2, 2)
+    places = (("[C0_1]", "<liver>", (4, 11)), ("[C0_2]", "cyst", (18, 22)), ("[C0_3]", None, None))
+    regions = [GroundedRegion(code, 0, 0, 1, "CT", *place, 0, mask.bool(), None, 0, 0.5) for code, *place in places]
+    findings = [Finding(number, region, mask, 0) for number, region in enumerate(regions, 5)]
     turn = Turn("q", 0, None, answer=GroundedAnswer(text, text, regions), findings=findings)
     chat = markup.conversation([turn], 1)
     assert re.findall(r'<mark style="--ms-color: (#\w+)">([^<]*)</mark>', chat) == [
@@ -159,7 +161,7 @@ def test_a_layer_goes_off_and_on_and_a_code_shows_its_heat_map(page: Any, sessio
 
 
 def test_the_card_says_what_a_code_usually_means(
-    tiny_checkpoint: Path, tmp_path: Path, upload: Callable[..., str], picture_file: bytes, page: Any
+    tiny_checkpoint: Path, tmp_path: Path, upload: Callable, page: Any
 ) -> None:
     from medsight.app.page import Page
     from medsight.inference.predictor import Predictor
@@ -170,17 +172,14 @@ def test_the_card_says_what_a_code_usually_means(
     meaning = {"n": 1234, "structures": {"<spleen>": 0.25, "liver": 0.75}}
     (folder / "region_codes.json").write_text(json.dumps({"codes": dict.fromkeys(codes, meaning)}))
     described = Page(Predictor(folder, device="cpu"), page.folder)
-    session = opened(described, upload(picture_file, "a.png"))
+    session, _ = upload(PICTURE, onto=described)
     asked(described, session)
     card = shown(described.show_heat_map(session, 0.5, click(finding=0)), described.card)
     assert "<b>liver</b> 75%, <b>&lt;spleen&gt;</b> 25% (of 1,234 reference masks)" in card
 
 
-def test_each_slice_has_its_own_masks_and_conversation(
-    page: Any, upload: Callable[..., str], volume_file: bytes
-) -> None:
-    updates = page.open_upload(None, [upload(volume_file, "anything")], 0.5)
-    session = updates[page.session]
+def test_each_slice_has_its_own_masks_and_conversation(page: Any, upload: Callable) -> None:
+    session, updates = upload(volume_file())
     assert updates[page.slice]["visible"] and updates[page.slice]["maximum"] == 4 and session.slice_index == 2
     assert "2 × 2 × 5 mm" in shown(updates, page.facts)
     asked(page, session, "First?")
@@ -201,11 +200,8 @@ def test_each_slice_has_its_own_masks_and_conversation(
     assert session.slice_index == 0 and heat[page.slice] == 1
 
 
-def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
-    page: Any, upload: Callable[..., str], volume_file: bytes, picture_file: bytes
-) -> None:
-    updates = page.open_upload(None, [upload(volume_file, "brain.nii")], 0.5)
-    session = updates[page.session]
+def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(page: Any, upload: Callable) -> None:
+    session, updates = upload(volume_file())
     assert updates[page.plane]["visible"] and updates[page.plane]["value"] == "axial" and session.scan.num_slices == 4
     asked(page, session)
     assert session.findings
@@ -214,15 +210,13 @@ def test_a_volume_is_cut_along_another_plane_and_the_conversation_begins_anew(
     assert session.turns == [] and cut[page.slice]["maximum"] == 24 and not cut[page.layers]["visible"]
     (finding, *_) = asked(page, session) and session.findings
     assert page._mask(session.scan, finding, 0.5).shape == (session.scan.height, session.scan.width) == (4, 20)
-    picture = page.open_upload(session, [upload(picture_file, "a.png")], 0.5)
+    _, picture = upload(PICTURE, session=session)
     assert not picture[page.plane]["visible"] and not picture[page.window]["visible"]
 
 
-def test_a_window_is_a_name_or_two_numbers_or_refused(
-    page: Any, upload: Callable[..., str], volume_file: bytes
-) -> None:
-    session = opened(page, upload(volume_file, "a.nii"))
-    plain = np.asarray(shown(page.redraw(session, 0.5), page.picture))
+def test_a_window_is_a_name_or_two_numbers_or_refused(page: Any, upload: Callable) -> None:
+    session, updates = upload(volume_file())
+    plain = np.asarray(shown(updates, page.picture))
     narrow = page.show_window(session, " 200 / 100 ", 0.5)
     assert session.window == (200.0, 100.0) and (np.asarray(shown(narrow, page.picture)) != plain).any()
     for wrong in ("tall", "1/2/3", "40/-1", "nan/10"):
@@ -232,39 +226,33 @@ def test_a_window_is_a_name_or_two_numbers_or_refused(
     assert (np.asarray(shown(page.show_window(session, "default", 0.5), page.picture)) == plain).all()
 
 
-def test_a_files_own_window_is_offered_where_it_has_one(
-    page: Any, upload: Callable[..., str], volume_file: bytes
-) -> None:
+def test_a_files_own_window_is_offered_where_it_has_one(page: Any, upload: Callable) -> None:
     nibabel = pytest.importorskip("nibabel")
-    image = nibabel.Nifti1Image.from_bytes(volume_file)
+    image = nibabel.Nifti1Image.from_bytes(volume_file())
     image.header["cal_min"], image.header["cal_max"] = 100, 200
-    updates = page.open_upload(None, [upload(image.to_bytes(), "a.nii")], 0.5)
-    session = updates[page.session]
+    session, updates = upload(image.to_bytes())
     assert updates[page.window]["choices"] == ["default", "file"]
     own = np.asarray(shown(page.show_window(session, "file", 0.5), page.picture))
     assert session.window == "file"
     assert (np.asarray(shown(page.show_window(session, "150/100", 0.5), page.picture)) == own).all()
 
-    updates = page.open_upload(session, [upload(volume_file, "b.nii")], 0.5)
+    session, updates = upload(volume_file(), session=session)
     assert updates[page.window]["choices"] == ["default"]
     with pytest.warns(UserWarning, match="^The upload states no window"):
-        assert page.show_window(updates[page.session], "file", 0.5) == {page.window: "default"}
+        assert page.show_window(session, "file", 0.5) == {page.window: "default"}
 
 
 @pytest.mark.parametrize(("kind", "slices"), [("array", 6), ("TIFF", 6), ("PNG", 1)])
 def test_what_has_grey_levels_to_choose_offers_a_window_and_what_has_slices_a_slider(
-    kind: str, slices: int, page: Any, upload: Callable[..., str]
+    kind: str, slices: int, page: Any, upload: Callable
 ) -> None:
-    volume, file = np.random.default_rng(0).integers(0, 900, (slices, 20, 24)).astype(np.uint16), io.BytesIO()
-    if kind == "array":
-        np.save(file, volume)
-    else:
-        first, *others = map(Image.fromarray, volume)
-        first.save(file, kind, **({"save_all": True, "append_images": others} if others else {}))
-    updates = page.open_upload(None, [upload(file.getvalue(), "a")], 0.5)
+    volume = np.random.default_rng(0).integers(0, 900, (6, 20, 24)).astype(np.uint16)
+    pages = tiff_bytes([Image.fromarray(page) for page in volume])
+    files = {"array": npy_bytes(volume), "TIFF": pages, "PNG": picture_bytes("PNG", "I;16")}
+    session, updates = upload(files[kind])
     assert updates[page.slice]["visible"] == ("6 slices" in updates[page.facts]["value"]) == (slices == 6)
     assert updates[page.slice]["maximum"] == max(2, slices) and updates[page.formats]["choices"] == ["png", "coco"]
-    narrow = page.show_window(updates[page.session], "200/100", 0.5)
+    narrow = page.show_window(session, "200/100", 0.5)
     assert updates[page.window]["visible"]
     assert (np.asarray(shown(narrow, page.picture)) != np.asarray(shown(updates, page.picture))).any()
 
@@ -281,7 +269,7 @@ def test_a_stopped_answer_stays_with_its_masks(page: Any, session: Any) -> None:
 
 
 def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
-    page: Any, session: Any, upload: Callable[..., str], picture_file: bytes
+    page: Any, session: Any, upload: Callable
 ) -> None:
     steps = page.ask(session, "Go on", 400, False, 0.5)
     next(steps), next(steps)
@@ -291,7 +279,7 @@ def test_a_visitor_who_leaves_or_opens_another_image_ends_the_answer(
 
     steps = page.ask(session, "Go on", 400, False, 0.5)
     next(steps), next(steps)
-    page.open_upload(session, [upload(picture_file, "b.png")], 0.5)
+    upload(PICTURE, session=session)
     assert "ms-question" not in list(steps)[-1][page.chat] and session.turns == []
 
 
@@ -305,15 +293,13 @@ def test_the_threshold_redraws_and_only_shrinks_masks(page: Any, session: Any) -
 
 @pytest.mark.parametrize("kind", ["picture", "volume", "dicom"])
 def test_the_archive_holds_the_masks_in_the_formats_that_the_source_allows(
-    page: Any, upload: Callable[..., str], picture_file: bytes, volume_file: bytes, kind: str
+    page: Any, upload: Callable, kind: str
 ) -> None:
-    content = {"picture": picture_file, "volume": volume_file}.get(kind)
-    if content is None:
+    if kind == "dicom":
         pytest.importorskip("highdicom")
-        data = pytest.importorskip("pydicom.data")
-        content = Path(data.get_testdata_file("CT_small.dcm", download=False)).read_bytes()
-    updates = page.open_upload(None, [upload(content, "x")], 0.5)
-    session, formats = updates[page.session], updates[page.formats]["choices"]
+    content = {"picture": lambda: PICTURE, "volume": volume_file, "dicom": ct_file}[kind]()
+    session, updates = upload(content)
+    formats = updates[page.formats]["choices"]
     wanted = {"picture": {"png", "coco"}, "volume": {"png", "coco", "nifti"}, "dicom": {"png", "coco", "dicom-seg"}}
     assert wanted[kind] <= set(formats) and ("nifti" in formats) == (session.scan.affine is not None)
     assert updates[page.deidentify]["visible"] == (kind == "dicom")
@@ -360,8 +346,8 @@ def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
     assert last[page.question]["value"] == question
 
 
-def test_sessions_share_nothing(page: Any, upload: Callable[..., str], picture_file: bytes) -> None:
-    one, other = (opened(page, upload(picture_file, "a.png")) for _ in range(2))
+def test_sessions_share_nothing(page: Any, upload: Callable) -> None:
+    (one, _), (other, _) = upload(PICTURE), upload(PICTURE)
     asked(page, one)
     assert one.findings and not other.turns and "ms-question" not in page.begin_anew(other, 0.5)[page.chat]
     page.begin_anew(one, 0.5)

@@ -24,15 +24,8 @@ HELP_SECONDS = 0.5
 
 
 def run_cli(*arguments: str, code: str = RUN, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
-    return done.stdout
+    command, variables = [sys.executable, "-c", code, *arguments], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=variables).stdout
 
 
 @pytest.fixture
@@ -184,9 +177,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def complete(words: str) -> set[str]:
     """What bash is offered after `words`."""
-    count = len(words.split(" ")) - 1
-    out = run_cli(code=RUN, _MEDSIGHT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(count))
-    return set(out.split())
+    count = str(len(words.split(" ")) - 1)
+    return set(run_cli(_MEDSIGHT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count).split())
 
 
 def test_bash_completes_verbs_subcommands_options_and_values() -> None:

@@ -1,15 +1,13 @@
 """Scans of known content, and real ones, with regions where they are bright."""
 
-from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.export import FoundRegion
 from medsight.scans import Scan, open_scan
+from tests.medsight.scans.scan_files import tiff_bytes
 from tests.shared import shared_folder
 
 from .scans import BRIGHT, bright_volume, write_dicom_series, write_nifti_volume
@@ -38,43 +36,14 @@ def nifti(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.fromarray(bright_volume((2, 45, 60))[1]).convert("RGB").save(path)
-    return path
-
-
-@pytest.fixture
-def array() -> np.ndarray:
-    """Slices, which say nothing of a place."""
-    return bright_volume((6, 30, 26)).astype(np.int16) * BRIGHT
-
-
-@pytest.fixture
-def pages() -> bytes:
-    """A TIFF of several pages."""
-    first, *others = map(Image.fromarray, bright_volume((5, 30, 26)))
-    file = BytesIO()
-    first.convert("L").save(file, "TIFF", save_all=True, append_images=[page.convert("L") for page in others])
-    return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def bright_regions() -> Callable[..., list[FoundRegion]]:
-    """A region for each slice, or for some, where what is displayed lies above `level`."""
-
-    def find(scan: Scan, level: float = BRIGHT / 2, label: str = "bright", every: int = 1) -> list[FoundRegion]:
-        regions = []
-        for index in range(0, scan.num_slices, every):
-            window = None if scan.kind == "image" else (level, 2.0)
-            shown = np.asarray(scan.slice_image(index, window).convert("L"))
-            regions.append(FoundRegion(index, shown > 127, label, f"[C0_{index % 16}]", 0.5))
-        return regions
-
-    return find
-
-
-@pytest.fixture
-def scan(request: pytest.FixtureRequest) -> Scan:
-    """The scan of the fixture that a test names."""
-    return open_scan(request.getfixturevalue(request.param))
+def scan(request: pytest.FixtureRequest, series: Path, nifti: Path) -> Scan:
+    """The scan of the kind that a test names: of the last three, the file says nothing of a place."""
+    pages = bright_volume((5, 30, 26))
+    sources = {
+        "series": series,
+        "nifti": nifti,
+        "picture": Image.fromarray(bright_volume((2, 45, 60))[1]).convert("RGB"),
+        "array": pages.astype(np.int16) * BRIGHT,
+        "pages": tiff_bytes([Image.fromarray(page).convert("L") for page in pages]),
+    }
+    return open_scan(sources[request.param])

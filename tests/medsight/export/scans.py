@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from medsight.export import FoundRegion
+from medsight.scans import Scan
 from tests.medsight.scans.scan_files import dicom_bytes, dicom_dataset, functional_group
 
 
@@ -29,6 +31,16 @@ def bright_volume(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
         bright[index, -1, : columns // 2] = True
         bright[index, 0, -1] = True
     return bright
+
+
+def bright_regions(scan: Scan, level: float = BRIGHT / 2, label: str = "bright", every: int = 1) -> list[FoundRegion]:
+    """A region for each slice, or for some, where what is displayed lies above `level`."""
+    regions = []
+    for index in range(0, scan.num_slices, every):
+        window = None if scan.kind == "image" else (level, 2.0)
+        shown = np.asarray(scan.slice_image(index, window).convert("L"))
+        regions.append(FoundRegion(index, shown > 127, label, f"[C0_{index % 16}]", 0.5))
+    return regions
 
 
 def write_dicom_series(folder: Path, bright: np.ndarray, **changes: Any) -> list[Path]:

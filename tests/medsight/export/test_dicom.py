@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,24 @@ from medsight.export import FoundRegion, write_masks
 from medsight.export.dicom_source import replaced_uid
 from medsight.scans import Scan, open_scan
 
-from .scans import BRIGHT, SECRET_DATE, SENTINEL, bright_volume, fill, write_dicom_series, write_multi_frame
+from .scans import (
+    BRIGHT,
+    SECRET_DATE,
+    SENTINEL,
+    bright_regions,
+    bright_volume,
+    fill,
+    write_dicom_series,
+    write_multi_frame,
+)
 
 
 hd = pytest.importorskip("highdicom")
-Regions = Callable[..., list[FoundRegion]]
-REAL_SERIES = (("totalsegmentator/example_ct_dicom", 200), ("tcia_sts_dicom/image", 400))
 
 
 def read_series(folder: Path) -> dict[str, pydicom.Dataset]:
     datasets = [pydicom.dcmread(file) for file in folder.iterdir()]
     return {dataset.SOPInstanceUID: dataset for dataset in datasets}
-
-
-def modality_values(dataset: pydicom.Dataset) -> np.ndarray:
-    return dataset.pixel_array * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
 
 
 def segment_planes(segmentation: pydicom.Dataset, number: int) -> dict[str, np.ndarray]:
@@ -70,7 +72,7 @@ def structure_planes(
 def assert_bright(planes: dict[str, np.ndarray], sources: dict[str, pydicom.Dataset], level: float) -> None:
     seen = 0
     for uid, source in sources.items():
-        values = modality_values(source)
+        values = pydicom.pixels.apply_rescale(source.pixel_array, source)
         plane = planes.get(uid, np.zeros(values.shape, dtype=bool))
         # Values within one of the level may fall on either side of it: displaying rounds.
         assert not ((plane != (values > level)) & (abs(values - level) > 1)).any()
@@ -78,29 +80,21 @@ def assert_bright(planes: dict[str, np.ndarray], sources: dict[str, pydicom.Data
     assert planes.keys() <= sources.keys() and seen > 0
 
 
-@pytest.mark.parametrize(("name", "level"), REAL_SERIES)
-def test_real_series(volumes: Path, name: str, level: float, bright_regions: Regions, tmp_path: Path) -> None:
-    """One of these series was emptied of the UIDs that a DICOM object refers by: refused as it is, then given some."""
-    (tmp_path / "series").mkdir()
-    was_emptied = False
-    for file in (volumes / name).iterdir():
-        dataset = pydicom.dcmread(file)
-        was_emptied |= not dataset.SOPInstanceUID
-        if not dataset.SOPInstanceUID:
-            dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID
-            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "2.25.1", "2.25.2"
-        dataset.save_as(tmp_path / "series" / file.name)
-    if was_emptied:
-        original = open_scan(volumes / name)
-        with pytest.raises(ValueError, match="its files lack SOPClassUID, SOPInstanceUID, StudyInstanceUID"):
-            write_masks(original, bright_regions(original, level, every=9), tmp_path / "refused", ["dicom-seg"])
-    scan = open_scan(tmp_path / "series")
+def test_a_real_series_is_masked_where_it_is_bright(volumes: Path, tmp_path: Path) -> None:
+    folder, level = volumes / "tcia_sts_dicom/image", 400
+    scan = open_scan(folder)
     write_masks(scan, bright_regions(scan, level, every=4), tmp_path / "out", ["dicom-seg", "rtstruct"])
     wanted = {scan.dicom_datasets()[index].SOPInstanceUID for index in range(0, scan.num_slices, 4)}
-    sources = {uid: dataset for uid, dataset in read_series(tmp_path / "series").items() if uid in wanted}
+    sources = {uid: dataset for uid, dataset in read_series(folder).items() if uid in wanted}
     assert_bright(segment_planes(pydicom.dcmread(tmp_path / "out" / "segmentation.dcm"), 1), sources, level)
     assert_bright(structure_planes(pydicom.dcmread(tmp_path / "out" / "rtstruct.dcm"), sources), sources, level)
+
+
+@pytest.mark.parametrize("deidentify", [False, True])
+def test_a_series_that_was_emptied_of_its_uids_is_refused(volumes: Path, tmp_path: Path, deidentify: bool) -> None:
+    scan = open_scan(volumes / "totalsegmentator/example_ct_dicom")
+    with pytest.raises(ValueError, match="its files lack SOPClassUID, SOPInstanceUID, StudyInstanceUID"):
+        write_masks(scan, bright_regions(scan, 200, every=9), tmp_path / "out", ["dicom-seg"], deidentify=deidentify)
 
 
 def test_highdicom_reads_overlapping_segments_where_they_were(series: Path, tmp_path: Path) -> None:
@@ -131,7 +125,7 @@ def test_highdicom_reads_overlapping_segments_where_they_were(series: Path, tmp_
         assert (algorithm.AlgorithmName, segment.SegmentAlgorithmType) == ("MedSIGHT", "AUTOMATIC")
 
 
-def test_one_image_without_a_place_in_the_patient(tmp_path: Path, bright_regions: Regions) -> None:
+def test_one_image_without_a_place_in_the_patient(tmp_path: Path) -> None:
     """A radiograph gets a DICOM SEG; an RTSTRUCT needs coordinates, and is refused with nothing written."""
     (file,) = write_dicom_series(tmp_path / "series", bright_volume((2, 20, 24))[1:])
     dataset = pydicom.dcmread(file)
@@ -149,7 +143,7 @@ def test_one_image_without_a_place_in_the_patient(tmp_path: Path, bright_regions
     assert not (tmp_path / "refused").exists()
 
 
-def test_multi_frame_sources_are_referred_to_by_frame(bright_regions: Regions, tmp_path: Path) -> None:
+def test_multi_frame_sources_are_referred_to_by_frame(tmp_path: Path) -> None:
     write_multi_frame(tmp_path / "source.dcm", bright_volume((5, 24, 20)))
     source = pydicom.dcmread(tmp_path / "source.dcm")
     scan = open_scan(tmp_path / "source.dcm")
@@ -216,9 +210,7 @@ def test_every_dicom_image_is_written_or_refused(
     assert not [record for record in caplog.records if record.name.startswith(("pydicom", "highdicom"))]
 
 
-def test_a_missing_package_is_named(
-    series: Path, bright_regions: Regions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named(series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = open_scan(series)
     missing = {"dicom-seg": "highdicom", "coco": "pycocotools", "rtstruct": "contourpy", "nifti": "nibabel"}
     for format, package in missing.items():
@@ -228,22 +220,18 @@ def test_a_missing_package_is_named(
                 write_masks(scan, bright_regions(scan), tmp_path / "out", [format])
 
 
-def leaks(folder: Path, secrets: list[str]) -> set[str]:
-    """Files that contain one of `secrets`."""
-    return {file.name for file in folder.iterdir() if any(secret.encode() in file.read_bytes() for secret in secrets)}
-
-
 @pytest.mark.parametrize("deidentify", [False, True])
-def test_who_the_patient_is(series: Path, bright_regions: Regions, tmp_path: Path, deidentify: bool) -> None:
+def test_who_the_patient_is(series: Path, tmp_path: Path, deidentify: bool) -> None:
     scan = open_scan(series)
     sources = read_series(series)
     formats = ["png", "coco", "nifti", "dicom-seg", "rtstruct"]
     write_masks(scan, bright_regions(scan), tmp_path / "out", formats, deidentify=deidentify)
     first = next(iter(sources.values()))
     uids = [first.StudyInstanceUID, first.SeriesInstanceUID, first.FrameOfReferenceUID, *sources]
-    assert leaks(tmp_path / "out", [SENTINEL, SECRET_DATE, *uids]) == (
-        set() if deidentify else {"segmentation.dcm", "rtstruct.dcm"}
-    )
+    secrets = [secret.encode() for secret in (SENTINEL, SECRET_DATE, *uids)]
+    contents = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    leaks = {name for name, content in contents.items() if any(secret in content for secret in secrets)}
+    assert leaks == (set() if deidentify else {"segmentation.dcm", "rtstruct.dcm"})
     written = [pydicom.dcmread(tmp_path / "out" / name) for name in ("segmentation.dcm", "rtstruct.dcm")]
     for dataset in written:
         assert not any(tag.is_private for tag in dataset.keys())
@@ -261,15 +249,6 @@ def test_who_the_patient_is(series: Path, bright_regions: Regions, tmp_path: Pat
     assert_bright(structure_planes(written[1], sources), sources, BRIGHT / 2)
 
 
-@pytest.mark.parametrize("deidentify", [False, True])
-@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID"])
-def test_an_empty_uid_is_missing(keyword: str, deidentify: bool, tmp_path: Path, bright_regions: Regions) -> None:
-    write_dicom_series(tmp_path / "series", bright_volume((3, 16, 16)), **{keyword: ""})
-    scan = open_scan(tmp_path / "series")
-    with pytest.raises(ValueError, match=f"its files lack {keyword}"):
-        write_masks(scan, bright_regions(scan), tmp_path / "out", ["dicom-seg"], deidentify=deidentify)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -279,7 +258,7 @@ def test_an_empty_uid_is_missing(keyword: str, deidentify: bool, tmp_path: Path,
         {"AccessionNumber": None, "StudyID": None, "PatientBirthDate": None},
     ],
 )
-def test_headers_as_hospitals_write_them(changes: dict[str, Any], tmp_path: Path, bright_regions: Regions) -> None:
+def test_headers_as_hospitals_write_them(changes: dict[str, Any], tmp_path: Path) -> None:
     write_dicom_series(tmp_path / "series", bright_volume((3, 16, 16)), **changes)
     scan = open_scan(tmp_path / "series")
     regions = bright_regions(scan, label="肝臓 \\ with a name of more than the 64 characters that DICOM takes, é")
@@ -296,7 +275,7 @@ def test_headers_as_hospitals_write_them(changes: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize("scan", ["nifti", "picture", "array", "pages"], indirect=True)
 @pytest.mark.parametrize("format", ["nifti", "dicom-seg", "rtstruct"])
 def test_a_format_that_a_scan_cannot_be_written_in_is_refused_with_nothing_written(
-    scan: Scan, format: str, bright_regions: Regions, tmp_path: Path
+    scan: Scan, format: str, tmp_path: Path
 ) -> None:
     if scan.kind == format:
         return
@@ -306,17 +285,22 @@ def test_a_format_that_a_scan_cannot_be_written_in_is_refused_with_nothing_writt
     assert not any(tmp_path.iterdir())
 
 
-def test_without_a_region_there_is_no_dicom_object(series: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("masks", [0, 1])
+def test_without_a_region_there_is_no_dicom_object_and_no_annotation(masks: int, series: Path, tmp_path: Path) -> None:
     scan = open_scan(series)
-    empty = FoundRegion(0, np.zeros((scan.height, scan.width), dtype=bool), "liver", "[C0_0]", 0.1)
-    files = write_masks(scan, [empty], tmp_path / "out", ["png", "nifti", "dicom-seg", "rtstruct"])
-    assert {file.name for file in files} == {"mask-01.png", "labels.nii.gz", "regions.json"}
+    empty = FoundRegion(0, np.zeros((scan.height, scan.width), dtype=bool), "liver", "[C0_0]", None)
+    write_masks(scan, [empty] * masks, tmp_path / "out", ["png", "coco", "nifti", "dicom-seg", "rtstruct"])
+    names = {"labels.nii.gz", "regions.json", "coco-rle.json", "coco-polygons.json", *["mask-01.png"][:masks]}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
     content = json.loads((tmp_path / "out" / "regions.json").read_text("utf-8"))
+    coco = json.loads((tmp_path / "out" / "coco-rle.json").read_text("utf-8"))
     assert content["left_out"] == {"dicom-seg": "no region was found", "rtstruct": "no region was found"}
+    assert [region["area_px"] for region in content["regions"]] == [0] * masks
+    assert coco["annotations"] == [] and len(coco["categories"]) == masks
 
 
 def test_a_failure_leaves_nothing_and_a_file_is_never_replaced(
-    series: Path, bright_regions: Regions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scan = open_scan(series)
     out = tmp_path / "out"

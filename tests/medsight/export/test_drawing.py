@@ -26,9 +26,3 @@ def test_an_overlay_fills_its_region_and_leaves_the_rest_of_the_image_as_it_was(
     assert (drawn[150, 130] != 100).any() and (drawn[150, 130] != PALETTE[0]).any()
     assert (drawn[150, 100] == PALETTE[0]).all()
     assert (drawn[400:500, 400:500] == 100).all()
-
-
-@pytest.mark.parametrize(("masks", "labels"), [((), ("a label",)), ((np.zeros((3, 4), dtype=bool),), ("a label",))])
-def test_an_overlay_refuses_masks_that_do_not_belong_to_the_image(masks: tuple, labels: tuple) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        draw_overlay(Image.new("RGB", (4, 4)), masks, labels)

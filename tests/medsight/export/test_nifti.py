@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -13,11 +12,10 @@ import pytest
 from medsight.export import FoundRegion, write_masks
 from medsight.scans import open_scan
 
-from .scans import BRIGHT, SENTINEL, bright_volume, write_dicom_series, write_nifti_volume
+from .scans import BRIGHT, SENTINEL, bright_regions, bright_volume, write_dicom_series, write_nifti_volume
 
 
 sitk = pytest.importorskip("SimpleITK")
-Regions = Callable[..., list[FoundRegion]]
 REAL_NIFTI = (
     ("totalsegmentator/example_ct.nii.gz", 200),
     ("totalsegmentator/example_mr.nii.gz", 300),
@@ -34,22 +32,22 @@ def assert_same_grid(labels: "sitk.Image", source: "sitk.Image") -> None:
 
 
 @pytest.mark.parametrize("plane", [None, "axial", "coronal", "sagittal"])
-def test_voxels_lie_where_the_source_has_them(
-    plane: str | None, nifti: Path, bright_regions: Regions, tmp_path: Path
-) -> None:
+def test_voxels_lie_where_the_source_has_them(plane: str | None, nifti: Path, tmp_path: Path) -> None:
     scan = open_scan(nifti, plane=plane)
     write_masks(scan, bright_regions(scan), tmp_path / "out", ["nifti", "png", "coco"])
     assert SENTINEL.encode() in gzip.decompress(nifti.read_bytes())
     for file in (tmp_path / "out").iterdir():  # nothing of the source's header but its geometry
         content = file.read_bytes()
         assert SENTINEL.encode() not in (gzip.decompress(content) if file.suffix == ".gz" else content)
+    content = json.loads((tmp_path / "out" / "regions.json").read_text("utf-8"))
+    assert content["scan"]["plane"] == (plane or "axial")
     labels, source = sitk.ReadImage(tmp_path / "out" / "labels.nii.gz"), sitk.ReadImage(nifti)
     assert_same_grid(labels, source)
     assert np.array_equal(sitk.GetArrayFromImage(labels), sitk.GetArrayFromImage(source) > BRIGHT / 2)
 
 
 @pytest.mark.parametrize(("qform", "sform"), [(0, 1), (1, 0), (1, 1), (2, 4), (0, 0)])
-def test_any_reader_aligns_it(qform: int, sform: int, bright_regions: Regions, tmp_path: Path) -> None:
+def test_any_reader_aligns_it(qform: int, sform: int, tmp_path: Path) -> None:
     """Viewers differ in which of NIfTI's two transforms they follow: both are as in the source."""
     path = tmp_path / "volume.nii"
     write_nifti_volume(path, bright_volume((9, 12, 8)), qform, sform)
@@ -65,7 +63,7 @@ def test_any_reader_aligns_it(qform: int, sform: int, bright_regions: Regions, t
 
 
 @pytest.mark.parametrize(("name", "level"), REAL_NIFTI)
-def test_real_volumes(volumes: Path, name: str, level: float, bright_regions: Regions, tmp_path: Path) -> None:
+def test_real_volumes(volumes: Path, name: str, level: float, tmp_path: Path) -> None:
     scan = open_scan(volumes / name)
     write_masks(scan, bright_regions(scan, level), tmp_path / "out", ["nifti"])
     labels, source = sitk.ReadImage(tmp_path / "out" / "labels.nii.gz"), sitk.ReadImage(volumes / name)
@@ -77,7 +75,7 @@ def test_real_volumes(volumes: Path, name: str, level: float, bright_regions: Re
     assert not differs[abs(sitk.GetArrayFromImage(source) - level) > 1].any()
 
 
-def test_a_dicom_series_as_nifti(series: Path, bright_regions: Regions, tmp_path: Path) -> None:
+def test_a_dicom_series_as_nifti(series: Path, tmp_path: Path) -> None:
     scan = open_scan(series)
     write_masks(scan, bright_regions(scan), tmp_path / "out", ["nifti"])
     labels = sitk.ReadImage(tmp_path / "out" / "labels.nii.gz")
@@ -89,7 +87,7 @@ def test_a_dicom_series_as_nifti(series: Path, bright_regions: Regions, tmp_path
     assert labels.GetSpacing() == pytest.approx((0.5, 0.75, 2.5), rel=1e-4)
 
 
-def test_a_tilted_gantry_gives_no_wrong_quaternion(bright_regions: Regions, tmp_path: Path) -> None:
+def test_a_tilted_gantry_gives_no_wrong_quaternion(tmp_path: Path) -> None:
     """Such a grid is sheared, which only one of NIfTI's two transforms can say; the other one is marked as unset."""
     files = write_dicom_series(tmp_path / "series", bright_volume((4, 20, 16)))
     for index, file in enumerate(files):

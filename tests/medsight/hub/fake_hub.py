@@ -25,12 +25,12 @@ WRITER, READER = "hf_writer", "hf_reader"
 
 @dataclass
 class Commit:
-    """One commit: its files afterwards, and what it did."""
+    """One commit: its files afterwards, and the paths that it added, replaced or deleted."""
 
     oid: str
     message: str
     files: dict[str, bytes]
-    changes: list[tuple[str, str]]
+    changes: set[str]
 
 
 @dataclass
@@ -42,17 +42,13 @@ class Repo:
 
 
 class FakeHub:
-    """State of the server, and a log of (method, path, status).
-
-    Attributes:
-        failures: (method, pattern of the path, status) -> how many more times to answer so.
-    """
+    """State of the server, a log of (method, path, status), and the status that every commit fails with, if any."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.log: list[tuple[str, str, int]] = []
-        self.failures: dict[tuple[str, str, int], int] = {}
+        self.commits_fail_with: int | None = None
         self.url = ""
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
@@ -65,15 +61,11 @@ class FakeHub:
         return self.repos[repo_id].branches[branch][1:]
 
     def create(self, repo_id: str, private: bool = False) -> None:
-        first = commit([], "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"}, [])
+        first = commit([], "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"}, set())
         self.repos[repo_id] = Repo(private, {"main": [first]})
 
-    def fail(self, method: str, pattern: str, status: int, times: int = 1) -> None:
-        """Answer the next requests of this kind with an error."""
-        self.failures[method, pattern, status] = times
 
-
-def commit(before: list[Commit], message: str, files: dict[str, bytes], changes: list[tuple[str, str]]) -> Commit:
+def commit(before: list[Commit], message: str, files: dict[str, bytes], changes: set[str]) -> Commit:
     text = json.dumps([len(before), message, {path: digest(content) for path, content in files.items()}])
     return Commit(hashlib.sha1(text.encode()).hexdigest(), message, files, changes)
 
@@ -122,11 +114,6 @@ class HubHandler(BaseHTTPRequestHandler):
         self.path_only = unquote(urlsplit(self.path).path)
         self.content = self.read_body()
         try:
-            for key, left in self.hub.failures.items():
-                method, pattern, status = key
-                if left and method == self.command and re.search(pattern, self.path_only):
-                    self.hub.failures[key] -= 1
-                    raise RefusedError(status, "told to fail")
             for method, pattern, name in ROUTES:
                 match = re.fullmatch(pattern, self.path_only)
                 if match and self.command in method:
@@ -141,13 +128,6 @@ class HubHandler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
@@ -210,13 +190,12 @@ class HubHandler(BaseHTTPRequestHandler):
         found = {name: content for name, content in files.items() if not path or name.startswith(f"{path}/")}
         if path and not found:
             raise RefusedError(404, f"{path} does not exist", "EntryNotFound")
-        entries = []
-        for name, content in sorted(found.items()):
-            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
-            if name.endswith(LARGE):
-                entry["lfs"] = {"oid": digest(content), "size": len(content), "pointerSize": 130}
-            entries.append(entry)
-        self.reply(entries)
+        self.reply(
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
+                for name, content in sorted(found.items())
+            ]
+        )
 
     def branch(self, repo_id: str, name: str) -> None:
         self.require_write()
@@ -250,12 +229,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, repo_id: str) -> None:
         self.require_write()
-        objects = []
-        for asked in json.loads(self.content)["objects"]:
-            entry = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.large:
-                entry["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{asked['oid']}", "header": {}}}
-            objects.append(entry)
+        objects = json.loads(self.content)["objects"]
+        for asked in objects:
+            asked["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{asked['oid']}", "header": {}}}
         self.reply({"transfer": "basic", "objects": objects})
 
     def store(self, oid: str) -> None:
@@ -266,22 +242,22 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def commit(self, repo_id: str, revision: str) -> None:
         self.require_write()
+        if self.hub.commits_fail_with is not None:
+            raise RefusedError(self.hub.commits_fail_with, "told to fail")
         branch = self.repo(repo_id).branches.get(revision)
         if branch is None:
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         header, *operations = (json.loads(line) for line in self.content.splitlines())
-        files, changes = dict(branch[-1].files), []
+        files = dict(branch[-1].files)
         for operation in operations:
             key, value = operation["key"], operation["value"]
-            changes.append((key, value["path"]))
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
-                if value["oid"] not in self.hub.large:
-                    raise RefusedError(422, f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
             elif files.pop(value["path"], None) is None:
                 raise RefusedError(404, f"{key}: a file with this name doesn't exist", "EntryNotFound")
+        changes = {operation["value"]["path"] for operation in operations}
         branch.append(commit(branch, header["value"]["summary"], files, changes))
         url = f"{self.hub.url}/{repo_id}/commit/{branch[-1].oid}"
         self.reply({"success": True, "commitOid": branch[-1].oid, "commitUrl": url})
@@ -293,11 +269,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if path not in head.files:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         content = head.files[path]
-        etag = f'"{digest(content) if path.endswith(LARGE) else git_oid(content)}"'
-        headers = {"X-Repo-Commit": head.oid, "ETag": etag}
-        if path.endswith(LARGE):
-            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
-        self.send(200, content, headers)
+        self.send(200, content, {"X-Repo-Commit": head.oid, "ETag": f'"{digest(content)}"'})
 
 
 REPO = r"(?P<repo_id>[\w.-]+/[\w.-]+)"

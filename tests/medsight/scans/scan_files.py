@@ -26,6 +26,12 @@ def picture_bytes(kind: str, mode: str = "RGB", size: tuple[int, int] = (12, 9),
     return file.getvalue()
 
 
+def tiff_bytes(pages: list[Image.Image], **options: object) -> bytes:
+    file = BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], **options)
+    return file.getvalue()
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header claims a size, with next to no pixels in it."""
     content = bytearray(picture_bytes("PNG"))
@@ -70,31 +76,22 @@ def dicom_dataset(pixels: np.ndarray, **elements: object) -> Any:
     dataset.SeriesInstanceUID = "1.2.3"
     dataset.PatientName, dataset.PatientID = "Doe^Secret", "Secret-4711"
     colour = pixels.ndim == 3 and pixels.shape[2] == 3
-    rows, columns = pixels.shape[:2] if colour or pixels.ndim == 2 else pixels.shape[1:]
-    if pixels.ndim == 3 and not colour:
-        dataset.NumberOfFrames = len(pixels)
-    bits = 8 * pixels.itemsize
-    values = {
-        "Modality": "CT",
-        "Rows": rows,
-        "Columns": columns,
-        "SamplesPerPixel": 3 if colour else 1,
-        "PhotometricInterpretation": "RGB" if colour else "MONOCHROME2",
-        "BitsAllocated": bits,
-        "BitsStored": bits,
-        "HighBit": bits - 1,
-        "PixelRepresentation": int(pixels.dtype.kind == "i"),
-        "RescaleIntercept": 0,
-        "RescaleSlope": 1,
-        **({"PlanarConfiguration": 0} if colour else {}),
-        **elements,
-    }
-    for key, value in values.items():
-        if value is not None:
-            setattr(dataset, key, value)
-    dataset.PixelData = pixels.tobytes()
-    dataset["PixelData"].VR = "OW" if bits > 8 else "OB"
+    dataset.set_pixel_data(np.ascontiguousarray(pixels), "RGB" if colour else "MONOCHROME2", 8 * pixels.itemsize)
+    for key, value in {"Modality": "CT", "RescaleIntercept": 0, "RescaleSlope": 1, **elements}.items():
+        setattr(dataset, key, value)
+        if value is None:
+            delattr(dataset, key)
     return dataset
+
+
+def lookup_table(factor: int, count: int) -> Any:
+    """A modality or VOI lookup table: `count` values of 16 bits, `factor` times as large as what is looked up."""
+    import pydicom
+
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [count, 0, 16], "US"
+    table.add_new("LUTData", "US", list(range(0, factor * count, factor)))
+    return table
 
 
 def functional_group(sequence: str, **elements: object) -> Any:

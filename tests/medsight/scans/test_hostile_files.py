@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from medsight.scans import dicom_file, open_scan
-from medsight.scans.dicom_file import codestream_size
 from tests.medsight.scans.scan_files import (
     STORED,
     ct_volume,
@@ -29,13 +27,10 @@ nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
 
-def nifti_claiming(field: str, value: object, at: int | None = None) -> bytes:
+def nifti_claiming(field: str, value: object) -> bytes:
     content = nifti_bytes(ct_volume())
     header = nibabel.Nifti1Header(content[:348], check=False)
-    if at is None:
-        header[field] = value
-    else:
-        header[field][at] = value
+    header[field] = value
     return header.binaryblock + content[348:]
 
 
@@ -56,12 +51,8 @@ def deflated(megabytes: int) -> bytes:
 HOSTILE = {
     "nifti of 10^12 voxels": (lambda: nifti_claiming("dim", [3, 10000, 10000, 10000, 1, 1, 1, 1]), "10,000 x 10,000"),
     "nifti of 10^9 voxels": (lambda: nifti_claiming("dim", [3, 1000, 1000, 1000, 1, 1, 1, 1]), "truncated"),
-    "nifti.gz of 10^9 voxels": (
-        lambda: gzip.compress(nifti_claiming("dim", [3, 1000, 1000, 1000, 1, 1, 1, 1])),
-        "would unpack from",
-    ),
     "gzip bomb": (lambda: nifti_bytes(np.zeros((512, 512, 300), np.uint8), packed=True), "would unpack from"),
-    "nifti with a negative axis": (lambda: nifti_claiming("dim", -5, 2), "damaged header"),
+    "nifti with a negative axis": (lambda: nifti_claiming("dim", [3, 5, -5, 7, 1, 1, 1, 1]), "damaged header"),
     "nifti whose voxels begin nowhere": (lambda: nifti_claiming("vox_offset", np.nan), "damaged header"),
     "nifti of vectors": (lambda: nifti_claiming("dim", [5, 5, 6, 1, 1, 7, 1, 1]), "several values a voxel"),
     "nifti of labels": (lambda: nifti_claiming("intent_code", 1002), "label map"),
@@ -99,24 +90,15 @@ def test_a_hostile_file_is_refused_before_anything_is_allocated(name: str, monke
     assert "upload" in str(error.value)
 
 
-@pytest.mark.parametrize("is_larger", [False, True])
-def test_a_compressed_frame_that_is_larger_than_its_header_says_is_refused(is_larger: bool) -> None:
-    from pydicom.encaps import encapsulate
-
+def test_a_compressed_frame_that_is_larger_than_its_header_says_is_refused() -> None:
     photo = picture_bytes("JPEG", "L", size=(8, 5))
     at = photo.index(b"\xff\xc0")
-    if is_larger:
-        photo = photo[: at + 5] + struct.pack(">HH", 60000, 60000) + photo[at + 9 :]
-    dataset = dicom_dataset(np.zeros((5, 8), np.uint8), Modality="US", RescaleIntercept=None, RescaleSlope=None)
+    photo = photo[: at + 5] + struct.pack(">HH", 60000, 60000) + photo[at + 9 :]
+    dataset = dicom_dataset(np.zeros((5, 8), np.uint8), Modality="US")
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
-    dataset.PixelData = encapsulate([photo])
-    scan = open_scan(dicom_bytes(dataset))
-    assert codestream_size(photo) == ((60000, 60000) if is_larger else (5, 8))
-    if not is_larger:
-        assert np.abs(np.asarray(scan.slice_image(0)).astype(int) - np.asarray(Image.open(BytesIO(photo)))).max() <= 2
-        return
+    dataset.PixelData = pydicom.encaps.encapsulate([photo])
     with pytest.raises(ValueError, match="claim different sizes"):
-        scan.slice_image(0)
+        open_scan(dicom_bytes(dataset)).slice_image(0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsight.scans import nifti, open_scan
+from medsight.scans import open_scan
 from tests.medsight.scans.scan_files import ct_volume, nifti_bytes, shows, soft_tissue
 
 
@@ -102,15 +102,6 @@ def test_spacing_is_in_millimetres_whatever_the_unit_of_a_nifti(unit: str, per_m
     assert np.isclose(scan.pixel_mm2, 0.75)
 
 
-@pytest.mark.parametrize("axis", range(3))
-def test_the_window_of_a_nifti_is_found_on_all_planes(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nifti, "_SAMPLE", 64)
-    volume = np.full((8, 8, 8), 100, np.int16)
-    np.moveaxis(volume, axis, 0)[0] = -1000  # the air of one plane
-    scan = open_scan(nifti_bytes(volume))
-    assert shows(scan.slice_image(3), soft_tissue(volume[::-1, ::-1, 3].T))
-
-
 def test_the_first_volume_of_several_is_used_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     volume = ct_volume()
     with caplog.at_level(logging.WARNING):
@@ -126,13 +117,6 @@ def test_colour_voxels_are_shown_in_colour() -> None:
     voxels = np.ascontiguousarray(colours).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
     scan = open_scan(nifti_bytes(voxels))
     assert np.array_equal(np.asarray(scan.slice_image(2)), np.moveaxis(colours[::-1, ::-1, 2], 0, 1))
-
-
-def test_voxels_that_are_not_finite_are_black() -> None:
-    voxels = np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32)
-    voxels[0, 0] = np.nan
-    shown = np.asarray(open_scan(nifti_bytes(voxels)).slice_image(3))
-    assert shown[-1, -1] == 0 and shown.max() == 255
 
 
 def test_training_images_are_made_as_scans_are_shown(shared_data: Path) -> None:

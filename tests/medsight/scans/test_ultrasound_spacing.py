@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medsight.scans import open_scan
-from tests.medsight.scans.scan_files import dicom_bytes, dicom_dataset, shipped_dicoms
+from tests.medsight.scans.scan_files import dicom_bytes, dicom_dataset
 
 
 pydicom = pytest.importorskip("pydicom")
@@ -77,10 +77,3 @@ def test_files_of_other_scales_have_none_in_common(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(dicom_bytes(dataset))
     assert open_scan(tmp_path / "b").pixel_spacing == pytest.approx((0.5, 0.5))
     assert open_scan(tmp_path).pixel_spacing is None
-
-
-@pytest.mark.parametrize("name", ["examples_palette.dcm", "examples_ybr_color.dcm", "examples_rgb_color.dcm"])
-def test_real_pictures_whose_regions_are_of_a_larger_one_or_hold_a_trace_have_none(name: str) -> None:
-    """pydicom ships pictures that were cut or scaled down after they were calibrated."""
-    scan = open_scan(dict(shipped_dicoms())[name])
-    assert scan.modality == "US" and scan.pixel_spacing is None
