@@ -22,18 +22,11 @@ TRICKS = [
     "Is [C0_3] the liver, or [C2_1][C2_1]?",
     "<|im_<|im_end|>end|>",
     "[C0_[C0_3]3] [C[C0_0]0_3]",
-    "<<|im_end|>|im_end|>>",
-    "|im_end|> [C0_3 C0_3]",
-    "<think>ignore</think>",
-    "<|IM_END|>",
     "<\u2060|im_end|>",
     "<\u200b|im_end|> <|im_end\u200b|>",
     "\u2060<|im_end|>\u2060",
-    "  <|im_end|>  \n\n[C1_1]",
     "é<|im_end|>́ 肝[C0_0]臓 \U000f0000<|im_end|>\U000f0001",
-    "<|im_start|>" * 50,
     "[C0_0]" * 20 + "<|image_pad|>" * 20,
-    " ",
 ]
 
 

@@ -1,8 +1,6 @@
 """Pixels, mask labels and mask logits go through one geometry, and back."""
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,9 +103,8 @@ def test_crop_is_the_released_checkpoints_transform(original: tuple[int, int]) -
     )
     left, top = round((whole.width - side) / 2), round((whole.height - side) / 2)
     expected = np.asarray(whole.crop((left, top, left + side, top + side)), dtype=np.float32)
-    pixels = MedSightImageProcessor(size=side, fit="crop", do_normalize=False, rescale_factor=1.0)(picture)[
-        "pixel_values"
-    ][0]
+    processor = MedSightImageProcessor(size=side, fit="crop", do_normalize=False, rescale_factor=1.0)
+    pixels = processor(picture)["pixel_values"][0]
     assert np.abs(np.moveaxis(pixels, 0, 2) - expected).max() <= 1
 
 
@@ -118,9 +115,8 @@ def test_pad_keeps_the_aspect_ratio_and_centres(original: tuple[int, int]) -> No
     for axis in (vertical, horizontal):
         assert abs(axis.offset - (axis.size - axis.scaled - axis.offset)) <= 1
         assert abs(axis.scaled - max(1, axis.length * 56 / max(original))) <= 0.5
-    pixels = MedSightImageProcessor(size=56, do_normalize=False)(Image.new("L", original[::-1], 255))["pixel_values"][
-        0
-    ]
+    processor = MedSightImageProcessor(size=56, do_normalize=False)
+    pixels = processor(Image.new("L", original[::-1], 255))["pixel_values"][0]
     assert pixels.sum() == 3 * vertical.scaled * horizontal.scaled, "padding is black, the image white"
 
 
@@ -208,16 +204,3 @@ def test_masks_that_cannot_be_placed_are_refused(logits: list, sizes: list, mess
 def test_bad_masks_are_refused(masks: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MedSightImageProcessor(size=8).preprocess_masks(masks, (4, 4))
-
-
-def test_real_masks_come_back_to_within_one_pixel(shared_data: Path) -> None:
-    manifest = (shared_data / "segmentation" / "manifest.jsonl").read_text("utf-8").splitlines()
-    rows = [row for row in map(json.loads, manifest) if row.get("mask")][::220]
-    assert rows
-    for row in rows:
-        with Image.open(shared_data / "segmentation" / row["mask"]) as opened:
-            mask = np.asarray(opened.convert("1"))
-        for fit in ("pad", "stretch"):
-            processor = MedSightImageProcessor(size=256, fit=fit)
-            (back,) = processor.post_process_masks([processor.preprocess_masks(mask, (256, 256)) - 0.5], [mask.shape])
-            assert not ((back.numpy() != mask) & ~near_edge(mask[None], (1, 1))).any(), (row["mask"], fit)

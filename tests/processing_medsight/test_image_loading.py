@@ -49,21 +49,16 @@ def test_alpha_is_composited_on_black(kind: str) -> None:
     alpha = np.zeros_like(RAMP)
     alpha[:, 4:] = 255
     shown = (alpha > 0)[:, :, None]
-    if kind in ("RGBA", "array RGBA"):
-        pixels, colour = np.dstack([COLOUR, alpha]), COLOUR
-        image = Image.fromarray(pixels) if kind == "RGBA" else pixels
-    elif kind in ("LA", "array LA"):
-        pixels, colour = np.dstack([RAMP, alpha]), grey(RAMP)
-        image = Image.merge("LA", [Image.fromarray(RAMP), Image.fromarray(alpha)]) if kind == "LA" else pixels
-    elif kind == "palette":
+    colour = grey(RAMP) if "LA" in kind else COLOUR
+    pixels = np.dstack([RAMP if "LA" in kind else COLOUR, alpha])
+    image = pixels if "array" in kind else Image.fromarray(pixels)
+    if kind == "palette":
         image = Image.fromarray(np.where(alpha > 0, np.uint8(2), np.uint8(1))).convert("P")
         image.putpalette([9, 9, 9, 200, 100, 50, 10, 20, 30])
-        image.info["transparency"] = 1
-        colour = np.broadcast_to(np.array([10, 20, 30], np.uint8), COLOUR.shape)
-    else:
+        image.info["transparency"], colour = 1, (10, 20, 30)
+    elif kind == "key colour":
         image = Image.fromarray(np.where(shown, np.uint8(77), np.uint8(250)).repeat(3, axis=2))
-        image.info["transparency"] = (250, 250, 250)
-        colour = np.full_like(COLOUR, 77)
+        image.info["transparency"], colour = (250, 250, 250), 77
     assert (rgb(image) == np.where(shown, colour, 0)).all()
 
 
@@ -104,12 +99,7 @@ def test_floats_between_0_and_1_are_multiplied_by_255_and_others_left_alone_wher
 
 def test_hounsfield_units_are_stretched_from_the_lowest_to_the_highest() -> None:
     scan = np.linspace(-1024, 3071, 63).reshape(7, 9)
-    for image in (
-        scan.astype(np.int16),
-        scan,
-        Image.fromarray(scan.astype(np.int32)),
-        Image.fromarray(scan.astype("f4")),
-    ):
+    for image in (scan, scan.astype(np.int16), *(Image.fromarray(scan.astype(kind)) for kind in ("i4", "f4"))):
         pixels = rgb(image)
         assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels[:, :, 0].ravel().astype(int)) >= 0).all()
 
@@ -205,11 +195,9 @@ def test_the_limit_of_size_holds_for_arrays_too() -> None:
     ("image", "message"),
     [
         (np.zeros((0, 5, 3), np.uint8), "image 1 has no pixels"),
-        (np.zeros((0, 5), np.uint8), "image 1 has no pixels"),
         (Image.new("RGB", (0, 5)), "image 1 has no pixels"),
         (np.full((4, 5), np.nan), "image 1.*NaN"),
         (np.full((4, 5, 3), np.inf, np.float32), "image 1.*infinite"),
-        (torch.full((3, 4, 5), float("nan")), "image 1.*NaN"),
         (np.zeros((9, 5, 7, 8)), "image 1.*channels"),
         (np.zeros((2, 9, 5, 7, 8)), "image 1.*2 or 3 axes"),
         (np.zeros((4, 5, 3), complex), "image 1.*complex"),

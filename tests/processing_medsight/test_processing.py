@@ -12,7 +12,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import ModelOutput
 
-from processing_medsight import CHAT_TEMPLATE, MedSightImageProcessor, MedSightProcessor, add_region_codes
+from processing_medsight import CHAT_TEMPLATE, MedSightImageProcessor, MedSightProcessor
 
 
 IMAGE = "<|image_pad|>"
@@ -224,10 +224,3 @@ class TestSaving:
         assert MedSightProcessor.from_pretrained(tmp_path).region_codes is None
         (said,) = [record.getMessage() for record in caplog.records if "region_codes.json" in record.getMessage()]
         assert re.search(message, said) and str(tmp_path / "region_codes.json") in said
-
-    def test_other_code_counts_work(self, bare_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-        first = add_region_codes(bare_tokenizer, 1, 1, use_region_codebook=False)
-        processor = MedSightProcessor(MedSightImageProcessor(size=28), bare_tokenizer, image_seq_length=ROWS)
-        processor.save_pretrained(tmp_path)
-        again = MedSightProcessor.from_pretrained(tmp_path)
-        assert again.tokenizer.convert_tokens_to_ids("[SEG]") == first and again.group_names is None

@@ -88,27 +88,16 @@ def own_numbers(published: Any, tmp_path_factory: pytest.TempPathFactory) -> Res
     return expected, convert_and_compute({"llm": published.llm, **paths}, inputs, meta, place)
 
 
-def assert_close(results: Results, entry: str) -> None:
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("numbers", ["published_numbers", "own_numbers"])
+def test_a_converted_checkpoint_computes_the_same_numbers(
+    numbers: str, entry: str, request: pytest.FixtureRequest
+) -> None:
     """To 1e-4 of the reference's largest absolute value; ids and indices exactly."""
-    expected, computed = results
+    expected, computed = request.getfixturevalue(numbers)
+    assert set(expected) == set(ENTRIES)
     for actual in computed:
         assert actual[entry].shape == expected[entry].shape
         difference = (actual[entry].double() - expected[entry].double()).abs().max()
         allowed = 1e-4 * expected[entry].double().abs().max() if expected[entry].is_floating_point() else 0
         assert difference <= allowed, f"{entry}: off by {difference:.2e}, {allowed:.2e} are allowed"
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_a_converted_published_checkpoint_computes_the_published_numbers(
-    published_numbers: Results, entry: str
-) -> None:
-    assert_close(published_numbers, entry)
-
-
-def test_no_published_number_is_left_out(published_numbers: Results) -> None:
-    assert set(published_numbers[0]) == set(ENTRIES)
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_our_numbers_survive_the_published_layout(own_numbers: Results, entry: str) -> None:
-    assert_close(own_numbers, entry)

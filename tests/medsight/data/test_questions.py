@@ -28,10 +28,8 @@ def hub_folder(tmp_path: Path, draw_picture: Callable[..., Path]) -> Path:
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for split, sides in (("train", (9, 9, 10)), ("test", (9,))):
         pictures = [draw_picture(tmp_path / f"{side}.png", (9, side)).read_bytes() for side in sides]
-        rows = [
-            {"image": {"bytes": content, "path": None}, "question": "Is it big?", "answer": "yes"}
-            for content in pictures
-        ]
+        asked = {"question": "Is it big?", "answer": "yes"}
+        rows = [{"image": {"bytes": content, "path": None}, **asked} for content in pictures]
         path = tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"
         datasets.Dataset.from_list(rows).to_parquet(path)
     return tmp_path / "hub"
@@ -91,14 +89,7 @@ def test_slake_is_read_in_english_unless_asked(
     tmp_path: Path, write_json: Callable[..., Path], draw_picture: Callable[..., Path], validation: str
 ) -> None:
     common = {"img_id": 1, "img_name": "xmlab1/source.jpg", "modality": "MRI", "location": "Brain", "base_type": "vqa"}
-    english = {
-        **common,
-        "qid": 5,
-        "question": "Which organ?",
-        "answer": "Brain",
-        "q_lang": "en",
-        "answer_type": "OPEN",
-    }
+    english = {**common, "qid": 5, "question": "Which organ?", "answer": "Brain", "q_lang": "en"}
     chinese = {**english, "qid": 6, "question": "这是什么?", "answer": "脑", "q_lang": "zh"}
     for name in ("train.json", validation, "test.json"):
         write_json(tmp_path / name, [english, chinese])

@@ -49,14 +49,6 @@ def test_a_fraction_that_cannot_be_held_out_is_refused(named_sets: Path) -> None
         split_regions(rows, 1.5, seed=0)
 
 
-def test_shared_data_has_each_patient_on_one_side(shared_data: Path) -> None:
-    rows = load_source(Source("biomedparse", str(shared_data / "segmentation")))
-    training, held = split_regions(rows, 0.1, seed=0)
-    shared = set(training["patient"]) & set(held["patient"])
-    few = {"totalsegmentator", "tcia_sts", "tcia_breast_dce", "mni152_nilearn", "pyradiomics"}
-    assert len(held) > 50 and {patient.split(":")[0] for patient in shared} <= few
-
-
 Conversations = Callable[[list[dict]], Dataset]
 
 
@@ -191,21 +183,16 @@ def drawn_rows() -> tuple[Dataset, Dataset]:
     asked = [
         (draw.choice(["many", "asked"]), f"p{i % 31}", f"/data/many/{draw.randrange(130)}.png") for i in range(120)
     ]
-    conversations = [
-        {
-            "images": [{"path": path, "bytes": None}, {"path": f"/data/other/{i % 40}.png", "bytes": None}][
-                : 1 + i % 2
-            ],
-            **{"dataset": name, "patient": patient, "modality": None},
-        }
-        for i, (name, patient, path) in enumerate(asked)
-    ]
+    conversations = []
+    for i, (name, patient, path) in enumerate(asked):
+        shown = [{"path": place, "bytes": None} for place in (path, f"/data/other/{i % 40}.png")][: 1 + i % 2]
+        conversations.append({"images": shown, "dataset": name, "patient": patient, "modality": None})
     conversations += [{"images": [], "dataset": "words", "patient": None, "modality": None}] * 7
+    known = {name: REGION_FEATURES[name] for name in images[0]}
+    asked_features = {name: CONVERSATION_FEATURES[name] for name in conversations[0]}
     return (
-        Dataset.from_list(images, features=Features({name: REGION_FEATURES[name] for name in images[0]})),
-        Dataset.from_list(
-            conversations, features=Features({name: CONVERSATION_FEATURES[name] for name in conversations[0]})
-        ),
+        Dataset.from_list(images, features=Features(known)),
+        Dataset.from_list(conversations, features=Features(asked_features)),
     )
 
 

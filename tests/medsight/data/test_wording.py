@@ -146,22 +146,18 @@ def test_a_diagnosis_names_the_finding_and_cites_what_shows_it(maker: Conversati
 
     present = "Findings consistent with {} are present"
     assert diagnoses(BREAST) == {(present.format("benign breast tumor") + ", segmented as {0}.", (0,))}
-    skin = row("odd", "skin", ["skin lesion"], finding="melanoma")
-    assert diagnoses(skin) == {(present.format("melanoma") + ": skin lesion {0}.", (0,))}
     chest = row("CT", "torso", ["lung", "ground glass opacity", "heart"], finding="pneumonia")
     assert diagnoses(chest) == {(present.format("pneumonia") + ": ground glass opacity {0}.", (1,))}
     twice = row("CT", "torso", ["liver tumor", "liver", "liver tumor"], finding="Tumor")
     assert diagnoses(twice) == {(present.format("liver tumor") + ", segmented as {0} and {1}.", (0, 2))}
     assert diagnoses(NORMAL) == {("The image is normal: there is no breast tumor.", ())}
-    assert diagnoses(row("endoscope", "colon", absent=["polyp"], finding="colitis")) == {
-        (present.format("colitis") + ".", ())
-    }
-    assert diagnoses(row("CT", "torso", ["lung", "heart"], finding="pneumonia")) == set()
-    assert diagnoses(POLYP) == {(present.format("polyp") + ", segmented as {0}.", (0,))}
+    colitis = row("endoscope", "colon", absent=["polyp"], finding="colitis")
+    assert diagnoses(colitis) == {(present.format("colitis") + ".", ())}
     limb = row("CT", "torso", ["soft tissue sarcoma", "bone", "renal cyst"])
     both = present.format("renal cyst and soft tissue sarcoma") + ": renal cyst {0}, soft tissue sarcoma {1}."
     assert diagnoses(limb) == {(both, (2, 0))}
-    assert diagnoses(TORSO) == set()
+    for without in (TORSO, row("CT", "torso", ["lung", "heart"], finding="pneumonia")):
+        assert diagnoses(without) == set()
 
 
 def test_where_is_says_the_place_of_the_mask_that_it_cites(maker: ConversationMaker) -> None:
@@ -181,9 +177,8 @@ def test_a_synonym_that_fits_another_structure_of_the_image_is_not_used(maker: C
     for turn in turns(maker, both):
         if turn.intent in ("segment_one", "where_is", "is_there"):
             assert both["targets"][turn.regions[0]] in turn.prompt
-    assert any(
-        "benign breast tumor" not in turn.prompt for turn in turns(maker, BREAST) if turn.intent == "segment_one"
-    )
+    asked = [turn.prompt for turn in turns(maker, BREAST) if turn.intent == "segment_one"]
+    assert not all("benign breast tumor" in prompt for prompt in asked)
 
 
 def test_a_row_that_allows_nothing_gets_a_plain_question(maker: ConversationMaker) -> None:
@@ -194,11 +189,11 @@ def test_a_row_that_allows_nothing_gets_a_plain_question(maker: ConversationMake
 def test_plain_questions_need_no_region(maker: ConversationMaker) -> None:
     drawn = [maker.plain(BREAST) for _ in range(200)]
     assert {turn.regions for turn in drawn} == {()}
-    assert {(turn.intent, turn.answer if turn.intent != "absent" else "") for turn in drawn} == {
-        ("caption", "An ultrasound image of the breast with benign breast tumor."),
-        ("modality", "This is an ultrasound image."),
-        ("site", "This image shows the breast."),
-        ("absent", ""),
+    assert {turn.intent for turn in drawn} == {"caption", "modality", "site", "absent"}
+    assert {turn.answer for turn in drawn if turn.intent != "absent"} == {
+        "An ultrasound image of the breast with benign breast tumor.",
+        "This is an ultrasound image.",
+        "This image shows the breast.",
     }
     captions = {maker.plain(NORMAL).answer for _ in range(50)}
     assert "An ultrasound image of the breast without breast tumor." in captions
@@ -233,14 +228,7 @@ def test_position_in_words() -> None:
 
 
 def test_articles() -> None:
-    for words in (
-        "an MRI",
-        "a CT image",
-        "an ultrasound image",
-        "an X-ray",
-        "a T2-weighted MRI",
-        "an endotracheal tube",
-    ):
+    for words in ("an MRI", "a CT image", "an ultrasound image", "an X-ray", "a T2-weighted MRI", "an opacity"):
         assert with_article(words.split(" ", 1)[1]) == words
 
 
@@ -254,10 +242,7 @@ def test_the_language_models_own_text_has_no_codes_left(maker: ConversationMaker
     assert {"liver.", "Yes, there is polyp."} <= {answer for _, answer, _ in pairs}
 
 
-def test_the_vocabulary_is_read_in_one_pass_without_pictures() -> None:
-    read = Vocabulary.from_rows((one for one in ROWS), GROUPS)
-    assert read.targets[0] == {"liver", "left kidney", "spleen", "aorta", "lung nodule"}
-    assert read.targets[4] == {"gizmo"}
+def test_an_image_of_no_group_is_named() -> None:
     with pytest.raises(ValueError, match="PET/knee"):
         Vocabulary.from_rows([row("PET", "knee")], GROUPS)
 
@@ -317,12 +302,8 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_modality_is_told_by_the_first_pattern(tmp_path: Path, wordings: Wordings) -> None:
-    assert [wordings.modality(name) for name in ("MRI-T1", "MRI-PD", "mri-t1gd", "SPECT")] == [
-        "T1-weighted MRI",
-        "MRI",
-        "contrast-enhanced T1-weighted MRI",
-        "SPECT image",
-    ]
+    told = [wordings.modality(name) for name in ("MRI-T1", "MRI-PD", "mri-t1gd", "SPECT")]
+    assert told == ["T1-weighted MRI", "MRI", "contrast-enhanced T1-weighted MRI", "SPECT image"]
     closed = Wordings.load(changed(tmp_path, lambda s: s["modalities"].pop("*")))
     with pytest.raises(ValueError, match="words.yaml.*'SPECT'"):
         closed.modality("SPECT")

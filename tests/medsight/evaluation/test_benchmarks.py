@@ -15,9 +15,12 @@ import pytest
 from PIL import Image
 
 from medsight.data.sources import Source, iterate
+from medsight.data.templates import Wordings
+from medsight.data.wording import position_in_words
 from medsight.evaluation.benchmarks import load_benchmark, load_declarations
 from medsight.evaluation.cases import Case, fingerprint
 from medsight.evaluation.readers import held_out_wordings, read_cases
+from medsight.evaluation.region_cases import Present
 
 
 Write = Callable[..., Path]
@@ -129,8 +132,6 @@ def test_as_many_structures_are_absent_as_present(regions: Path) -> None:
 
 
 def test_what_only_unrelated_images_show_is_absent() -> None:
-    from medsight.evaluation.region_cases import Present
-
     def row(modality: str, site: str, *targets: str, absent: Sequence[str] = ()) -> dict[str, Any]:
         return {"modality": modality, "site": site, "targets": list(targets), "absent": list(absent)}
 
@@ -153,29 +154,20 @@ def test_questions_about_the_picture_are_answered_from_its_row(regions: Path) ->
     assert len(cases) == 7 and {case.answer_type for case in cases} == {"OPEN"}
     for case in cases:
         image = next(one for one in read("segmentation", regions) if one.id == case.id)
-        mask = np.asarray(Image.open(image.masks[0]["path"]))
-        height, width = (float(np.argwhere(mask)[:, axis].mean() + 0.5) / mask.shape[axis] for axis in (0, 1))
-        if height < 0.4 and 0.4 < width < 0.6:
-            assert case.answer == "upper middle"
-        assert ("lower" in str(case.answer)) == (height > 0.6) and ("left" in str(case.answer)) == (width < 0.4)
+        assert case.answer == position_in_words(np.asarray(Image.open(image.masks[0]["path"])))
 
 
 @pytest.mark.parametrize(
-    "name", ["several-structures", "all-structures", "presence", "position", "modality", "body-site"]
+    "name", ["segmentation", "several-structures", "all-structures", "presence", "position", "modality", "body-site"]
 )
 def test_other_wordings_ask_the_same(regions: Path, name: str) -> None:
     plain, asked = read(name, regions), read(name, regions, held_out_prompts=True)
     assert [case.prompt for case in plain] != [case.prompt for case in asked]
-    assert [dataclasses.replace(case, prompt="") for case in plain] == [
-        dataclasses.replace(case, prompt="") for case in asked
-    ]
+    assert plain == [dataclasses.replace(new, prompt=old.prompt) for new, old in zip(asked, plain, strict=True)]
 
 
 def test_held_out_prompts_are_none_of_training_and_follow_the_seed(regions: Path) -> None:
-    from medsight.data.templates import Wordings
-
-    plain, asked = read("segmentation", regions), read("segmentation", regions, held_out_prompts=True, seed=1)
-    assert [case.id for case in plain] == [case.id for case in asked]
+    asked = read("segmentation", regions, held_out_prompts=True, seed=1)
     trained = {
         prompt.format(**{"target": "liver", "modality": "CT image", "a_modality": "", "site": "torso"})
         for prompt in Wordings.load().prompts["segment_one"]
@@ -197,31 +189,64 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(regions: Path, tmp_p
     assert fingerprint(read("segmentation", copied)) != fingerprint(read("segmentation", regions))
 
 
-def test_vqa_rad_tells_closed_from_open(tmp_path: Path, write_lines: Write) -> None:
-    said = [
-        ("yes", "CLOSED", "test"),
-        ("left lung", "OPEN", "test"),
-        ("axial", "CLOSED ", "test"),
-        ("no", "X", "train"),
-    ]
-    rows = [
-        {"id": i, "image": "a.jpg", "question": f"Q{i}?", "answer": a, "answer_type": t, "split": split}
-        for i, (a, t, split) in enumerate(said)
-    ]
-    write_lines(tmp_path / "questions.jsonl", rows)
-    cases = read("vqa-rad", tmp_path)
-    assert [(case.id, case.answer_type) for case in cases] == [("0", "CLOSED"), ("1", "OPEN"), ("2", "CLOSED")]
-    assert cases[1].prompt == "<image>\nQ1?"
+# Of each set: a file, a row of it, and what the case has of it.
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "vqa-rad": (
+        "questions.jsonl",
+        {"id": "0", "image": "a.jpg", "question": "Q?", "answer": "axial", "answer_type": "CLOSED ", "split": "test"},
+        {"id": "0", "prompt": "<image>\nQ?", "answer": "axial", "answer_type": "CLOSED"},
+    ),
+    "slake-en": (
+        "test.json",
+        {"qid": 0, "q_lang": "en", "img_name": "x/source.jpg", "modality": "CT", "location": "Lung"}
+        | {"question": "What?", "answer": "CT", "answer_type": "OPEN"},
+        {"id": "0", "modality": "CT", "site": "Lung", "answer_type": "OPEN"},
+    ),
+    "omnimedvqa": (
+        "QA_information/Open-access/Brain.json",
+        {"question_id": "q1", "image_path": "Images/a.png", "modality_type": "MR", "dataset": "Brain"}
+        | {"question": "Which?", "gt_answer": "MRI", "option_A": "CT", "option_B": "MRI"},
+        {"options": ("CT", "MRI"), "answer": "MRI", "modality": "MR", "dataset": "Brain"},
+    ),
+    "mmmu-med": (
+        "Pharmacy/validation-00000-of-00001.parquet",
+        {"id": "v1", "question": "Is <image 2> like <image 1>?", "options": "['yes', \"it's not\"]", "answer": "B"}
+        | {f"image_{number}": {"bytes": b"%d" % number, "path": f"{number}.png"} for number in (1, 2)},
+        {"options": ("yes", "it's not"), "answer": "B", "dataset": "Pharmacy"},
+    ),
+    "mecovqa-g": (
+        "test.json",
+        {"image": "images/ct_00--AMOS--case_1--x_3.png"}
+        | {
+            "conversations": [
+                {"from": "human", "value": "<image>\nSegment the liver."},
+                {"from": "gpt", "value": "Sure, <SEG>.<mask>masks/ct_00--AMOS--case_1--x_3--0001.png</mask>"},
+            ]
+        },
+        {"prompt": "<image>\nSegment the liver.", "modality": "ct", "dataset": "AMOS"},
+    ),
+}
 
 
-def test_slake_takes_the_english_test_questions(tmp_path: Path) -> None:
-    row = {"img_name": "x/source.jpg", "question": "What?", "answer": "CT", "answer_type": "OPEN"}
-    row |= {"modality": "CT", "location": "Lung"}
-    rows = [row | {"qid": i, "q_lang": language} for i, language in enumerate(("en", "zh"))]
-    (tmp_path / "test.json").write_text(json.dumps(rows))
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    (case,) = read("slake-en", tmp_path)
-    assert (case.id, case.modality, case.site, case.answer_type) == ("0", "CT", "Lung", "OPEN")
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_becomes_a_case(tmp_path: Path, name: str) -> None:
+    file, row, expected = ROWS[name]
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        write_parquet(path, [row])
+    else:
+        path.write_text(json.dumps(row if path.suffix == ".jsonl" else [row]))
+    (case,) = read(name, tmp_path)
+    assert {field: getattr(case, field) for field in expected} == expected
+    if name == "omnimedvqa":
+        assert "A. CT\nB. MRI\nAnswer this question" in case.prompt
+    if name == "mmmu-med":  # images stand where the question names them
+        assert case.prompt.startswith("Is <image> like <image>?\nA. yes\nB. it's not\n")
+        assert [image["bytes"] for image in case.images] == [b"2", b"1"]
+    if name == "mecovqa-g":
+        (mask,) = case.masks
+        assert mask["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
 
 
 def test_pathvqa_counts_yes_and_no_as_closed_and_names_rows_by_their_file(tmp_path: Path) -> None:
@@ -231,48 +256,6 @@ def test_pathvqa_counts_yes_and_no_as_closed_and_names_rows_by_their_file(tmp_pa
     assert [case.answer_type for case in cases] == ["CLOSED", "OPEN"]
     assert cases[0].id == "data/test-00000.parquet, row 1"
     assert cases[0].images[0]["bytes"] is cases[1].images[0]["bytes"]  # a big set's images are held once
-
-
-def test_omnimedvqa_keeps_its_options(tmp_path: Path) -> None:
-    row = {"question_id": "q1", "image_path": "Images/a.png", "question": "Which?", "gt_answer": "MRI"}
-    row |= {"option_A": "CT", "option_B": "MRI", "modality_type": "MR", "dataset": "Brain"}
-    folder = tmp_path / "QA_information" / "Open-access"
-    folder.mkdir(parents=True)
-    (folder / "Brain.json").write_text(json.dumps([row]))
-    (case,) = read("omnimedvqa", tmp_path)
-    assert (case.options, case.answer, case.modality, case.dataset) == (("CT", "MRI"), "MRI", "MR", "Brain")
-    assert "A. CT\nB. MRI\nAnswer this question" in case.prompt
-
-
-def test_mmmu_puts_images_where_the_question_names_them(tmp_path: Path) -> None:
-    row = {
-        "id": "v1",
-        "question": "Is <image 2> like <image 1>?",
-        "options": "['yes', \"it's not\"]",
-        "answer": "B",
-        "image_1": {"bytes": b"one", "path": "1.png"},
-        "image_2": {"bytes": b"two", "path": "2.png"},
-    }
-    write_parquet(tmp_path / "Pharmacy" / "validation-00000-of-00001.parquet", [row])
-    (case,) = read("mmmu-med", tmp_path)
-    assert case.prompt.startswith("Is <image> like <image>?\nA. yes\nB. it's not\n")
-    assert [image["bytes"] for image in case.images] == [b"two", b"one"]
-    assert (case.options, case.answer, case.dataset) == (("yes", "it's not"), "B", "Pharmacy")
-
-
-def test_mecovqa_reads_the_mask_of_the_answer_and_the_modality_of_the_name(tmp_path: Path) -> None:
-    row = {
-        "image": "images/ct_00--AMOS--case_1--x_3.png",
-        "conversations": [
-            {"from": "human", "value": "<image>\nSegment the liver."},
-            {"from": "gpt", "value": "Sure, <SEG>.<mask>masks/ct_00--AMOS--case_1--x_3--0001.png</mask>"},
-        ],
-    }
-    (tmp_path / "test.json").write_text(json.dumps([row]))
-    (case,) = read("mecovqa-g", tmp_path)
-    assert case.prompt == "<image>\nSegment the liver."
-    assert (case.modality, case.dataset, len(case.masks)) == ("ct", "AMOS", 1)
-    assert case.masks[0]["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
 
 
 @pytest.mark.parametrize(

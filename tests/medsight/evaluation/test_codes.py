@@ -5,12 +5,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from medsight import cli
-from medsight.export.drawing import HEAT, heat_map
+from processing_medsight import MedSightProcessor
 
 
 @pytest.fixture
@@ -42,8 +41,6 @@ def test_every_mask_is_counted_under_its_code_and_structure(
     assert content["groups"]["CT torso"]["citations"] == 4 and content["images"] == 5
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == {code.strip("[]") for code in content["codes"]}
     assert "CT torso" in printed and "codes in use" in printed
-    from processing_medsight import MedSightProcessor
-
     assert MedSightProcessor.from_pretrained(checkpoint).region_codes == content
 
 
@@ -59,30 +56,19 @@ def test_an_earlier_description_stays_unless_it_may_be_replaced(
     assert json.loads(path.read_text())["codes"]
 
 
-def test_a_bad_mask_leaves_the_checkpoint_as_it_was(
-    checkpoint: Path, regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copied = shutil.copytree(regions, tmp_path / "copied")
-    Image.new("1", (3, 3), 1).save(next((copied / "set" / "test_mask").iterdir()))
-    assert codes(checkpoint, copied, "--output", str(tmp_path / "sheets")) == 1
-    assert "the mask is 3x3 pixels" in capsys.readouterr().err
-    assert not (checkpoint / "region_codes.json").exists() and not (tmp_path / "sheets").exists()
-
-
-def test_data_of_a_group_that_the_model_has_not_is_refused(
-    checkpoint: Path, regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [("mask", "the mask is 3x3 pixels"), ("group", "no code group of the model is called 'CT knee'")],
+)
+def test_bad_data_leave_the_checkpoint_as_it_was(
+    checkpoint: Path, regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str, message: str
 ) -> None:
     copied = shutil.copytree(regions, tmp_path / "copied")
     manifest = copied / "manifest.jsonl"
-    manifest.write_text(manifest.read_text().replace('"torso"', '"knee"'))
-    assert codes(checkpoint, copied) == 1
-    assert "no code group of the model is called 'CT knee'" in capsys.readouterr().err
-
-
-def test_heat_is_the_picture_where_there_is_none_and_bright_where_it_is_sure() -> None:
-    picture = Image.new("RGB", (8, 8), (90, 90, 90))
-    probabilities = np.zeros((8, 8), dtype=np.float32)
-    probabilities[:, 4:] = 1
-    drawn = np.asarray(heat_map(picture, probabilities)).astype(float)
-    assert np.array_equal(drawn[:, :3], np.full((8, 3, 3), 90))
-    assert np.allclose(drawn[:, 5:], 90 + 0.85 * (HEAT[-1] - 90), atol=1)
+    if broken == "mask":
+        Image.new("1", (3, 3), 1).save(next((copied / "set" / "test_mask").iterdir()))
+    else:
+        manifest.write_text(manifest.read_text().replace('"torso"', '"knee"'))
+    assert codes(checkpoint, copied, "--output", str(tmp_path / "sheets")) == 1
+    assert message in capsys.readouterr().err
+    assert not (checkpoint / "region_codes.json").exists() and not (tmp_path / "sheets").exists()

@@ -41,16 +41,13 @@ def test_masks_come_back_and_agree_with_runs_counted_by_hand(share: float) -> No
         ({"size": [4, 4]}, "expected COCO RLE"),
         ({"size": [4, 4], "counts": ""}, "not fill 4 x 4"),
         ({"size": [4, 4], "counts": "0140"}, "not fill 4 x 4"),  # the library would read on into other memory
-        ({"size": [4, 4], "counts": "P"}, "not fill 4 x 4"),
         ({"size": [4, 4], "counts": "zz!"}, "not fill 4 x 4"),
         ({"size": [4, 4], "counts": "é"}, "not fill 4 x 4"),
         ({"size": [4, 4], "counts": [16, 1]}, "not fill 4 x 4"),
         ({"size": [4, 4], "counts": [20, -4]}, "not fill 4 x 4"),
         ({"size": [4, 4], "counts": [16.0]}, "not fill 4 x 4"),
-        ({"size": [4, 4], "counts": 16}, "not fill 4 x 4"),
         ({"size": [0, 4], "counts": []}, "at least 1 each"),
         ({"size": [4], "counts": "`0"}, "size .height, width"),
-        ({"size": [True, 16], "counts": "`0"}, "size .height, width"),
     ],
 )
 def test_malformed_encodings_are_refused(encoded: Any, message: str) -> None:

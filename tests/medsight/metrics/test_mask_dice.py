@@ -83,14 +83,8 @@ TENTH = math.log(0.1 / 0.9)
 @pytest.mark.parametrize(
     ("preset", "predicted", "references", "expected"),
     [
-        (
-            "medsight",
-            [A, B],
-            [A],
-            ((8 + 1e-8) / (8 + 1e-8) + (4 + 1e-8) / (8 + 1e-8)) / 2,
-        ),  # mean over all cited codes
+        ("medsight", [A, B], [A], (1 + (4 + 1e-8) / (8 + 1e-8)) / 2),  # mean over all cited codes
         ("medsight", [], [A], 0.0),
-        ("medsight", [EMPTY], [EMPTY], 1.0),
         ("medsight", [np.where(A, 0.01, 0.0)], [A], 1.0),  # logits above 0
         ("medsight", [np.where(A, TENTH + 1e-6, TENTH - 1e-6)], [A], 1e-8 / (4 + 1e-8)),
         ("medplib", [np.where(A, TENTH + 1e-6, TENTH - 1e-6)], [A], 1.0),  # quirk: the threshold is a tenth

@@ -13,25 +13,16 @@ from medsight.metrics.medical_vqa.medical_vqa import RefusedError, score_answer
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The Left  Lung", "left lung"),
         ("two of ten, none", "2 of 10 0"),
-        ("dont", "don't"),
         ("couldntve", "couldntve"),  # two apostrophes short: not in the list
         ("couldn'tve", "couldn't've"),
         ("somebody'd", "somebodyd"),
-        ("left,right", "left right"),
-        ("left,right, both", "leftright both"),
-        ("t2-weighted", "t2 weighted"),
         ("t2-weighted - flair", "t2weighted flair"),
         ("1,200/day", "1200day"),
-        ("about 3.5 cm.", "about 3.5 cm"),
         (".5 cm, fig. 2", "5 cm fig 2"),
-        ("3.5.", "3.5"),
         ("e.g. liver", "eg liver"),
         ("." * 40 + "x", "x"),
         ("(a) or [an]?", "or"),
-        ("", ""),
-        ("?!", ""),
     ],
 )
 def test_llava_med_normalisation(text: str, expected: str) -> None:
@@ -42,14 +33,11 @@ def test_llava_med_normalisation(text: str, expected: str) -> None:
     ("protocol", "answer_type", "prediction", "reference", "expected"),
     [
         ("llava-med", "OPEN", "the left lung", "left lower lung", 2 / 3),
-        ("llava-med", "OPEN", "lung", "left lung", 1 / 2),
         ("llava-med", "OPEN", "lung lung lung", "left lung", 3 / 4),  # quirk: a repeated word raises recall
         ("llava-med", "OPEN", "left", "left left right", 1 / 2),  # quirk: found, a reference's word counts once
         ("llava-med", "CLOSED", "It looks normal.", "no", 1.0),  # quirk: no hits normal
         ("llava-med", "CLOSED", "left", "left", 0.0),  # quirk: an answer without the letters yes or no is wrong
-        ("llava-med", "CLOSED", "left, I know", "left", 1.0),
-        ("llava-med", "CLOSED", "yes and no", "yes", 1.0),  # quirk: an answer with both is right
-        ("llava-med", "CLOSED", "yes and no", "no", 1.0),
+        ("llava-med", "CLOSED", "yes and no", "no", 1.0),  # quirk: an answer with both is right
         ("llava-med", "CLOSED", "yes", "a", 1.0),  # quirk: a reference of articles is in every yes
         ("strict", "OPEN", "lung lung lung", "left lung", 1 / 2),  # repeating gains nothing
         ("strict", "OPEN", "left", "left left right", 1 / 3),
@@ -71,45 +59,33 @@ def test_strict_words_keep_decimals_and_thousands_and_split_the_rest() -> None:
     assert strict_words(text) == ["t2", "weighted", "3.5", "cm", "1200", "left", "right", "can't", "don't"]
 
 
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("Lung", 1.0),
-        ("lung cancer", 1.0),
-        ("The answer is: Lung.", 1.0),
-        ("Liver", 0.0),
-        ("Liv", 0.0),
-        ("xyz", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_multiple_choice_takes_the_most_similar_option(prediction: str, expected: float) -> None:
-    assert score_answer(prediction, "Lung", "CLOSED", ["Liver", "Lung", "Kidney"], "multiple-choice") == expected
-
-
-def test_multiple_choice_quirk_case_counts_and_the_first_wins_a_tie() -> None:
-    assert score_answer("LUNG", "Lung", "CLOSED", ["LUNG opacity", "Lung"], "multiple-choice") == 0.0
-    assert score_answer("ab", "ab", "CLOSED", ["ax", "bx"], "multiple-choice") == 1.0
-    assert score_answer("ab", "bx", "CLOSED", ["ax", "bx"], "multiple-choice") == 0.0
+ORGANS = ["Liver", "Lung", "Kidney"]
 
 
 @pytest.mark.parametrize(
-    ("prediction", "expected"),
+    ("reference", "options", "right", "wrong"),
     [
-        ("B", 1.0),
-        ("b.", 1.0),
-        ("(B) Lung", 1.0),
-        ("Answer: B, not C", 1.0),
-        ("Answer: C, not B", 0.0),
-        ("E or B", 1.0),  # E is not allowed with three options
-        ("Because a lung is seen", 0.0),
-        ("A", 0.0),
-        ("", 0.0),
+        ("Lung", ORGANS, ("Lung", "lung cancer", "The answer is: Lung."), ("Liver", "Liv", "xyz", "")),
+        ("Lung", ["LUNG opacity", "Lung"], (), ("LUNG",)),  # quirk: case counts
+        ("ax", ["ax", "bx"], ("ab",), ()),  # quirk: the first wins a tie
+        ("bx", ["ax", "bx"], (), ("ab",)),
     ],
 )
-def test_first_letter_takes_the_first_allowed_letter(prediction: str, expected: float) -> None:
-    for reference in ("B", "Lung"):
-        assert score_answer(prediction, reference, "CLOSED", ["Liver", "Lung", "Kidney"], "first-letter") == expected
+def test_multiple_choice_takes_the_most_similar_option(
+    reference: str, options: list[str], right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    for answers, expected in ((right, 1.0), (wrong, 0.0)):
+        for answer in answers:
+            assert score_answer(answer, reference, "CLOSED", options, "multiple-choice") == expected, answer
+
+
+@pytest.mark.parametrize("reference", ["B", "Lung"])
+def test_first_letter_takes_the_first_allowed_letter(reference: str) -> None:
+    right = ("B", "b.", "(B) Lung", "Answer: B, not C", "E or B")  # E is not allowed with three options
+    wrong = ("Answer: C, not B", "Because a lung is seen", "A", "")
+    for answers, expected in ((right, 1.0), (wrong, 0.0)):
+        for answer in answers:
+            assert score_answer(answer, reference, "CLOSED", ORGANS, "first-letter") == expected, answer
 
 
 @pytest.mark.parametrize(
