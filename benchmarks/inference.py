@@ -85,10 +85,7 @@ def decoding(device: torch.device, preset: str, batch_size: int, **rounds: int) 
     rest = answer(model.config, LONG, 0, seed=batch_size)
     answers = [[*answer(model.config, NEW_TOKENS, 2, seed=row), *rest] for row in range(batch_size)]
     generate = partial(
-        model.generate,
-        **inputs,
-        logits_processor=fixed(answers, inputs["input_ids"]),
-        cache_implementation="static",
+        model.generate, **inputs, logits_processor=fixed(answers, inputs["input_ids"]), cache_implementation="static"
     )
     cases = {
         # The long answer comes first: its static cache serves the others.

@@ -6,10 +6,7 @@ from pathlib import Path
 
 
 def write_demo_image(path: str | Path) -> Path:
-    """Copies the micrograph (1,344 x 1,024 pixels, 8 bits; from the authors of mahotas, MIT licence) to `path`.
-
-    It is none of the images that the shipped checkpoint was trained on. It needs `pip install "medsight[demo]"`.
-    """
+    """Copies the micrograph (from the authors of mahotas, MIT licence), which nothing here was trained on, to `path`."""
     from mahotas.demos import image_path
 
     path = Path(path)

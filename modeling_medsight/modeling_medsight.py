@@ -418,11 +418,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             attention_mask = (began > 0).long()
         kwargs.setdefault("position_ids", positions_of(attention_mask))
         outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **kwargs,
+            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, use_cache=False, **kwargs
         )
         return self._decoded_regions(input_ids, codes, outputs.last_hidden_state, outputs.region_features)
 

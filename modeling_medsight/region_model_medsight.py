@@ -17,13 +17,7 @@ from transformers.utils import can_return_tuple
 from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
-from .loss_medsight import (
-    RegionPerceiverLoss,
-    mask_bce,
-    mask_dice,
-    masks_of_classes,
-    resize_masks,
-)
+from .loss_medsight import RegionPerceiverLoss, mask_bce, mask_dice, masks_of_classes, resize_masks
 from .outputs_medsight import MedSightRegionOutput
 from .pretrained_medsight import MedSightPreTrainedModel, has_attention
 from .region_codes_in_text_medsight import codes_to_indices

@@ -14,11 +14,7 @@ METHODS = ("get_region_features", "get_image_features", "quantize_regions", "dec
 
 
 def gather_in_methods(model: Any) -> None:
-    """Have the methods of a model under `fully_shard`, whole or what sees, gather its parameters, as `forward` does.
-    What they leave gathered (the root's) serves `region_perceiver` and `codebook` too.
-
-    A model that is not sharded stays as it is.
-    """
+    """Have the methods of a model under `fully_shard` gather its parameters, as `forward` does; else leave it."""
     for name in METHODS:
         if hasattr(model, name) and name not in vars(model):
             register_fsdp_forward_method(model, name)

@@ -9,11 +9,7 @@ drawing    regions and heat maps over a slice
 markup     conversation, layers and codes as HTML
 examples   images to try, drawn here or taken from installed packages
 
-    from medsight.app import launch
-
-    launch("my-model", port=7860)
-
-It needs gradio: `pip install "medsight[app,medical]"`.
+`medsight.app.launch("my-model", port=7860)` starts it. It needs gradio: `pip install "medsight[app,medical]"`.
 """
 
 import os

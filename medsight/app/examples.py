@@ -1,13 +1,11 @@
 """Images to try: drawn here, or real ones that installed packages carry. None is copied into this project."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 
@@ -23,30 +21,11 @@ class Example:
 def examples() -> list[Example]:
     """The examples that can be had here: those of packages that are not installed are left out."""
     needed = {
-        "numpy": Example("Fetal head (drawn)", "Segment the fetal head.", draw_fetal_head),
         "mahotas": Example("Cell nuclei", "Segment the nucleus.", _nuclei),
         "pydicom": Example("CT slice (DICOM)", "What is in this image?", _ct_slice),
         "nibabel": Example("Heart volume (NIfTI, drawn)", "Segment the left ventricle.", draw_heart_volume),
     }
     return [example for package, example in needed.items() if find_spec(package)]
-
-
-def draw_fetal_head() -> bytes:
-    """A PNG like an ultrasound of a fetal head: an ellipse with a bright rim in speckle, 240 x 180 pixels."""
-    height, width = 180, 240
-    y, x = np.mgrid[:height, :width]
-    turned = np.deg2rad(20)
-    across = (x - 122) * np.cos(turned) + (y - 92) * np.sin(turned)
-    along = (y - 92) * np.cos(turned) - (x - 122) * np.sin(turned)
-    distance = np.hypot(across / 78, along / 58)
-    brightness = 26 + 22 * (distance > 1.1) + 205 * np.exp(-(((distance - 1) / 0.05) ** 2))
-    brightness += 50 * np.exp(-((along / 2.5) ** 2)) * (np.abs(across) < 48)
-    speckle = ndimage.gaussian_filter(np.random.default_rng(0).rayleigh(1, (height, width)), 1)
-    seen = np.hypot(x - width / 2, y + 60) < 232
-    picture = (brightness * speckle / speckle.mean() * seen).clip(0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
 
 
 def draw_heart_volume() -> bytes:
@@ -58,7 +37,6 @@ def draw_heart_volume() -> bytes:
     noise = np.random.default_rng(0)
     volume = np.zeros((side, side, slices), dtype=np.int16)
     seen = np.hypot(x - 64, y - 64) < 60
-    wall = (np.abs((x - 64) + (y - 50) + 46) < 7) | (np.hypot(x - 100, y - 92) < 15)
     lung = np.hypot((x - 88) / 30, (y - 42) / 26) < 1
     for index in range(slices):
         shrink = np.sqrt(1 - ((index - 4) / 9) ** 2)  # towards the apex
@@ -66,8 +44,7 @@ def draw_heart_volume() -> bytes:
         blood = from_left < 12.5 * shrink
         muscle = (from_left < 17 * shrink) & ~blood
         right = (np.hypot((x - 47) / 12, (y - 52) / 22) < shrink) & ~muscle & ~blood
-        tissue = np.where(y > 78, 48, 30)
-        tissue = np.where(wall, 200, np.where(lung, 8, tissue))
+        tissue = np.where(lung, 8, 48)
         tissue = np.where(right, 105, np.where(muscle, 28, np.where(blood, 110, tissue)))
         picture = ndimage.gaussian_filter(tissue.astype(np.float32), 1) + noise.normal(0, 3, (side, side))
         # Voxel axes run to the left and to the back of the patient: what is drawn is what a viewer shows.

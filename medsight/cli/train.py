@@ -25,8 +25,7 @@ def command(
     show: Annotated[
         bool,
         typer.Option(
-            "--show",
-            help="Print every value in force, where it comes from, and the topology; train nothing.",
+            "--show", help="Print every value in force, where it comes from, and the topology; train nothing."
         ),
     ] = False,
     devices: Annotated[

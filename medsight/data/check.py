@@ -110,10 +110,7 @@ class Report:
 
 
 def check(
-    sources: Sequence[Source],
-    targets: Iterable[str] | None = None,
-    workers: int | None = None,
-    progress: bool = True,
+    sources: Sequence[Source], targets: Iterable[str] | None = None, workers: int | None = None, progress: bool = True
 ) -> Report:
     """Read every row, image and mask of the sources once, in parallel threads.
 

@@ -37,12 +37,7 @@ class CodeMeanings:
 
 
 def describe_codes(
-    model: Any,
-    processor: Any,
-    rows: Iterable[Mapping[str, Any]],
-    groups: Groups,
-    examples: int,
-    batch_size: int,
+    model: Any, processor: Any, rows: Iterable[Mapping[str, Any]], groups: Groups, examples: int, batch_size: int
 ) -> CodeMeanings:
     """Gives each reference mask its code, as training does, and keeps the surest masks that each code decodes to.
 

@@ -36,10 +36,7 @@ Row = Mapping[str, Any]
 
 
 def report_page(
-    metrics: Mapping[str, Any],
-    rows: Sequence[Row],
-    cases: Sequence[Case],
-    predictions: Mapping[str, Prediction],
+    metrics: Mapping[str, Any], rows: Sequence[Row], cases: Sequence[Case], predictions: Mapping[str, Prediction]
 ) -> str:
     """The page for one run: the content of metrics.json, the rows of `score_rows`, and what they are about."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

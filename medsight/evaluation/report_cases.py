@@ -23,10 +23,7 @@ Row = Mapping[str, Any]
 
 
 def choose_cases(
-    score: str,
-    rows: Sequence[Row],
-    cases: Sequence[Case],
-    predictions: Mapping[str, Prediction],
+    score: str, rows: Sequence[Row], cases: Sequence[Case], predictions: Mapping[str, Prediction]
 ) -> list[dict[str, Any]]:
     """The worst, middle and best rows by a score ("dice" or "answer"), varied in modality; and false masks."""
     field, called = {"dice": ("dice", "Dice"), "answer": ("answer_score", "Score")}[score]

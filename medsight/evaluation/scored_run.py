@@ -140,10 +140,7 @@ def saved(
 
 def questions(benchmark: Benchmark, data: Path, cases: list[Case]) -> dict[str, Any]:
     """What run.json says of the rows that are asked about."""
-    return {
-        "benchmark": benchmark.name,
-        "data": {"path": data.name, "sha256": fingerprint(cases), "rows": len(cases)},
-    }
+    return {"benchmark": benchmark.name, "data": {"path": data.name, "sha256": fingerprint(cases), "rows": len(cases)}}
 
 
 def _make_scores_folder(output: Path, beside: set[str], overwrite: bool) -> None:

@@ -18,11 +18,7 @@ Entry = TypeVar("Entry")
 _ANSWERS = {"answer": None, "closed_accuracy": "CLOSED", "open_recall": "OPEN"}  # by the kind of questions
 _MASK_SCORES = ("dice", "iou", "hd95_mm", "surface_dice", "code_accuracy", "group_accuracy")
 SCORES = (*_ANSWERS, *_MASK_SCORES)
-TASK_SCORES = {
-    "vqa": tuple(_ANSWERS),
-    "segment": _MASK_SCORES,
-    "diagnose": ("answer", *_MASK_SCORES),
-}
+TASK_SCORES = {"vqa": tuple(_ANSWERS), "segment": _MASK_SCORES, "diagnose": ("answer", *_MASK_SCORES)}
 BY = {
     "vqa": ("dataset", "modality", "site", "answer_type"),
     "segment": ("modality", "dataset", "target"),

@@ -125,10 +125,7 @@ def test_overlapping_tokens_are_all_broken() -> None:
 
 @pytest.mark.parametrize(
     ("token", "text"),
-    [
-        (AddedToken("§", special=True), "see § 5"),
-        (AddedToken("<é>", special=True, normalized=True), "<e\u0301>"),
-    ],
+    [(AddedToken("§", special=True), "see § 5"), (AddedToken("<é>", special=True, normalized=True), "<e\u0301>")],
 )
 def test_what_cannot_be_told_apart_is_refused(token: AddedToken, text: str, processor: MedSightProcessor) -> None:
     processor.tokenizer.add_tokens([token])

@@ -167,8 +167,7 @@ def run_ablation(name: str, data: Path, output: Path) -> tuple[Recipe, Path]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name == "seg-token" else pytest.param(name, marks=pytest.mark.slow) for name in ABLATIONS],
+    "name", [name if name == "seg-token" else pytest.param(name, marks=pytest.mark.slow) for name in ABLATIONS]
 )
 def test_an_ablation_runs_to_a_model_that_answers(name: str, drawn_data: Path, tmp_path: Path) -> None:
     recipe, folder = run_ablation(name, drawn_data, tmp_path / "run")

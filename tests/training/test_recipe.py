@@ -99,10 +99,7 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Path, change: str, message: 
         ("stages.perceiver.trainer=mine", "trainer='mine': choose trainer or sft"),
         ("training.seed=3", "training: seed is set by the run itself"),
         ("stages.perceiver.train_sampling_strategy=sequential", "train_sampling_strategy is set by the run itself"),
-        (
-            "stages.perceiver={muon_learning_rate: 1e-3, optim: sgd}",
-            "optim has no use beside muon_learning_rate",
-        ),
+        ("stages.perceiver={muon_learning_rate: 1e-3, optim: sgd}", "optim has no use beside muon_learning_rate"),
         ("stages.perceiver.learning_rate=fast", "learning_rate: expected a number, got 'fast'"),
         ("stages.unified={method: qloora}", "method='qloora': choose one of full, lora, qlora"),
         ("training.loging_steps=3", "training: unknown key 'loging_steps'; did you mean 'logging_steps'"),

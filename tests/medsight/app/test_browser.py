@@ -287,8 +287,8 @@ def test_an_answer_can_be_stopped(open_page: Callable[..., Any], monkeypatch: py
 
     monkeypatch.setattr(MedSightForConditionalGeneration, "generate", endless)
     page = open_page("screen")
-    page.get_by_role("button", name="Fetal head (drawn)").click()
-    page.get_by_text("Picture · 240 × 180 pixels").wait_for()
+    page.get_by_role("button", name="Cell nuclei").click()
+    page.get_by_text("Picture · 1344 × 1024 pixels").wait_for()
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("number input for Longest answer").fill("512")
     page.get_by_role("button", name="Ask", exact=True).click()

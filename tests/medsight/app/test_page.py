@@ -330,10 +330,7 @@ def test_nothing_happens_without_an_image(page: Any) -> None:
 
 @pytest.mark.parametrize(
     ("question", "positions", "message"),
-    [
-        ("  ", 4096, "prompt is empty"),
-        ("What is it?", 20, "begin a new conversation"),
-    ],
+    [("  ", 4096, "prompt is empty"), ("What is it?", 20, "begin a new conversation")],
 )
 def test_what_cannot_be_asked_is_refused_and_kept_out_of_the_conversation(
     question: str, positions: int, message: str, page: Any, session: Any, monkeypatch: pytest.MonkeyPatch

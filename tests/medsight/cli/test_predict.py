@@ -299,12 +299,7 @@ def test_an_interrupted_run_resumes_and_gives_what_an_unbroken_one_gives(
     ],
 )
 def test_an_answer_of_other_settings_is_replaced_only_on_request_and_then_completely(
-    changed: tuple[str, ...],
-    named: str,
-    predict: Callable,
-    refusal: Callable,
-    tiny_checkpoint: Path,
-    tmp_path: Path,
+    changed: tuple[str, ...], named: str, predict: Callable, refusal: Callable, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     picture(tmp_path / "study" / "0.png", 0)
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))

@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from medsight.data.conversations import (
-    CodeMaskError,
-    check_conversation,
-    cited_codes,
-    code_images,
-)
+from medsight.data.conversations import CodeMaskError, check_conversation, cited_codes, code_images
 from medsight.data.sources import Source, iterate, load_source
 from tests.medsight.data.conftest import ANSWERED, ASKED
 
