@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_demo_image(path: str | Path) -> Path:
-    """Copies the micrograph (from the authors of mahotas, MIT licence), which nothing here was trained on, to `path`."""
+    """Copies the micrograph (by the authors of mahotas, MIT licence), which nothing here was trained on, to `path`."""
     from mahotas.demos import image_path
 
     path = Path(path)

@@ -1,8 +1,7 @@
 """Parameters in shards over processes (FSDP2): what gathers them besides `forward`.
 
-Units of their own are the language model's layers alone (`training/accelerate/fsdp2.yaml`): every process passes
-through these in every step. All else is the root's, gathered once a pass, since processes differ in whether a batch
-shows an image or cites a code, and in a unit that only some of them enter these would wait forever.
+Units are the language model's layers alone (`training/accelerate/fsdp2.yaml`), which every process passes in every
+step; in a unit that only those with an image or a code enter, they would wait forever. All else is the root's.
 """
 
 from typing import Any

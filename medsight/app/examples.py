@@ -37,6 +37,7 @@ def draw_heart_volume() -> bytes:
     noise = np.random.default_rng(0)
     volume = np.zeros((side, side, slices), dtype=np.int16)
     seen = np.hypot(x - 64, y - 64) < 60
+    wall = (np.abs((x - 64) + (y - 50) + 46) < 7) | (np.hypot(x - 100, y - 92) < 15)
     lung = np.hypot((x - 88) / 30, (y - 42) / 26) < 1
     for index in range(slices):
         shrink = np.sqrt(1 - ((index - 4) / 9) ** 2)  # towards the apex
@@ -44,7 +45,7 @@ def draw_heart_volume() -> bytes:
         blood = from_left < 12.5 * shrink
         muscle = (from_left < 17 * shrink) & ~blood
         right = (np.hypot((x - 47) / 12, (y - 52) / 22) < shrink) & ~muscle & ~blood
-        tissue = np.where(lung, 8, 48)
+        tissue = np.where(wall, 200, np.where(lung, 8, np.where(y > 78, 48, 30)))
         tissue = np.where(right, 105, np.where(muscle, 28, np.where(blood, 110, tissue)))
         picture = ndimage.gaussian_filter(tissue.astype(np.float32), 1) + noise.normal(0, 3, (side, side))
         # Voxel axes run to the left and to the back of the patient: what is drawn is what a viewer shows.
