@@ -38,15 +38,6 @@ class TestArguments:
         inputs = processor(text=f"a {IMAGE}", images=image, return_tensors="pt", max_length=112, padding="max_length")
         assert inputs["input_ids"].shape == (1, 112)
 
-    def test_settings_of_the_image_processor_hold(
-        self, tokenizer: PreTrainedTokenizerBase, image: Image.Image
-    ) -> None:
-        inverted = MedSightImageProcessor(size=28, do_rescale=True, rescale_factor=-1)
-        processor = MedSightProcessor(inverted, tokenizer, image_seq_length=ROWS)
-        assert processor(text=f"a {IMAGE}", images=image, return_tensors="pt")["pixel_values"].mean() < 0
-        flat = processor(text=f"a {IMAGE}", images=image, return_tensors="pt", rescale_factor=1.0, do_normalize=False)
-        assert flat["pixel_values"].min() >= 0
-
     def test_padding_comes_first_unless_the_tokenizer_says_otherwise(
         self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from processing_medsight import QWEN3_ADDED_TOKENS, add_region_codes, parse_region_code
-from processing_medsight.region_codes_medsight import region_code_ids, region_code_tokens, split_at_codes
+from processing_medsight.region_codes_medsight import region_code_ids, split_at_codes
 
 
 TEXTS = [
@@ -87,12 +87,6 @@ def test_qwen3s_ids_are_where_they_belong(qwen3: PreTrainedTokenizerBase) -> Non
         assert qwen3.convert_tokens_to_ids(token) == 151_643 + offset
         assert qwen3.added_tokens_decoder[151_643 + offset].special == special
     assert qwen3("Hello world")["input_ids"] == [9707, 1879]
-
-
-def test_codes_follow_qwen3s_vocabulary(qwen3_with_codes: PreTrainedTokenizerBase) -> None:
-    tokens = region_code_tokens(18, 32)
-    assert qwen3_with_codes.convert_tokens_to_ids(tokens) == list(range(151_669, 151_669 + 576))
-    assert qwen3_with_codes("".join(tokens))["input_ids"] == list(range(151_669, 151_669 + 576))
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -63,10 +63,7 @@ def test_a_lossy_mask_does_not_grow_by_its_noise(kind: dict) -> None:
 
 
 BAD = {
-    "empty": b"",
     "truncated": encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)))[:900],
-    "no image": b"no image at all",
-    "header alone": encoded(GREY)[:20],
     "NaN": encoded(Image.fromarray(np.array([[0.5, np.nan]], dtype=np.float32)), "TIFF"),
     "infinite": encoded(Image.fromarray(np.array([[0.5, np.inf]], dtype=np.float32)), "TIFF"),
 }
@@ -79,14 +76,6 @@ def test_a_bad_image_is_refused_by_name(tmp_path: Path, content: bytes, embedded
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"scan-17\.png"):
         read_picture({"path": str(path), "bytes": content if embedded else None})
-
-
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    GREY.save(tmp_path / "bomb.png")
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
-    for entry in ({"path": str(tmp_path / "bomb.png")}, {"path": "bomb.png", "bytes": encoded(GREY)}):
-        with pytest.raises(ValueError, match=r"bomb\.png has too many pixels"):
-            read_picture(entry)
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:

@@ -90,21 +90,18 @@ def test_cited_codes_are_held_against_those_of_the_model_s_own_codebook(
     assert [len(record["reference_codes"]) for record in records] == [1, 1, 1, 1, 1, 1, 1, 0, 0]
     known = {"CT torso", "ultrasound breast", *(f"group {index}" for index in range(2, 40))}
     assert {record["group"] for record in records} <= known
-    # The answers of an untrained model cite nothing; let the first two be right and the third right in its group.
-    for record in records[:3]:
-        record["masks"] = [encode_mask(np.ones((16, 20), dtype=bool))]
-        record["codes"], record["groups"] = list(record["reference_codes"]), ["CT torso"]
-        record["scores"], record["phrases"] = [None], [None]
-    (group, index) = records[2]["codes"][0].strip("[C]").split("_")
-    records[2]["codes"] = [f"[C{group}_{1 - min(int(index), 1)}]"]
-    for record in records[3:]:
+    # The answers of an untrained model cite nothing; let three cite their own codes, or another of the same group.
+    for record in records:
         record.update(masks=[], codes=[], groups=[], scores=[], phrases=[])
+    for record in records[:3]:
+        record.update(masks=[encode_mask(np.ones((16, 20), dtype=bool))], codes=record["reference_codes"])
+    group, index = records[2]["codes"][0].strip("[C]").split("_")
+    records[2]["codes"] = [f"[C{group}_{1 - min(int(index), 1)}]"]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     metrics = score(path, output="b")
     assert metrics["scores"]["code_accuracy"]["micro"]["value"] == pytest.approx(2 / 3, abs=1e-6)
     assert metrics["scores"]["group_accuracy"]["micro"]["value"] == 1.0
     assert metrics["by"]["modality"]["CT"]["code_accuracy"]["n"] == 3
-    assert metrics["by"]["dataset"]["set"]["code_accuracy"]["n"] == 3
     found = {"from": {"codebook": 7}, "unknown": 0, "unknown_by_origin": {}, "group_unknown": 0}
     assert metrics["reference_codes"] == found
     assert "the model&#39;s codebook for 7 rows" in (tmp_path / "b" / "report.html").read_text("utf-8")
@@ -254,10 +251,6 @@ def test_a_model_is_asked_in_every_way_that_the_data_can_answer(score: Score, tm
         (
             lambda records: records[2].update(masks=[encode_mask(np.ones((4, 4), dtype=bool))]),
             "1 masks (set/test/1.png#liver: mask 1: the mask is 4 x 4 pixels (height x width), its reference 16 x 20)",
-        ),
-        (
-            lambda records: records[2].update(masks=[{"size": [16, 20], "counts": "zz"}]),
-            "1 masks (set/test/1.png#liver: mask 1: malformed RLE",
         ),
     ],
 )

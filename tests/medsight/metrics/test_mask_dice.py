@@ -224,25 +224,23 @@ def test_the_result_has_both_means_groups_and_counts() -> None:
     assert result["protocol"] == "threshold=0.5 missing=skip multi=mean formula=plain average=macro"
 
 
-def test_a_preset_means_one_protocol() -> None:
-    metric = load("mask_dice")
-    items = [score_item([A], [A], preset="medplib")]
-    with pytest.raises(ValueError, match=r"expected items scored by threshold=0.5 multi=mean formula=smoothed"):
-        metric.compute(items=items, groups=["CT"], preset="medsight")
-    with pytest.raises(ValueError, match="expected items scored by multi=union"):
-        metric.compute(items=items, multi="union")
-    with pytest.raises(ValueError, match="several protocols"):
-        metric.compute(items=[*items, score_item([A], [A])], preset="medplib")
-    assert metric.compute(items=items, preset="medplib")["preset"] == "medplib"
+ITEM, SMOOTHED = score_item([A], [A]), score_item([A], [A], preset="medplib")
 
 
-def test_groups_and_records_are_needed() -> None:
-    with pytest.raises(ValueError, match="macro average needs groups"):
-        load("mask_dice").compute(items=[score_item([A], [A], preset="medsight")], preset="medsight")
-    with pytest.raises(ValueError, match="number of items .1. and groups .2."):
-        load("mask_dice").compute(items=[score_item([A], [A])], groups=["CT", "MR"])
-    with pytest.raises(ValueError, match="no items to score: .* pass items, the records of score_item"):
-        load("mask_dice").compute(predictions=[[A.tolist()]], references=[[A.tolist()]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"items": [SMOOTHED], "preset": "citrus"}, "expected items scored by threshold=0.5 multi=first"),
+        ({"items": [SMOOTHED], "multi": "union"}, "expected items scored by multi=union"),
+        ({"items": [SMOOTHED, ITEM], "preset": "medplib"}, "several protocols"),
+        ({"items": [score_item([A], [A], preset="medsight")], "preset": "medsight"}, "macro average needs groups"),
+        ({"items": [ITEM], "groups": ["CT", "MR"]}, "number of items .1. and groups .2."),
+        ({"predictions": [[[[1]]]], "references": [[[[1]]]]}, "no items to score: .* pass items, the records of"),
+    ],
+)
+def test_items_that_cannot_be_counted_together_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("mask_dice").compute(**arguments)
 
 
 Grid = list[list[float]]
@@ -327,7 +325,7 @@ def test_a_thousand_made_up_masks_score_as_a_slow_implementation_scores_them(pre
         groups.append(draw.choice(["CT", "MR", "US"]))
         expected.append(slow_item(predicted, references, preset))
     result = load("mask_dice").compute(items=items, groups=groups, preset=preset)
-    assert result["scores"] == expected
+    assert result["scores"] == expected and result["preset"] == preset
     kept = [score for score in expected if score is not None]
     assert result["scored"] == len(kept) > 100 and len(set(kept)) > 20
     assert result["dice_micro"] == sum(kept) / len(kept)
