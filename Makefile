@@ -25,8 +25,8 @@ help:
 	@echo "make demo       run medsight predict on a real image, into $(DEMO)/"
 	@echo "make nano-code  write the model's code into medsight/medsight-nano/, as installing does; needs only Python"
 	@echo "make test       run the tests (make test-slow: the slow ones)"
-	@echo "make check      lint, types and contracts"
-	@echo "make lint       check style and formatting (make format: apply it)"
+	@echo "make check      lint and types"
+	@echo "make lint       check style, formatting and contracts (make format: apply style)"
 	@echo "make types      check types, in the layout that is installed (medsight/training/ there is training/ here)"
 	@echo "make contracts  check which package may import which, in the same layout"
 	@echo "make benchmarks measure speed and memory on this CPU, into benchmarks/results/ and docs/performance.md"
@@ -71,7 +71,7 @@ test-slow: $(VENV)/.installed-dev
 
 check: lint types contracts
 
-lint: $(VENV)/.installed-dev
+lint: contracts
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 

@@ -10,7 +10,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
-from .outputs_medsight import CACHE_NAME, MedSightDecodedRegions, MedSightGenerateBeamOutput, MedSightGenerateOutput
+from .outputs_medsight import (
+    CACHE_NAME,
+    MedSightDecodedRegions,
+    MedSightGenerateBeamOutput,
+    MedSightGenerateOutput,
+    MedSightRegionOutput,
+)
 from .region_codes_in_text_medsight import RegionCodeConstraint, count_images, is_region_code, locate_codes
 
 
@@ -284,7 +290,7 @@ class MedSightGenerationMixin(GenerationMixin):
             return self._decoded_regions(sequences, codes, states, None)
 
         images = views.images_of(sequences).to(codes.images.device)[codes.images]
-        codes.images, regions = views.features(images)
+        codes.images, regions = views.features(images, for_masks=True)
         states, start = grounding.states_before(new_tokens), length - 1
         if states is not None:
             if not bool(is_region_code(new_tokens[:, -1], self.config).any()):
@@ -334,18 +340,19 @@ class _Views:
         places, regions = self.features(images)
         return self.model.project_regions(regions)[places]
 
-    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def features(self, images: torch.Tensor, for_masks: bool = False) -> tuple[torch.Tensor, Any]:
         """For each of `images` (n,) its place in the features that come with it; all are looked at unless they were
-        last time."""
-        asked = images.cpu()
-        if self.regions is None or not bool(torch.isin(asked, self.known).all()):
+        last time. `for_masks` alone, the perceiver that draws them needs no pass for regions before."""
+        asked, by_head = images.cpu(), self.model.config.mask_decoder == "head"
+        known = self.regions is not None and bool(torch.isin(asked, self.known).all())
+        if not known or (self.regions.region_embeddings is None and not for_masks):
             self.known = asked.unique()
-            # Masks are drawn for what is cited, which only the cheaper decoder takes from the regions' own pass.
-            self.regions = self.model.get_region_features(
-                self.pixel_values[self.known.to(self.pixel_values.device)],
-                with_masks=self.model.config.mask_decoder == "head",
-                return_dict=True,
-            )
+            pixels = self.pixel_values[self.known.to(self.pixel_values.device)]
+            if for_masks and not by_head:
+                _, grid, _ = self.model._encode(pixels)
+                self.regions = MedSightRegionOutput(patch_features=grid.flatten(1, 2))
+            else:
+                self.regions = self.model.get_region_features(pixels, with_masks=by_head, return_dict=True)
         return torch.searchsorted(self.known, asked).to(images.device), self.regions
 
 

@@ -46,7 +46,19 @@ class Projector(nn.Module):
 
 class MedSightModel(SeesRegions, MedSightPreTrainedModel):
     """Everything but the language modelling head: the modules of [`MedSightRegionModel`], a language model, and a
-    projector each way."""
+    projector each way.
+
+    ```python
+    import torch
+    from configuration_medsight import MedSightConfig
+    from modeling_medsight import MedSightModel
+
+    config = MedSightConfig.from_preset("tiny")
+    pixel_values = torch.zeros(2, 3, config.image_size, config.image_size)
+    blocks = MedSightModel(config).get_image_features(pixel_values).pooler_output
+    assert blocks.shape == (2, config.image_seq_length, config.text_config.hidden_size)
+    ```
+    """
 
     def __init__(self, config: MedSightConfig) -> None:
         super().__init__(config)
@@ -197,22 +209,17 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
     code.
 
     ```python
-    >>> from PIL import Image
-    >>> from modeling_medsight import MedSightForConditionalGeneration
-    >>> from processing_medsight import MedSightProcessor
+    from PIL import Image
+    from modeling_medsight import MedSightForConditionalGeneration
+    from processing_medsight import MedSightProcessor
 
-    >>> model = MedSightForConditionalGeneration.from_pretrained("medsight/medsight-nano")
-    >>> processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
-    >>> content = [{"type": "image", "image": Image.open("scan.png")}, {"type": "text", "text": "Segment the liver."}]
-    >>> inputs = processor.apply_chat_template(
-    ...     [{"role": "user", "content": content}],
-    ...     tokenize=True,
-    ...     return_dict=True,
-    ...     add_generation_prompt=True,
-    ...     return_tensors="pt",
-    ... )
-    >>> output = model.generate(**inputs, max_new_tokens=64)
-    >>> answer = processor.post_process_grounded_answer(output, inputs)[0]
+    model = MedSightForConditionalGeneration.from_pretrained("medsight/medsight-nano")
+    processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
+    text = f"{processor.image_token}Segment the liver."
+    inputs = processor(images=Image.new("RGB", (64, 48)), text=text, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, force_region=True)
+    answer = processor.post_process_grounded_answer(output, inputs)[0]
+    assert answer.regions[0].mask.shape == (48, 64)
     ```
     """
 

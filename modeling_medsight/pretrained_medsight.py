@@ -26,7 +26,7 @@ _FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
 
 class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
-    """Weight initialisation and what transformers needs to know about the family."""
+    """Weight initialisation and what transformers needs to know about the family. Abstract: load one of its models."""
 
     config: MedSightConfig
     config_class = MedSightConfig

@@ -170,15 +170,14 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
     `from_pretrained` takes the folder of a whole model as well, and reads its own tensors alone:
 
     ```python
-    >>> from modeling_medsight import MedSightRegionModel
-    >>> from processing_medsight import MedSightProcessor
+    import torch
+    from modeling_medsight import MedSightRegionModel
 
-    >>> model = MedSightRegionModel.from_pretrained("medsight/medsight-nano")
-    >>> processor = MedSightProcessor.from_pretrained("medsight/medsight-nano")
-    >>> pixel_values = processor.image_processor("scan.png", return_tensors="pt")["pixel_values"]
-    >>> regions = model.get_region_features(pixel_values)
-    >>> codes = model.quantize_regions(regions.region_embeddings, regions.group_logits.argmax(-1)).code_indices
-    >>> masks = model.decode_codes(code_indices=[[(0, 3), (0, 5)]], features=regions)  # of [C0_3] and [C0_5]
+    model = MedSightRegionModel.from_pretrained("medsight/medsight-nano")
+    regions = model.get_region_features(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
+    codes = model.quantize_regions(regions.region_embeddings, regions.group_logits.argmax(-1)).code_indices
+    (masks,) = model.decode_codes(code_indices=[[(0, 3), (0, 5)]], features=regions)  # of [C0_3] and [C0_5]
+    assert masks.shape == (2, *model.config.mask_size)
     ```
     """
 

@@ -64,7 +64,7 @@ _REACH = 400  # characters before a code that are looked at
 
 @dataclass(frozen=True, eq=False)
 class GroundedRegion:
-    """One region code of an answer and what it stands for.
+    """One region code of an answer and what it stands for. An example stands at [`GroundedAnswer`].
 
     Attributes:
         code: the token, as `[C0_16]`.

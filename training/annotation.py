@@ -76,25 +76,11 @@ def annotate(
         ValueError: a picture, mask or setting is bad; a target is no class of the model; a row has no group, or groups
             are not the model's.
     """
-    for name, value, least, most in (
-        ("per_image", per_image, 1, None),
-        ("batch_size", batch_size, 1, None),
-        ("plain_share", plain_share, 0, 1),
-    ):
-        if value < least or (most is not None and value > most):
-            raise ValueError(f"{name}={value}: expected at least {least}" + (f", at most {most}" if most else ""))
+    _check_numbers(per_image, batch_size, plain_share)
     config = model.config
-    if config.use_region_codebook and groups.names != list(config.group_names):
-        raise ValueError(f"groups {groups.names}: expected those of the model, {list(config.group_names)}")
     wordings = wordings or Wordings.load()
     vocabulary = Vocabulary.from_rows(rows, groups)
-    unknown = sorted(set().union(*vocabulary.targets) - set(config.mask_class_names or ()))
-    if plain_share < 1 and config.mask_class_names is not None and unknown:
-        raise ValueError(
-            f"target {unknown[0]!r} ({len(unknown)} such) is none of the model's {len(config.mask_class_names)} mask "
-            f"classes ({', '.join(config.mask_class_names[:5])}, ...): train a perceiver that knows it, or rename it "
-            "in the data"
-        )
+    _check_names(config, groups, vocabulary, plain_share)
     settings = {
         "seed": seed,
         "per_image": per_image,
@@ -148,6 +134,27 @@ def annotate(
         }
         write_card(folder, counts, {**settings, **origin})
     return counts
+
+
+def _check_numbers(per_image: int, batch_size: int, plain_share: float) -> None:
+    for name, value in (("per_image", per_image), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if not 0 <= plain_share <= 1:
+        raise ValueError(f"plain_share={plain_share}: expected at least 0, at most 1")
+
+
+def _check_names(config: Any, groups: Groups, vocabulary: Vocabulary, plain_share: float) -> None:
+    """Refuse groups that are not the model's, and targets of which it has no class."""
+    if config.use_region_codebook and groups.names != list(config.group_names):
+        raise ValueError(f"groups {groups.names}: expected those of the model, {list(config.group_names)}")
+    classes = config.mask_class_names
+    unknown = sorted(set().union(*vocabulary.targets) - set(classes or ()))
+    if plain_share < 1 and classes is not None and unknown:
+        raise ValueError(
+            f"target {unknown[0]!r} ({len(unknown)} such) is none of the model's {len(classes)} mask classes "
+            f"({', '.join(classes[:5])}, ...): train a perceiver that knows it, or rename it in the data"
+        )
 
 
 @dataclass

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import TrainerCallback
 
 from medsight.export.drawing import draw_overlay
+from modeling_medsight.loss_medsight import resize_masks
 
 from .dataset import SampleDataset, Skipped
 from .stage import Stage, evenly
@@ -42,20 +42,14 @@ class ExamplePictures(TrainerCallback):
         canvas, pixels = self.stage.canvas, sample["pixel_values"]
         pixels = pixels if isinstance(pixels, torch.Tensor) else pixels[-1]
         array = ((pixels * canvas.std + canvas.mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        image = Image.fromarray(array)
+        image, size = Image.fromarray(array), array.shape[:2]
         wanted = [] if sample["mask_labels"] is None else list(sample["mask_labels"])
         masks, labels = self.stage.example(model, sample)
         left, right = (
-            draw_overlay(image, at_size(drawn, (image.height, image.width)), names)
+            draw_overlay(image, [(resize_masks(mask[None], size)[0] >= 0.5).cpu().numpy() for mask in drawn], names)
             for drawn, names in ((wanted, ["wanted"] * len(wanted)), (masks, labels[: len(masks)]))
         )
         joined = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
         joined.paste(left, (0, 0))
         joined.paste(right, (left.width, 0))
         return joined
-
-
-def at_size(masks: Any, size: tuple[int, int]) -> list[Any]:
-    """Masks (H, W), boolean or in [0, 1], as boolean arrays of another size."""
-    resized = [F.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0] for mask in masks]
-    return [(mask >= 0.5).cpu().numpy() for mask in resized]

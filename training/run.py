@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.checkpoint import check_checkpoint
 
+from . import run_folder
 from .augmentation import Augmentation, Augmenter, sided_groups
 from .canvas import Canvas
 from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus
@@ -23,21 +24,6 @@ from .dataset import SampleDataset
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
 from .recipe import Recipe, build, refuse_unknown
-from .run_folder import (
-    describe_data,
-    finish_stage,
-    is_finished,
-    keep_recipe,
-    load_folder,
-    lock,
-    on_main,
-    open_folder,
-    outdate_result,
-    save_folder,
-    save_result,
-    stage_folder,
-    write_if_changed,
-)
 from .sampler import DrawSampler, rarity_weights
 from .settings import (
     ResolvedStage,
@@ -83,37 +69,45 @@ def train(recipe: Recipe, only: str | None = None) -> Path:
     output = Path(recipe.output)
     state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
     for stage in stages.values():
-        if not is_finished(output, stage.name):
-            training_arguments(stage_folder(output, stage.name), stage, recipe)  # refuses what only it can tell
+        if not run_folder.is_finished(output, stage.name):
+            training_arguments(
+                run_folder.stage_folder(output, stage.name), stage, recipe
+            )  # refuses what only it can tell
             check_conversations(recipe, stage)
-    on_main(lambda: open_folder(output, recipe))
-    with lock(output) if state.is_main_process else contextlib.nullcontext():
+    run_folder.on_main(lambda: run_folder.open_folder(output, recipe))
+    with run_folder.lock(output) if state.is_main_process else contextlib.nullcontext():
         return run_stages(recipe, stages, only, output)
 
 
 def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | None, output: Path) -> Path:
     """What `train` does once the folder is its own."""
     corpus = read_corpus(recipe)
-    on_main(lambda: describe_data(output, {"training": corpus.training, "validation": corpus.validation}))
-    on_main(lambda: keep_recipe(output, recipe))
-    if not all(is_finished(output, name) for name in stages):
+    run_folder.on_main(
+        lambda: run_folder.describe_data(output, {"training": corpus.training, "validation": corpus.validation})
+    )
+    run_folder.on_main(lambda: run_folder.keep_recipe(output, recipe))
+    if not all(run_folder.is_finished(output, name) for name in stages):
         in_force = {"settings": settings_in_force(recipe), "topology": topology(recipe)}
-        on_main(lambda: write_if_changed(output / SETTINGS_FILE, in_force))
+        run_folder.on_main(lambda: run_folder.write_if_changed(output / SETTINGS_FILE, in_force))
     previous = start_folder(recipe, corpus, output)
     for name, stage in stages.items():
-        if is_finished(output, name):
-            PartialState().print(f"stage {name} is finished: {stage_folder(output, name) / 'model'}", flush=True)
+        if run_folder.is_finished(output, name):
+            PartialState().print(
+                f"stage {name} is finished: {run_folder.stage_folder(output, name) / 'model'}", flush=True
+            )
         elif only in (None, name):
-            on_main(lambda: outdate_result(output / "model"))
+            run_folder.on_main(lambda: run_folder.outdate_result(output / "model"))
             run_stage(stage, recipe, corpus, previous, output)
-            on_main(lambda: write_record(output, recipe, corpus))
+            run_folder.on_main(lambda: write_record(output, recipe, corpus))
         else:
             raise ValueError(f"stage {name} comes before {only} and is not finished: run it first")
-        previous = stage_folder(output, name) / "model"
+        previous = run_folder.stage_folder(output, name) / "model"
         if name == only:
             return previous
-    on_main(lambda: write_record(output, recipe, corpus))  # a kill may have come between a stage's end and its record
-    on_main(lambda: save_result(previous, output / "model", recipe))
+    run_folder.on_main(
+        lambda: write_record(output, recipe, corpus)
+    )  # a kill may have come between a stage's end and its record
+    run_folder.on_main(lambda: run_folder.save_result(previous, output / "model", recipe))
     return output / "model"
 
 
@@ -128,18 +122,18 @@ def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
         if not folder.is_dir():
             set_seed(recipe.seed)
             model, processor = fresh_model(recipe, corpus.groups, corpus.classes, corpus_conversations(corpus))
-            save_folder(model, processor, folder)
+            run_folder.save_folder(model, processor, folder)
 
-    on_main(make)
+    run_folder.on_main(make)
     return folder
 
 
 def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Path, output: Path) -> None:
     """Train one stage from the folder of the model before it, resuming from its last whole checkpoint."""
-    settings, folder = resolved.settings, stage_folder(output, resolved.name)
-    on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    settings, folder = resolved.settings, run_folder.stage_folder(output, resolved.name)
+    run_folder.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     method = getattr(settings, "method", "full")
-    model, processor = load_folder(start, recipe, quantised=method == "qlora")
+    model, processor = run_folder.load_folder(start, recipe, quantised=method == "qlora")
     groups = corpus.groups.names
     if reads_regions(resolved, recipe) and model.config.use_region_codebook and groups != [*model.config.group_names]:
         raise ValueError(
@@ -151,16 +145,18 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     last = checkpoints(folder)
     if not last:
         for name in (STEPS_FILE, "data.json"):
-            on_main(partial((folder / name).unlink, missing_ok=True))
+            run_folder.on_main(partial((folder / name).unlink, missing_ok=True))
     state = PartialState()
     if not state.distributed_type.name.startswith(("FSDP", "DEEPSPEED")) and method != "qlora":
         model.to(state.device)  # the stage's start and annotation run the model before the trainer does
     for name in settings.data:
         if name in recipe.annotations:
-            on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
+            run_folder.on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
     training, validation = (stage_dataset(stage, recipe, corpus, split) for split in ("training", "validation"))
     if stage.reads == "conversations":
-        on_main(lambda: describe_data(folder, {"training": training.rows, "validation": validation.rows}))
+        run_folder.on_main(
+            lambda: run_folder.describe_data(folder, {"training": training.rows, "validation": validation.rows})
+        )
     arguments = training_arguments(folder, resolved, recipe)
     if not len(validation):
         arguments.eval_strategy = type(arguments.eval_strategy)("no")
@@ -193,7 +189,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if weights is not None and module is not model:
         weights = {**model.state_dict(), **{f"model.{name}": weight for name, weight in weights.items()}}
-    on_main(lambda: finish_stage(folder, model, processor, weights, metrics))
+    run_folder.on_main(lambda: run_folder.finish_stage(folder, model, processor, weights, metrics))
 
 
 def stage_dataset(stage: Stage, recipe: Recipe, corpus: Corpus, split: str) -> SampleDataset:

@@ -10,10 +10,7 @@ from typing import Any
 import yaml
 
 from medsight.checkpoint import read_json
-from medsight.data.layouts.biomedparse import biomedparse_shards
-from medsight.data.records import json_records
-from medsight.data.sources import Source
-from medsight.data.splits import canonical_split
+from medsight.data.sources import Source, iterate
 
 from .corpus import TEXT, Corpus, read_source
 from .recipe import Recipe, is_named_list
@@ -82,17 +79,11 @@ def _read_sets(recipe: Recipe, corpus: Corpus) -> dict[str, DataSet]:
             entry.conversations += count
             entry.words_only = words_only and not entry.images
     for source in map(Source.from_mapping, recipe.data.regions):
-        for shard in map(Path, biomedparse_shards(source) if source.layout == "biomedparse" else []):
-            for _, record in json_records(shard) if shard.is_file() else ():
-                if not isinstance(record, dict) or source.split not in (None, canonical_split(record["split"])):
-                    continue
-                parts = Path(record["image"]).parts
-                name = parts[0] if len(parts) > 2 else shard.absolute().parent.name
-                if name in sets and record.get("licence"):
-                    unverified = ", not verified at the source" if record.get("tier") == "B" else ""
-                    sets[name].licences.add(f"{record['licence']}{unverified}")
-                if name in sets and record.get("source_url"):
-                    sets[name].sources.add(record["source_url"])
+        for row in (entry.row for entry in iterate(source)):
+            if row is not None and (row["dataset"] or "unnamed") in sets:
+                entry = sets[row["dataset"] or "unnamed"]
+                entry.licences.update(row["licences"])
+                entry.sources.update(row["source_urls"])
     return dict(sets)
 
 

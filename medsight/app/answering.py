@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from medsight.inference.predictor import check_length, decode_greedily, tokenize_chats
+from medsight.inference.predictor import EarlierTurns, check_length, decode_greedily, tokenize_chats
 from medsight.inference.settings import AnswerSettings
 from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
@@ -22,7 +22,11 @@ class Answered:
 
 
 def stream_answer(
-    predictor: Any, messages: list[dict[str, Any]], settings: AnswerSettings, stop: threading.Event
+    predictor: Any,
+    messages: list[dict[str, Any]],
+    settings: AnswerSettings,
+    stop: threading.Event,
+    turns: EarlierTurns,
 ) -> Generator[str | Answered, None, None]:
     """Answers, decoding greedily.
 
@@ -30,6 +34,7 @@ def stream_answer(
         predictor: what has the `model` and the `processor` of one checkpoint.
         messages: for the chat template; one image, in the first user turn.
         stop: set it to end the answer early. It is set when the caller stops listening.
+        turns: what the conversation has been read up to.
 
     Yields:
         The text so far, codes included, as it grows; last, an `Answered`.
@@ -40,6 +45,7 @@ def stream_answer(
     model, processor = predictor.model, predictor.processor
     inputs = tokenize_chats(model, processor, [messages])
     check_length(model, inputs, settings.max_new_tokens)
+    cached = turns.take(inputs["input_ids"][0])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     outcome: list[Any] = []
 
@@ -49,9 +55,8 @@ def stream_answer(
     def generate() -> None:
         stopping = StoppingCriteriaList([is_stopped])
         try:
-            outcome.append(
-                decode_greedily(model, inputs, streamer=streamer, stopping_criteria=stopping, **settings.decoding())
-            )
+            chosen = {"streamer": streamer, "stopping_criteria": stopping, **cached, **settings.decoding()}
+            outcome.append(decode_greedily(model, inputs, **chosen))
         except Exception as error:  # raised again below, in the caller's thread
             outcome.append(error)
             streamer.end()
@@ -71,5 +76,6 @@ def stream_answer(
     output = outcome[0]
     if isinstance(output, Exception):
         raise output
+    turns.keep(output)
     answer = processor.post_process_grounded_answer(output, inputs, threshold=settings.threshold)[0]
     yield Answered(answer, output.mask_logits[0].float().cpu())

@@ -181,7 +181,8 @@ class Page(Controls):
             )
             messages = session.messages(turn)
             yield {**self._talk(session), self.question: _asking(True, "")}
-            with closing(stream_answer(self.predictor, messages, settings, stop)) as pieces:
+            turns = session.read_so_far(turn)
+            with closing(stream_answer(self.predictor, messages, settings, stop, turns)) as pieces:
                 for piece in pieces:
                     if turn not in session.turns:  # another image was opened, or a conversation begun
                         continue

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from medsight.inference.predictor import Window, assistant_turn, user_turn
+from medsight.inference.predictor import EarlierTurns, Window, assistant_turn, user_turn
 from medsight.scans import Scan, open_scan
 from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
 
@@ -62,6 +62,7 @@ class Session:
     stop: threading.Event = field(default_factory=threading.Event)  # set to end the answer that is being generated
     _folder: Path | None = None
     _source: Any = None
+    _read: tuple[tuple[int, Window], EarlierTurns] | None = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -155,10 +156,17 @@ class Session:
                 image = None
         return [*messages, user_turn(turn.question, image)]
 
+    def read_so_far(self, turn: Turn) -> EarlierTurns:
+        """What the model need not read again for `turn`: the conversation about its view. Of one view it is held."""
+        view = (turn.slice_index, turn.window)
+        if self._read is None or self._read[0] != view:
+            self._read = view, EarlierTurns()
+        return self._read[1]
+
     def forget_conversation(self) -> None:
         """Ends the answer that is being generated; takes away all turns and regions."""
         self.stop.set()
-        self.stop = threading.Event()
+        self.stop, self._read = threading.Event(), None
         self.turns, self.hidden, self.heat = [], set(), None
 
     def close(self) -> None:

@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedConfig,
-)
 from transformers.utils import cached_file
 
 from configuration_medsight import MedSightConfig
@@ -98,13 +90,13 @@ def init(
         settings["num_mask_classes"] = len(settings["mask_class_names"])
 
     check_model(llm)
-    tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
     add_template_tokens(tokenizer)
     first_code = add_region_codes(
         tokenizer, settings["num_groups"], settings["codes_per_group"], settings.get("use_region_codebook", True)
     )
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    language_model = AutoModelForCausalLM.from_pretrained(
+    language_model = transformers.AutoModelForCausalLM.from_pretrained(
         llm, dtype=wanted, use_safetensors=True, trust_remote_code=False
     )
     if language_model.base_model_prefix != "model" or not hasattr(language_model, "lm_head"):
@@ -151,7 +143,7 @@ def add_template_tokens(tokenizer: Any) -> None:
 
 def read_image_encoder(
     source: StrPath, activation: str, dtype: torch.dtype
-) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], Statistics]:
+) -> tuple[transformers.PreTrainedConfig, dict[str, torch.Tensor], Statistics]:
     """Configuration, weights, and pixel mean and deviation of an encoder in a folder, on the Hub, or in a CLIP file.
 
     Raises:
@@ -161,14 +153,14 @@ def read_image_encoder(
     if Path(source).is_file():
         return read_clip_file(Path(source), activation, dtype)
     check_model(source)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     if config.model_type not in STATISTICS:
         raise ValueError(
             f"image encoder {source} is a {config.model_type} model; expected one of {', '.join(sorted(STATISTICS))}"
         )
     with quiet_transformers():
-        encoder, report = AutoModel.from_pretrained(
+        encoder, report = transformers.AutoModel.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     if report["missing_keys"]:
@@ -178,7 +170,7 @@ def read_image_encoder(
 
 def read_clip_file(
     path: Path, activation: str, dtype: torch.dtype
-) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], Statistics]:
+) -> tuple[transformers.PreTrainedConfig, dict[str, torch.Tensor], Statistics]:
     """The vision tower of a CLIP file in OpenAI's or OpenCLIP's layout, as `CLIPVisionModel` has it.
 
     Raises:
@@ -187,9 +179,11 @@ def read_clip_file(
     """
     source = Source.read_file("image_encoder", path)
     tensors, problems = merge([source])
-    config = CLIPVisionConfig(**clip_vision_config(tensors, activation))
+    config = transformers.CLIPVisionConfig(**clip_vision_config(tensors, activation))
     with torch.device("meta"):
-        expected = {f"{TOWER}{name}": tensor for name, tensor in CLIPVisionModel(config).state_dict().items()}
+        expected = {
+            f"{TOWER}{name}": tensor for name, tensor in transformers.CLIPVisionModel(config).state_dict().items()
+        }
     refuse_problems(problems | find_problems(tensors, expected, (), [source]))
     weights = {name.removeprefix(TOWER): tensor.to(dtype) for name, tensor in tensors.items()}
     return config, weights, CLIP_STATISTICS

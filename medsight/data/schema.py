@@ -40,8 +40,9 @@ CONVERSATION_FEATURES = Features(
 
 IMAGE_MARKER = "<image>"
 
-# What evaluation reads besides. Of regions: (row, column) size in mm of the pixels of each mask, None where unknown.
-REGION_EXTRAS = ("spacing_mm",)
+# What is read besides. Of regions: (row, column) size in mm of the pixels of each mask, None where unknown; and for a
+# model card the licences and addresses that the data state.
+REGION_EXTRAS = ("spacing_mm", "licences", "source_urls")
 # Of conversations: "CLOSED" or "OPEN", None where the data do not say; and what can be chosen from.
 CONVERSATION_EXTRAS = ("answer_type", "options")
 
@@ -52,7 +53,7 @@ def region_row(
     """A row about one image with its masks; what is not known is None, or empty where it is a list."""
     row: dict[str, Any] = dict.fromkeys((*REGION_FEATURES, *REGION_EXTRAS))
     row |= {"image": image, "masks": masks, "targets": targets, "split": split}
-    return row | {"absent": [], "spacing_mm": [None] * len(masks), **known}
+    return row | {"absent": [], "spacing_mm": [None] * len(masks), "licences": [], "source_urls": [], **known}
 
 
 def conversation_row(

@@ -6,19 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medsight.data import wording
 from medsight.data.groups import Groups
 from medsight.data.pictures import read_mask, read_picture
 from medsight.data.sources import Source, iterate
 from medsight.data.templates import matches
-from medsight.data.wording import (
-    Vocabulary,
-    enumerate_words,
-    names_finding,
-    picture_words,
-    position_in_words,
-    signs_of,
-    with_article,
-)
 
 from .benchmarks import Benchmark
 from .cases import CLOSED, OPEN, Case, Words, origin_of, relative, wordings
@@ -45,7 +37,7 @@ class Present:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._groups = Groups.of_pairs([(row["modality"], row["site"]) for row in rows])
-        vocabulary = Vocabulary.from_rows(rows, self._groups)
+        vocabulary = wording.Vocabulary.from_rows(rows, self._groups)
         self._elsewhere = [vocabulary.unrelated_targets(group, wordings()) for group in range(len(self._groups.names))]
 
     def absent(self, row: Row, count: int, chance: random.Random) -> list[str]:
@@ -87,9 +79,9 @@ def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosi
     findings = wordings().findings
     if finding and matches(finding, findings["normal"]):
         return Diagnosis(finding, (), ())
-    signs = signs_of(finding, targets, findings["abnormal"], only=len(targets) == 1)
+    signs = wording.signs_of(finding, targets, findings["abnormal"], only=len(targets) == 1)
     answer = finding or " and ".join(signs)
-    if finding and len(signs) == 1 and names_finding(signs[0], finding):
+    if finding and len(signs) == 1 and wording.names_finding(signs[0], finding):
         answer = signs[0]
     if not answer:
         return None
@@ -105,11 +97,11 @@ def region_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Cas
         image = relative(row["image"]["path"], path)
         for asked in _asked(intent, row, present, random.Random(image)):
             identity, target = image + asked.key, asked.target or ""
-            named = {"target": target, "targets": target, "a_target": with_article(target)}
+            named = {"target": target, "targets": target, "a_target": wording.with_article(target)}
             sizes = {tuple(row["spacing_mm"][mask] or ()) for mask in asked.masks}
             yield Case(
                 id=identity,
-                prompt=words.prompt(identity, {**named, **picture_words(row, wordings())}),
+                prompt=words.prompt(identity, {**named, **wording.picture_words(row, wordings())}),
                 images=(row["image"],),
                 answer=asked.answer,
                 answer_type=asked.answer_type,
@@ -131,10 +123,10 @@ def _asked(intent: str, row: Row, present: Present, chance: random.Random) -> It
     elif intent == "segment_several":
         if len(targets) > 1:
             chosen = chance.sample(sorted(targets), chance.randint(2, min(MOST_NAMED, len(targets))))
-            yield Asked(enumerate_words(chosen), _masks_of(row, chosen), named=True)
+            yield Asked(wording.enumerate_words(chosen), _masks_of(row, chosen), named=True)
     elif intent == "segment_all":
         if targets:
-            yield Asked(enumerate_words(sorted(targets)), _masks_of(row, sorted(targets)), named=True)
+            yield Asked(wording.enumerate_words(sorted(targets)), _masks_of(row, sorted(targets)), named=True)
     elif intent == "diagnose":
         if (diagnosis := diagnosis_of(row)) is not None:
             target = " and ".join(diagnosis.targets) or (row["absent"][0] if row["absent"] else diagnosis.answer)
@@ -148,7 +140,7 @@ def _asked(intent: str, row: Row, present: Present, chance: random.Random) -> It
         size = read_picture(row["image"]).size
         for target in targets:  # of one mask, by its centre of gravity
             if len(masks := _masks_of(row, [target])) == 1:
-                place = position_in_words(read_mask(row["masks"][masks[0]], size))
+                place = wording.position_in_words(read_mask(row["masks"][masks[0]], size))
                 yield Asked(target, key=f"#{target}", answer=place, answer_type=OPEN)
     else:
         answer = row["site"] if intent == "site" else wordings().modality(row["modality"])

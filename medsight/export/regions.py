@@ -15,6 +15,21 @@ MM3_PER_ML = 1000
 class FoundRegion:
     """One region of one slice.
 
+    ```python
+    from pathlib import Path
+
+    import numpy as np
+
+    from medsight import open_scan
+    from medsight.export import FoundRegion, measure, write_masks
+
+    scan = open_scan(np.random.default_rng(0).integers(-1000, 1000, (9, 64, 48)))  # or a file, or a folder
+    mask = np.asarray(scan.slice_image(2, window=(40, 400))) > 150
+    regions = [FoundRegion(slice_index=2, mask=mask, label="liver", code="[C0_16]", score=0.9)]
+    write_masks(scan, regions, Path("answer"), formats=["png", "coco"])
+    assert measure(scan, regions).area_mm2 == [None]  # an array says nothing of millimetres
+    ```
+
     Attributes:
         slice_index: the displayed slice it lies on, counted from 0; 0 for a picture.
         mask: boolean (height, width), as the slice is displayed.

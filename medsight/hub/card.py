@@ -22,6 +22,11 @@ TRAINING_RECORD = "training_record.json"  # which training writes into the folde
 class CardFacts:
     """What a card says besides what the folder holds.
 
+    Example:
+        >>> facts = CardFacts(license="cc-by-sa-4.0", limits="Not tried on children.")
+        >>> "Not tried on children." in render_card(Path("medsight/medsight-nano"), "my-name/my-model", facts)
+        True
+
     Attributes:
         license: the weights' licence, as the Hub calls it ("cc-by-sa-4.0"); unknown if None.
         base_model: Hub id of the model that this one was made from; for an adapter, the one that it is for.

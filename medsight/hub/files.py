@@ -57,6 +57,10 @@ _PLACEHOLDER = "[More Information Needed]"  # of the cards that peft and transfo
 class Upload:
     """What of a folder is published.
 
+    Example:
+        >>> "model.safetensors" in files_to_push(Path("medsight/medsight-nano")).files
+        True
+
     Attributes:
         kind: "model" or "adapter".
         files: path in the repository -> the file, or the content of one that is made for the upload.

@@ -35,6 +35,11 @@ MESSAGES = {
 class Push:
     """What was uploaded, or would be.
 
+    Example:
+        >>> from medsight.hub import push
+        >>> push("medsight/medsight-nano", "my-name/my-model", dry_run=True).kind
+        'model'
+
     Attributes:
         repo_id, revision: where.
         kind: "model" or "adapter".

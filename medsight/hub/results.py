@@ -7,16 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from medsight.checkpoint import read_json
-from medsight.evaluation.figures import (
-    METRICS,
-    label,
-    main_score,
-    notes_of,
-    number_and_range,
-    protocol_text,
-    rates,
-    row_count,
-)
+from medsight.evaluation import figures
 
 
 TASKS = {"vqa": "visual-question-answering", "segment": "image-segmentation", "diagnose": "image-segmentation"}
@@ -35,10 +26,10 @@ def read_metrics(paths: Iterable[Path], weights_sha256: str) -> list[dict[str, A
     """
     found: dict[tuple[str, str | None], dict[str, Any]] = {}
     for path in paths:
-        file = path / METRICS if path.is_dir() else path
+        file = path / figures.METRICS if path.is_dir() else path
         metrics = read_json(file)
         if not {"benchmark", "title", "task", "scores", "by", "run"} <= metrics.keys():
-            raise ValueError(f"{file} is no {METRICS} of medsight evaluate")
+            raise ValueError(f"{file} is no {figures.METRICS} of medsight evaluate")
         measured = (metrics["run"].get("checkpoint") or {}).get("weights_sha256")
         if measured != weights_sha256:
             said = "does not say which weights answered" if measured is None else f"is about weights {measured[:12]}…"
@@ -65,7 +56,7 @@ def results_text(measured: Sequence[Mapping[str, Any]]) -> str | None:
     for metrics in measured:
         for score in _main_scores(metrics):
             figure = metrics["scores"][score]["micro"]
-            rows.append((metrics["title"], label(metrics, score), _figure(score, figure), f"{figure['n']:,}"))
+            rows.append((metrics["title"], figures.label(metrics, score), _figure(score, figure), f"{figure['n']:,}"))
     overview = [_table(*rows)] if len(measured) > 1 else []
     return "\n\n".join([head, *overview, *map(_section, measured)])
 
@@ -80,7 +71,7 @@ def eval_results(measured: Iterable[Mapping[str, Any]]) -> list[EvalResult]:
             # The Hub tells data sets apart by type and configuration, not by name.
             dataset_config=metrics["title"],
             metric_type=score,
-            metric_name=f"{label(metrics, score)}, mean over {over}",
+            metric_name=f"{figures.label(metrics, score)}, mean over {over}",
             metric_value=figure["value"],
             metric_args={name: figure[name] for name in ("low", "high", "n")},
         )
@@ -102,19 +93,20 @@ def _section(metrics: Mapping[str, Any]) -> str:
     rows = [("", "mean over rows", "mean over modalities", "rows")]
     for score, both in metrics["scores"].items():
         micro, macro = both["micro"], both["macro"]
-        rows.append((label(metrics, score), _figure(score, micro), _figure(score, macro), f"{micro['n']:,}"))
-    rows += [(title, _figure("rate", figure), "", f"{figure['n']:,}") for title, figure in rates(metrics)]
+        rows.append((figures.label(metrics, score), _figure(score, micro), _figure(score, macro), f"{micro['n']:,}"))
+    rows += [(title, _figure("rate", figure), "", f"{figure['n']:,}") for title, figure in figures.rates(metrics)]
     parts = [
         f"### {metrics['title']}",
-        f"{row_count(metrics)}; protocol {protocol_text(metrics)}; intervals drawn by {unit}; medsight {version}.",
+        f"{figures.row_count(metrics)}; protocol {figures.protocol_text(metrics)}; intervals drawn by {unit}; "
+        f"medsight {version}.",
         _table(*rows),
     ]
-    main = main_score(metrics)
+    main = figures.main_score(metrics)
     sets = {name: scores[main] for name, scores in metrics["by"].get("dataset", {}).items() if main in scores}
     if len(sets) > 1:
-        figures = [(name, _figure(main, figure), f"{figure['n']:,}") for name, figure in sets.items()]
-        parts.append(_table(("data set", label(metrics, main), "rows"), *figures))
-    parts.append("\n".join(f"* {note}" for note in notes_of(metrics, name_rows=False)))
+        shown = [(name, _figure(main, figure), f"{figure['n']:,}") for name, figure in sets.items()]
+        parts.append(_table(("data set", figures.label(metrics, main), "rows"), *shown))
+    parts.append("\n".join(f"* {note}" for note in figures.notes_of(metrics, name_rows=False)))
     return "\n\n".join(parts).rstrip()
 
 
@@ -125,5 +117,5 @@ def _table(*rows: Sequence[str]) -> str:
 
 
 def _figure(score: str, figure: Mapping[str, Any]) -> str:
-    number, spread = number_and_range(score, figure)
+    number, spread = figures.number_and_range(score, figure)
     return number if spread == "–" else f"{number} ({spread})"

@@ -26,6 +26,16 @@ from .answer_folder import ANSWER_FILE, OVERLAY_FILE, check_answer_folder
 class Prediction:
     """What the model answered to one prompt about one picture, or one slice of a volume; see `Predictor`.
 
+    Example:
+
+    ```python
+    import numpy as np
+    from medsight import Predictor
+
+    prediction = Predictor(device="cpu")(np.zeros((48, 64), np.uint8), "Segment the liver.", max_new_tokens=8)
+    assert prediction.to_dict()["prompt"] == "Segment the liver."
+    ```
+
     Attributes:
         answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
         image: the picture or slice as the model's processor read it, 8-bit RGB.

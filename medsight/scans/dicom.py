@@ -14,33 +14,10 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from . import dicom_header, windows
 from .dicom_file import RefusedError, check_codestream, guarded, lacks_pylibjpeg, read_header, read_whole
-from .dicom_header import (
-    TOLERANCE,
-    code_of,
-    directions_of,
-    group_of,
-    measures_of,
-    number_of,
-    number_of_frames,
-    photometric_of,
-    position_of,
-    spacing_of,
-    voi_of,
-    window_of,
-)
 from .file_kinds import recognise
 from .scan import Scan, warn_of_oblong_pixels
-from .windows import (
-    WINDOWS,
-    Window,
-    apply_window,
-    is_file_window,
-    no_file_window,
-    parse_window,
-    percentile_window,
-    sampled_slices,
-)
 
 
 logger = logging.get_logger(__name__)
@@ -69,13 +46,15 @@ class DicomScan(Scan):
             self._names = [names[i] for i in order]
             self.files = tuple(source for source in self._sources if isinstance(source, Path))
             first = self._headers[0]
-            self.num_slices = len(headers) if len(headers) > 1 else number_of_frames(first)
+            self.num_slices = len(headers) if len(headers) > 1 else dicom_header.number_of_frames(first)
             self.height, self.width = int(first.Rows), int(first.Columns)
-            self.modality = code_of(first.get("Modality"))
-            self._colour = int(first.get("SamplesPerPixel") or 1) == 3 or photometric_of(first) == "PALETTE COLOR"
+            self.modality = dicom_header.code_of(first.get("Modality"))
+            self._colour = (
+                int(first.get("SamplesPerPixel") or 1) == 3 or dicom_header.photometric_of(first) == "PALETTE COLOR"
+            )
             self._place()
         self._decoded: tuple[int, Any] | None = None
-        self._levels: Window | None = None
+        self._levels: windows.Window | None = None
         warn_of_oblong_pixels(self)
 
     def dicom_datasets(self) -> list[Any]:
@@ -88,13 +67,13 @@ class DicomScan(Scan):
     @property
     def has_window(self) -> bool:
         with guarded(self.name, "its header is damaged"):
-            voi = voi_of(*self._header(0))
-            return not self._colour and bool(voi.get("VOILUTSequence") or window_of(voi))
+            voi = dicom_header.voi_of(*self._header(0))
+            return not self._colour and bool(voi.get("VOILUTSequence") or dicom_header.window_of(voi))
 
     def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
         index = self._index(index)
-        by_file = is_file_window(window)
-        chosen = None if window is None or by_file else parse_window(window)
+        by_file = windows.is_file_window(window)
+        chosen = None if window is None or by_file else windows.parse_window(window)
         if self._colour and window is not None:
             raise ValueError(f"{self.name} is in colour: it has no grey levels for a window to choose")
         if isinstance(window, str) and not by_file and self.modality not in (None, "CT"):
@@ -105,12 +84,12 @@ class DicomScan(Scan):
             values, padding = self._grey_values(index)
             shown: np.ndarray | None
             if chosen is not None:
-                shown = apply_window(values, chosen)
+                shown = windows.apply_window(values, chosen)
             elif window is None:
                 shown = self._shown_by_default(index, values)
             elif (shown := self._shown_by_file(index, values)) is None:
-                raise RefusedError(no_file_window(self._slice_name(index)))
-            if photometric_of(self._headers[0]) == "MONOCHROME1":
+                raise RefusedError(windows.no_file_window(self._slice_name(index)))
+            if dicom_header.photometric_of(self._headers[0]) == "MONOCHROME1":
                 shown = 255 - shown
             shown[padding] = 0
             return Image.fromarray(shown)
@@ -126,29 +105,29 @@ class DicomScan(Scan):
 
     def _place(self) -> None:
         """Spacing and affine, from the positions that the headers state."""
-        spacings = [spacing_of(header) for header in self._headers]
+        spacings = [dicom_header.spacing_of(header) for header in self._headers]
         known = [spacing for spacing in spacings if spacing is not None]
-        if len(known) == len(spacings) and (np.ptp(known, axis=0) <= TOLERANCE * np.min(known)).all():
+        if len(known) == len(spacings) and (np.ptp(known, axis=0) <= dicom_header.TOLERANCE * np.min(known)).all():
             self.pixel_spacing = known[0]
         frames = [self._header(index) for index in range(self.num_slices)]
-        turns = [directions_of(*frame) for frame in frames]
-        placed = [position_of(*frame) for frame in frames]
+        turns = [dicom_header.directions_of(*frame) for frame in frames]
+        placed = [dicom_header.position_of(*frame) for frame in frames]
         if any(value is None for value in (*turns, *placed)):
             return
         directions, positions = turns[0], np.array(placed)
-        if directions is None or np.abs(np.array(turns) - directions).max() > TOLERANCE:
+        if directions is None or np.abs(np.array(turns) - directions).max() > dicom_header.TOLERANCE:
             return
-        measures = measures_of(*self._header(0))
+        measures = dicom_header.measures_of(*self._header(0))
         normal = np.cross(*directions)
         if self.num_slices == 1:
-            step = number_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"))
+            step = dicom_header.number_of(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"))
             self.slice_spacing = abs(step or 0) or None
             through = normal * (self.slice_spacing or 1)
         else:
             through = (positions[-1] - positions[0]) / (self.num_slices - 1)
             even = positions[0] + np.arange(self.num_slices)[:, None] * through
             distance = float(np.linalg.norm(through))
-            if not distance or np.abs(positions - even).max() > TOLERANCE * distance * 5:
+            if not distance or np.abs(positions - even).max() > dicom_header.TOLERANCE * distance * 5:
                 logger.warning(f"{self.name}: its slices are not evenly spaced, so no volume can be measured")
                 return
             self.slice_spacing = abs(float(through @ normal)) or None
@@ -192,7 +171,7 @@ class DicomScan(Scan):
         header = self._headers[0]
         pixels = self._stored(index)
         bits = int(header.BitsStored)
-        if photometric_of(header) == "PALETTE COLOR":
+        if dicom_header.photometric_of(header) == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, header)
             bits = 8 * pixels.itemsize
         if pixels.dtype.kind != "u" or pixels.shape != (self.height, self.width, 3):
@@ -206,8 +185,8 @@ class DicomScan(Scan):
         header, _ = self._header(index)
         stored = self._stored(index)
         padding = np.zeros(stored.shape, dtype=bool)
-        if (value := number_of(header.get("PixelPaddingValue"))) is not None:
-            limit = number_of(header.get("PixelPaddingRangeLimit"))
+        if (value := dicom_header.number_of(header.get("PixelPaddingValue"))) is not None:
+            limit = dicom_header.number_of(header.get("PixelPaddingRangeLimit"))
             low, high = sorted((value, value if limit is None else limit))
             padding = (stored >= low) & (stored <= high)
         return apply_modality_lut(stored, self._modality_scale(index)), padding
@@ -215,26 +194,26 @@ class DicomScan(Scan):
     def _modality_scale(self, index: int) -> Any:
         """The part of the header that holds the rescale, or the modality lookup table, of a slice."""
         header, frame = self._header(index)
-        rescale = group_of(header, frame, "PixelValueTransformationSequence")
+        rescale = dicom_header.group_of(header, frame, "PixelValueTransformationSequence")
         return rescale if "RescaleSlope" in rescale else header
 
     def _shown_by_file(self, index: int, values: np.ndarray) -> np.ndarray | None:
         """By the VOI lookup table of the file, or else its first window; `None` where it states neither."""
         from pydicom.pixels import apply_voi
 
-        voi = voi_of(*self._header(index))
+        voi = dicom_header.voi_of(*self._header(index))
         if voi.get("VOILUTSequence"):
             bits = int(voi.VOILUTSequence[0].LUTDescriptor[2])
             shown = apply_voi(values.astype(np.int64), voi)
             return (shown.astype(np.float64) * (255 / (2**bits - 1))).clip(0, 255).round().astype(np.uint8)
-        window = window_of(voi)
-        return None if window is None else apply_window(values, window)
+        window = dicom_header.window_of(voi)
+        return None if window is None else windows.apply_window(values, window)
 
     def _shown_by_default(self, index: int, values: np.ndarray) -> np.ndarray:
         header, scale = self._header(index)[0], self._modality_scale(index)
         if self.modality == "CT" and "RescaleIntercept" in scale:
-            head = code_of(header.get("BodyPartExamined")) in _HEAD
-            return apply_window(values, WINDOWS["brain" if head else "soft tissue"])
+            head = dicom_header.code_of(header.get("BodyPartExamined")) in _HEAD
+            return windows.apply_window(values, windows.WINDOWS["brain" if head else "soft tissue"])
         if self.modality not in _BY_PERCENTILES:
             if (shown := self._shown_by_file(index, values)) is not None:
                 return shown
@@ -242,11 +221,11 @@ class DicomScan(Scan):
             changed = rescaled or scale.get("ModalityLUTSequence") or header.get("PixelRepresentation")
             if int(header.get("BitsStored") or 16) <= 8 and not changed:
                 top = 2 ** int(header.BitsStored) - 1
-                return apply_window(values, Window(top / 2, top))
+                return windows.apply_window(values, windows.Window(top / 2, top))
         if self._levels is None:
-            sampled = (self._grey_values(i) for i in sampled_slices(self.num_slices))
-            self._levels = percentile_window(np.concatenate([levels[~hidden] for levels, hidden in sampled]))
-        return apply_window(values, self._levels)
+            sampled = (self._grey_values(i) for i in windows.sampled_slices(self.num_slices))
+            self._levels = windows.percentile_window(np.concatenate([levels[~hidden] for levels, hidden in sampled]))
+        return windows.apply_window(values, self._levels)
 
 
 def series_files(folder: Path, name: str) -> list[Path]:
@@ -281,21 +260,23 @@ def _series_order(headers: Sequence[Any], names: Sequence[str], name: str) -> li
         )
     first = headers[0]
     seen: dict[str, str] = {}
-    expected = directions_of(first, 0)
+    expected = dicom_header.directions_of(first, 0)
     for header, file in zip(headers, names, strict=True):
-        if number_of_frames(header) > 1:
+        if dicom_header.number_of_frames(header) > 1:
             raise RefusedError(f"{name} holds several files, {file} among them with several frames: name one file")
         for key in ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "Modality"):
             if header.get(key) != first.get(key):
                 raise RefusedError(f"{file} differs from {names[0]} in {key}: they are no one volume")
-        turn = directions_of(header, 0)
-        if (turn is None) != (expected is None) or (turn is not None and np.abs(turn - expected).max() > TOLERANCE):
+        turn = dicom_header.directions_of(header, 0)
+        if (turn is None) != (expected is None) or (
+            turn is not None and np.abs(turn - expected).max() > dicom_header.TOLERANCE
+        ):
             raise RefusedError(f"{file} lies in another direction than {names[0]}: they are no one volume")
         instance = str(header.get("SOPInstanceUID") or file)
         if seen.setdefault(instance, file) != file:
             raise RefusedError(f"{file} and {seen[instance]} are the same image: keep one of them")
-    positions = [position_of(header, 0) for header in headers]
-    numbers = [number_of(header.get("InstanceNumber")) or 0.0 for header in headers]
+    positions = [dicom_header.position_of(header, 0) for header in headers]
+    numbers = [dicom_header.number_of(header.get("InstanceNumber")) or 0.0 for header in headers]
     along = [0.0] * len(headers)
     if expected is not None and all(position is not None for position in positions):
         along = [round(float(position @ np.cross(*expected)), 3) for position in positions]

@@ -1,6 +1,5 @@
 """A configuration holds together, says what it leaves of an image, and comes back from a folder as it was."""
 
-import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,3 @@ def test_a_part_without_a_type_is_of_the_default_one(name: str) -> None:
     changed = {"num_hidden_layers": 3} | ({"vocab_size": default.vocab_size} if name == "text_config" else {})
     part = getattr(MedSightConfig(**{name: changed}), name)
     assert part.model_type == default.model_type and part.num_hidden_layers == 3
-
-
-def test_the_examples_of_the_docstrings_run() -> None:
-    results = doctest.testmod(configuration_medsight)
-    assert results.attempted > 0 and not results.failed

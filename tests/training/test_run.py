@@ -287,11 +287,11 @@ def test_stage_2_under_trl(unbroken: Path, drawn_data: Path, tmp_path: Path) -> 
 def test_a_run_stopped_after_the_last_step_of_a_stage_trains_no_further_one(
     unbroken: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medsight.training import run
+    from medsight.training import run_folder
 
     recipe = tiny_recipe(drawn_data, tmp_path / "run", stages=only("perceiver"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(run, "finish_stage", lambda *args: (_ for _ in ()).throw(RuntimeError("power cut")))
+        patch.setattr(run_folder, "finish_stage", lambda *args: (_ for _ in ()).throw(RuntimeError("power cut")))
         train(recipe)
     folder = tmp_path / "run" / "stages" / "perceiver"
     assert checkpoints(folder)[-1].name == "checkpoint-6"

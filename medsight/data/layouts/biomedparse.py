@@ -107,6 +107,8 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
         [record["target"] for record in present],
         **{name: first[name] for name in ("modality", "site", "split")},
         spacing_mm=[_pixel_size(record.get("voxel_mm")) for record in present],
+        licences=sorted({_licence(record) for record in records if record.get("licence")}),
+        source_urls=sorted({record["source_url"] for record in records if record.get("source_url")}),
         absent=[record["target"] for record in records if record.get("absent")],
         finding=next((record["finding"] for record in records if record.get("finding")), None),
         label_origin=first.get("label_origin"),
@@ -115,6 +117,10 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
     )
     check_regions(row, place)
     return row
+
+
+def _licence(record: dict[str, Any]) -> str:
+    return f"{record['licence']}, not verified at the source" if record.get("tier") == "B" else record["licence"]
 
 
 def _pixel_size(voxel_mm: Any) -> tuple[float, float] | None:

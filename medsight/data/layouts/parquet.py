@@ -5,21 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import schema
 from ..conversations import check_conversation
 from ..records import check_regions, convert, parquet_records, picture
 from ..registry import Entry, Layout, Source, register
-from ..schema import (
-    CONVERSATION_EXTRAS,
-    CONVERSATION_FEATURES,
-    REGION_EXTRAS,
-    REGION_FEATURES,
-    conversation_row,
-    region_row,
-)
 
 
 _NEEDED = {"regions": {"image", "masks", "targets"}, "conversations": {"images", "messages"}}
-_COLUMNS = {*REGION_FEATURES, *REGION_EXTRAS, *CONVERSATION_FEATURES, *CONVERSATION_EXTRAS}
+_COLUMNS = {*schema.REGION_FEATURES, *schema.REGION_EXTRAS, *schema.CONVERSATION_FEATURES, *schema.CONVERSATION_EXTRAS}
 
 
 def parquet_kind(shard: str) -> str:
@@ -52,11 +45,13 @@ def parquet_rows(shard: str, source: Source) -> Iterator[Entry]:
         for name in {"images", "masks"} & known.keys():
             known[name] = [_picture(entry, base, f"{place}, {name} {i}") for i, entry in enumerate(known[name])]
         if kind == "regions":
-            row = region_row(**{"targets": [], **known, "image": _picture(record["image"], base, f"{place}, image")})
+            row = schema.region_row(
+                **{"targets": [], **known, "image": _picture(record["image"], base, f"{place}, image")}
+            )
             check_regions(row, place)
         else:
             known["targets"] = known.get("targets") or [""] * len(known["masks"])
-            row = conversation_row(**{"id": place, "images": [], "messages": [], **known})
+            row = schema.conversation_row(**{"id": place, "images": [], "messages": [], **known})
             check_conversation(row, place)
         return row
 

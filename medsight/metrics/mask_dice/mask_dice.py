@@ -33,6 +33,7 @@ Returns:
     preset and protocol. None stands for a mean over nothing.
 Examples:
     >>> from medsight.metrics.mask_dice.mask_dice import score_item
+    >>> import numpy
     >>> mask = numpy.eye(4, dtype=bool)
     >>> metric = evaluate.load("medsight/metrics/mask_dice")
     >>> metric.compute(items=[score_item([mask], [mask], preset="medplib")], preset="medplib")["dice"]

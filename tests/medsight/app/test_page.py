@@ -189,6 +189,8 @@ def test_each_slice_has_its_own_masks_and_conversation(page: Any, upload: Callab
     page.show_slice(session, 3, 0.5)
     chat = asked(page, session, "Third?")[-1][page.chat]
     assert re.findall(r"Slice (\d) of 4", chat) == ["3", "1", "3"]
+    read = session.read_so_far(session.turns[2])  # which the next turn about this slice goes on from
+    assert read.cache is not None and session.read_so_far(session.turns[1]).cache is None
 
     messages = session.messages(session.turns[2])
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
