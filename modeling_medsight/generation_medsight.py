@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
@@ -326,7 +326,7 @@ class _Views:
         self.model = model.model
         self.rows = len(prompt)
         self.pixel_values = pixel_values
-        self.known, self.regions = torch.arange(0), None
+        self.known, self.regions = torch.arange(0), cast(Any, None)
 
     def images_of(self, sequences: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Indices of the images in `sequences`, one or several for each row of the prompt, from column `start` on."""
