@@ -128,7 +128,8 @@ class MedSightGenerationMixin(GenerationMixin):
             return outputs
         decoded = self._decode_generated(outputs, prompt, kwargs.get("attention_mask"), views, grounding, synced)
         new_tokens = outputs.sequences[:, 0 if prompt is None else prompt.shape[1] :]
-        complete = _is_complete(new_tokens, settings._eos_token_tensor, settings._pad_token_tensor)
+        end_ids = torch.tensor(_as_list(settings._eos_token_tensor), device=new_tokens.device)
+        complete = torch.isin(new_tokens, end_ids).any(dim=1)  # nothing but padding comes after an end
         beams = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
         kind = MedSightGenerateBeamOutput if beams else MedSightGenerateOutput
         return kind(**outputs, **decoded, is_complete=complete)
@@ -364,15 +365,6 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
 def _as_list(token_ids: torch.Tensor | None) -> list[int]:
     """Token ids of a prepared generation config, which holds none, one or several."""
     return [] if token_ids is None else token_ids.reshape(-1).tolist()
-
-
-def _is_complete(new_tokens: torch.Tensor, end_ids: torch.Tensor | None, pad_id: torch.Tensor | None) -> torch.Tensor:
-    """(rows,) boolean: whether each row of `new_tokens` (rows, length) came to an end token, before its padding."""
-    ends = torch.isin(new_tokens, torch.tensor(_as_list(end_ids), device=new_tokens.device))
-    if pad_id is None or int(pad_id) in _as_list(end_ids):
-        return ends[:, -1]
-    last = (new_tokens != int(pad_id)).cumsum(dim=1).argmax(dim=1)  # the first place of the highest count
-    return ends.gather(1, last[:, None])[:, 0]
 
 
 def _images_of(input_ids: torch.Tensor, config: Any, start: int, copies: int = 1) -> torch.Tensor:

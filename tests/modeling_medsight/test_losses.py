@@ -103,22 +103,20 @@ def test_the_matcher_finds_the_cheapest_pairs_of_all(
 
 
 def test_the_matcher_counts_in_full_precision_under_autocast() -> None:
-    """Costs are differences of large sums: in bfloat16 another pair would come out."""
-    matcher = HungarianMatcher(tiny(class_loss_weight=0.0))
-    different = 0
+    """Costs are differences of large sums: with products in bfloat16, as autocast makes them, other pairs come out."""
+    matcher, different = HungarianMatcher(tiny(class_loss_weight=0.0)), 0
     for seed in range(20):
-        masks, targets = 2 * noise(1, 6, 16, 16, seed=seed), [(noise(4, 16, 16, seed=seed + 50) > 0).float()]
+        masks, targets = 4 + noise(1, 6, 16, 16, seed=seed), [(noise(4, 16, 16, seed=seed + 50) > 0).float()]
         arguments = masks, noise(1, 6, 8, seed=1), targets, [torch.arange(4)]
         ((expected, _),) = matcher(*arguments)
         with torch.autocast("cpu", torch.bfloat16):
             ((given, _),) = matcher(*arguments)
+            logits, wanted = masks[0].flatten(1).float(), targets[0].flatten(1).float()
+            overlap, product = logits.sigmoid() @ wanted.T, logits @ wanted.T
         assert torch.equal(given, expected)
-        logits, wanted = masks[0].flatten(1).bfloat16(), targets[0].flatten(1).bfloat16()
-        overlap = logits.sigmoid() @ wanted.T
-        bce = (torch.nn.functional.softplus(logits).sum(1)[:, None] - logits @ wanted.T) / 256
+        bce = (torch.nn.functional.softplus(logits).sum(1)[:, None] - product) / 256
         dice = 1 - (2 * overlap + 1) / (logits.sigmoid().sum(1)[:, None] + wanted.sum(1)[None] + 1)
-        rounded = linear_sum_assignment((bce + dice).float().numpy())[0]
-        different += rounded.tolist() != expected.tolist()
+        different += linear_sum_assignment((bce + dice).numpy())[0].tolist() != expected.tolist()
     assert different > 0, "rounding would not have shown"
 
 

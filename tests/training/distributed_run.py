@@ -61,7 +61,6 @@ if __name__ == "__main__":
         pids.write(f"{os.getpid()}\n")
     for module, name in (
         (run, "annotate_regions"),
-        (run, "save_folder"),
         (run_folder, "save_folder"),
         (run_folder, "write_text"),
         (stage_codebook, "kmeans"),
