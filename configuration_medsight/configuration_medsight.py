@@ -140,6 +140,20 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
 
     model_type = "medsight"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    # What Trainer's evaluation leaves where it is: it would gather it from all batches and processes.
+    keys_to_ignore_at_inference = [
+        *(
+            "cache",
+            "past_key_values",
+            "hidden_states",
+            "attentions",
+            "last_hidden_state",
+            "image_outputs",
+            "mask_logits",
+        ),
+        *("region_embeddings", "image_features", "masks_queries_logits", "class_queries_logits", "auxiliary_logits"),
+        *("upsampled_features", "patch_features", "quantized_codes"),
+    ]
 
     text_config: Any = None
     vision_config: Any = None

@@ -76,7 +76,7 @@ class RegionCodebook(nn.Module):
                 f"{len(self.codes) - 1}"
             )
         vectors = self.encode(region_embeddings)
-        codes = self.code_table()[groups]
+        codes = self.code_table()[groups.to(self.codes.device)].to(vectors.device)
         # Both are of unit length, so the nearest code is the one with the largest product; not a rounded one.
         with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
             indices = (vectors @ codes.transpose(1, 2)).argmax(dim=-1)

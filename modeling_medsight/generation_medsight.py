@@ -7,7 +7,6 @@ from typing import Any, Optional, cast
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
-from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from .outputs_medsight import (
@@ -15,6 +14,7 @@ from .outputs_medsight import (
     MedSightDecodedRegions,
     MedSightGenerateBeamOutput,
     MedSightGenerateOutput,
+    MedSightImageOutput,
     MedSightRegionOutput,
 )
 from .region_codes_in_text_medsight import RegionCodeConstraint, count_images, is_region_code, locate_codes
@@ -97,9 +97,11 @@ class MedSightGenerationMixin(GenerationMixin):
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         if settings.is_assistant:  # drafts for another model, which gives the masks
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
-        if kwargs.get("image_embeds") is not None:
-            raise ValueError("image_embeds: no mask can be drawn from them; give generate the pixel_values")
+        if kwargs.get("mm_encoder_outputs"):
+            raise ValueError("mm_encoder_outputs: generate makes them itself; give it the pixel_values")
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if kwargs.get("pixel_values") is not None and len(kwargs["pixel_values"]) == 0:
+            kwargs.pop("pixel_values")
         pixel_values = kwargs.get("pixel_values")
         self._prepare_special_tokens(settings, True, device=self.device)
         if prompt is not None and kwargs.get("attention_mask") is None:
@@ -110,14 +112,19 @@ class MedSightGenerationMixin(GenerationMixin):
             allowed_groups = getattr(settings, "allowed_groups", None)
         if force_region is None:
             force_region = bool(getattr(settings, "force_region", False))
+        # Processes that wait for each other must all make the same passes, whatever each has seen and cited.
+        synced = kwargs.setdefault("synced_gpus", self._is_sharded())
         views = None if pixel_values is None else _Views(self, prompt, pixel_values)
+        if synced and views is not None:
+            views.encoder_outputs(prompt)
+        elif synced:
+            self.model.get_image_features(self.model.blank_image())
         allowed = self._allowed_groups(prompt, views, allowed_groups)
         if force_region and not bool(allowed.any(dim=1).all()):
             raise ValueError("force_region=True needs an image in every row of the prompt")
 
-        # Processes that wait for each other must all make the same passes, whatever each has cited; an assistant,
-        # which gets all that this model gets, looks at the pixels with its own encoder; and beams change their rows.
-        synced = kwargs.setdefault("synced_gpus", self._is_sharded())
+        # An assistant, which gets all that this model gets, looks at the pixels with its own encoder; and beams change
+        # their rows.
         assisted = kwargs.get("assistant_model") is not None
         if not assisted:
             kwargs.pop("pixel_values", None)
@@ -145,6 +152,8 @@ class MedSightGenerationMixin(GenerationMixin):
         pixel_values = kwargs.pop("pixel_values", None)
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         views = None if grounding is None else grounding.views
+        if grounding is not None:
+            model_inputs["mm_encoder_outputs"] = {}
         if pixel_values is None and views is None:
             return model_inputs
         read = model_inputs["inputs_embeds" if model_inputs.get("input_ids") is None else "input_ids"].shape[1]
@@ -152,7 +161,7 @@ class MedSightGenerationMixin(GenerationMixin):
             # A cache may hold the beginning of the conversation: only images after it are read now.
             start = input_ids.shape[1] - read
             if views is not None:
-                model_inputs["image_embeds"] = views.image_embeds(input_ids, start)
+                model_inputs["mm_encoder_outputs"] = views.encoder_outputs(input_ids, start)
             else:
                 images = _images_of(input_ids, self.config, start)
                 model_inputs["pixel_values"] = pixel_values[images] if len(images) else None
@@ -189,13 +198,8 @@ class MedSightGenerationMixin(GenerationMixin):
             model_kwargs["grounding"].add(outputs.last_hidden_state)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def _is_sharded(self) -> bool:
-        """Whether parameters are spread over processes by FSDP, which then must all make the same passes."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return False
-        from torch.distributed.fsdp import FSDPModule
-
-        return is_fsdp_managed_module(self) or any(isinstance(module, FSDPModule) for module in self.modules())
+    def _supports_mm_encoder_outputs(self) -> bool:
+        return False  # transformers would look at all images, those of earlier turns too
 
     def _refuse_wrong_inputs(
         self,
@@ -204,6 +208,10 @@ class MedSightGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None,
         settings: Any,
     ) -> None:
+        if settings.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit: transformers can cut language models alone; give an assistant_model"
+            )
         if prompt is None:
             if pixel_values is not None:
                 raise ValueError("images need input_ids: nothing else says where they stand in the prompt")
@@ -215,13 +223,13 @@ class MedSightGenerationMixin(GenerationMixin):
                 '(tokenizer.padding_side = "left")'
             )
         images = 0 if pixel_values is None else len(pixel_values)
-        placeholders, rows = int((prompt == self.config.image_token_id).sum()), self.config.image_seq_length
-        if placeholders and pixel_values is None:
+        placeholders, block = (prompt == self.config.image_token_id).sum(dim=1).tolist(), self.config.image_seq_length
+        if any(placeholders) and pixel_values is None:
             raise ValueError("the prompt has image placeholders but no images were given (pixel_values)")
-        if placeholders != images * rows:
+        if sum(placeholders) != images * block or any(count % block for count in placeholders):
             raise ValueError(
-                f"Image features and image tokens do not match: {images} images need {images * rows} image "
-                f"placeholders ({rows} each), the prompt has {placeholders}"
+                f"Image features and image tokens do not match: {images} images need {images * block} image "
+                f"placeholders, {block} for each in one row; the rows of the prompt have {placeholders}"
             )
         if not images:
             return
@@ -305,10 +313,10 @@ class MedSightGenerationMixin(GenerationMixin):
         if not bool((sequences[:, start:] == self.config.image_token_id).any()):
             cache = _beginning_of_cache(outputs.get(CACHE_NAME), len(prompt), copies, start, shared=states is None)
         if cache is not None:
-            passed = {CACHE_NAME: cache, "use_cache": True}
+            passed = {CACHE_NAME: cache, "use_cache": True, "mm_encoder_outputs": {}}
         else:
             states, start = None, 0
-            passed = {"image_embeds": views.image_embeds(sequences), "use_cache": False}
+            passed = {"mm_encoder_outputs": views.encoder_outputs(sequences), "use_cache": False}
         hidden = self.model(
             input_ids=sequences[:, start:],
             attention_mask=attention_mask,
@@ -316,7 +324,7 @@ class MedSightGenerationMixin(GenerationMixin):
             **passed,
         ).last_hidden_state
         if states is not None:
-            hidden, start = torch.cat((states, hidden), dim=1), length - 1
+            hidden, start = torch.cat((states.to(hidden.device), hidden), dim=1), length - 1
         return self._decoded_regions(sequences, codes, hidden, regions, first_position=start)
 
 
@@ -333,13 +341,14 @@ class _Views:
         """Indices of the images in `sequences`, one or several for each row of the prompt, from column `start` on."""
         return _images_of(sequences, self.model.config, start, copies=len(sequences) // self.rows)
 
-    def image_embeds(self, sequences: torch.Tensor, start: int = 0) -> torch.Tensor | None:
-        """Blocks of these images for the language model; `None` where there are none."""
+    def encoder_outputs(self, sequences: torch.Tensor, start: int = 0) -> dict[str, Any]:
+        """Blocks of these images, as the model's forward takes them; empty where there are none."""
         images = self.images_of(sequences, start)
         if not len(images):
-            return None
+            return {}
         places, regions = self.features(images)
-        return self.model.project_regions(regions)[places]
+        blocks = self.model.project_regions(regions)
+        return {"image": MedSightImageOutput(pooler_output=blocks[places.to(blocks.device)])}
 
     def features(self, images: torch.Tensor, for_masks: bool = False) -> tuple[torch.Tensor, Any]:
         """For each of `images` (n,) its place in the features that come with it; all are looked at unless they were

@@ -1,5 +1,6 @@
 """Mask losses, the Hungarian matcher and the perceiver's loss (architecture as in Mask2Former; paper, section 3)."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
     overlap = (probabilities * targets).sum(1)
     return 1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)
+
+
+def total(losses: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """Sum of the losses that there are, on the device of the first: parts of a model may be on several."""
+    first, *others = [loss for loss in losses if loss is not None]
+    return sum((loss.to(first.device) for loss in others), first)
 
 
 def resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -99,6 +106,7 @@ class RegionPerceiverLoss(nn.Module):
                 batch; its own by default.
         """
         config, device, counts = self.config, masks_queries_logits.device, loss_counts or {}
+        class_queries_logits = class_queries_logits.to(device)
         mask_labels = [resize_masks(masks.to(device), masks_queries_logits.shape[-2:]) for masks in mask_labels]
         class_labels = [labels.to(device) for labels in class_labels]
         if pairs is None:

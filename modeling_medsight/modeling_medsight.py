@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -15,13 +14,15 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionQuantizerOutput
 from .generation_medsight import UNREAD, MedSightGenerationMixin, positions_of
-from .loss_medsight import code_mask_loss
+from .loss_medsight import code_mask_loss, total
 from .outputs_medsight import (
     CACHE_NAME,
     MedSightCausalLMOutputWithPast,
     MedSightDecodedRegions,
+    MedSightImageOutput,
     MedSightModelOutputWithPast,
     MedSightRegionOutput,
+    takes_cache,
 )
 from .pretrained_medsight import MedSightPreTrainedModel
 from .region_codes_in_text_medsight import CodeLocations, is_region_code, locate_codes
@@ -41,6 +42,7 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(dim_hidden, dim_out)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states.to(self.linear_1.weight.dtype)
         return self.linear_2(self.activation(self.linear_1(hidden_states)))
 
 
@@ -89,16 +91,19 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
-        """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`."""
+    ) -> MedSightImageOutput:
+        """Image blocks for the language model, (images, image_seq_length, hidden), in `pooler_output`, and what they
+        are made from."""
         kwargs.pop("original_sizes", None)  # the processor's, which serving engines pass on with the pixels
         encoder_output, grid, summary = self._encode(pixel_values, **kwargs)
+        regions = self._perceive(grid, summary, with_masks=self.config.mask_decoder == "head")
         all_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        return BaseModelOutputWithPooling(
+        return MedSightImageOutput(
             last_hidden_state=encoder_output.last_hidden_state,
-            pooler_output=self.project_regions(self._perceive(grid, summary, with_masks=False)),
+            pooler_output=self.project_regions(regions),
             hidden_states=encoder_output.hidden_states if all_layers else None,
             attentions=getattr(encoder_output, "attentions", None),
+            region_features=regions,
         )
 
     def project_regions(self, regions: MedSightRegionOutput) -> torch.Tensor:
@@ -108,10 +113,11 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             grid = rows.unflatten(1, self.config.patch_grid).permute(0, 3, 1, 2)
             rows = F.avg_pool2d(grid, self.config.patch_pooling).flatten(2).transpose(1, 2)
         if self.config.use_region_embeddings:
-            rows = torch.cat((rows, regions.region_embeddings), dim=1)
+            rows = torch.cat((rows, regions.region_embeddings.to(rows)), dim=1)
         return self.vision_to_text_projector(rows)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -120,7 +126,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MedSightModelOutputWithPast:
@@ -128,8 +134,9 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
         Args:
             input_ids: (batch, length), image blocks as runs of `config.image_token_id`.
             pixel_values: (images, 3, H, W), all images of the batch in the order of their blocks.
-            image_embeds: (images, image_seq_length, hidden), in place of `pixel_values`: what `project_regions` gives.
-            cache: what transformers calls `past_key_values` since 5.24; either name is taken.
+            mm_encoder_outputs: in place of `pixel_values`: under "image", what `get_image_features` gave for them;
+                empty where no process has images.
+            cache: what transformers calls `past_key_values` before 5.24; either name is taken.
 
         Raises:
             ValueError: if image blocks and images do not match, or not exactly one of `input_ids`, `inputs_embeds` is
@@ -139,32 +146,27 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds; images alone are for region_model")
         for name in UNREAD:
             kwargs.pop(name, None)
+        if pixel_values is not None and pixel_values.shape[0] == 0:
+            pixel_values = None
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is not None and pixel_values is not None:
+            raise ValueError("give one of pixel_values and mm_encoder_outputs")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             placeholders = input_ids == self.config.image_token_id
-        elif pixel_values is not None or image_embeds is not None:
+        elif pixel_values is not None or images is not None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-        regions = None
-        if image_embeds is None and pixel_values is not None:
-            regions = self.get_region_features(pixel_values, self.config.mask_decoder == "head", return_dict=True)
-            image_embeds = self.project_regions(regions)
-        elif image_embeds is None and input_ids is not None and input_ids.shape[1] > 1:
-            # No blocks, in the graph all the same: data-parallel training need not search for unused parameters.
-            nothing = (0, self.config.image_seq_length, self.config.vision_hidden_size)
-            image_embeds = self.vision_to_text_projector(
-                inputs_embeds.new_zeros(nothing, dtype=self.vision_tower.dtype)
-            )
+        if pixel_values is not None:
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            images = self.get_image_features(pixel_values, return_dict=True, **recorded)
+        image_embeds = None if images is None else images.pooler_output
+        if image_embeds is None and mm_encoder_outputs is None and input_ids is not None and input_ids.shape[1] > 1:
+            image_embeds = self._no_blocks()
         if image_embeds is not None:
-            expected = image_embeds.shape[0] * image_embeds.shape[1]
-            torch_compilable_check(
-                placeholders.sum() == expected,
-                lambda: (
-                    f"Image features and image tokens do not match: {len(image_embeds)} images need {expected} image "
-                    f"placeholders ({image_embeds.shape[1]} each), the text has {int(placeholders.sum())}"
-                ),
-            )
+            placeholders = placeholders.to(inputs_embeds.device)
+            self._check_placeholders(placeholders, *image_embeds.shape[:2])
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], image_embeds)
 
@@ -180,8 +182,27 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
-            image_hidden_states=image_embeds,
-            region_features=regions,
+            image_outputs=images,
+        )
+
+    def _no_blocks(self) -> torch.Tensor:
+        """No image blocks (0, image_seq_length, hidden), in the graph all the same: another process may have some, and
+        wait for the weights or the gradients of what makes them."""
+        if self._is_sharded():
+            return self.get_image_features(self.blank_image(), return_dict=True).pooler_output[:0]
+        shape = (0, self.config.image_seq_length, self.config.vision_hidden_size)
+        return self.vision_to_text_projector(torch.zeros(shape, device=self.device))
+
+    @staticmethod
+    def _check_placeholders(placeholders: torch.Tensor, images: int, block: int) -> None:
+        """Refuse a batch whose rows do not hold whole blocks of as many images as there are."""
+        counts = placeholders.sum(dim=1)
+        torch_compilable_check(
+            (counts.sum() == images * block) & (counts % block == 0).all(),
+            lambda: (
+                f"Image features and image tokens do not match: {images} images need {images * block} image "
+                f"placeholders, {block} for each in one row; the rows of the text have {counts.tolist()}"
+            ),
         )
 
     def decode_states(
@@ -199,6 +220,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             last_hidden_state: (rows, length, hidden), after the final norm, from column `first_position` on.
             regions: features of the images that `codes.images` counts; not needed where there are no codes.
         """
+        codes = codes.to(last_hidden_state.device)
         states = last_hidden_state[codes.rows, codes.positions + self.config.region_state_offset - first_position]
         queries = self.text_to_vision_projector(states)
         return self.decode_queries(queries, codes.images, codes.entries, max(codes.counts), regions)
@@ -247,7 +269,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         """See [`MedSightRegionModel.get_region_features`]."""
         return self.model.get_region_features(pixel_values, with_masks, **kwargs)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> MedSightImageOutput:
         """See [`MedSightModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -256,6 +278,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         return self.model.quantize_regions(region_embeddings, groups)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -264,7 +287,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         labels: torch.LongTensor | None = None,
         mask_labels: list[torch.Tensor | None] | None = None,
         code_class_labels: list[torch.LongTensor] | None = None,
@@ -308,9 +331,9 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
-            image_embeds=image_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **{CACHE_NAME: cache if past_key_values is None else past_key_values},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -328,9 +351,11 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             mask_logits, mask_loss = self._mask_loss(input_ids, hidden, outputs.region_features, mask_labels, counts)
         if code_class_labels is not None:
             alignment_loss = self._alignment_loss(input_ids, hidden, code_class_labels, counts)
-        losses = [loss for loss in (lm_loss, mask_loss, alignment_loss) if loss is not None]
+        losses = (lm_loss, mask_loss, alignment_loss)
+        loss = total(losses) if any(loss is not None for loss in losses) else None
+        beside_language = [part for name, part in self.model.named_children() if name != "language_model"]
         return MedSightCausalLMOutputWithPast(
-            loss=sum(losses) if losses else None,
+            loss=self._in_graph(loss, [*beside_language, self.lm_head]),
             logits=logits,
             lm_loss=lm_loss,
             mask_loss=mask_loss,
@@ -339,8 +364,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
             last_hidden_state=last_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            region_features=outputs.region_features,
+            image_outputs=outputs.image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -384,15 +408,15 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
     ) -> torch.Tensor:
         """Squared distance of a code's projected state to the query of its class, in units of these queries'
         variance."""
-        codes = locate_codes(input_ids, self.config)
+        codes = locate_codes(input_ids, self.config).to(hidden.device)
         wanted = torch.cat(code_class_labels).to(hidden.device)
         if len(wanted) != len(codes.rows):
             raise ValueError(f"{len(wanted)} code_class_labels for {len(codes.rows)} cited region codes")
         known = wanted >= 0
         states = hidden[codes.rows, codes.positions + self.config.region_state_offset]
         states = self.model.text_to_vision_projector(states[known]).float()
-        aims = self.model.region_perceiver.class_queries.detach().float()
-        distance = (states - aims[wanted[known]]).square().mean(-1).sum() / aims.var()
+        aims = self.model.region_perceiver.class_queries.detach().to(states)
+        distance = (states - aims[wanted[known].to(aims.device)]).square().mean(-1).sum() / aims.var()
         return self.config.alignment_loss_weight * distance / max(1, loss_counts.get("codes", int(known.sum())))
 
     @torch.no_grad()
@@ -440,8 +464,9 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         """Masks, ids and scores of located codes, split by row; `hidden` begins at column `first_position`."""
         masks = self.model.decode_states(hidden, codes, regions, first_position)
         ids = sequences[codes.rows, codes.positions]
+        codes = codes.to(hidden.device)
         logits = self.lm_head(hidden[codes.rows, codes.positions - 1 - first_position])
-        likelihood = logits.float().softmax(-1).gather(1, ids[:, None])[:, 0]
+        likelihood = logits.float().softmax(-1).gather(1, ids[:, None].to(logits.device))[:, 0].to(masks.device)
         probabilities = masks.float().sigmoid().flatten(1)
         inside = probabilities > 0.5
         certainty = (probabilities * inside).sum(1) / inside.sum(1).clamp(min=1)

@@ -1,15 +1,25 @@
 """What the model's methods return."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 # What transformers calls the key-value cache: `past_key_values`, and `cache` since 5.24.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a forward that knows both names warn of the old one where transformers does."""
+    return (
+        deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE_NAME == "cache" else forward
+    )
 
 
 @dataclass
@@ -69,20 +79,41 @@ class MedSightRegionOutput(RegionPerceiverOutput):
 
 
 @dataclass
-class MedSightModelOutputWithPast(BaseModelOutputWithPast):
-    """
+class MedSightImageOutput(BaseModelOutputWithPooling):
+    """The encoder's output for B images, `pooler_output` being their blocks for the language model.
+
     Args:
-        image_hidden_states (`torch.FloatTensor` of shape `(images, image_seq_length, hidden)`): image blocks as the
-            language model read them.
-        region_features ([`MedSightRegionOutput`]): what was seen, where pixel values were given.
+        pooler_output (`torch.FloatTensor` of shape `(B, image_seq_length, hidden)`).
+        region_features ([`MedSightRegionOutput`]): what was seen; without masks and classes of regions unless the mask
+            decoder needs them (`get_region_features` gives them).
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
     region_features: MedSightRegionOutput | None = None
 
 
+class HasRegionFeatures:
+    """An output with `image_outputs`."""
+
+    image_outputs: MedSightImageOutput | None
+
+    @property
+    def region_features(self) -> MedSightRegionOutput | None:
+        """What was seen ([`MedSightRegionOutput`]), where there were images."""
+        return None if self.image_outputs is None else self.image_outputs.region_features
+
+
 @dataclass
-class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
+class MedSightModelOutputWithPast(HasRegionFeatures, BaseModelOutputWithPast):
+    """
+    Args:
+        image_outputs ([`MedSightImageOutput`]): what the images gave.
+    """
+
+    image_outputs: MedSightImageOutput | None = None
+
+
+@dataclass
+class MedSightCausalLMOutputWithPast(HasRegionFeatures, CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.FloatTensor`, scalar): sum of the losses below, each there only with the labels that it needs.
@@ -94,9 +125,7 @@ class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
         mask_logits (`list[torch.FloatTensor]`): `(codes cited, H, W)` a sample, with `mask_labels`.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`): the states that the logits were
             made of.
-        past_key_values (`cache` since transformers 5.24), hidden_states, attentions, image_hidden_states: as there.
-        region_features ([`MedSightRegionOutput`]): what was seen, where pixel values were given; without masks and
-            classes of regions unless the mask decoder needs them (`get_region_features` gives them).
+        past_key_values (`cache` since transformers 5.24), hidden_states, attentions, image_outputs: as there.
     """
 
     lm_loss: torch.FloatTensor | None = None
@@ -104,8 +133,7 @@ class MedSightCausalLMOutputWithPast(CausalLMOutputWithPast):
     alignment_loss: torch.FloatTensor | None = None
     mask_logits: list[torch.FloatTensor] | None = None
     last_hidden_state: torch.FloatTensor | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    region_features: MedSightRegionOutput | None = None
+    image_outputs: MedSightImageOutput | None = None
 
 
 @dataclass

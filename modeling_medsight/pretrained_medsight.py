@@ -1,18 +1,22 @@
 """What all models of the family share: initial weights, what transformers needs to know, and quantisation."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from configuration_medsight.remote_code_medsight import RemoteCodeMixin
 
 from .codebook_medsight import RegionCodebook
+from .loss_medsight import total
 from .region_perceiver_medsight import RegionPerceiver
 
 
@@ -63,6 +67,29 @@ class MedSightPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
                 "vision_config": "eager",
             }
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _is_sharded(self) -> bool:
+        """Whether parameters are spread over processes (FSDP, DeepSpeed's ZeRO-3). They must then all pass through the
+        same modules, in the same order: each waits there for the others' shares."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return (
+            is_deepspeed_zero3_enabled()
+            or is_fsdp_managed_module(self)
+            or any(isinstance(module, FSDPModule) for module in self.modules())
+        )
+
+    def _in_graph(self, loss: torch.Tensor | None, modules: Iterable[nn.Module]) -> torch.Tensor | None:
+        """The same loss, and a gradient, of zeros if need be, for every weight of `modules` that is trained by several
+        processes: plain data parallelism waits for the gradients of all."""
+        if loss is None or not (self.training and torch.is_grad_enabled()):
+            return loss
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized() or self._is_sharded():
+            return loss
+        trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+        return total([loss, *(weight.flatten()[:0].sum() for weight in trained)])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -26,6 +26,11 @@ class CodeLocations:
     entries: torch.Tensor
     counts: list[int]
 
+    def to(self, device: torch.device) -> "CodeLocations":
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("rows", "positions", "images", "entries")}
+        return CodeLocations(**moved, counts=self.counts)
+
 
 def codes_to_indices(codes: Any, config: Any, as_pairs: bool = False) -> list[torch.Tensor]:
     """Group and index of region codes: (n_i, 2) long for each image.

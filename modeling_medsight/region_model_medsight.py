@@ -4,6 +4,7 @@
 masks without a language model, and it is what the perceiver's and the codebook's stages train.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.utils import can_return_tuple
 from configuration_medsight.configuration_medsight import MedSightConfig
 
 from .codebook_medsight import RegionCodebook, RegionQuantizerOutput
-from .loss_medsight import RegionPerceiverLoss, mask_bce, mask_dice, masks_of_classes, resize_masks
+from .loss_medsight import RegionPerceiverLoss, mask_bce, mask_dice, masks_of_classes, resize_masks, total
 from .outputs_medsight import MedSightRegionOutput
 from .pretrained_medsight import MedSightPreTrainedModel, has_attention
 from .region_codes_in_text_medsight import codes_to_indices
@@ -27,6 +28,15 @@ from .unet_encoder_medsight import MedSightUNetEncoder
 
 # Numbers in the perceiver's last map that are worked on at once where masks are decoded without gradients.
 MAP_NUMBERS_AT_ONCE = 2**26
+
+
+class SteadyBatchNorm2d(nn.BatchNorm2d):
+    """Takes statistics of a batch only where its weights learn from it: not in `generate`, nor in a frozen encoder."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return super().forward(features)
+        return F.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class SeesRegions:
@@ -48,6 +58,9 @@ class SeesRegions:
         is_unet = config.vision_config.model_type == MedSightUNetEncoder.config_class.model_type
         make_encoder = MedSightUNetEncoder._from_config if is_unet else AutoModel.from_config
         self.vision_tower = make_encoder(config.vision_config)
+        for module in self.vision_tower.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SteadyBatchNorm2d
         self.region_perceiver = RegionPerceiver(config)
         self.codebook = RegionCodebook(config)
         self.group_classifier = nn.Linear(config.vision_hidden_size, config.num_groups)
@@ -88,13 +101,20 @@ class SeesRegions:
             max_slots: at least as many as the queries of any entry.
             regions: features of the images.
         """
-        if not len(queries):  # still in the graph: data-parallel training need not search for unused parameters
-            return queries[:, :1, None].expand(-1, *self.config.mask_size)
+        height, width = self.config.mask_size
+        if not len(queries):
+            return self._no_masks(queries)
         if regions is None:
             raise ValueError("masks of region codes need pixel_values: none can be drawn from image_embeds")
+        perceiver = self.region_perceiver
+        queries = queries.to(perceiver.dtype)
+        images, entries = images.to(queries.device), entries.to(queries.device)
+        at_once = max(1, MAP_NUMBERS_AT_ONCE // (height * width * self.config.vision_hidden_size))
         if self.config.mask_decoder == "head":
-            projected = self.region_perceiver.segmentation_head.mask_projection(queries)
-            return torch.einsum("nd,nhwd->nhw", projected, regions.image_features[images])
+            maps, projected = regions.image_features, perceiver.segmentation_head.mask_projection(queries)
+            projected, images = projected.to(maps.device), images.to(maps.device)
+            parts = zip(projected.split(at_once), images.split(at_once), strict=True)
+            return torch.cat([torch.einsum("nd,nhwd->nhw", some, maps[seen]) for some, seen in parts])
 
         compiling = torch.compiler.is_compiling()
         num_entries = len(regions.patch_features) if compiling else int(entries.max()) + 1
@@ -107,27 +127,59 @@ class SeesRegions:
         images = entries.new_zeros(num_entries).index_put((entries,), images)
 
         masks = []
-        height, width = self.config.mask_size
-        at_once = max(1, MAP_NUMBERS_AT_ONCE // (height * width * self.config.vision_hidden_size))
         if torch.is_grad_enabled() or compiling:
             at_once = num_entries
-        upsampled = regions.upsampled_features
+        behind = self._passes_behind(math.ceil(num_entries / at_once))
+        patches, upsampled = regions.patch_features, regions.upsampled_features
         for start in range(0, num_entries, at_once):
             part = slice(start, start + at_once)
-            output = self.region_perceiver(
-                regions.patch_features[images[part]].unflatten(1, self.config.patch_grid),
+            output = perceiver(
+                patches[images[part].to(patches.device)].unflatten(1, self.config.patch_grid),
                 queries=padded[part],
                 query_mask=None if known is None else known[part],
-                upsampled_features=None if upsampled is None else upsampled[images[part]],
+                upsampled_features=None if upsampled is None else upsampled[images[part].to(upsampled.device)],
             )
             masks.append(output.masks_queries_logits)
-        return torch.cat(masks)[places]
+        for _ in range(behind):
+            self._blank_pass()
+        decoded = torch.cat(masks)
+        return decoded[tuple(place.to(decoded.device) for place in places)]
+
+    def _no_masks(self, queries: torch.Tensor) -> torch.Tensor:
+        """Masks (0, H, W) of no queries, in the graph all the same: another process may have some, and wait for the
+        weights or the gradients of what makes them."""
+        height, width = self.config.mask_size
+        masks = queries[:, :1, None].expand(-1, height, width)
+        for _ in range(self._passes_behind(0) if self.config.mask_decoder == "perceiver" else 0):
+            masks = self._blank_pass(queries.sum()).masks_queries_logits[0, :0]
+        return masks
+
+    def _passes_behind(self, passes: int) -> int:
+        """How many passes of the perceiver this process makes fewer than another that waits for it; with gradients
+        each makes one."""
+        if torch.compiler.is_compiling() or not self._is_sharded():
+            return 0
+        if torch.is_grad_enabled():
+            return 1 - passes
+        most = torch.tensor(passes, device=self.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most) - passes
+
+    def _blank_pass(self, nothing: Any = 0.0) -> Any:
+        """One pass of the perceiver over an empty map, `nothing` being zero."""
+        perceiver, dim = self.region_perceiver, self.config.vision_hidden_size
+        features = torch.zeros(1, *self.config.patch_grid, dim, device=self.device, dtype=perceiver.dtype)
+        return perceiver(features, queries=features.new_zeros(1, 1, dim) + nothing)
+
+    def blank_image(self) -> torch.Tensor:
+        """(1, 3, image_size, image_size), for a process that has to keep up with others that have images."""
+        return torch.zeros(1, 3, *[self.config.image_size] * 2, device=self.device, dtype=self.vision_tower.dtype)
 
     def _perceive(self, grid: torch.Tensor, summary: torch.Tensor, with_masks: bool = True) -> MedSightRegionOutput:
         """What the region queries and the group classifier find in what `_encode` gives."""
         return MedSightRegionOutput(
             patch_features=grid.flatten(1, 2),
-            group_logits=self.group_classifier(summary),
+            group_logits=self.group_classifier(summary.to(self.group_classifier.weight.dtype)),
             **self.region_perceiver(grid, with_masks=with_masks),
         )
 
@@ -141,20 +193,21 @@ class SeesRegions:
         """
         config = self.config
         side = pixel_values.shape[-1] if any_size else config.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
+        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0 or tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, {side}, {side})"
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, {side}, {side}), one image "
+                "at least"
             )
         height, width = (cells * side // config.image_size for cells in config.patch_grid)
         kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
         hidden = outputs.hidden_states[config.vision_feature_layer]
-        images, dim = len(pixel_values), config.vision_hidden_size
+        images, dim = pixel_values.shape[0], config.vision_hidden_size
         if hidden.ndim == 4 and hidden.shape == (images, dim, height, width):
             grid = hidden.permute(0, 2, 3, 1)
             return outputs, grid, grid.mean(dim=(1, 2))
         prefix = hidden.shape[1] - height * width
-        if hidden.ndim != 3 or prefix < 0 or (len(hidden), hidden.shape[2]) != (images, dim):
+        if hidden.ndim != 3 or prefix < 0 or (hidden.shape[0], hidden.shape[2]) != (images, dim):
             raise ValueError(
                 f"vision_config.model_type={config.vision_config.model_type!r} gives features of shape "
                 f"{tuple(hidden.shape)} where a grid ({images}, {dim}, {height}, {width}), or its cells as rows, is "
@@ -235,9 +288,10 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
                 f"codes for {len(indices)} images, but {len(features.patch_features)} images: give one entry an image"
             )
         counts = [len(pairs) for pairs in indices]
-        groups, places = torch.cat(indices).to(self.device).unbind(dim=1)
-        queries = self.codebook.decode(self.codebook.code_table()[groups, places])
-        images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(self.device)
+        codes = self.codebook.code_table()
+        groups, places = torch.cat(indices).to(codes.device).unbind(dim=1)
+        queries = self.codebook.decode(codes[groups, places])
+        images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         return list(self.decode_queries(queries, images, images, max(counts), features).split(counts))
 
     @can_return_tuple
@@ -300,15 +354,16 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         last, pairs = self.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, **labels)
         # Earlier stages keep the pairs of the last: a query has one target.
         earlier = [self.perceiver_loss(**stage, pairs=pairs, **labels)[0] for stage in regions.auxiliary_logits or []]
-        regions.perceiver_loss = sum(earlier, last) / (1 + len(earlier))
+        regions.perceiver_loss = total((last, *earlier)) / (1 + len(earlier))
         regions.class_query_loss = class_query_loss
         if group_labels is not None:
-            group_loss = F.cross_entropy(regions.group_logits.float(), group_labels, reduction="sum")
+            group_logits = regions.group_logits.float()
+            group_loss = F.cross_entropy(group_logits, group_labels.to(group_logits.device), reduction="sum")
             regions.group_loss = group_loss / counts.get("images", len(group_labels))
             if self.training:
                 self._add_codebook_losses(regions, group_labels, pairs=pairs, **labels)
         losses = (regions.perceiver_loss, class_query_loss, regions.codebook_loss, regions.group_loss)
-        regions.loss = sum(loss for loss in losses if loss is not None)
+        regions.loss = self._in_graph(total(losses), [self])
         return regions
 
     def _class_query_loss(
@@ -326,7 +381,8 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         ids = pad_sequence([*asked, nothing], batch_first=True, padding_value=-1)[:-1]
         known = ids >= 0
         perceiver = self.region_perceiver
-        output = perceiver(grid, queries=perceiver.class_queries[ids.clamp(min=0)], query_mask=known)
+        queries = perceiver.class_queries
+        output = perceiver(grid, queries=queries[ids.clamp(min=0).to(queries.device)], query_mask=known)
         stages = [stage["masks_queries_logits"] for stage in (*(output.auxiliary_logits or []), output)]
         wanted = [
             masks_of_classes(masks.to(device), classes.to(device), wanted_classes)
@@ -335,10 +391,11 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         losses = []
         for logits in stages:
             targets = torch.cat([resize_masks(masks, logits.shape[-2:]) for masks in wanted])
-            given = logits[known]
-            total = (mask_bce(given, targets) + mask_dice(given, targets)).sum() + 0 * logits.float().sum()
-            losses.append(total / max(1, loss_counts.get("asked", len(targets))))
-        return sum(losses) / len(losses)
+            given = logits[known.to(logits.device)]
+            targets = targets.to(logits.device)
+            summed = (mask_bce(given, targets) + mask_dice(given, targets)).sum() + 0 * logits.float().sum()
+            losses.append(summed / max(1, loss_counts.get("asked", len(targets))))
+        return total(losses) / len(losses)
 
     def _add_codebook_losses(
         self,
@@ -352,16 +409,17 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         loss on the reconstructed regions, for the same pairs, the codebook's."""
         embeddings = regions.region_embeddings
         images, num_queries = embeddings.shape[:2]
+        group_labels = group_labels.to(embeddings.device)
         if self.config.quantize_unmatched_regions:
             found = [torch.arange(num_queries)] * images
-            total = loss_counts.get("images", images) * num_queries
+            number = loss_counts.get("images", images) * num_queries
         else:
             found = [queries for queries, _ in pairs]
-            total = loss_counts.get("masks", sum(map(len, found)))
+            number = loss_counts.get("masks", sum(map(len, found)))
         rows = torch.cat([torch.full_like(queries, row) for row, queries in enumerate(found)]).to(embeddings.device)
         queries = torch.cat(found).to(embeddings.device)
         quantized = self.codebook(embeddings[rows, queries][:, None], group_labels[rows])
-        regions_of_codes = quantized.reconstructed_regions[:, 0].to(embeddings.dtype)  # bf16 under CPU's autocast
+        regions_of_codes = quantized.reconstructed_regions[:, 0].to(embeddings)  # bf16 under CPU's autocast
         reconstructed = embeddings.index_put((rows, queries), regions_of_codes)
         through_codes, _ = self.perceiver_loss(
             *self.region_perceiver.segmentation_head(reconstructed, regions.image_features),
@@ -369,7 +427,8 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             loss_counts=loss_counts,
             **labels,
         )
-        share = len(rows) / max(1, total)
+        share = len(rows) / max(1, number)
         regions.vq_loss, regions.reconstruction_loss = quantized.vq_loss * share, quantized.reconstruction_loss * share
-        regions.codebook_loss = regions.vq_loss + regions.reconstruction_loss + through_codes
-        regions.quantized_codes = torch.stack((group_labels[rows], quantized.code_indices[:, 0]), dim=1)
+        regions.codebook_loss = total((regions.vq_loss, regions.reconstruction_loss, through_codes))
+        taken = quantized.code_indices[:, 0].to(group_labels.device)
+        regions.quantized_codes = torch.stack((group_labels[rows], taken), dim=1)

@@ -182,6 +182,11 @@ class RegionPerceiver(nn.Module):
         self.stages = nn.ModuleList(RegionPerceiverStage(config) for _ in range(config.perceiver_num_stages))
         self.segmentation_head = SegmentationHead(config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype; what comes in is cast to it."""
+        return self.region_queries.dtype
+
     def forward(
         self,
         patch_features: torch.Tensor,
@@ -198,9 +203,10 @@ class RegionPerceiver(nn.Module):
             upsampled_features: (batch, 2h, 2w, d), what an earlier pass over the same patches gave under this name.
             with_masks: false leaves out what only the last masks and classes need: these, and the last map.
         """
+        patch_features = patch_features.to(self.dtype)
         features = patch_features + sine_position_encoding(patch_features)
         if queries is None:
-            queries = self.region_queries.expand(len(patch_features), -1, -1)
+            queries = self.region_queries.expand(patch_features.shape[0], -1, -1)
         queries = self.initial_feed_forward(self.initial_attention(queries, features.flatten(1, 2)))
         logits: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [self.segmentation_head(queries, features)]
         for number, stage in enumerate(self.stages):

@@ -86,7 +86,8 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
     into a new token; neighbouring text parts are joined first, as a template joins them.
 
     Args:
-        conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes. Not changed.
+        conversations: a list of messages (dicts, or objects with `role` and `content`), or a list of such lists, as
+            `apply_chat_template` takes. Not changed.
         tokenizer: the tokenizer whose added tokens count.
         image_token: a token that no text may write, special or not.
 
@@ -94,15 +95,18 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
         ValueError: if a text would still become such a token (one of a single character, for example), or if a message
             is not one.
     """
+    conversations = getattr(conversations, "messages", conversations)
     if not conversations:
         raise ValueError("a conversation is empty: expected a list of messages")
-    if isinstance(conversations[0], (list, tuple)):
+    if isinstance(conversations[0], (list, tuple)) or hasattr(conversations[0], "messages"):
         return [neutralise_conversations(chat, tokenizer, image_token) for chat in conversations]
     added = tokenizer.added_tokens_decoder
     everything = {i: token.content for i, token in added.items() if token.content and not token.content.isspace()}
     special = {i: text for i, text in everything.items() if added[i].special or text == image_token}
     messages = []
     for number, message in enumerate(conversations):
+        if hasattr(message, "role") and hasattr(message, "content"):
+            message = {"role": message.role, "content": message.content}
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"message {number}: expected a dict with 'role' and 'content', got {message!r:.200}")
         _check_content(message.get("content"), f"message {number}")

@@ -36,7 +36,8 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
 
     Takes what [`load_image`] reads (picture files, addresses, base64, bytes), .npy files, Pillow images, arrays and
     tensors, or lists of these; a stack of four axes is as many images. Scans are opened by `medsight.open_scan`, and
-    handed over slice by slice. Every setting can be given at construction or, for one call, to the call.
+    handed over slice by slice. Every setting can be given at construction or, for one call, to the call;
+    `device` says where tensors go.
 
     Args:
         size (`int` or `dict`): the model's input, `{"height": h, "width": w}` in pixels (an int: a square).
@@ -195,7 +196,8 @@ class MedSightImageProcessor(RemoteCodeMixin, BaseImageProcessor):
                 f"images of different shapes {sorted(shapes)} make no batch: leave do_resize and do_convert_rgb on"
             )
         data = {"pixel_values": pixel_values, "original_sizes": original_sizes}
-        return BatchFeature(data, tensor_type=settings["return_tensors"])
+        batch = BatchFeature(data, tensor_type=settings["return_tensors"])
+        return batch if settings.get("device") is None else batch.to(settings["device"])
 
     def _preprocess_one(self, image: Any, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
         """(channels, h, w) float32 for the model, and the image's own (height, width)."""

@@ -1,5 +1,6 @@
 """generate(): whatever the decoding, each returned sequence comes with the masks of the codes in it."""
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from configuration_medsight import MedSightConfig
-from modeling_medsight import generation_medsight
+from modeling_medsight import MedSightForConditionalGeneration, generation_medsight
 from modeling_medsight.outputs_medsight import CACHE_NAME
 from tests.tiny_checkpoint import byte_tokenizer
 
@@ -163,6 +164,27 @@ def test_a_generation_config_object_is_followed(model: Any, config: MedSightConf
     assert_masks_are_those_of_decode_regions(model, batch, out)
     by_position = model.generate(batch["input_ids"], setting, pixel_values=batch["pixel_values"])
     assert torch.equal(out.sequences, by_position.sequences)
+
+
+def test_settings_of_regions_are_followed_from_a_generation_config(
+    model: Any, config: MedSightConfig, tmp_path: Path
+) -> None:
+    batch, wanted = (
+        make_batch(config, ["ttI", "It"]),
+        {"force_region": True, "allowed_groups": [config.num_groups - 1]},
+    )
+    expected = generate(model, batch, max_new_tokens=6, **wanted)
+    assert all(len(ids) for ids in expected.region_code_ids)
+    setting = GenerationConfig(
+        max_new_tokens=6, eos_token_id=END, pad_token_id=256, return_dict_in_generate=True, do_sample=False, **wanted
+    )
+    setting.save_pretrained(tmp_path)
+    for given in (setting, GenerationConfig.from_pretrained(tmp_path)):
+        assert torch.equal(model.generate(**batch, generation_config=given).sequences, expected.sequences)
+    model.save_pretrained(tmp_path)
+    setting.save_pretrained(tmp_path)  # as generation_config.json of a folder
+    again = MedSightForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(**batch).sequences, expected.sequences)
 
 
 def test_padding_is_found_where_no_attention_mask_is_given(model: Any, config: MedSightConfig) -> None:

@@ -104,10 +104,10 @@ def test_a_code_belongs_to_the_last_image_before_it(model: Any, config: MedSight
         pixels = batch["pixel_values"].clone()
         pixels[image] = torch.randn(pixels[image].shape, generator=torch.Generator().manual_seed(5))
         # The language model sees the old images, so that only what a mask is drawn on changes.
-        blocks = model.get_image_features(batch["pixel_values"]).pooler_output
+        seen = {"image": model.get_image_features(batch["pixel_values"])}
         regions = model.get_region_features(pixels)
         hidden = model.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], image_embeds=blocks
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], mm_encoder_outputs=seen
         ).last_hidden_state
         codes = locate_codes(batch["input_ids"], config)
         masks = model.model.decode_states(hidden, codes, regions).split(codes.counts)

@@ -166,16 +166,20 @@ def test_what_cannot_give_right_masks_is_refused(model: Any, config: MedSightCon
     ids, pixels = good["input_ids"], good["pixel_values"]
     words = make_batch(config, ["tt"])
     right_padded = {name: good[name].flip(1) for name in ("input_ids", "attention_mask")}
+    uneven = ids.clone()
+    uneven[0, -1], uneven[1, -2] = config.image_token_id, 5
     longer = torch.ones(2, ids.shape[1] + 9, dtype=torch.long)  # as if the prompt were only the new turn on a cache
     for inputs, message in (
         ({**good, **right_padded}, "row 1 of the prompt is padded on the right"),
         ({**good, "attention_mask": longer}, "whole conversation"),
-        ({**good, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 42"),
+        ({**good, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders, 21 .* have .21, 21"),
         ({**good, "pixel_values": torch.cat([pixels] * 2)}, "4 images need 84"),
         ({**good, "pixel_values": None}, "placeholders but no images were given"),
-        ({**words, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders .* the prompt has 0"),
+        ({**words, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders, 21 .* have .0"),
         ({"pixel_values": pixels}, "images need input_ids"),
-        ({**good, "pixel_values": None, "image_embeds": torch.zeros(2, 21, 32)}, "image_embeds: no mask can be drawn"),
+        ({**good, "input_ids": uneven}, r"2 images need 42 .* the rows of the prompt have \[22, 20\]"),
+        ({**good, "assistant_early_exit": 1}, "assistant_early_exit: .* give an assistant_model"),
+        ({**good, "mm_encoder_outputs": {"image": None}}, "mm_encoder_outputs: .* give it the pixel_values"),
         ({"inputs_embeds": torch.zeros(*ids.shape, 32), "pixel_values": pixels}, "images need input_ids"),
         ({**good, "prefill_chunk_size": 8}, "prefill_chunk_size=8 cannot be used with images"),
         ({**good, "token_healing": True}, "token_healing=True cannot be used with images"),

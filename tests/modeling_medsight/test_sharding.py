@@ -1,6 +1,7 @@
 """Sharded over two processes by `fully_shard`, a model gives the losses, gradients and masks that it gives whole."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from medsight.training.sharding import gather_in_methods
 from medsight.training.stage import train_only
@@ -20,13 +22,18 @@ from tests.modeling_medsight.configurations import labelled, make_batch, make_co
 TOLERANCE = 1e-5
 SHIPPED = Path(__file__).resolve().parents[2] / "training" / "accelerate" / "fsdp2.yaml"
 LAYERS = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
-# Layers that are units of their own, and the text that each process sees. As shipped, one process may see an image and
-# cite codes where the other does not.
+# accelerate's own choice, where nobody says which layers are units.
+DEFAULT = ",".join(make_model(make_config("clip-qwen3"))._no_split_modules)
+# Layers that are units of their own, and the text that each process sees: one may see an image, or cite codes, where
+# the other does not.
 CASES: dict[str, tuple[str, tuple[str, str]]] = {
     "image-and-none": (LAYERS, ("tItCtCt", "ttttt")),
     "codes-and-none, tied": (LAYERS, ("tItttt", "tICtIttCC")),
-    "all-layers": ("Qwen3DecoderLayer,CLIPEncoderLayer,RegionPerceiverStage", ("tItCtCt", "tICtIttCC")),
+    "default, image-and-none": (DEFAULT, ("tItCtCt", "ttttt")),
+    "default, none-and-images": (DEFAULT, ("ttttt", "tICtIttCC")),
+    "default, image-and-codes": (DEFAULT, ("tItttt", "tICtIttCC")),
 }
+PARTS = ("whole", "regions")
 # What stage 4 trains, and stages 1 and 3a.
 LANGUAGE = (
     *("model.language_model.", "lm_head."),
@@ -102,12 +109,26 @@ def outcomes(case: str, rank: int, sharded: bool) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in found.items()}
 
 
+def gradients_of(rank: int, part: str, parallel: bool) -> dict[str, torch.Tensor]:
+    """Gradients of one process' batch after two steps with everything trainable, encoder and codebook too."""
+    whole = make_model(make_config("clip-qwen3", use_class_queries=True), seed=1).train()
+    model: Any = whole if part == "whole" else whole.region_model
+    texts, images = labelled(whole.config, [("tItCtCt", "ttttt")[rank]]), perceiving(whole.config, (1 + rank, 0))
+    called = DistributedDataParallel(model) if parallel else model
+    for _ in range(2):
+        model.zero_grad()
+        called(**(texts if part == "whole" else images)).loss.backward()
+    return {name: torch.zeros(1) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
 def run_process(rank: int, folder: Path) -> None:
     """One of two processes."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     for case in CASES:
         save_file(outcomes(case, rank, sharded=True), folder / f"{case}-{rank}.safetensors")
+    for part in PARTS:
+        save_file(gradients_of(rank, part, parallel=True), folder / f"{part}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -124,8 +145,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sharded_model_is_the_whole_one(folder: Path, case: str) -> None:
     whole = [outcomes(case, rank, sharded=False) for rank in range(2)]
     gradients = {name: (whole[0][name] + whole[1][name]) / 2 for name in whole[0] if name.startswith("gradient of ")}
-    assert len(whole[0]["masks of the answer"]) > 0
+    assert sum(len(found["masks of the answer"]) for found in whole) > 0
     assert sum(bool(gradient.abs().max() > 1e-3) for gradient in gradients.values()) > len(gradients) / 2
     for rank in range(2):
         sharded = load_file(folder / f"{case}-{rank}.safetensors")
         torch.testing.assert_close(sharded, {**whole[rank], **gradients}, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_plain_data_parallelism_trains_everything(folder: Path, part: str) -> None:
+    """Also where one process has neither image nor code, and without a search for unused parameters."""
+    alone = [gradients_of(rank, part, parallel=False) for rank in range(2)]
+    expected = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
+    assert not all(value.any() for value in expected.values())
+    for rank in range(2):
+        given = load_file(folder / f"{part}-{rank}.safetensors")
+        unread = {name for name, value in expected.items() if value.shape != given[name].shape}
+        assert all(not given[name].any() for name in unread)
+        read = expected.keys() - unread
+        torch.testing.assert_close(
+            {name: given[name] for name in read},
+            {name: expected[name] for name in read},
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
