@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,14 @@ import pytest
 import torch
 import yaml
 
+from medsight.processes import lock
 from medsight.training.recipe import load_recipe
 from medsight.training.run import train
-from medsight.training.run_folder import lock
 from tests.training.tiny_run import only, steps_of, tiny_recipe
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
 def test_a_folder_is_not_trained_in_twice_at_once(unbroken: Path, drawn_data: Path) -> None:
-    with lock(unbroken), pytest.raises(ValueError, match="another process is training there"):
+    with lock(unbroken, "training"), pytest.raises(ValueError, match="another process is training there"):
         train(tiny_recipe(drawn_data, unbroken))
 
 

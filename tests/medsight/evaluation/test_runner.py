@@ -22,7 +22,7 @@ from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import decode_mask, read_predictions
 from medsight.evaluation.readers import read_cases
 from medsight.evaluation.reference_codes import ReferenceCodes
-from medsight.evaluation.runner import Processes, RunSettings, answer_cases, load_for_evaluation, prepare_output
+from medsight.evaluation.runner import RunSettings, answer_cases, load_for_evaluation, prepare_output
 from medsight.inference.code_assignment import assign_codes
 from processing_medsight.region_codes_medsight import parse_region_code
 from tests.shared import shared_folder
@@ -59,7 +59,7 @@ def checkpoint(tiny_checkpoint: Path) -> tuple[Any, Any]:
 
 def answered(cases: list[Case], checkpoint: tuple[Any, Any], output: Path, batch_size: int) -> bytes:
     prepare_output(output, {"run": 1}, overwrite=False)
-    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size, Processes()).read_bytes()
+    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size).read_bytes()
 
 
 def test_the_batch_size_does_not_show_and_masks_are_at_the_size_of_the_image(
