@@ -84,15 +84,12 @@ def answer(
         device = str(state.device)
     with quiet_transformers():
         loaded, processor = load_for_evaluation(folder, settings, device)
-        settings_sha256 = sha256_of(settings_files(folder))
+        weights, settings_sha256 = on_main(lambda: weights_sha256(folder)), sha256_of(settings_files(folder))
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
         described = {
             "medsight_version": __version__,
             "model": folder.name,
-            "checkpoint": {
-                "weights_sha256": on_main(lambda: weights_sha256(folder)),
-                "settings_sha256": settings_sha256,
-            },
+            "checkpoint": {"weights_sha256": weights, "settings_sha256": settings_sha256},
             **questions(benchmark, data, cases),
             **({"codes_per_group": codebook_of(loaded.config)} if loaded.config.use_region_codebook else {}),
             **dataclasses.asdict(settings),
