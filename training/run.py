@@ -154,6 +154,9 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     if stage.reads == "conversations":
         on_main(lambda: run_folder.describe_data(folder, {"training": training.rows, "validation": validation.rows}))
     arguments = training_arguments(folder, resolved, recipe)
+    if recipe.data.keep_in_memory and arguments.dataloader_num_workers:
+        for dataset in (training, validation):
+            dataset.preload()
     if not len(validation):
         arguments.eval_strategy = type(arguments.eval_strategy)("no")
     set_seed(recipe.seed)
