@@ -1,4 +1,4 @@
-"""The folder of a run: kept from being used twice, checked against the recipe, read and written whole."""
+"""The folder of a run: checked against the recipe, read and written whole."""
 
 import math
 import platform
