@@ -36,7 +36,8 @@ if rank == 0:
     try:
         torch.distributed.barrier()
     except RuntimeError:
-        print("hung for", int(time.monotonic() - began), "seconds", flush=True)
+        assert time.monotonic() - began < 30
+        print("hung", flush=True)
 on_main(lambda: None)
 state.destroy_process_group()
 """
@@ -51,7 +52,7 @@ def test_processes_wait_for_one_that_works_and_not_for_a_collective_that_hangs(t
         [*torchrun, tmp_path / "together.py"], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["hung for 2 seconds", "raised 0", "raised 1"]
+    assert sorted(done.stdout.splitlines()) == ["hung", "raised 0", "raised 1"]
 
 
 def test_a_folder_is_worked_in_once_at_a_time_and_stays_only_with_content(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_losses_and_gradients_of_uneven_parts_sum_to_those_of_the_whole(
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_batch_reaches_all_that_a_stage_trains(name: str, kind: str) -> None:
     """Else processes wait for gradients that never come."""
-    config = make_config(name, use_class_queries=kind == "regions")
+    config = make_config(name, use_class_queries=True)
     of_kind = stage_kinds()[kind]
     stage = of_kind(
         "all", of_kind.Settings(trains=[*of_kind.parts]), SimpleNamespace(config=config, processor=None), 0
