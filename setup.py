@@ -31,9 +31,12 @@ runtime = [
     *("huggingface_hub>=1.31,<3", "numpy>=1.26", "pillow>=11", "jinja2>=3.1", "rich>=13", "tqdm>=4.60", "typer>=0.15"),
 ]
 extras = {
-    "train": ["accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "pyyaml>=6", "tensorboard>=2.16", "trl>=1.0"],
+    "train": [
+        *("accelerate>=1.10", "datasets>=4.7", "filelock>=3.10", "peft>=0.18", "pyyaml>=6", "tensorboard>=2.16"),
+        "trl>=1.0",
+    ],
     "eval": [
-        *("evaluate>=0.4.6", "datasets>=4.7", "pyyaml>=6", "accelerate>=1.10"),
+        *("evaluate>=0.4.6", "datasets>=4.7", "filelock>=3.10", "pyyaml>=6", "accelerate>=1.10"),
         *("pycocotools>=2.0.10", "segmentationmetrics>=1.2,<2", "scipy>=1.11,<2"),
     ],
     "medical": [

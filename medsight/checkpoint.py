@@ -6,10 +6,14 @@ The command line imports this module before it knows whether torch is needed; `m
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
+
+from medsight.files import write_text
 
 
 MODEL_TYPE = "medsight"
@@ -22,6 +26,7 @@ OPTIONAL = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
 CODES_FILE = "region_codes.json"
+REMEMBERED_FROM = 2**28  # bytes: what is smaller is hashed in a moment
 
 
 def shipped_checkpoint() -> Path:
@@ -134,7 +139,22 @@ def settings_files(folder: Path) -> list[Path]:
 def checkpoint_sha256(folder: Path) -> str:
     """One hash of all that decides on answers: weights, configuration, tokenizer and processor settings.
 
+    That of a large checkpoint is remembered in Hugging Face's cache, until one of its files changes.
+
     Raises:
         OSError, ValueError: see `weight_files`.
     """
-    return sha256_of(sorted({*weight_files(folder), *settings_files(folder)}))
+    files = sorted({*weight_files(folder), *settings_files(folder)})
+    states = [file.stat() for file in files]
+    if sum(state.st_size for state in states) < REMEMBERED_FROM:
+        return sha256_of(files)
+    # The system sets the time of change, st_ctime, whatever is done to a file.
+    known = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in zip(files, states, strict=True)]
+    memory = Path(HF_HOME, "medsight", hashlib.sha256(repr(known).encode("utf-8", "surrogateescape")).hexdigest())
+    with suppress(OSError):
+        return memory.read_text(encoding="ascii")
+    digest = sha256_of(files)
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memory, digest)
+    return digest

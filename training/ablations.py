@@ -35,9 +35,10 @@ from medsight.evaluation.benchmarks import load_benchmark
 from medsight.evaluation.cases import Case
 from medsight.evaluation.figures import METRICS
 from medsight.evaluation.readers import NoRowsError
-from medsight.evaluation.runner import Processes, RunSettings
+from medsight.evaluation.runner import RunSettings
 from medsight.evaluation.scored_run import answer, protocol_of, score
 from medsight.files import staged_folder, write_json, write_text
+from medsight.processes import lock
 from medsight.text import note
 
 from .corpus import read_corpus
@@ -113,10 +114,11 @@ def evaluate(recipe: Recipe, model: Path, benchmark: str, items: list[Case], out
     declared, data = load_benchmark(benchmark), Path(recipe.data.regions[0]["path"])
     protocol = protocol_of(declared, None, None, {})
     settings = RunSettings(threshold=protocol.mask_protocol.threshold, dtype="float32")
-    options: dict[str, Any] = {"device": "auto", "batch_size": 8, "overwrite": False, "processes": Processes()}
-    described, path = answer(str(model), output, declared, data, items, settings, **options)
+    options: dict[str, Any] = {"device": "auto", "batch_size": 8, "overwrite": False}
     remark = f"The {output.parent.name} rows of a recipe's own data."
-    return score(output, declared, items, protocol, path, described, [remark], None, 0, accept_problems=False)
+    with lock(output, "evaluating"):
+        described, path = answer(str(model), output, declared, data, items, settings, **options)
+        return score(output, declared, items, protocol, path, described, [remark], None, 0, accept_problems=False)
 
 
 def run(

@@ -1,7 +1,7 @@
 """Pictures and masks on the model's canvas, as in inference."""
 
+import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ class Canvas:
         processor: a `MedSightProcessor`.
         config: the model's `MedSightConfig`.
         groups: code groups.
-        keep_in_memory: keep every placed picture and mask, so that a file is decoded once (by each worker process of a
-            loader): for small data sets.
+        keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
     """
 
     def __init__(self, processor: Any, config: Any, groups: Groups, keep_in_memory: bool = False) -> None:
@@ -71,12 +70,20 @@ class Canvas:
     def load_masks(self, entries: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Undecoded masks, placed, (n, S, S); `sizes` are the (width, height) of their pictures."""
         side = self.config.image_size
+        placed = [self._load_mask(entry, size) for entry, size in zip(entries, sizes, strict=True)]
+        return torch.stack(placed) if placed else torch.zeros(0, side, side)
 
-        def load(entry: Any, size: tuple[int, int]) -> torch.Tensor:
+    def _load_mask(self, entry: Any, size: tuple[int, int]) -> torch.Tensor:
+        def load() -> torch.Tensor:
             return self.masks([read_mask(entry, size)], [picture_name(entry)])[0]
 
-        placed = [self._once(entry, partial(load, entry, size)) for entry, size in zip(entries, sizes, strict=True)]
-        return torch.stack(placed) if placed else torch.zeros(0, side, side)
+        if self.loaded is None:
+            return load()
+        # runs of zeros and ones, but at the border
+        packed = self._once(entry, lambda: zlib.compress(load().numpy().tobytes(), level=1))
+        return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.float32).view(
+            self.config.image_size, -1
+        )
 
     def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
         path = entry["path"] if isinstance(entry, dict) and entry.get("bytes") is None else None

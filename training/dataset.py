@@ -4,6 +4,7 @@ A sample depends on its row, the seed and its draw number alone: not on worker p
 on whether the run was interrupted.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,12 @@ class SampleDataset(Dataset):
             if not self.skip_errors:
                 raise
             return Skipped(str(error))
+
+    def preload(self) -> None:
+        """Have the canvas keep all pictures and masks now, so that a loader's worker processes share them."""
+        for draw in range(len(self)):
+            with contextlib.suppress(OSError, ValueError):  # a broken one is named when it is drawn
+                self[draw]
 
     def sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """The sample of a row, with the chance of `generator`.

@@ -72,7 +72,8 @@ class DataSettings:
         validation_fraction: share of patients held out of every set for validation.
         validation_seed: of their choice; by default the run's own, so that runs of several seeds differ in it too.
         on_error: `stop` at a broken item, or `skip`: count and log it; never replace it.
-        keep_in_memory: decode every picture and mask once and keep it, for data sets that fit.
+        keep_in_memory: decode every picture and mask once and keep it, for data sets that fit; worker processes share
+            them.
         groups: code group -> patterns of "modality/site"; by default one group per pair that the regions have.
         classes: mask classes, a target each; by default all targets of the regions.
     """

@@ -3,7 +3,6 @@
 docs/training.md says what stands in the folder.
 """
 
-import contextlib
 import logging
 from datetime import timedelta
 from functools import partial
@@ -15,6 +14,7 @@ from transformers import TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.checkpoint import check_checkpoint
+from medsight.processes import join_processes, lock, on_main
 
 from . import run_folder
 from .augmentation import Augmentation, Augmenter, sided_groups
@@ -42,7 +42,6 @@ from .training_record import write_record
 
 
 logger = logging.getLogger(__name__)
-LONGEST_WAIT = timedelta(hours=6)  # while one process annotates, the others wait
 SETTINGS_FILE = "settings.json"
 
 
@@ -67,28 +66,29 @@ def train(recipe: Recipe, only: str | None = None) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
-    state = PartialState(cpu=recipe.training.get("use_cpu", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
+    longest = max(stage.argument("ddp_timeout") for stage in stages.values())
+    cpu = recipe.training.get("use_cpu", not torch.cuda.is_available())
+    join_processes(cpu, timeout=timedelta(seconds=longest))
     for stage in stages.values():
         if not run_folder.is_finished(output, stage.name):
             training_arguments(
                 run_folder.stage_folder(output, stage.name), stage, recipe
             )  # refuses what only it can tell
             check_conversations(recipe, stage)
-    run_folder.on_main(lambda: run_folder.open_folder(output, recipe))
-    with run_folder.lock(output) if state.is_main_process else contextlib.nullcontext():
+    on_main(lambda: run_folder.refuse_foreign(output))
+    with lock(output, "training"):
+        on_main(lambda: run_folder.open_folder(output, recipe))
         return run_stages(recipe, stages, only, output)
 
 
 def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | None, output: Path) -> Path:
     """What `train` does once the folder is its own."""
     corpus = read_corpus(recipe)
-    run_folder.on_main(
-        lambda: run_folder.describe_data(output, {"training": corpus.training, "validation": corpus.validation})
-    )
-    run_folder.on_main(lambda: run_folder.keep_recipe(output, recipe))
+    on_main(lambda: run_folder.describe_data(output, {"training": corpus.training, "validation": corpus.validation}))
+    on_main(lambda: run_folder.keep_recipe(output, recipe))
     if not all(run_folder.is_finished(output, name) for name in stages):
         in_force = {"settings": settings_in_force(recipe), "topology": topology(recipe)}
-        run_folder.on_main(lambda: run_folder.write_if_changed(output / SETTINGS_FILE, in_force))
+        on_main(lambda: run_folder.write_if_changed(output / SETTINGS_FILE, in_force))
     previous = start_folder(recipe, corpus, output)
     for name, stage in stages.items():
         if run_folder.is_finished(output, name):
@@ -96,18 +96,16 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
                 f"stage {name} is finished: {run_folder.stage_folder(output, name) / 'model'}", flush=True
             )
         elif only in (None, name):
-            run_folder.on_main(lambda: run_folder.outdate_result(output / "model"))
+            on_main(lambda: run_folder.outdate_result(output / "model"))
             run_stage(stage, recipe, corpus, previous, output)
-            run_folder.on_main(lambda: write_record(output, recipe, corpus))
+            on_main(lambda: write_record(output, recipe, corpus))
         else:
             raise ValueError(f"stage {name} comes before {only} and is not finished: run it first")
         previous = run_folder.stage_folder(output, name) / "model"
         if name == only:
             return previous
-    run_folder.on_main(
-        lambda: write_record(output, recipe, corpus)
-    )  # a kill may have come between a stage's end and its record
-    run_folder.on_main(lambda: run_folder.save_result(previous, output / "model", recipe))
+    on_main(lambda: write_record(output, recipe, corpus))  # a kill may have come between a stage's end and its record
+    on_main(lambda: run_folder.save_result(previous, output / "model", recipe))
     return output / "model"
 
 
@@ -124,14 +122,14 @@ def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
             model, processor = fresh_model(recipe, corpus.groups, corpus.classes, corpus_conversations(corpus))
             run_folder.save_folder(model, processor, folder)
 
-    run_folder.on_main(make)
+    on_main(make)
     return folder
 
 
 def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Path, output: Path) -> None:
     """Train one stage from the folder of the model before it, resuming from its last whole checkpoint."""
     settings, folder = resolved.settings, run_folder.stage_folder(output, resolved.name)
-    run_folder.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     method = getattr(settings, "method", "full")
     model, processor = run_folder.load_folder(start, recipe, quantised=method == "qlora")
     groups = corpus.groups.names
@@ -145,19 +143,20 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     last = checkpoints(folder)
     if not last:
         for name in (STEPS_FILE, "data.json"):
-            run_folder.on_main(partial((folder / name).unlink, missing_ok=True))
+            on_main(partial((folder / name).unlink, missing_ok=True))
     state = PartialState()
     if not state.distributed_type.name.startswith(("FSDP", "DEEPSPEED")) and method != "qlora":
         model.to(state.device)  # the stage's start and annotation run the model before the trainer does
     for name in settings.data:
         if name in recipe.annotations:
-            run_folder.on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
+            on_main(partial(annotate_regions, corpus, name, model.eval(), processor, output))
     training, validation = (stage_dataset(stage, recipe, corpus, split) for split in ("training", "validation"))
     if stage.reads == "conversations":
-        run_folder.on_main(
-            lambda: run_folder.describe_data(folder, {"training": training.rows, "validation": validation.rows})
-        )
+        on_main(lambda: run_folder.describe_data(folder, {"training": training.rows, "validation": validation.rows}))
     arguments = training_arguments(folder, resolved, recipe)
+    if recipe.data.keep_in_memory and arguments.dataloader_num_workers:
+        for dataset in (training, validation):
+            dataset.preload()
     if not len(validation):
         arguments.eval_strategy = type(arguments.eval_strategy)("no")
     set_seed(recipe.seed)
@@ -189,7 +188,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if weights is not None and module is not model:
         weights = {**model.state_dict(), **{f"model.{name}": weight for name, weight in weights.items()}}
-    run_folder.on_main(lambda: run_folder.finish_stage(folder, model, processor, weights, metrics))
+    on_main(lambda: run_folder.finish_stage(folder, model, processor, weights, metrics))
 
 
 def stage_dataset(stage: Stage, recipe: Recipe, corpus: Corpus, split: str) -> SampleDataset:

@@ -1,10 +1,9 @@
-"""The folder of a run: kept from being used twice, checked against the recipe, read and written whole."""
+"""The folder of a run: checked against the recipe, read and written whole."""
 
-import contextlib
 import math
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import BitsAndBytesConfig, GenerationConfig, TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.checkpoint import read_json
 from medsight.files import staged_folder, write_json, write_text
+from medsight.processes import LOCK_FILE
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.processing_medsight import MedSightProcessor
 
@@ -28,47 +27,8 @@ from .trainer import checkpoints
 
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "peft", "trl", "numpy", "scipy")
-LOCK_FILE = ".lock"
 RECIPE_FILE, ENVIRONMENT_FILE, FINISHED_FILE = "recipe.yaml", "environment.json", "finished.json"
 OUTDATED = ".outdated"  # stands beside a result that a later stage leaves behind
-
-
-@contextlib.contextmanager
-def lock(output: Path) -> Iterator[None]:
-    """Keep a run's folder from being trained in twice at once; the system lets go of it however a process ends.
-
-    Raises:
-        ValueError: another process trains there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(output / LOCK_FILE, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{output}: another process is training there; wait for it, or end it") from error
-        yield
-
-
-def on_main(work: Callable[[], Any]) -> Any:
-    """Do something on the main process alone; all wait, and all raise if it fails."""
-    state = PartialState()
-    result: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            result[0] = work()
-        except (OSError, ValueError) as error:
-            if state.num_processes == 1:
-                raise
-            result[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(result)
-        if result[1] is not None:
-            raise result[1]
-    return result[0]
 
 
 def stage_folder(output: Path, name: str) -> Path:
@@ -78,6 +38,13 @@ def stage_folder(output: Path, name: str) -> Path:
 def is_finished(output: Path, name: str) -> bool:
     """Whether a stage's result is there; its model and this mark appear together."""
     return (stage_folder(output, name) / FINISHED_FILE).is_file()
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raise ValueError where the folder holds something else than a run."""
+    holds = {path.name for path in output.iterdir()} - {LOCK_FILE} if output.is_dir() else ()
+    if holds and RECIPE_FILE not in holds:
+        raise ValueError(f"{output} is not empty and holds no run: choose another output")
 
 
 def open_folder(output: Path, recipe: Recipe) -> None:
@@ -91,8 +58,7 @@ def open_folder(output: Path, recipe: Recipe) -> None:
     """
     file, versions = output / RECIPE_FILE, output / ENVIRONMENT_FILE
     if not file.is_file():
-        if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
-            raise ValueError(f"{output} is not empty and holds no run: choose another output")
+        refuse_foreign(output)
         output.mkdir(parents=True, exist_ok=True)
         write_json(versions, environment())
         return keep_recipe(output, recipe)

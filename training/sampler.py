@@ -46,8 +46,9 @@ class DrawSampler(Sampler[int]):
         if self.weights is None:
             order = self._of_passes(first)
         else:
-            generator = self._generator(self.epoch)
-            order = torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
+            bounds = self.weights.cumsum(0)  # torch.multinomial takes 2^24 rows at most
+            drawn = torch.rand(len(self), generator=self._generator(self.epoch), dtype=bounds.dtype) * bounds[-1]
+            order = torch.searchsorted(bounds, drawn, right=True).tolist()
         for position, row in enumerate(order, start=first):
             yield position * self.size + row
 

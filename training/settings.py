@@ -42,6 +42,12 @@ FIXED = {
     "ddp_find_unused_parameters": False,
     "label_smoothing_factor": 0.0,  # the losses are the model's own
     "load_best_model_at_end": False,  # a stage goes on from its last step
+    # a resumed run has the losses of an unbroken one, and a step is the same samples however it is cut
+    "save_only_model": False,
+    "ignore_data_skip": False,
+    "auto_find_batch_size": False,
+    "accelerator_config": None,  # `split_batches`, ...
+    "resume_from_checkpoint": None,
     "average_tokens_across_devices": False,
 }
 SET_BY_RUN = ("output_dir", "seed", "data_seed", "train_sampling_strategy")

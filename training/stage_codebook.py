@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import broadcast
 from torch import nn
+
+from medsight.processes import on_main
 
 from .collators import RegionCollator
 from .dataset import RegionDataset
@@ -82,16 +82,18 @@ class CodebookStage(Stage):
     @torch.no_grad()
     def start(self, model: nn.Module, dataset: RegionDataset) -> None:
         """Codes start as centres of k-means over the regions of their group."""
-        if not self.settings.kmeans_images:
-            return
-        codes = model.codebook.codes
-        if PartialState().is_main_process:
+
+        def centres() -> torch.Tensor:
+            found = codes.cpu().clone()
             vectors, groups = self._regions_of(model, evenly(len(self.train_dataset), self.settings.kmeans_images))
             generator = torch.Generator().manual_seed(self.seed)
             for group in groups.unique().tolist():
-                points = vectors[groups == group]
-                codes[group] = kmeans(points, codes.shape[1], self.settings.kmeans_rounds, generator).to(codes)
-        take_from_main(codes)
+                found[group] = kmeans(vectors[groups == group], codes.shape[1], self.settings.kmeans_rounds, generator)
+            return found
+
+        codes = model.codebook.codes
+        if self.settings.kmeans_images:
+            codes.copy_(on_main(centres))
 
     def after_forward(self, outputs: Any) -> None:
         taken = outputs.quantized_codes.cpu()
@@ -107,7 +109,9 @@ class CodebookStage(Stage):
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
         codes = model.codebook.codes
-        if PartialState().is_main_process:
+
+        def revived() -> torch.Tensor:
+            found = codes.cpu().clone()
             generator = torch.Generator().manual_seed(self.seed + step)
             count = self.settings.revive_images
             chosen = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
@@ -116,8 +120,10 @@ class CodebookStage(Stage):
                 points = vectors[groups == group]
                 dead = (self.used[group] == 0).nonzero()[:, 0]
                 drawn = torch.randint(len(points), (len(dead),), generator=generator)
-                codes[group, dead.to(codes.device)] = points[drawn].to(codes)
-        take_from_main(codes)
+                found[group, dead] = points[drawn].to(found)
+            return found
+
+        codes.copy_(on_main(revived))
         self.used.zero_()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -204,13 +210,6 @@ def kmeans(points: torch.Tensor, count: int, rounds: int, generator: torch.Gener
         for index in nearest.unique().tolist():
             centres[index] = F.normalize(points[nearest == index].mean(0), dim=0)
     return centres
-
-
-def take_from_main(values: torch.Tensor) -> None:
-    """Give every process the values that the main process has."""
-    state = PartialState()
-    if state.num_processes > 1:
-        values.copy_(broadcast(values.to(state.device)))
 
 
 @torch.no_grad()

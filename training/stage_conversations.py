@@ -92,6 +92,9 @@ class ConversationStage(Stage):
                 "a stage on conversations needs data: names of annotations or conversations, or text for the corpus' "
                 "own words"
             )
+        unseen = sorted({"vision_to_text", "text_to_vision"} & {*settings.trains}) if settings.text_only else []
+        if unseen:
+            raise ValueError(f"text_only leaves out the images that {' and '.join(unseen)} would learn from")
         if settings.method not in METHODS:
             raise ValueError(f"method={settings.method!r}: choose one of {', '.join(METHODS)}")
         if settings.method != "full" and "language_model" not in settings.trains:

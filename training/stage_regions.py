@@ -73,6 +73,12 @@ class RegionStage(Stage):
     def collator(self) -> RegionCollator:
         return RegionCollator(class_queries=self.config.use_class_queries)
 
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
+        if "image_encoder" in self.settings.trains:
+            freeze_unread(model.model.vision_tower, self.config)
+        return model
+
     def before_forward(self, batch: dict[str, Any], progress: float) -> dict[str, Any]:
         if progress >= self.settings.coarse_share:
             return batch
@@ -114,6 +120,18 @@ class RegionStage(Stage):
         names = self.config.mask_class_names or [f"class {i}" for i in range(self.config.num_mask_classes)]
         masks = [regions.masks_queries_logits[0][i] > 0 for i in found]
         return masks, [f"{names[int(logits[i].argmax())]} {float(logits[i].max()):.2f}" for i in found]
+
+
+def freeze_unread(encoder: nn.Module, config: Any) -> None:
+    """Freeze what lies behind the hidden state of an image encoder that is read: processes wait for its gradients."""
+    training = encoder.training
+    pixels = torch.zeros(1, 3, config.image_size, config.image_size, device=encoder.device, dtype=encoder.dtype)
+    outputs = encoder.eval()(pixels, output_hidden_states=True, return_dict=True)
+    encoder.train(training)
+    parameters = list(encoder.parameters())
+    read = outputs.hidden_states[config.vision_feature_layer].sum()
+    for parameter, gradient in zip(parameters, torch.autograd.grad(read, parameters, allow_unused=True), strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def region_batch_of_zeros(config: Any, size: int, regions: int) -> dict[str, Any]:

@@ -77,8 +77,10 @@ def command(
     """
     from medsight.evaluation.benchmarks import load_benchmark, load_declarations
     from medsight.evaluation.figures import METRICS, REPORT, ROWS, figures_text
-    from medsight.evaluation.runner import Processes, RunSettings
+    from medsight.evaluation.runner import RunSettings, refuse_foreign
     from medsight.evaluation.scored_run import answer, protocol_of, refuse_other_protocol, rows_to_score, saved, score
+    from medsight.loading import choose_device
+    from medsight.processes import join_processes, lock, on_main
 
     with results(as_json) as out:
         if list_benchmarks:
@@ -99,19 +101,21 @@ def command(
         flags = {"threshold": threshold, "missing": missing, "multi": multi}
         protocol = protocol_of(declared, answers, masks, {key: v for key, v in flags.items() if v is not None})
         cases, left_out, notes = rows_to_score(declared, data, limit, held_out_prompts, seed, allow_row_count)
-        processes = Processes()
-        refuse_other_protocol(output, protocol.to_dict(declared.has_masks), overwrite)
-        if predictions is None:
-            settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype, masks_from)
-            asked = (output, declared, data, cases)
-            described, path = answer(model, *asked, settings, device, batch_size, overwrite, processes)
-        else:
-            path = predictions
-            described, more = saved(path, output, declared, data, cases, left_out, overwrite, accept_problems)
-            notes += more
-        if processes.rank == 0:
+        processes = join_processes(cpu=choose_device(device).type == "cpu")
+        on_main(lambda: refuse_foreign(output))
+        with lock(output, "evaluating"):
+            on_main(lambda: refuse_other_protocol(output, protocol.to_dict(declared.has_masks), overwrite))
+            if predictions is None:
+                settings = RunSettings(max_new_tokens, protocol.mask_protocol.threshold, dtype, masks_from)
+                asked = (output, declared, data, cases)
+                described, path = answer(model, *asked, settings, device, batch_size, overwrite)
+            else:
+                path = predictions
+                described, more = saved(path, output, declared, data, cases, left_out, overwrite, accept_problems)
+                notes += more
             metrics = score(
                 output, declared, cases, protocol, path, described, notes, name, seed, accept_problems, left_out
             )
+        if processes.is_main_process:
             out.show(metrics, figures_text(metrics), f"\nWritten to {output}/: {METRICS}, {ROWS}, {REPORT}")
-        processes.wait()
+        processes.destroy_process_group()  # or its threads may be found running at the process' end

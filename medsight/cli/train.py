@@ -64,6 +64,8 @@ def command(
         from medsight.training.run import train
 
         folder = Path(train(recipe, stage))
-        accelerate.PartialState().destroy_process_group()  # or its threads may be found running at the process' end
-        text = f"Written to {folder}; try it: medsight predict IMAGE --prompt '...' --model {folder}"
-        out.show({"folder": str(folder), "stage": stage}, text)
+        state = accelerate.PartialState()
+        state.destroy_process_group()  # or its threads may be found running at the process' end
+        if state.is_main_process:
+            text = f"Written to {folder}; try it: medsight predict IMAGE --prompt '...' --model {folder}"
+            out.show({"folder": str(folder), "stage": stage}, text)

@@ -101,10 +101,11 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
-def decode_mask(encoded: Any, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode_mask(encoded: Any, name: str, size: tuple[int, int]) -> np.ndarray:
     """The boolean (height, width) mask of a COCO RLE, whose counts are text or a list of run lengths.
 
-    Decoded here, because pycocotools reads past the end of damaged counts. `name` is what an error calls the mask.
+    Decoded here, because pycocotools reads past the end of damaged counts; and of the `size` asked for alone, because
+    a file can name one that fills the memory. `name` is what an error calls the mask.
 
     Raises:
         ValueError: it is malformed, its runs do not fill its size, or that is not the (height, width) asked for.
@@ -115,16 +116,16 @@ def decode_mask(encoded: Any, name: str, size: tuple[int, int] | None = None) ->
     if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_count(side) and side for side in shape)):
         raise ValueError(f"{name}: expected size [height, width] of at least 1 each, got {shortened(shape)}")
     height, width = shape
+    if (height, width) != tuple(size):
+        raise ValueError(
+            f"{name}: the mask is {height} x {width} pixels (height x width), its image {size[0]} x {size[1]}"
+        )
     if isinstance(counts, list):
         runs = counts if all(map(_is_count, counts)) else None
     else:
         runs = _runs(counts) if isinstance(counts, str) and _COUNTS.fullmatch(counts) else None
     if runs is None or min(runs, default=-1) < 0 or sum(runs) != height * width:
         raise ValueError(f"{name}: malformed RLE, does not fill {height} x {width} pixels ({shortened(counts)})")
-    if size is not None and (height, width) != tuple(size):
-        raise ValueError(
-            f"{name}: the mask is {height} x {width} pixels (height x width), its reference {size[0]} x {size[1]}"
-        )
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, runs).reshape(width, height).T
 
@@ -167,8 +168,13 @@ def drop_partial_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        end, found = file.seek(0, os.SEEK_END), -1
+        while end and found < 0:
+            start = max(0, end - 2**16)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            end = start + found + 1
+        file.truncate(end)
 
 
 def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:

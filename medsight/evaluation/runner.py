@@ -4,7 +4,6 @@ Greedy decoding, in double precision on the CPU and in single on a GPU unless as
 masks do not depend on what else is in the batch, and one process and several give the same file.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from medsight.checkpoint import check_checkpoint, read_json
@@ -21,6 +21,7 @@ from medsight.data.schema import IMAGE_MARKER
 from medsight.files import write_json, write_text
 from medsight.inference.predictor import decode_greedily, tokenize_chats
 from medsight.loading import choose_device, load_checkpoint
+from medsight.processes import LOCK_FILE, gather, on_main
 
 from .cases import Case
 from .figures import METRICS, REPORT, ROWS
@@ -48,29 +49,11 @@ class RunSettings:
     masks_from: str = "states"  # of the language model where it cites a code; or "codes", the codebook's own entries
 
 
-class Processes:
-    """The processes that `accelerate launch` or `torchrun` started together; alone, without either.
-
-    Example:
-        >>> processes = Processes()
-        >>> processes.rank, processes.count
-        (0, 1)
-    """
-
-    def __init__(self) -> None:
-        self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            self._state = PartialState()
-        self.rank: int = self._state.process_index if self._state else 0
-        self.count: int = self._state.num_processes if self._state else 1
-        self.device: str = str(self._state.device) if self._state else "auto"  # "auto" leaves the choice
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self._state:
-            self._state.wait_for_everyone()
+def refuse_foreign(output: Path) -> None:
+    """Raises FileExistsError where the folder holds something else than an evaluation."""
+    names = {path.name for path in output.iterdir()} - {LOCK_FILE} if output.is_dir() else set()
+    if names and not names & {RUN, METRICS, ROWS, REPORT, PREDICTIONS}:
+        raise FileExistsError(f"output folder {output} holds something else than an evaluation; name another one")
 
 
 def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> None:
@@ -81,7 +64,7 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
     """
     previous = output / RUN
     if not previous.is_file():
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
             raise FileExistsError(f"output folder {output} holds something else than an evaluation; name another one")
     elif overwrite:
         for path in (*output.glob(PARTS), *(output / name for name in (PREDICTIONS, METRICS, ROWS, REPORT))):
@@ -100,49 +83,48 @@ def prepare_output(output: Path, described: dict[str, Any], overwrite: bool) -> 
 
 
 def answer_cases(
-    cases: Sequence[Case],
-    model: Any,
-    processor: Any,
-    output: Path,
-    settings: RunSettings,
-    batch_size: int,
-    processes: Processes,
+    cases: Sequence[Case], model: Any, processor: Any, output: Path, settings: RunSettings, batch_size: int
 ) -> Path:
     """Answers every case that the folder has no answer to yet; the path of predictions.jsonl, in the cases' order.
+
+    The processes share the cases; each writes a part, and the first merges them.
 
     Args:
         model, processor: of one checkpoint, on the device and in the precision to run with.
         output: a folder from `prepare_output`.
         batch_size: cases at once.
-        processes: those that share the cases; each writes a part, and the first merges them.
 
     Raises:
         OSError, ValueError: an image is missing or cannot be read; the message names it.
     """
-    merged = output / PREDICTIONS
-    if processes.rank == 0:
+    merged, state = output / PREDICTIONS, PartialState()
+    rank, count = state.process_index, state.num_processes
+
+    def answered() -> set[str]:
         for path in (merged, *output.glob(PARTS)):
             drop_partial_line(path)
-    processes.wait()
-    done = set(_written(output))
-    processes.wait()  # nobody writes before everybody has read
+        return set(_written(output))
+
+    done = on_main(answered)
     unanswered = [case for case in cases if case.id not in done]
-    mine = unanswered[processes.rank :: processes.count]
+    mine = unanswered[rank::count]
     references = ReferenceCodes(cases, model, processor)
-    path = merged if processes.count == 1 else output / PART.format(processes.rank)
+    path = merged if count == 1 else output / PART.format(rank)
     started = len(cases) - len(unanswered)
-    with tqdm(total=len(cases), initial=started, unit="row", desc="answering", disable=processes.rank > 0) as bar:
+    with tqdm(total=len(cases), initial=started, unit="row", desc="answering", disable=rank > 0) as bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             append_predictions(path, answer_batch(batch, model, processor, settings, references))
-            bar.update(min(len(batch) * processes.count, bar.total - bar.n))
-    processes.wait()
-    if processes.rank == 0:
+            bar.update(min(len(batch) * count, bar.total - bar.n))
+
+    def merge() -> None:
         found = _written(output)
         write_text(merged, "".join(to_line(found[case.id]) for case in cases))
         for part in output.glob(PARTS):
             part.unlink()
-    processes.wait()
+
+    gather(None)  # all have answered
+    on_main(merge)
     return merged
 
 

@@ -3,24 +3,27 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from medsight import __version__
 from medsight.checkpoint import read_json, settings_files, sha256_of, shipped_checkpoint, weights_sha256
 from medsight.files import write_json, write_text
 from medsight.metrics.mask_dice.mask_counts import choose_protocol
+from medsight.processes import LOCK_FILE, gather, on_main
 from medsight.text import quiet_transformers
 
 from .benchmarks import Benchmark, check_counts
 from .cases import Case, fingerprint
 from .figures import METRICS, REPORT, ROWS
-from .predictions import match_predictions, read_predictions
+from .predictions import Prediction, Problems, match_predictions, read_predictions
 from .readers import read_cases
 from .report import report_page
-from .runner import RUN, Processes, RunSettings, answer_cases, load_for_evaluation, prepare_output
-from .scoring import Protocol, score_rows
+from .runner import RUN, RunSettings, answer_cases, load_for_evaluation, prepare_output
+from .scoring import Protocol, refuse, score_rows
 from .summary import summarise
 
 
@@ -74,26 +77,25 @@ def answer(
     device: str,
     batch_size: int,
     overwrite: bool,
-    processes: Processes,
 ) -> tuple[dict[str, Any], Path]:
     """Lets the checkpoint answer: what run.json says, which decides on the predictions, and their path."""
-    folder = shipped_checkpoint() if model is None else Path(model)
+    folder, state = shipped_checkpoint() if model is None else Path(model), PartialState()
+    if device == "auto" and state.num_processes > 1:
+        device = str(state.device)
     with quiet_transformers():
-        loaded, processor = load_for_evaluation(folder, settings, processes.device if device == "auto" else device)
-        settings_sha256 = sha256_of(settings_files(folder))
+        loaded, processor = load_for_evaluation(folder, settings, device)
+        weights, settings_sha256 = on_main(lambda: weights_sha256(folder)), sha256_of(settings_files(folder))
         settings = dataclasses.replace(settings, dtype=str(loaded.dtype).removeprefix("torch."))
         described = {
             "medsight_version": __version__,
             "model": folder.name,
-            "checkpoint": {"weights_sha256": weights_sha256(folder), "settings_sha256": settings_sha256},
+            "checkpoint": {"weights_sha256": weights, "settings_sha256": settings_sha256},
             **questions(benchmark, data, cases),
             **({"codes_per_group": codebook_of(loaded.config)} if loaded.config.use_region_codebook else {}),
             **dataclasses.asdict(settings),
         }
-        if processes.rank == 0:
-            prepare_output(output, described, overwrite)
-        processes.wait()
-        path = answer_cases(cases, loaded, processor, output, settings, batch_size, processes)
+        on_main(lambda: prepare_output(output, described, overwrite))
+        path = answer_cases(cases, loaded, processor, output, settings, batch_size)
     return described, path
 
 
@@ -134,7 +136,7 @@ def saved(
                     "add --accept-problems to score them all the same, with a note"
                 )
             notes.append(f"The answers were given to other questions: {differing}.")
-    _make_scores_folder(output, {RUN, path.name}, overwrite)
+    on_main(lambda: _make_scores_folder(output, {RUN, LOCK_FILE, path.name}, overwrite))
     return {**described, "predictions_sha256": sha256, **questions(benchmark, data, cases)}, notes
 
 
@@ -169,35 +171,60 @@ def score(
 ) -> dict[str, Any]:
     """Scores predictions, and writes scores.jsonl, report.html and, last, metrics.json, whose content it returns.
 
-    There may be predictions of rows that are `left_out`.
+    There may be predictions of rows that are `left_out`. Each process scores a share of the rows; the first writes.
     """
     ids, ignored = [case.id for case in cases], {case.id for case in left_out}
     predictions, problems = match_predictions(ids, read_predictions(path), ignored)
-    rows = score_rows(cases, predictions, benchmark, protocol, problems, accept_problems)
-    saved_threshold = described.get("threshold")
-    if benchmark.has_masks and saved_threshold not in (None, protocol.mask_protocol.threshold):
-        notes.append(
-            f"The masks were saved at the threshold {saved_threshold}; that of the protocol, "
-            f"{protocol.mask_protocol.threshold}, cannot be applied any more."
-        )
-    system = described["model"]
-    if described.get("masks_from") == "codes":
-        system += ", masks of codes alone"
-        notes.append("The masks are decoded from the codebook's entries of the cited codes alone.")
-    metrics = {
-        "system": name or system,
-        "benchmark": benchmark.name,
-        "title": benchmark.title,
-        "task": benchmark.task,
-        "protocol": protocol.to_dict(benchmark.has_masks),
-        **summarise(rows, benchmark, seed, described.get("codes_per_group")),
-        "problems": {kind: {"count": len(ids), "rows": ids} for kind, ids in vars(problems).items() if ids},
-        "notes": notes,
-        "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
-        "run": described,
-    }
-    page = report_page(metrics, rows, cases, predictions)
-    write_text(output / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(output / REPORT, page)
-    write_json(output / METRICS, metrics)
-    return metrics
+    refuse(problems, accept_problems)
+    rows = score_shares(cases, predictions, benchmark, protocol, problems)
+    refuse(problems, accept_problems)
+
+    def write() -> dict[str, Any]:
+        saved_threshold = described.get("threshold")
+        if benchmark.has_masks and saved_threshold not in (None, protocol.mask_protocol.threshold):
+            notes.append(
+                f"The masks were saved at the threshold {saved_threshold}; that of the protocol, "
+                f"{protocol.mask_protocol.threshold}, cannot be applied any more."
+            )
+        system = described["model"]
+        if described.get("masks_from") == "codes":
+            system += ", masks of codes alone"
+            notes.append("The masks are decoded from the codebook's entries of the cited codes alone.")
+        metrics = {
+            "system": name or system,
+            "benchmark": benchmark.name,
+            "title": benchmark.title,
+            "task": benchmark.task,
+            "protocol": protocol.to_dict(benchmark.has_masks),
+            **summarise(rows, benchmark, seed, described.get("codes_per_group")),
+            "problems": {kind: {"count": len(ids), "rows": ids} for kind, ids in vars(problems).items() if ids},
+            "notes": notes,
+            "bootstrap": {"samples": 1000, "level": 0.95, "seed": seed},
+            "run": described,
+        }
+        page = report_page(metrics, rows, cases, predictions)
+        write_text(output / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(output / REPORT, page)
+        write_json(output / METRICS, metrics)
+        return metrics
+
+    return on_main(write)
+
+
+def score_shares(
+    cases: list[Case],
+    predictions: Mapping[str, Prediction],
+    benchmark: Benchmark,
+    protocol: Protocol,
+    problems: Problems,
+) -> list[dict[str, Any]]:
+    """`score_rows`, each process a share of the cases; problems are noted, and all get all rows."""
+    state, found = PartialState(), Problems()
+    mine = cases[state.process_index :: state.num_processes]
+    rows = score_rows(mine, predictions, benchmark, protocol, found, accept_problems=True) if mine else []
+    merged: list[dict[str, Any]] = [{}] * len(cases)
+    for first, (share, masks) in enumerate(gather((rows, found.masks))):
+        merged[first :: state.num_processes] = share
+        problems.masks += masks
+    problems.masks.sort()
+    return merged

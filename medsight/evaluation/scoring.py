@@ -112,9 +112,10 @@ def reference_masks(case: Case) -> list[np.ndarray]:
 
 
 def predicted_masks(
-    prediction: Prediction, size: tuple[int, int] | None, problems: Problems | None = None
+    prediction: Prediction, size: tuple[int, int], problems: Problems | None = None
 ) -> dict[int, np.ndarray]:
-    """A prediction's masks by their place, boolean (height, width); bad ones are left out and noted in `problems`."""
+    """A prediction's masks by their place, boolean, of the image's (height, width); bad ones are left out and noted in
+    `problems`."""
     masks = {}
     for index, encoded in enumerate(prediction.masks):
         try:
@@ -185,7 +186,8 @@ def _code_scores(case: Case, prediction: Prediction) -> dict[str, Any]:
 
 def _mask_scores(case: Case, prediction: Prediction, protocol: Protocol, problems: Problems) -> dict[str, Any]:
     references = reference_masks(case)
-    placed = predicted_masks(prediction, references[0].shape if references else None, problems)
+    size = references[0].shape if references else read_picture(case.images[0]).size[::-1]
+    placed = predicted_masks(prediction, size, problems)
     shown = list(placed.values())
     row: dict[str, Any] = {
         "n_masks": len(shown),

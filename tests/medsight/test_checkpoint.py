@@ -1,6 +1,8 @@
 """Checkpoint folders that `medsight predict` and `Predictor` take, and those that they refuse by name."""
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from medsight import Predictor
+from medsight import Predictor, checkpoint
 from medsight.checkpoint import check_checkpoint, checkpoint_sha256
 from medsight.loading import choose_device
 
@@ -113,6 +115,26 @@ def test_other_files_in_the_folder_do_not_make_it_another_checkpoint(tiny_checkp
     config = folder / "config.json"
     config.write_text(config.read_text("utf-8") + "\n")
     assert checkpoint_sha256(folder) != before
+
+
+def test_a_large_checkpoint_is_read_again_only_when_it_has_changed(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "HF_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    small = checkpoint_sha256(folder)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(checkpoint, "REMEMBERED_FROM", 0)
+    assert checkpoint_sha256(folder) == small
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256_of", lambda files: "read again")
+        assert checkpoint_sha256(folder) == small
+    time.sleep(0.05)  # file systems count time in steps
+    config = folder / "config.json"
+    times = config.stat()
+    config.write_text(config.read_text("utf-8").replace("medsight", "MEDSIGHT", 1))
+    os.utime(config, ns=(times.st_atime_ns, times.st_mtime_ns))  # of the same size, and as old
+    assert checkpoint_sha256(folder) != small
 
 
 @pytest.mark.parametrize("device", ["gpu", "xpu:3", "cuda:4096", "mps"])

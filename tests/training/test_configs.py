@@ -7,12 +7,15 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from configuration_medsight import MedSightConfig
 from configuration_medsight.presets_medsight import PRESETS
 from medsight.data.groups import Groups
 from medsight.data.sources import Source
+from medsight.processes import join_processes
 from medsight.training.augmentation import Augmentation
 from medsight.training.recipe import CONFIGS, Recipe, build, load_recipe
 from medsight.training.run import train, training_arguments
@@ -187,11 +190,12 @@ def test_an_ablation_runs_to_a_model_that_answers(name: str, drawn_data: Path, t
     assert masks[0].shape == (2, *config.mask_size) and bool(masks[0].isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed-zero2"])
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "deepspeed-zero2"])
 def test_accelerate_takes_a_file(name: str) -> None:
     config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
-    kind = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}.get(name, DistributedType.DEEPSPEED)
-    assert config.distributed_type == kind and config.num_processes == 4 and config.num_machines == 1
+    kinds = {"fsdp2": DistributedType.FSDP, "deepspeed-zero2": DistributedType.DEEPSPEED}
+    assert config.distributed_type == kinds.get(name, DistributedType.MULTI_GPU)
+    assert config.num_processes == (2 if name == "cpu" else 4) and config.num_machines == 1
     if name.startswith("deepspeed"):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
         # The recipe says these; a number here would be refused as a mismatch.
@@ -199,20 +203,34 @@ def test_accelerate_takes_a_file(name: str) -> None:
             "auto"
         }
     said = (ACCELERATE / f"{name}.yaml").read_text("utf-8").split("compute_environment")[0]
-    assert "text_to_vision" in said and f"training/accelerate/{name}.yaml" in said
+    assert ("every stage" in said or "text_to_vision" in said) and f"training/accelerate/{name}.yaml" in said
 
 
 def test_these_are_all_accelerate_files() -> None:
-    assert sorted(path.stem for path in ACCELERATE.iterdir()) == ["ddp", "deepspeed-zero2", "fsdp2"]
+    assert sorted(path.stem for path in ACCELERATE.iterdir()) == ["cpu", "ddp", "deepspeed-zero2", "fsdp2"]
 
 
-def test_the_launcher_hands_the_sharding_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+def launch_arguments(name: str, *options: str) -> Any:
+    """What accelerate's launcher makes of a file."""
+    given: Any = ["--config_file", str(ACCELERATE / f"{name}.yaml"), *options, "-m", "medsight.cli"]
+    return _validate_launch_command(launch_command_parser().parse_args(given))[0]
 
-    given: Any = ["--config_file", str(ACCELERATE / "fsdp2.yaml"), "-m", "medsight.cli"]
-    arguments = _validate_launch_command(launch_command_parser().parse_args(given))[0]
-    environment = prepare_multi_gpu_env(arguments)
+
+def test_a_launcher_that_starts_fewer_processes_than_were_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join_processes(cpu=True)
+    for name, value in prepare_simple_launcher_cmd_env(launch_arguments("ddp", "--cpu"))[1].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="several processes were asked for and this one is alone: .*cpu.yaml"):
+        join_processes(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes were asked for"):
+        join_processes(cpu=True)
+
+
+def test_the_launcher_hands_the_sharding_on() -> None:
+    environment = prepare_multi_gpu_env(launch_arguments("fsdp2"))
     assert (environment["FSDP_VERSION"], environment["FSDP_RESHARD_AFTER_FORWARD"]) == ("2", "true")
     assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
 

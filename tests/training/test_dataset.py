@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from configuration_medsight import MedSightConfig
 from medsight.data.groups import Groups
@@ -93,6 +94,20 @@ def test_a_sample_depends_on_its_draw_alone(canvas: Canvas, regions: Any, keep: 
     assert all(same(value, fresh[5][key]) for key, value in one.items())
     other = RegionDataset(regions, canvas, augmenter=items.augmenter, seed=2)
     assert not torch.equal(other[5]["pixel_values"], one["pixel_values"])
+
+
+def test_workers_share_what_is_kept_in_memory(canvas: Canvas, regions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = RegionDataset(regions, canvas)
+    kept = RegionDataset(regions, Canvas(canvas.processor, canvas.config, canvas.groups, keep_in_memory=True))
+    expected = [plain[draw] for draw in range(len(plain))]
+    kept.preload()
+    for name in ("read_picture", "read_mask"):
+        monkeypatch.setattr(f"medsight.training.canvas.{name}", None)  # nothing is decoded any more
+    loader = DataLoader(kept, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    for given, sample in zip(loader, expected, strict=True):
+        assert all(same(value, given[key]) for key, value in sample.items())
+    masks = sum(sample["mask_labels"].nbytes for sample in expected)
+    assert sum(len(packed) for packed in kept.canvas.loaded.values() if isinstance(packed, bytes)) < masks / 2
 
 
 def test_a_conversations_ids_and_labels_are_the_processors_own(canvas: Canvas, drawn_data: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ from medsight.training.dataset import encode
 from medsight.training.recipe import load_recipe
 from medsight.training.run import train
 from medsight.training.sampler import DrawSampler
+from medsight.training.stage import PARTS, stage_kinds, trained_module
+from medsight.training.stage_conversations import ConversationStage
 from medsight.training.trainer import LOSSES, count_terms
 from modeling_medsight import MedSightForConditionalGeneration
+from tests.modeling_medsight.configurations import CONFIGURATIONS, labelled, make_config, make_model, perceiving
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_processor
 
 
@@ -186,20 +190,27 @@ def test_losses_and_gradients_of_uneven_parts_sum_to_those_of_the_whole(
         torch.testing.assert_close(parts[name], (loss, gradients), rtol=TOLERANCE, atol=TOLERANCE, msg=name)
 
 
-def test_every_part_of_a_conversation_batch_reaches_all_that_trains(model: MedSightForConditionalGeneration) -> None:
+@pytest.mark.parametrize("kind", ["regions", "codebook", "conversations"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_batch_reaches_all_that_a_stage_trains(name: str, kind: str) -> None:
     """Else processes wait for gradients that never come."""
-    trained = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith(("model.language_model.", "lm_head.", "model.vision_to_text", "model.text_to_vision"))
-    }
-    collate = ConversationCollator(tiny_processor(model.config), class_labels=True)
-    for sample in conversation_samples(model.config):
-        batch = collate([sample])
-        name = batch.pop("files")[0]
-        gradients = torch.autograd.grad(model(**batch).loss, list(trained.values()), allow_unused=True)
-        missing = [key for key, gradient in zip(trained, gradients, strict=True) if gradient is None]
-        assert not missing, name
+    config = make_config(name, use_class_queries=True)
+    of_kind = stage_kinds()[kind]
+    stage = of_kind(
+        "all", of_kind.Settings(trains=[*of_kind.parts]), SimpleNamespace(config=config, processor=None), 0
+    )
+    model = stage.prepare(make_model(config).train())
+    module = trained_module(model, stage)
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {part for part in of_kind.parts if any(key.startswith(PARTS[part]) for key in trained)} == {*of_kind.parts}
+    if kind == "conversations":
+        batches = [labelled(config, [row]) for row in ("ttt", "tIt", "tItC")]
+        batches.append({**batches[-1], "mask_labels": [None]})
+    else:
+        batches = [perceiving(config, counts, groups=kind == "codebook") for counts in ((2, 0, 1), (0,))]
+    for batch in batches:
+        gradients = torch.autograd.grad(module(**batch)["loss"], [*trained.values()], allow_unused=True)
+        assert not [key for key, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
 # Whole runs
@@ -263,7 +274,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_recipe(folder: Path, name: str, size: int, accumulation: int) -> Path:
     """Two epochs of every stage, none of whose rows fill whole steps of four; a checkpoint every four steps."""
-    speaks, trained = {"kind": "conversations"}, ["language_model", "vision_to_text", "text_to_vision"]
+    speaks, trained = {"kind": "conversations"}, [*ConversationStage.parts]
     recipe = {
         "output": str(folder / name),
         "threads": 1,
@@ -292,7 +303,7 @@ def write_recipe(folder: Path, name: str, size: int, accumulation: int) -> Path:
             "example_images": 0,
         },
         "stages": [
-            {"name": "perceiver", "kind": "regions"},
+            {"name": "perceiver", "kind": "regions", "trains": ["image_encoder", "region_perceiver"]},
             {**speaks, "name": "vision_to_text", "trains": ["vision_to_text"], "data": ["plain", "words"]},
             {"name": "codebook", "kind": "codebook", "revive_every": 3, "revive_until": 1.0, "kmeans_rounds": 2},
             {**speaks, "name": "text_to_vision", "trains": ["text_to_vision", "code_rows"], "data": ["grounded"]},

@@ -94,8 +94,18 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Path, change: str, message: 
             "unified: weight_decay=0.1 would shrink the rows of all",
         ),
         ("stages.unified={trains: [vision_to_text], method: lora}", "which it does not train"),
-        ("stages.perceiver.load_best_model_at_end=true", "load_best_model_at_end is set by the run itself"),
-        ("training.label_smoothing_factor=0.1", "training: label_smoothing_factor is set by the run itself"),
+        (
+            "stages.unified={text_only: true, trains: [language_model, vision_to_text]}",
+            "unified: text_only leaves out the images that vision_to_text would learn from",
+        ),
+        *(
+            (f"training.{name}=true", f"training: {name} is set by the run itself")
+            for name in (
+                *("auto_find_batch_size", "ignore_data_skip", "save_only_model", "load_best_model_at_end"),
+                *("label_smoothing_factor", "resume_from_checkpoint"),
+            )
+        ),
+        ("stages.perceiver.accelerator_config={split_batches: true}", "accelerator_config is set by the run itself"),
         ("stages.perceiver.trainer=mine", "trainer='mine': choose trainer or sft"),
         ("training.seed=3", "training: seed is set by the run itself"),
         ("stages.perceiver.train_sampling_strategy=sequential", "train_sampling_strategy is set by the run itself"),

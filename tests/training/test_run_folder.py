@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,27 @@ import pytest
 import torch
 import yaml
 
+from medsight.processes import lock
 from medsight.training.recipe import load_recipe
 from medsight.training.run import train
-from medsight.training.run_folder import lock
 from tests.training.tiny_run import only, steps_of, tiny_recipe
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
 def test_a_folder_is_not_trained_in_twice_at_once(unbroken: Path, drawn_data: Path) -> None:
-    with lock(unbroken), pytest.raises(ValueError, match="another process is training there"):
+    with lock(unbroken, "training"), pytest.raises(ValueError, match="another process is training there"):
         train(tiny_recipe(drawn_data, unbroken))
+
+
+def test_a_collective_may_take_as_long_as_the_most_patient_stage_says(
+    drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(cpu: bool, timeout: timedelta) -> None:
+        raise InterruptedError(f"{cpu} {timeout.total_seconds():.0f}")
+
+    monkeypatch.setattr("medsight.training.run.join_processes", join)
+    for longest, stages in ((1800, {}), (7200, {"codebook": {"ddp_timeout": 7200}})):
+        with pytest.raises(InterruptedError, match=f"True {longest}"):
+            train(tiny_recipe(drawn_data, tmp_path / "run", stages=stages))
 
 
 def test_stages_ahead_may_be_changed_and_those_behind_may_not(drawn_data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The order of training draws: a pure function of seed and epoch."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -29,6 +31,13 @@ def test_no_two_draws_of_a_run_are_the_same() -> None:
         draws += list(sampler)
     assert len(set(draws)) == len(draws) == 140
     assert 40 < sum(draw % 7 == 0 for draw in draws) < 100
+
+
+def test_rows_are_drawn_by_weight_however_many_there_are() -> None:
+    weights = torch.zeros(2**24 + 1, dtype=torch.float64)
+    weights[[5, -1]] = 0.5
+    draws = islice(DrawSampler(len(weights), seed=0, weights=weights), 50)
+    assert {draw % len(weights) for draw in draws} == {5, len(weights) - 1}
 
 
 def test_sets_of_one_target_are_drawn_by_their_size_to_a_power() -> None:

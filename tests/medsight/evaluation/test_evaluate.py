@@ -77,7 +77,7 @@ def test_a_model_s_run_and_its_saved_predictions_give_the_same_figures(score: Sc
     assert first["run"].keys() >= {"checkpoint", "data", "dtype", "threshold", "codes_per_group"}
     assert second["run"].pop("predictions_sha256")
     assert {**first, "printed": ""} == {**second, "printed": ""}
-    written = {path.name for path in (tmp_path / "a").iterdir()}
+    written = {path.name for path in (tmp_path / "a").iterdir()} - {".lock"}
     assert written == {"predictions.jsonl", "scores.jsonl", "metrics.json", "report.html", "run.json"}
 
 
@@ -250,7 +250,7 @@ def test_a_model_is_asked_in_every_way_that_the_data_can_answer(score: Score, tm
         (lambda records: records.append(records[0]), "1 duplicate (set/test/0.png#liver (line 10))"),
         (
             lambda records: records[2].update(masks=[encode_mask(np.ones((4, 4), dtype=bool))]),
-            "1 masks (set/test/1.png#liver: mask 1: the mask is 4 x 4 pixels (height x width), its reference 16 x 20)",
+            "1 masks (set/test/1.png#liver: mask 1: the mask is 4 x 4 pixels (height x width), its image 16 x 20)",
         ),
     ],
 )
@@ -309,9 +309,15 @@ def test_rows_of_absent_structures_alone_are_scored_and_reported(
 
     def cite(records: list[dict[str, Any]]) -> None:
         records[:] = [record for record in records if record["id"] in names]
-        records[0] |= {"masks": [encode_mask(np.zeros((9, 9), dtype=bool))], "codes": ["[C0_1]"]}
+        records[0] |= {"masks": [encode_mask(np.zeros((16, 20), dtype=bool))], "codes": ["[C0_1]"]}
 
-    metrics = score(saved(cite), benchmark="segmentation", data=data)
+    def claim_much(records: list[dict[str, Any]]) -> None:
+        cite(records)
+        records[0]["masks"] = [{"size": [200_000, 200_000], "counts": [0, 200_000**2]}]
+
+    asked: dict[str, Any] = {"benchmark": "segmentation", "data": data}
+    score(saved(claim_much), **asked, refused="the mask is 200000 x 200000 pixels")  # before it fills the memory
+    metrics = score(saved(cite), **asked)
     assert metrics["negatives"]["no_region_rate"]["value"] == 1 - 1 / len(names)
     assert metrics["negatives"]["false_mask_rate"]["value"] == 0.0  # the mask is empty
     assert "false_mask_rate" not in metrics["codes"]["answers"]

@@ -31,7 +31,7 @@ def test_masks_come_back_and_agree_with_runs_counted_by_hand(share: float) -> No
     encoded = encode_mask(mask)
     assert encoded["size"] == [37, 53] and json.loads(json.dumps(encoded)) == encoded
     assert np.array_equal(decode_mask(encoded, "it", (37, 53)), mask)
-    assert np.array_equal(decode_mask({"size": [37, 53], "counts": runs_by_hand(mask)}, "it"), mask)
+    assert np.array_equal(decode_mask({"size": [37, 53], "counts": runs_by_hand(mask)}, "it", (37, 53)), mask)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_masks_come_back_and_agree_with_runs_counted_by_hand(share: float) -> No
 )
 def test_malformed_encodings_are_refused(encoded: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"row 7: .*{message}"):
-        decode_mask(encoded, "row 7")
+        decode_mask(encoded, "row 7", (4, 4))
 
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
-    with pytest.raises(ValueError, match="the mask is 4 x 4 pixels .height x width., its reference 4 x 5"):
+    with pytest.raises(ValueError, match="the mask is 4 x 4 pixels .height x width., its image 4 x 5"):
         decode_mask(encode_mask(np.ones((4, 4), dtype=bool)), "mask 1", (4, 5))
 
 
@@ -64,10 +64,15 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     drop_partial_line(path)
     append_predictions(path, [Prediction("a", "ä"), Prediction("b", "two")])
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    for cut in (whole[:-9], whole + b"x" * 200_000):  # also a long one, and none that is whole
+        path.write_bytes(cut)
+        drop_partial_line(path)
+        assert path.read_bytes() == whole[: cut.rindex(b"\n") + 1]
+    path.write_bytes(b"x" * 200_000)
     drop_partial_line(path)
     append_predictions(path, [Prediction("c", "three")])
-    assert [prediction.id for _, prediction in read_predictions(path)] == ["a", "c"]
+    assert [prediction.id for _, prediction in read_predictions(path)] == ["c"]
 
 
 @pytest.mark.parametrize(

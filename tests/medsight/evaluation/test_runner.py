@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from medsight import cli
 from medsight.data.pictures import read_mask, read_picture
 from medsight.evaluation import runner
 from medsight.evaluation.benchmarks import load_benchmark
@@ -22,7 +23,7 @@ from medsight.evaluation.cases import Case
 from medsight.evaluation.predictions import decode_mask, read_predictions
 from medsight.evaluation.readers import read_cases
 from medsight.evaluation.reference_codes import ReferenceCodes
-from medsight.evaluation.runner import Processes, RunSettings, answer_cases, load_for_evaluation, prepare_output
+from medsight.evaluation.runner import RunSettings, answer_cases, load_for_evaluation, prepare_output
 from medsight.inference.code_assignment import assign_codes
 from processing_medsight.region_codes_medsight import parse_region_code
 from tests.shared import shared_folder
@@ -59,7 +60,7 @@ def checkpoint(tiny_checkpoint: Path) -> tuple[Any, Any]:
 
 def answered(cases: list[Case], checkpoint: tuple[Any, Any], output: Path, batch_size: int) -> bytes:
     prepare_output(output, {"run": 1}, overwrite=False)
-    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size, Processes()).read_bytes()
+    return answer_cases(cases, *checkpoint, output, SETTINGS, batch_size).read_bytes()
 
 
 def test_the_batch_size_does_not_show_and_masks_are_at_the_size_of_the_image(
@@ -130,7 +131,7 @@ def test_a_mask_is_the_model_s_logits_resized_before_the_threshold(
     # The 20 x 16 image sits in a square canvas, its margins above and below equal but for a pixel of the canvas.
     assert processor.image_processor.fit == "pad"
     expected = (resized[:, 2:18] > 0).numpy()
-    given = np.stack([decode_mask(mask, "it") for mask in prediction.masks])
+    given = np.stack([decode_mask(mask, "it", (16, 20)) for mask in prediction.masks])
     assert given.any() and not given.all() and (expected == given).mean() > 0.98
 
 
@@ -164,7 +165,7 @@ def test_masks_of_codes_alone_are_a_run_of_their_own(
             code_indices=[codes], pixel_values=pixels["pixel_values"].to(model.dtype)
         )
     expected = processor.image_processor.post_process_masks([logits], [(16, 20)], 0.5)[0].numpy()
-    assert np.array_equal(np.stack([decode_mask(mask, "it") for mask in prediction.masks]), expected)
+    assert np.array_equal(np.stack([decode_mask(mask, "it", (16, 20)) for mask in prediction.masks]), expected)
 
 
 def read_predictions_of(cases: list[Case], checkpoint: tuple[Any, Any], folder: Path) -> list[Any]:
@@ -219,29 +220,38 @@ def test_an_unreadable_image_is_named(
 
 
 @pytest.mark.slow
-def test_two_processes_and_a_kill_give_the_file_of_one(
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_two_processes_and_a_kill_give_the_files_of_one(
     regions: Path, declare: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     places = ["--benchmark", declare("segmentation"), "--data", regions, "--model", tiny_checkpoint]
     options = ["--device", "cpu", "--max-new-tokens", "8", "--batch-size", "1", "--allow-row-count", "--output"]
-    verb = ["-m", "medsight.cli", "evaluate", *map(str, places), *options]
+    verb = ["evaluate", *map(str, [*places, *options])]
+    assert cli.main([*verb, str(tmp_path / "one")]) == 0
+    two = ["-m", "medsight.cli", *verb, str(tmp_path / "two")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *two]
+    file = REPOSITORY / "training" / "accelerate" / "cpu.yaml"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *two]
     running: dict[str, Any] = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    killed = [sys.executable, *verb, str(tmp_path / "killed")]
-    process = subprocess.Popen(killed, stderr=subprocess.DEVNULL, **running)
-    partial = tmp_path / "killed" / "predictions.jsonl"
+    process = subprocess.Popen(torchrun, stderr=subprocess.DEVNULL, **running)
+    parts = [tmp_path / "two" / f"predictions.part-{rank:04d}.jsonl" for rank in range(2)]
     deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.read_bytes().count(b"\n") >= 2):
+    while not all(part.exists() and b"\n" in part.read_bytes() for part in parts):  # each answers a share
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert partial.read_bytes().count(b"\n") < 9
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    for arguments in (killed, [sys.executable, *verb, str(tmp_path / "one")], [*launch, *verb, str(tmp_path / "two")]):
-        subprocess.run(arguments, check=True, capture_output=True, **running)
-    for name in ("predictions.jsonl", "metrics.json", "scores.jsonl"):
-        contents = {(tmp_path / run / name).read_bytes() for run in ("one", "two", "killed")}
-        assert len(contents) == 1, name
+    children = psutil.Process(process.pid).children(recursive=True)
+    for child in children:
+        child.suspend()
+    refused = subprocess.run([sys.executable, *two], capture_output=True, text=True, **running)
+    assert refused.returncode == 1 and "another process is evaluating there" in refused.stderr
+    for child in children:
+        child.kill()
+    assert process.wait() != 0
+    assert not (tmp_path / "two" / "metrics.json").exists()
+    subprocess.run(accelerate, check=True, capture_output=True, **running)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    for name in ("predictions.jsonl", "metrics.json", "scores.jsonl", "report.html"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
 @pytest.mark.slow
