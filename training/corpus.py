@@ -16,7 +16,7 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.data.groups import Groups, match_groups
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.data.sources import Source, load_source
-from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
+from medsight.data.splits import divide, hold_out_rows
 from medsight.data.templates import Wordings
 from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
 
@@ -62,7 +62,7 @@ class Corpus:
             return {}
         rows, beside = concatenate_datasets([*parts.values()]), [(self.training, self.validation)]
         fraction = recipe.data.validation_fraction
-        held = hold_out_conversations(rows, fraction, split_seed(recipe), beside) if fraction else set()
+        held = hold_out_rows(rows, fraction, split_seed(recipe), beside) if fraction else set()
         split, start = {}, 0
         for name, part in parts.items():
             split[name] = divide(part, {place - start for place in held if start <= place < start + len(part)})
@@ -80,7 +80,7 @@ def read_corpus(recipe: Recipe) -> Corpus:
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    held = hold_out_regions(rows, recipe.data.validation_fraction, split_seed(recipe))
+    held = hold_out_rows(rows, recipe.data.validation_fraction, split_seed(recipe))
     training, validation = divide(rows, held)
     groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for targets in rows["targets"] for target in targets})
@@ -141,7 +141,7 @@ def corpus_conversations(corpus: Corpus) -> Any:
     if not recipe.data.text:
         return made
     text = concatenate_datasets([read_source(recipe, entry) for entry in recipe.data.text])
-    held = hold_out_conversations(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
+    held = hold_out_rows(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
     return concatenate_datasets([made, divide(text, held)[0]])
 
 

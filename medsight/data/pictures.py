@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 
-from processing_medsight.image_loading_medsight import load_image, to_array
+from processing_medsight.image_loading_medsight import count_frames, load_image, open_image, to_array
 
 
 # What a row holds for a picture, as `datasets.Image(decode=False)` yields it: {"path", "bytes"}.
 PictureEntry = Mapping[str, Any]
 
-_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
+_ONE_STRUCTURE = (
+    "A mask shows one structure: save each as a file of its own, such as `labels == 1`, and name it, by _TARGET in the "
+    "file's name or by `target` in a manifest"
+)
 
 
 class MaskSizeError(ValueError):
@@ -23,6 +27,10 @@ class MaskSizeError(ValueError):
 
 class EmptyMaskError(ValueError):
     """A mask has no pixel inside."""
+
+
+class MaskValuesError(ValueError):
+    """A mask shows more than one structure."""
 
 
 def picture_name(entry: PictureEntry) -> str:
@@ -55,32 +63,95 @@ def read_picture(entry: PictureEntry) -> Image.Image:
 
 
 def read_mask(entry: PictureEntry, size: tuple[int, int]) -> np.ndarray:
-    """Decode a mask; every pixel that is not 0 (not black, where it has colours) is inside.
+    """Decode a mask, as `decode_mask` says: (height, width), bool."""
+    return decode_mask(entry, size)[0]
 
-    In a file of a kind that blurs what was black and white, see `_LOSSY`, the pixels above half of its brightest are.
+
+def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    """Decode a mask of one structure: of the two values that are stored, 0 (black, where it has colours) is outside.
+
+    Where lossy compression or smoothing has blurred the two, what is above the middle of their range is inside. A TIFF
+    counts as stored also where it says that its 0 is white, as those of tifffile and ImageJ do.
 
     Args:
         entry: as for `read_picture`.
         size: (width, height) of its image in pixels, as `PIL.Image.Image.size` is.
 
     Returns:
-        (height, width), bool, with at least one pixel inside.
+        (height, width), bool, with at least one pixel inside; and whether the mask was blurred.
 
     Raises:
         FileNotFoundError: there is no such file.
-        MaskSizeError, EmptyMaskError: the mask is of another size than its image, or has no pixel inside.
+        MaskSizeError, EmptyMaskError, MaskValuesError: the mask is of another size than its image, has no pixel
+            inside, or shows more than one structure: more values than two, or more pages than one.
         ValueError: as `read_picture`.
     """
     name, image = picture_name(entry), read_picture(entry)
+    pages, inverted_bits = _pages_and_inversion(entry, name)
+    if pages > 1:
+        raise MaskValuesError(f"{name}: expected one picture, got {pages} pages. {_ONE_STRUCTURE}")
     if image.size != tuple(size):
         raise MaskSizeError(
             f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"
         )
     if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image)
+        pixels = np.asarray(image)
+        if inverted_bits and image.mode not in ("I", "F"):
+            pixels = ~pixels if pixels.dtype == bool else (255 if image.mode == "L" else 2**inverted_bits - 1) - pixels
     else:
-        values = to_array(image, name, convert_rgb=True, rescale=True).max(axis=2)
-    mask = values > values.max() / 2 if image.format in _LOSSY else values != 0
-    if not mask.any():
+        pixels = to_array(image, name, convert_rgb=True, rescale=True)
+    values = pixels if pixels.ndim == 2 else pixels.astype(np.int32) @ [1 << 16, 1 << 8, 1]
+    if not values.any():
         raise EmptyMaskError(f"{name}: the mask is empty; a structure that is not in the image has no mask")
-    return mask
+    if ((values == 0) | (values == values.max())).all():
+        return values != 0, False
+    inside = _deblurred(pixels, values)
+    if inside is None:
+        found, counts = np.unique(values, return_counts=True)
+        most = sorted(found[np.argsort(-counts, kind="stable")[:8]].tolist())
+        shown = most if pixels.ndim == 2 else [(value >> 16, value >> 8 & 255, value & 255) for value in most]
+        raise MaskValuesError(
+            f"{name}: expected a mask of two values, 0 outside its structure and another inside, got {len(found):,}: "
+            f"{', '.join(map(str, shown))}{', …' if len(found) > len(most) else ''}. {_ONE_STRUCTURE}"
+        )
+    return inside, True
+
+
+def _pages_and_inversion(entry: PictureEntry, name: str) -> tuple[int, int]:
+    """How many pages a picture's file has; and how many bits, where it is a TIFF whose pixels Pillow inverts."""
+    content = entry.get("bytes")
+    with open_image(Path(name) if content is None else content, name) as opened:
+        tags = getattr(opened, "tag_v2", {})
+        pages = 1 if opened.format == "MPO" else count_frames(opened, name)
+        return pages, tags.get(258, (1,))[0] if tags.get(262) == 0 else 0
+
+
+def _deblurred(pixels: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+    """What is inside in a mask whose two values were blurred; None for any other picture.
+
+    Blur leaves many values, and those in between lie along edges. Labels are few, or small numbers, or fill areas.
+
+    Args:
+        pixels: (height, width) or (height, width, 3).
+        values: (height, width), a number for each grey or colour.
+    """
+    found, grey = np.unique(values), pixels if pixels.ndim == 2 else pixels.max(axis=2)
+    top = float(grey.max())
+    if len(found) <= 3 or (top < 64 and np.array_equal(found, found.round())):
+        return None
+    if len(found) <= 8 and len(np.unique(values[_is_flat(values, 5)])) > 2:
+        return None
+    inside = grey > top / 2
+    between = (grey > top / 4) & (grey < 3 * top / 4)
+    for channel in np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else ():
+        if channel.max() > top / 2:  # another colour is another structure
+            between |= (channel > top / 2) != inside
+    if np.count_nonzero(between & _is_flat(values, 2)) > 0.2 * np.count_nonzero(between):
+        return None
+    along_edges = maximum_filter(inside, 9) & ~minimum_filter(inside, 9)
+    return inside if np.mean(between & ~along_edges) < 0.1 else None
+
+
+def _is_flat(values: np.ndarray, side: int) -> np.ndarray:
+    """Where a square of so many pixels a side around, or for an even side before, a pixel has one value."""
+    return maximum_filter(values, side) == minimum_filter(values, side)
