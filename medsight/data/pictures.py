@@ -16,8 +16,8 @@ from processing_medsight.image_loading_medsight import count_frames, load_image,
 PictureEntry = Mapping[str, Any]
 
 _ONE_STRUCTURE = (
-    "A mask shows one structure: save each as a file of its own, such as `labels == 1`, and name it, by _TARGET in the "
-    "file's name or by `target` in a manifest"
+    "A mask shows one structure: save each as a file of its own, such as `labels == 1`, and name it by _TARGET in the "
+    "file's name, or by `target` in a manifest"
 )
 
 

@@ -155,10 +155,8 @@ def hold_out_rows(
             sides[member.image] |= of_patients[member.patient]
 
     free = [position for position, member in enumerate(members) if not sides[member.image]]
-    drawn = {
-        free[place]
-        for place in hold_out([members[i] for i in free], fraction, seed, required=bool(members) and not beside)
-    }
+    required = bool(members) and not beside
+    drawn = {free[place] for place in hold_out([members[i] for i in free], fraction, seed, required)}
     left = {members[i][:2] for i in free if i not in drawn}  # a volume may be left in part
     whole = {members[i].patient for i in drawn if members[i][:2] not in left}
     drawn |= {i for i in free if members[i].patient in whole}

@@ -95,7 +95,7 @@ SEVERAL = {
     "JPEG 2000": ("0, 1, 2", encoded(Image.fromarray(LABELS), "JPEG2000")),
     "colours": ("(0, 0, 0), (0, 255, 0), (255, 0, 0)", encoded(Image.fromarray(COLOURS))),
     "colours of a palette": ("(255, 0, 0)", encoded(Image.fromarray(COLOURS).quantize(), "GIF")),
-    "colours in JPEG": ("(254, 0, 0), …", encoded(Image.fromarray(COLOURS), "JPEG")),
+    "colours in JPEG": ("(0, 255, 0)", encoded(Image.fromarray(COLOURS), "JPEG")),
     "many objects": ("72: 0, 1, 2", encoded(Image.fromarray((ROWS // 10 * 9 + COLUMNS // 11).astype(np.uint8)))),
     "a photograph": ("got ", encoded(Image.fromarray(np.uint8(ROWS * 2 + COLUMNS % 7)))),
     "two pages": ("2 pages", encoded(WHITE, "TIFF", save_all=True, append_images=[WHITE])),

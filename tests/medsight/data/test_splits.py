@@ -142,6 +142,30 @@ def test_embedded_images_are_told_apart_by_their_content(manifest_sets: Path) ->
             assert sides[1] == {Path(row["image"]["path"]).read_bytes() for row in both[1]}
 
 
+@pytest.mark.parametrize("embedded", [False, True], ids=["files", "bytes"])
+def test_no_picture_or_patient_is_on_both_sides_whatever_files_are_called(tmp_path: Path, embedded: bool) -> None:
+    """Every patient has a 0.png, a 1.png and a 2.png; a second set has a copy of the first under another name."""
+    rows = []
+    for patient in range(20):
+        for number in range(4):
+            copied = number == 3
+            path = tmp_path / f"{patient}" / ("copy.png" if copied else f"{number}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((4, 4), 3 * patient + number % 3, dtype=np.uint8)).save(path)
+            image = {"path": path.name, "bytes": path.read_bytes()} if embedded else {"path": str(path), "bytes": None}
+            origin = ("second", f"of {patient}") if copied else ("first", f"{patient}")
+            rows.append({"image": image, "dataset": origin[0], "patient": origin[1], "modality": "CT"})
+    features = Features({name: REGION_FEATURES[name] for name in rows[0]})
+    for seed in range(5):
+        sides = split(Dataset.from_list(rows, features=features), 0.2, seed)
+        for of in (
+            lambda row: row["patient"].split()[-1],
+            lambda row: row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes(),
+        ):
+            training, held = (set(map(of, side)) for side in sides)
+            assert held and not training & held
+
+
 def test_what_cannot_be_validated_on_is_said(
     manifest_sets: Path, conversations: Conversations, caplog: pytest.LogCaptureFixture
 ) -> None:
