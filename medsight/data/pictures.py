@@ -9,16 +9,22 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
+from medsight.scans.file_kinds import recognise
 from processing_medsight.image_loading_medsight import count_frames, load_image, open_image, to_array
 
 
 # What a row holds for a picture, as `datasets.Image(decode=False)` yields it: {"path", "bytes"}.
 PictureEntry = Mapping[str, Any]
 
+_SCANS = {"dicom": "DICOM file", "nifti": "NIfTI volume", "npy": "NumPy array"}
 _ONE_STRUCTURE = (
     "A mask shows one structure: save each as a file of its own, such as `labels == 1`, and name it by _TARGET in the "
     "file's name, or by `target` in a manifest"
 )
+
+
+class NotAPictureError(ValueError):
+    """A file is a scan or an array, where a picture was expected."""
 
 
 class MaskSizeError(ValueError):
@@ -46,17 +52,23 @@ def read_picture(entry: PictureEntry) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
+        NotAPictureError: it is a scan or an array.
         ValueError: it is empty, truncated, damaged or no image at all, has too many pixels, or holds NaN or infinity.
     """
     name, content = picture_name(entry), entry.get("bytes")
-    if content is not None:
-        image = load_image(content, name)
-    elif entry.get("path") is None:
+    if content is None and entry.get("path") is None:
         raise ValueError(f"{name}: expected the path or the bytes of a picture, got neither")
-    elif not os.path.exists(name):
+    if content is None and not os.path.exists(name):
         raise FileNotFoundError(f"{name}: no such image file")
-    else:
-        image = load_image(Path(name))
+    source = Path(name) if content is None else content
+    kind = recognise(source, name)
+    if kind != "image":
+        raise NotAPictureError(
+            f"{name} is a {_SCANS[kind]}, and rows of data are about pictures: save its slices as PNG files, an image "
+            "by `medsight.open_scan(path).slice_image(i).save(file)`, a mask from the same slice of its own volume, "
+            "and name these files in its place"
+        )
+    image = load_image(source, name)
     if image.mode == "F":
         to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
     return image

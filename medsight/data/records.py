@@ -11,7 +11,11 @@ from .registry import Entry, Source
 from .splits import canonical_split
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+# Of all pictures that are read, see `processing_medsight.image_loading_medsight`.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpx"),
+)
 JSON_SUFFIXES = (".json", ".jsonl")
 
 # A file and record, and the record itself, or what is wrong with it.

@@ -1,7 +1,9 @@
 """A recipe's sources: their keys, and every layout as map-style and as streamed rows of one of two schemas."""
 
+import dataclasses
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -13,7 +15,7 @@ import pytest
 
 from medsight.data.pictures import read_mask, read_picture
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
-from medsight.data.sources import Source, detect_layout, kind_of, load_source
+from medsight.data.sources import Source, detect_layout, kind_of, load_source, warn_of_shared_pictures
 from tests.medsight.data.conftest import ANSWERED, ASKED
 
 
@@ -298,3 +300,16 @@ def test_what_a_folder_holds_decides_on_its_layout(tmp_path: Path, named_sets: P
         detect_layout(tmp_path / "odd.jsonl")
     with pytest.raises(FileNotFoundError):
         detect_layout(tmp_path / "nowhere")
+
+
+def test_a_picture_of_two_splits_is_warned_of_by_whoever_reads_one(
+    named_sets: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source("biomedparse", str(named_sets / "amos"))
+    warn_of_shared_pictures(source)
+    assert not caplog.records
+    folder = named_sets / "amos"
+    shutil.copy(folder / "train" / "case_0_CT_abdomen.png", folder / "test" / "case_5_CT_abdomen.png")
+    for split in ("train", "test"):
+        warn_of_shared_pictures(dataclasses.replace(source, split=split))
+        assert f"1 picture(s) of the split {split} are in another split too" in caplog.messages[-1]
