@@ -121,8 +121,10 @@ def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
 
 def refuse_unknown_targets(corpus: Corpus, config: MedSightConfig) -> None:
     """Raise ValueError, naming both, where a mask shows none of the model's classes; unless bad rows are skipped."""
-    known = config.mask_class_names or []
-    for rows in (corpus.training, corpus.validation) if corpus.recipe.data.on_error == "stop" else ():
+    known = config.mask_class_names
+    if known is None or corpus.recipe.data.on_error == "skip":
+        return
+    for rows in (corpus.training, corpus.validation):
         for number, targets in enumerate(rows["targets"]):
             unknown = next((index for index, target in enumerate(targets) if target not in known), None)
             if unknown is not None:
@@ -173,9 +175,8 @@ def corpus_conversations(corpus: Corpus, split: str = "training") -> Any:
     for number, (question, reply, origin) in enumerate(texts):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         rows.append({**empty, "id": f"text-{number}", "images": [], "messages": messages, "masks": [], **origin})
-    made = Dataset.from_dict(
-        {name: [row[name] for row in rows] for name in CONVERSATION_FEATURES}, CONVERSATION_FEATURES
-    )
+    columns = {name: [row[name] for row in rows] for name in CONVERSATION_FEATURES}
+    made = Dataset.from_dict(columns, CONVERSATION_FEATURES)
     return concatenate_datasets([made, *(part[split == "validation"] for part in corpus.text)])
 
 

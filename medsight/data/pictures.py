@@ -98,21 +98,14 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
             inside, or shows more than one structure: more values than two, or more pages than one.
         ValueError: as `read_picture`.
     """
-    name, image = picture_name(entry), read_picture(entry)
-    pages, inverted_bits = _pages_and_inversion(entry, name)
-    if pages > 1:
-        raise MaskValuesError(f"{name}: expected one picture, got {pages} pages. {_ONE_STRUCTURE}")
-    if image.size != tuple(size):
+    name = picture_name(entry)
+    pixels = _stored_samples(entry, name)
+    height, width = pixels.shape[:2]
+    if (width, height) != tuple(size):
         raise MaskSizeError(
-            f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"
+            f"{name}: the mask is {width}x{height} pixels (width x height), its image {size[0]}x{size[1]}"
         )
-    if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
-        pixels = np.asarray(image)
-        if inverted_bits and image.mode not in ("I", "F"):
-            pixels = ~pixels if pixels.dtype == bool else (255 if image.mode == "L" else 2**inverted_bits - 1) - pixels
-    else:
-        pixels = to_array(image, name, convert_rgb=True, rescale=True)
-    values = pixels if pixels.ndim == 2 else pixels.astype(np.int32) @ [1 << 16, 1 << 8, 1]
+    values = pixels if pixels.ndim == 2 else pixels.astype(np.int64) @ [1 << 32, 1 << 16, 1]
     if not values.any():
         raise EmptyMaskError(f"{name}: the mask is empty; a structure that is not in the image has no mask")
     if ((values == 0) | (values == values.max())).all():
@@ -121,7 +114,7 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
     if inside is None:
         found, counts = np.unique(values, return_counts=True)
         most = sorted(found[np.argsort(-counts, kind="stable")[:8]].tolist())
-        shown = most if pixels.ndim == 2 else [(value >> 16, value >> 8 & 255, value & 255) for value in most]
+        shown = most if pixels.ndim == 2 else [(value >> 32, value >> 16 & 65535, value & 65535) for value in most]
         raise MaskValuesError(
             f"{name}: expected a mask of two values, 0 outside its structure and another inside, got {len(found):,}: "
             f"{', '.join(map(str, shown))}{', …' if len(found) > len(most) else ''}. {_ONE_STRUCTURE}"
@@ -129,13 +122,20 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
     return inside, True
 
 
-def _pages_and_inversion(entry: PictureEntry, name: str) -> tuple[int, int]:
-    """How many pages a picture's file has; and how many bits, where it is a TIFF whose pixels Pillow inverts."""
-    content = entry.get("bytes")
+def _stored_samples(entry: PictureEntry, name: str) -> np.ndarray:
+    """(height, width) greys or (height, width, 3) colours of a mask's file as they are stored, upright."""
+    image, content = read_picture(entry), entry.get("bytes")
     with open_image(Path(name) if content is None else content, name) as opened:
-        tags = getattr(opened, "tag_v2", {})
-        pages = 1 if opened.format == "MPO" else count_frames(opened, name)
-        return pages, tags.get(258, (1,))[0] if tags.get(262) == 0 else 0
+        pages, tags = count_frames(opened, name), getattr(opened, "tag_v2", {})
+    if pages > 1 and image.format != "MPO":
+        raise MaskValuesError(f"{name}: expected one picture, got {pages} pages. {_ONE_STRUCTURE}")
+    if image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
+        colours = to_array(image, name, convert_rgb=True, rescale=True)
+        return colours[:, :, 0] if (colours == colours[:, :, :1]).all() else colours
+    pixels = np.asarray(image)
+    if tags.get(262) == 0 and pixels.dtype.kind in "bu":  # inverted, since it says that its 0 is white
+        return ~pixels if image.mode in ("1", "L") else 2 ** tags[258][0] - 1 - pixels
+    return pixels
 
 
 def _deblurred(pixels: np.ndarray, values: np.ndarray) -> np.ndarray | None:

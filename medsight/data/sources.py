@@ -61,6 +61,8 @@ def warn_of_shared_pictures(source: Source) -> None:
     Raises:
         OSError, ValueError: as `iterate`.
     """
+    if source.split is None:
+        return
     everything = dataclasses.replace(source, split=None, limit=None)
 
     def pictures() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,6 +6,7 @@ target, split, and where known group or patient, finding, label_origin, licence,
 and mask null for a structure that is not in the image), it counts, and file names mean nothing.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -85,7 +86,7 @@ def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
                 as_text(record.get(name), place, name)
             for name in record.keys() - _FIELDS - (source.where or {}).keys() - unused.keys():
                 said = f"{place}: the field {name!r} is unknown, and not used: {nearest(name, _FIELDS)}"
-                if get_close_matches(name, _FIELDS - record.keys(), 1):
+                if get_close_matches(name, _FIELDS - record.keys(), 1, cutoff=0.8):
                     raise ValueError(said)
                 unused[name] = said
             if bool(record.get("absent")) == bool(record.get("mask")):
@@ -148,8 +149,9 @@ def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
     pairs = split_folders(folder)
     paired = {name for images in pairs.values() for name in (images.name, f"{images.name}_mask")}
     for child in sorted(folder.iterdir()):
-        split = split_in_name(child.name)
-        if child.is_dir() and child.name not in paired and split and source.split in (None, split):
+        split = canonical_split(re.sub("_masks?$", "", child.name))
+        named = split == split_in_name(split) and source.split in (None, split)
+        if named and child.is_dir() and child.name not in paired:
             yield _bad(child, "expected two folders, SPLIT with images and SPLIT_mask with their masks, got one")
     for split, images in pairs.items():
         masks = images.with_name(f"{images.name}_mask")

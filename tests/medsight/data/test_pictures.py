@@ -91,7 +91,7 @@ SEVERAL = {
     "spread ids": ("0, 127, 254", encoded(Image.fromarray(LABELS * np.uint8(127)))),
     "a label for what to ignore": ("0, 1, 255", encoded(Image.fromarray(np.array([0, 1, 255], np.uint8)[LABELS]))),
     "fine lines": ("0, 1, 2", encoded(Image.fromarray(LINES))),
-    "lossless WebP": ("(1, 1, 1), (2, 2, 2)", encoded(Image.fromarray(LABELS).convert("RGB"), "WEBP", lossless=True)),
+    "lossless WebP": ("0, 1, 2", encoded(Image.fromarray(LABELS).convert("RGB"), "WEBP", lossless=True)),
     "JPEG 2000": ("0, 1, 2", encoded(Image.fromarray(LABELS), "JPEG2000")),
     "colours": ("(0, 0, 0), (0, 255, 0), (255, 0, 0)", encoded(Image.fromarray(COLOURS))),
     "colours of a palette": ("(255, 0, 0)", encoded(Image.fromarray(COLOURS).quantize(), "GIF")),
