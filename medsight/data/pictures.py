@@ -55,7 +55,16 @@ def read_picture(entry: PictureEntry) -> Image.Image:
         NotAPictureError: it is a scan or an array.
         ValueError: it is empty, truncated, damaged or no image at all, has too many pixels, or holds NaN or infinity.
     """
-    name, content = picture_name(entry), entry.get("bytes")
+    name = picture_name(entry)
+    image = load_image(_source(entry, name), name)
+    if image.mode == "F":
+        to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
+    return image
+
+
+def _source(entry: PictureEntry, name: str) -> Path | bytes:
+    """The file or bytes of a picture; see `read_picture` for what is raised."""
+    content = entry.get("bytes")
     if content is None and entry.get("path") is None:
         raise ValueError(f"{name}: expected the path or the bytes of a picture, got neither")
     if content is None and not os.path.exists(name):
@@ -68,10 +77,7 @@ def read_picture(entry: PictureEntry) -> Image.Image:
             "by `medsight.open_scan(path).slice_image(i).save(file)`, a mask from the same slice of its own volume, "
             "and name these files in its place"
         )
-    image = load_image(source, name)
-    if image.mode == "F":
-        to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
-    return image
+    return source
 
 
 def read_mask(entry: PictureEntry, size: tuple[int, int]) -> np.ndarray:
@@ -124,8 +130,8 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
 
 def _stored_samples(entry: PictureEntry, name: str) -> np.ndarray:
     """(height, width) greys or (height, width, 3) colours of a mask's file as they are stored, upright."""
-    image, content = read_picture(entry), entry.get("bytes")
-    with open_image(Path(name) if content is None else content, name) as opened:
+    image = read_picture(entry)
+    with open_image(_source(entry, name), name) as opened:
         pages, tags = count_frames(opened, name), getattr(opened, "tag_v2", {})
     if pages > 1 and image.format != "MPO":
         raise MaskValuesError(f"{name}: expected one picture, got {pages} pages. {_ONE_STRUCTURE}")
