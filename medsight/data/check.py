@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ from .sources import iterate, nothing_found
 
 
 COUNTED = ("rows", "images", "masks", "absent", "conversations")
+NOTES = {
+    "blurred masks": "were blurred by compression or smoothing; what is above the middle of their range is inside",
+    "inverted masks?": "take in all four corners and more than half of their image",
+}
 FEW_IMAGES = 5  # a class with fewer than so many training images is warned of
 _ROWS_AT_ONCE = 256  # held in memory, with their embedded pictures
 
@@ -157,14 +161,14 @@ class Look(NamedTuple):
         name: the picture's.
         size: (width, height), of a mask that of its image; None where unknown.
         digest: of an image's pixels; None of a mask, and of a broken image.
-        blurred: whether it is a mask that was blurred.
+        notes: what is to be known of a mask, kinds of `NOTES`.
         finding: what is wrong with it.
     """
 
     name: str
     size: tuple[int, int] | None = None
     digest: bytes | None = None
-    blurred: bool = False
+    notes: tuple[str, ...] = ()
     finding: Finding | None = None
 
 
@@ -192,7 +196,9 @@ def _look(path: str, content: bytes | None, what: str, size: tuple[int, int] | N
     name = picture_name(entry)
     try:
         if what == "mask":
-            return Look(name, size, blurred=decode_mask(entry, size or read_picture(entry).size)[1])
+            mask, blurred = decode_mask(entry, size or read_picture(entry).size)
+            inverted = bool(mask[:: len(mask) - 1 or 1, :: len(mask[0]) - 1 or 1].all()) and mask.mean() > 0.5
+            return Look(name, size, notes=tuple(compress(NOTES, (blurred, inverted))))
         image = read_picture(entry)
         pixels = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes())
         return Look(name, image.size, pixels.digest())
@@ -222,7 +228,7 @@ class _Gathering:
         self.pictures: set[str] = set()
         # digest of a picture -> split -> a file, and its data set and patient
         self.shown: dict[bytes, dict[str, tuple[str, tuple[str, str]]]] = defaultdict(dict)
-        self.blurred: set[str] = set()
+        self.noted: dict[str, set[str]] = defaultdict(set)  # kind of a note -> masks
 
     def rows_of(self, source: Source) -> Iterator[dict[str, Any]]:
         """The good rows of a source, counted as they are drawn."""
@@ -271,21 +277,17 @@ class _Gathering:
                 self.report.problems.append(look.finding)
             if look.digest is not None:
                 self.shown[look.digest].setdefault(row["split"], (look.name, _patient(row)))
-            if look.blurred:
-                self.blurred.add(look.name)
+            for note in look.notes:
+                self.noted[note].add(look.name)
 
     def finished(self) -> Report:
         """The report, with what follows from all rows together."""
         report = self.report
         report.problems = list(dict.fromkeys(report.problems))
         self._compare_splits()
-        if self.blurred:
-            names = sorted(self.blurred)
-            message = (
-                f"{len(names):,} mask(s) were blurred by compression or smoothing; what is above the middle of their "
-                f"range is inside ({first_few(names)})"
-            )
-            report.warnings.append(Finding("blurred masks", names[0], message))
+        for note, names in sorted((note, sorted(masks)) for note, masks in self.noted.items()):
+            message = f"{len(names):,} mask(s) {NOTES[note]} ({first_few(names)})"
+            report.warnings.append(Finding(note, names[0], message))
         if self.allowed is None and any(split == "train" for _, split in self.first):
             for (target, split), file in sorted(self.first.items()):
                 if (target, "train") not in self.first:

@@ -89,7 +89,7 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
     """Decode a mask of one structure: of the two values that are stored, 0 (black, where it has colours) is outside.
 
     Where lossy compression or smoothing has blurred the two, what is above the middle of their range is inside. A TIFF
-    counts as stored also where it says that its 0 is white, as those of tifffile and ImageJ do.
+    counts as stored also where it says that its 0 is white, as those of tifffile and ImageJ do, unless it is a fax.
 
     Args:
         entry: as for `read_picture`.
@@ -139,7 +139,8 @@ def _stored_samples(entry: PictureEntry, name: str) -> np.ndarray:
         colours = to_array(image, name, convert_rgb=True, rescale=True)
         return colours[:, :, 0] if (colours == colours[:, :, :1]).all() else colours
     pixels = np.asarray(image)
-    if tags.get(262) == 0 and pixels.dtype.kind in "bu":  # inverted, since it says that its 0 is white
+    # Inverted, since the file says that its 0 is white; a fax, which always says so, means what it shows.
+    if tags.get(262) == 0 and tags.get(259) not in (2, 3, 4) and pixels.dtype.kind in "bu":
         return ~pixels if image.mode in ("1", "L") else 2 ** tags[258][0] - 1 - pixels
     return pixels
 

@@ -152,17 +152,18 @@ def test_a_picture_in_several_splits_is_a_problem_whatever_it_is_called(named_se
     assert "case_5_CT_abdomen.png" in found.message and report_of(of(named_sets, split="train")).ok
 
 
-def test_blurred_masks_are_told_and_other_values_and_volumes_are_problems(named_sets: Path) -> None:
+def test_blurred_and_inverted_masks_are_told_and_labels_and_volumes_are_problems(named_sets: Path) -> None:
     masks = named_sets / "amos" / "train_mask"
     labels = np.zeros((12, 16), dtype=np.uint8)
     labels[2:7, 3:9] = 255
     Image.fromarray(labels).save(masks / "case_0_CT_abdomen_liver.png", "JPEG")
+    Image.fromarray(255 - labels).save(masks / "case_3_CT_abdomen_liver.png")
     labels[2:7, 6:9] = 100
     Image.fromarray(labels).save(masks / "case_1_CT_abdomen_liver.png")
     (masks / "case_2_CT_abdomen_liver.png").write_bytes((348).to_bytes(4, "little") + bytes(400))
     report = report_of(of(named_sets))
-    (blurred,) = (one.message for one in report.warnings if one.kind == "blurred masks")
-    assert "case_0_CT_abdomen_liver.png" in blurred
+    told = {one.kind: Path(one.file).name for one in report.warnings if "masks" in one.kind}
+    assert told == {"blurred masks": "case_0_CT_abdomen_liver.png", "inverted masks?": "case_3_CT_abdomen_liver.png"}
     assert [(one.kind, Path(one.file).name) for one in report.problems] == [
         ("mask of several structures", "case_1_CT_abdomen_liver.png"),
         ("mask that is no picture", "case_2_CT_abdomen_liver.png"),

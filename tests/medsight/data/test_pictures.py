@@ -58,6 +58,11 @@ def test_a_tiff_whose_0_is_white_is_inverted_as_an_image_and_as_stored_as_a_mask
         assert picture[0, 0] > picture[2, 3]
 
 
+def test_a_fax_of_a_mask_means_what_it_shows() -> None:
+    fax = encoded(Image.fromarray(DISC), "TIFF", compression="group4", tiffinfo={262: 0})
+    assert np.array_equal(read_mask({"bytes": fax}, (96, 80)), DISC)
+
+
 ROWS, COLUMNS = np.mgrid[:80, :96]
 DISC = (ROWS - 40) ** 2 + (COLUMNS - 50) ** 2 < 25**2
 WHITE = Image.fromarray(DISC.astype(np.uint8) * 255)
