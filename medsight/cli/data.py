@@ -49,6 +49,8 @@ def check(
     conditions = dict(map(parse_condition, where or [])) or None
     known = read_names(targets) if targets else None
     if model is not None:
+        if known is not None:
+            raise ValueError("--targets and --model both say which targets there are: give one of them")
         check_checkpoint(Path(model))
         known = MedSightConfig.from_pretrained(model, local_files_only=True).mask_class_names or []
     sources = [Source(layout, path, split=name, images=images, where=conditions) for name in splits]

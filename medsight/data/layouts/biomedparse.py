@@ -9,13 +9,12 @@ and mask null for a structure that is not in the image), it counts, and file nam
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from medsight.text import nearest
 
-from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, picture
+from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, picture, refuse_misspelt
 from ..registry import Entry, Layout, Source, register
 from ..schema import region_row
 from ..splits import canonical_split, split_in_name
@@ -84,11 +83,9 @@ def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
                 raise record
             for name in ("image", "modality", "site", "target", "split"):
                 as_text(record.get(name), place, name)
+            refuse_misspelt(record, _FIELDS, place)
             for name in record.keys() - _FIELDS - (source.where or {}).keys() - unused.keys():
-                said = f"{place}: the field {name!r} is unknown, and not used: {nearest(name, _FIELDS)}"
-                if get_close_matches(name, _FIELDS - record.keys(), 1, cutoff=0.8):
-                    raise ValueError(said)
-                unused[name] = said
+                unused[name] = f"{place}: the field {name!r} is unknown, and not used: {nearest(name, _FIELDS)}"
             if bool(record.get("absent")) == bool(record.get("mask")):
                 raise ValueError(f"{place}: expected a mask, or `absent: true` and mask null; got {record}")
         except ValueError as error:

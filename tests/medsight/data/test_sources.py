@@ -176,6 +176,7 @@ def test_conversations_in_a_tar_shard(write_shard: Callable[..., Path], region_m
         ({"a/3.json": {"modality": "CT", "site": "torso"}}, "expected one image, got 0"),
         ({"a/3.json": b"{", "a/3.png": b""}, "3.json: not a JSON object"),
         ({"a/3.json": {"site": "torso"}, "a/3.png": b""}, "'modality'"),
+        ({"a/3.json": {"patien": "7"}, "a/3.png": b""}, "the field 'patien' is unknown, .* did you mean 'patient'"),
     ],
 )
 def test_a_bad_sample_is_named(
@@ -196,6 +197,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, layout: str, name: str) -> None
 def test_parquet_of_other_columns_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet, row 1: expected columns.*\['a'\]"):
+        load_source(Source("parquet", str(tmp_path / "other.parquet")))
+    columns = {"image": ["a.png"], "masks": [["b.png"]], "targets": [["liver"]], "modalty": ["CT"]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"row 1: the field 'modalty' is unknown.*did you mean 'modality'"):
         load_source(Source("parquet", str(tmp_path / "other.parquet")))
 
 
