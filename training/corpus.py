@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from datasets import Dataset, concatenate_datasets
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.data.groups import Groups, match_groups
+from medsight.data.pictures import picture_name
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
-from medsight.data.sources import Source, load_source
-from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
+from medsight.data.sources import Source, load_source, warn_of_shared_pictures
+from medsight.data.splits import divide, hold_out_rows
 from medsight.data.templates import Wordings
 from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
+from medsight.text import nearest
 
 from .annotation import annotate
 from .recipe import AnnotationSettings, Recipe
@@ -62,12 +63,26 @@ class Corpus:
             return {}
         rows, beside = concatenate_datasets([*parts.values()]), [(self.training, self.validation)]
         fraction = recipe.data.validation_fraction
-        held = hold_out_conversations(rows, fraction, split_seed(recipe), beside) if fraction else set()
+        held = hold_out_rows(rows, fraction, split_seed(recipe), beside) if fraction else set()
         split, start = {}, 0
         for name, part in parts.items():
             split[name] = divide(part, {place - start for place in held if start <= place < start + len(part)})
             start += len(part)
         return split
+
+    @cached_property
+    def text(self) -> list[tuple[Any, Any]]:
+        """Training and validation rows of the words of `data.text`, held out beside all other data.
+
+        Raises:
+            OSError, ValueError: as `load_source`.
+        """
+        recipe = self.recipe
+        if not recipe.data.text:
+            return []
+        rows = concatenate_datasets([read_source(recipe, entry) for entry in recipe.data.text])
+        beside = [(self.training, self.validation), *self.conversations.values()]
+        return [divide(rows, hold_out_rows(rows, recipe.data.validation_fraction, split_seed(recipe), beside))]
 
 
 def read_corpus(recipe: Recipe) -> Corpus:
@@ -80,11 +95,19 @@ def read_corpus(recipe: Recipe) -> Corpus:
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    held = hold_out_regions(rows, recipe.data.validation_fraction, split_seed(recipe))
+    held = hold_out_rows(rows, recipe.data.validation_fraction, split_seed(recipe))
     training, validation = divide(rows, held)
     groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for targets in rows["targets"] for target in targets})
     return Corpus(recipe, training, validation, groups, classes)
+
+
+def warn_of_tested_pictures(recipe: Recipe) -> None:
+    """Log a warning where a source of the recipe has pictures in another of its splits too."""
+    named = {name for stage in recipe.stages for name in stage.get("data", [])}
+    spoken = [entry for name, entry in recipe.data.conversations.items() if name in named]
+    for entry in (*recipe.data.regions, *spoken):
+        warn_of_shared_pictures(Source.from_mapping(entry))
 
 
 def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
@@ -94,6 +117,21 @@ def read_source(recipe: Recipe, entry: dict[str, Any]) -> Any:
         OSError, ValueError: as `load_source`.
     """
     return load_source(Source.from_mapping(entry), skip_errors=recipe.data.on_error == "skip")
+
+
+def refuse_unknown_targets(corpus: Corpus, config: MedSightConfig) -> None:
+    """Raise ValueError, naming both, where a mask shows none of the model's classes; unless bad rows are skipped."""
+    known = config.mask_class_names
+    if known is None or corpus.recipe.data.on_error == "skip":
+        return
+    for rows in (corpus.training, corpus.validation):
+        for number, targets in enumerate(rows["targets"]):
+            unknown = next((index for index, target in enumerate(targets) if target not in known), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"{picture_name(rows[number]['masks'][unknown])}: {targets[unknown]!r} is none of the model's "
+                    f"{len(known)} mask classes: {nearest(targets[unknown], known)}"
+                )
 
 
 def split_seed(recipe: Recipe) -> int:
@@ -117,11 +155,11 @@ def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
     return Groups.of_pairs(pairs)
 
 
-def corpus_conversations(corpus: Corpus) -> Any:
+def corpus_conversations(corpus: Corpus, split: str = "training") -> Any:
     """The corpus' own text as conversations without images: for stages that read `text`, and a preset's tokenizer.
 
-    Made from the training rows alone, with the wordings of the first annotation; and the words of `data.text`, but
-    those about images or patients that are held out elsewhere.
+    Made from the rows of the split, with the words of the training rows and the wordings of the first annotation; and
+    the split's part of `data.text`.
     """
     recipe = corpus.recipe
     settings = next(iter(recipe.annotations.values()), AnnotationSettings())
@@ -133,16 +171,13 @@ def corpus_conversations(corpus: Corpus) -> Any:
         noise=settings.prompt_noise,
     )
     empty = dict.fromkeys(("modality", "site", "split", "patient"))
-    rows = []
-    for number, (question, reply, origin) in enumerate(corpus_texts(maker, corpus.training, recipe.data.text_rounds)):
+    rows, texts = [], corpus_texts(maker, getattr(corpus, split), recipe.data.text_rounds)
+    for number, (question, reply, origin) in enumerate(texts):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         rows.append({**empty, "id": f"text-{number}", "images": [], "messages": messages, "masks": [], **origin})
-    made = Dataset.from_list(rows, features=CONVERSATION_FEATURES)
-    if not recipe.data.text:
-        return made
-    text = concatenate_datasets([read_source(recipe, entry) for entry in recipe.data.text])
-    held = hold_out_conversations(text, 0, 0, [(corpus.training, corpus.validation), *corpus.conversations.values()])
-    return concatenate_datasets([made, divide(text, held)[0]])
+    columns = {name: [row[name] for row in rows] for name in CONVERSATION_FEATURES}
+    made = Dataset.from_dict(columns, CONVERSATION_FEATURES)
+    return concatenate_datasets([made, *(part[split == "validation"] for part in corpus.text)])
 
 
 def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str) -> Any:
@@ -153,10 +188,7 @@ def conversation_rows(corpus: Corpus, names: list[str], folder: Path, split: str
     """
     recipe, parts = corpus.recipe, []
     if TEXT in names:
-        rows = corpus_conversations(corpus)
-        count = math.ceil(recipe.data.validation_fraction * len(rows))
-        held = set(random.Random(split_seed(recipe)).sample(range(len(rows)), count))
-        parts.append(rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")]))
+        parts.append(corpus_conversations(corpus, split))
     for name in names:
         if name in recipe.annotations and len(getattr(corpus, split)):
             parts.append(load_source(Source("parquet", str(folder / ANNOTATIONS / name / split), split=None)))

@@ -21,7 +21,7 @@ from configuration_medsight.presets_medsight import PRESETS
 from medsight.text import align
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 
-from .corpus import Corpus, conversation_rows, read_corpus
+from .corpus import Corpus, conversation_rows, read_corpus, refuse_unknown_targets
 from .fresh_model import fresh_config
 from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_bytes
 from .recipe import AnnotationSettings, Recipe
@@ -69,11 +69,13 @@ def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str
 
     Raises:
         OSError: the model's folder is not there, and no preset says what it will be like.
-        ValueError: a setting is bad.
+        ValueError: a setting is bad, or a mask shows a structure that the model does not know.
     """
     resolved = resolve_stages(recipe)
     corpus, notes = corpus_if_needed(recipe, resolved)
     config, source = planned_config(recipe, corpus)
+    if corpus is not None and any(stage.kind.reads == "regions" for stage in resolved.values()):
+        refuse_unknown_targets(corpus, config)
     stages = []
     for stage in resolved.values():
         rows = None
@@ -148,10 +150,12 @@ def model_on_meta(
 
 
 def corpus_if_needed(recipe: Recipe, stages: dict[str, ResolvedStage]) -> tuple[Corpus | None, list[str]]:
-    """The region rows, where steps or a fresh model's shape follow from them; or why they could not be read."""
+    """The region rows, where steps or a fresh model's shape follow from them, or a stage trains on them; or why they
+    could not be read."""
     counted = any(stage.argument("max_steps") <= 0 for stage in stages.values())
     shaped = recipe.model.folder is None and None in (recipe.data.groups, recipe.data.classes)
-    if not counted and not shaped:
+    named = recipe.data.regions and any(stage.kind.reads == "regions" for stage in stages.values())
+    if not counted and not shaped and not named:
         return None, []
     try:
         refuse_missing_regions(recipe, stages.values())

@@ -19,7 +19,15 @@ from medsight.processes import join_processes, lock, on_main
 from . import run_folder
 from .augmentation import Augmentation, Augmenter, sided_groups
 from .canvas import Canvas
-from .corpus import Corpus, annotate_regions, conversation_rows, corpus_conversations, read_corpus
+from .corpus import (
+    Corpus,
+    annotate_regions,
+    conversation_rows,
+    corpus_conversations,
+    read_corpus,
+    refuse_unknown_targets,
+    warn_of_tested_pictures,
+)
 from .dataset import SampleDataset
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
@@ -84,12 +92,15 @@ def train(recipe: Recipe, only: str | None = None) -> Path:
 def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | None, output: Path) -> Path:
     """What `train` does once the folder is its own."""
     corpus = read_corpus(recipe)
+    on_main(lambda: warn_of_tested_pictures(recipe))
     on_main(lambda: run_folder.describe_data(output, {"training": corpus.training, "validation": corpus.validation}))
     on_main(lambda: run_folder.keep_recipe(output, recipe))
     if not all(run_folder.is_finished(output, name) for name in stages):
         in_force = {"settings": settings_in_force(recipe), "topology": topology(recipe)}
         on_main(lambda: run_folder.write_if_changed(output / SETTINGS_FILE, in_force))
     previous = start_folder(recipe, corpus, output)
+    if any(stage.kind.reads == "regions" for stage in stages.values()):
+        refuse_unknown_targets(corpus, MedSightConfig.from_pretrained(previous, local_files_only=True))
     for name, stage in stages.items():
         if run_folder.is_finished(output, name):
             PartialState().print(

@@ -1,7 +1,7 @@
 """Parameters in shards over processes (FSDP2): what gathers them besides `forward`.
 
 Units are the language model's layers alone (`training/accelerate/fsdp2.yaml`); all else is the root's. With other
-units a process without an image or a code passes through them all the same, over a blank one (the models' `_is_sharded`).
+units a process without an image or a code passes through them all the same, over a blank one.
 """
 
 from typing import Any

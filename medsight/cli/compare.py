@@ -9,15 +9,15 @@ from medsight.cli.console import Json, results
 
 
 def command(
-    a: Annotated[str, typer.Argument(metavar="A", help="Output folder of medsight evaluate.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Output folder of medsight evaluate: what was before.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one: what came after.")],
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the differences as JSON too, also by modality and so on.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Show paired differences between two evaluations of the same benchmark, data, prompts and protocol."""
+    """Show paired differences between two evaluations of the same benchmark, data, prompts and protocol: B - A."""
     from medsight.evaluation.compare import compare, comparison_text
     from medsight.files import write_json
 

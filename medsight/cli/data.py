@@ -28,6 +28,9 @@ def check(
         typer.Option(metavar="FIELD=VALUE", help="Just rows with this value, as in a recipe; repeatable."),
     ] = None,
     targets: Annotated[str | None, typer.Option(metavar="FILE", help="All targets: JSON list, or one a line.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Checkpoint to train from: its classes are all targets.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Threads  [default: a core each].")] = None,
     as_json: Json = False,
 ) -> None:
@@ -35,6 +38,8 @@ def check(
 
     Exit status: 0 if training may start, 1 if there is a problem. Warnings are no problems.
     """
+    from configuration_medsight.configuration_medsight import MedSightConfig
+    from medsight.checkpoint import check_checkpoint
     from medsight.data.check import check as read_and_check
     from medsight.data.check import parse_condition
     from medsight.data.sources import Source, detect_layout
@@ -42,9 +47,15 @@ def check(
     layout = layout or detect_layout(path)
     splits = [name.strip() for name in split.split(",")] if split else [None]
     conditions = dict(map(parse_condition, where or [])) or None
+    known = read_names(targets) if targets else None
+    if model is not None:
+        if known is not None:
+            raise ValueError("--targets and --model both say which targets there are: give one of them")
+        check_checkpoint(Path(model))
+        known = MedSightConfig.from_pretrained(model, local_files_only=True).mask_class_names or []
     sources = [Source(layout, path, split=name, images=images, where=conditions) for name in splits]
     with results(as_json) as out:
-        report = read_and_check(sources, targets=read_names(targets) if targets else None, workers=workers)
+        report = read_and_check(sources, targets=known, workers=workers)
         out.show(report.to_dict(), f"{path} ({layout})\n\n{report.to_text()}")
     if not report.ok:
         kinds = Counter(problem.kind for problem in report.problems)

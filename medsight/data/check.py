@@ -1,6 +1,7 @@
 """Reads training data once and says what is wrong with it: `medsight data check`, and `check` for Python."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -8,24 +9,35 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
-from typing import Any
+from itertools import compress, islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from medsight.text import align, first_few, nearest
 
 from .conversations import CodeMaskError, code_images
-from .pictures import EmptyMaskError, MaskSizeError, picture_name, read_mask, read_picture
+from .pictures import (
+    EmptyMaskError,
+    MaskSizeError,
+    MaskValuesError,
+    NotAPictureError,
+    decode_mask,
+    picture_name,
+    read_picture,
+)
 from .registry import Entry, Source
 from .sources import iterate, nothing_found
 
 
 COUNTED = ("rows", "images", "masks", "absent", "conversations")
+NOTES = {
+    "blurred masks": "were blurred by compression or smoothing; what is above the middle of their range is inside",
+    "inverted masks?": "take in all four corners and more than half of their image",
+}
 FEW_IMAGES = 5  # a class with fewer than so many training images is warned of
 _ROWS_AT_ONCE = 256  # held in memory, with their embedded pictures
-
-Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Report:
             rows; a picture that is named twice counts once, where it has a file or name of its own).
         targets: rows by target and split.
         origins: rows by "modality / site" and split.
+        files: images and masks by the ending of their file's name and split.
         problems: what must be put right before training.
         warnings: what need not.
 
@@ -69,6 +82,7 @@ class Report:
     counts: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: {name: Counter() for name in COUNTED})
     targets: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
     origins: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
+    files: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
     problems: list[Finding] = dataclasses.field(default_factory=list)
     warnings: list[Finding] = dataclasses.field(default_factory=list)
 
@@ -85,6 +99,7 @@ class Report:
             **self.counts,
             "targets": self.targets,
             "origins": self.origins,
+            "files": self.files,
             **{name: list(map(dataclasses.asdict, findings)) for name, findings in found.items()},
         }
 
@@ -93,6 +108,8 @@ class Report:
         lines = self._table("", {name: counts for name, counts in self.counts.items() if any(counts.values())})
         lines += self._table("rows by target", dict(sorted(self.targets.items())))
         lines += self._table("rows by modality / site", dict(sorted(self.origins.items())))
+        if len(self.files) > 1:
+            lines += self._table("images and masks by kind of file", dict(sorted(self.files.items())))
         for title, findings in (("warnings", self.warnings), ("problems", self.problems)):
             if findings:
                 lines += ["", f"{title}: {len(findings):,}"]
@@ -132,22 +149,38 @@ def check(
     rows = iter(tqdm(found, unit="row", desc="checking", disable=not progress, file=sys.stderr))
     with ThreadPoolExecutor(os.cpu_count() if workers is None else workers) as pool:
         while some := list(islice(rows, _ROWS_AT_ONCE)):
-            for findings in pool.map(inspect_pictures, some):
-                gathering.report.problems += findings
+            for row, looks in zip(some, pool.map(look_at_pictures, some), strict=True):
+                gathering.add_looks(row, looks)
     return gathering.finished()
 
 
-def inspect_pictures(row: Mapping[str, Any]) -> list[Finding]:
-    """What is wrong with the images and masks of a row; every one is decoded wholly."""
+class Look(NamedTuple):
+    """What was seen of a picture.
 
-    def look(entry: Mapping[str, Any], what: str, size: Size | None = None) -> tuple[Size | None, Finding | None]:
-        look_at = _look_once if entry["bytes"] is None else _look
-        return look_at(entry["path"], entry["bytes"], what, size)
+    Attributes:
+        name: the picture's.
+        size: (width, height), of a mask that of its image; None where unknown.
+        digest: of an image's pixels; None of a mask, and of a broken image.
+        notes: what is to be known of a mask, kinds of `NOTES`.
+        finding: what is wrong with it.
+    """
+
+    name: str
+    size: tuple[int, int] | None = None
+    digest: bytes | None = None
+    notes: tuple[str, ...] = ()
+    finding: Finding | None = None
+
+
+def look_at_pictures(row: Mapping[str, Any]) -> list[Look]:
+    """Looks at the images of a row and then at its masks; every one is decoded wholly."""
+
+    def look(entry: Mapping[str, Any], *about: Any) -> Look:
+        return (_look_once if entry["bytes"] is None else _look)(entry["path"], entry["bytes"], *about)
 
     images, owners = _images_and_owners(row)
     looks = [look(entry, "image") for entry in images]
-    looks += [look(entry, "mask", looks[owner][0]) for entry, owner in zip(row["masks"], owners, strict=True)]
-    return [finding for _, finding in looks if finding is not None]
+    return looks + [look(entry, "mask", looks[owner].size) for entry, owner in zip(row["masks"], owners, strict=True)]
 
 
 def _images_and_owners(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -157,21 +190,27 @@ def _images_and_owners(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], li
     return row["images"], code_images(row["messages"])
 
 
-def _look(path: str, content: bytes | None, what: str, size: Size | None) -> tuple[Size | None, Finding | None]:
-    """The size of an image, and what is wrong with it; or with a mask, given its image's size if known."""
+def _look(path: str, content: bytes | None, what: str, size: tuple[int, int] | None = None) -> Look:
+    """Looks at an image; or at a mask, given its image's size if known."""
     entry = {"path": path, "bytes": content}
+    name = picture_name(entry)
     try:
-        image_size = size or read_picture(entry).size
         if what == "mask":
-            read_mask(entry, image_size)
-        return image_size, None
+            mask, blurred = decode_mask(entry, size or read_picture(entry).size)
+            inverted = bool(mask[:: len(mask) - 1 or 1, :: len(mask[0]) - 1 or 1].all()) and mask.mean() > 0.5
+            return Look(name, size, notes=tuple(compress(NOTES, (blurred, inverted))))
+        image = read_picture(entry)
+        pixels = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes())
+        return Look(name, image.size, pixels.digest())
     except (ValueError, OSError) as error:
         kinds = {
             MaskSizeError: "mask of another size",
             EmptyMaskError: "empty mask",
+            MaskValuesError: "mask of several structures",
+            NotAPictureError: f"{what} that is no picture",
             FileNotFoundError: f"missing {what}",
         }
-        return None, Finding(kinds.get(type(error), f"broken {what}"), picture_name(entry), str(error))
+        return Look(name, finding=Finding(kinds.get(type(error), f"broken {what}"), name, str(error)))
 
 
 _look_once = lru_cache(maxsize=4096)(_look)  # an image, and so its masks, may be in many conversations
@@ -187,11 +226,15 @@ class _Gathering:
         self.patients: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # -> split -> a file
         self.first: dict[tuple[str, str], str] = {}  # target and split -> a file
         self.pictures: set[str] = set()
+        # digest of a picture -> split -> a file, and its data set and patient
+        self.shown: dict[bytes, dict[str, tuple[str, tuple[str, str]]]] = defaultdict(dict)
+        self.noted: dict[str, set[str]] = defaultdict(set)  # kind of a note -> masks
 
     def rows_of(self, source: Source) -> Iterator[dict[str, Any]]:
         """The good rows of a source, counted as they are drawn."""
         entry = None
         for entry in iterate(source):
+            self.report.warnings += [Finding("unknown field", entry.place, warning) for warning in entry.warnings]
             if entry.row is not None:
                 self._count(entry, entry.row)
                 yield entry.row
@@ -201,7 +244,7 @@ class _Gathering:
         if entry is None:
             self.report.problems.append(Finding("no data", source.path, nothing_found(source)))
 
-    def _count(self, entry: Entry, row: dict[str, Any]) -> None:
+    def _count(self, item: Entry, row: dict[str, Any]) -> None:
         report, split = self.report, row["split"]
         images, absent = _images_and_owners(row)[0], row.get("absent")
         new = set(map(picture_name, images)) - self.pictures
@@ -210,6 +253,9 @@ class _Gathering:
         for name, count in zip(COUNTED, counted, strict=True):
             report.counts[name][split] += count
         report.origins[f"{row['modality'] or '-'} / {row['site'] or '-'}"][split] += 1
+        for entry in (*images, *row["masks"]):
+            if entry["bytes"] is None:
+                report.files[Path(entry["path"]).suffix.lower()][split] += 1
         for target, file in zip(row["targets"], map(picture_name, row["masks"]), strict=True):
             if target:
                 self.first.setdefault((target, split), file)
@@ -219,16 +265,29 @@ class _Gathering:
         for target in sorted({*row["targets"]} - {""}):
             report.targets[target][split] += 1
         if row["patient"]:
-            key = (row["dataset"] or "", row["patient"])
-            self.patients[key].setdefault(split, picture_name(images[0]) if images else entry.place)
-            if entry.known_leak:
+            key = _patient(row)
+            self.patients[key].setdefault(split, picture_name(images[0]) if images else item.place)
+            if item.known_leak:
                 self.known_leaks.add(key)
+
+    def add_looks(self, row: Mapping[str, Any], looks: Iterable[Look]) -> None:
+        """Take in what was seen of a row's pictures."""
+        for look in looks:
+            if look.finding is not None:
+                self.report.problems.append(look.finding)
+            if look.digest is not None:
+                self.shown[look.digest].setdefault(row["split"], (look.name, _patient(row)))
+            for note in look.notes:
+                self.noted[note].add(look.name)
 
     def finished(self) -> Report:
         """The report, with what follows from all rows together."""
         report = self.report
         report.problems = list(dict.fromkeys(report.problems))
         self._compare_splits()
+        for note, names in sorted((note, sorted(masks)) for note, masks in self.noted.items()):
+            message = f"{len(names):,} mask(s) {NOTES[note]} ({first_few(names)})"
+            report.warnings.append(Finding(note, names[0], message))
         if self.allowed is None and any(split == "train" for _, split in self.first):
             for (target, split), file in sorted(self.first.items()):
                 if (target, "train") not in self.first:
@@ -241,7 +300,7 @@ class _Gathering:
         return report
 
     def _compare_splits(self) -> None:
-        """Patients in several splits: a problem, but a warning where the data set itself says so."""
+        """Patients and pictures in several splits: a problem, but a warning where the data set itself says so."""
         known: dict[str, list[str]] = defaultdict(list)
         for (dataset, patient), files in self.patients.items():
             if len(files) > 1 and (dataset, patient) in self.known_leaks:
@@ -250,12 +309,24 @@ class _Gathering:
                 where = "; ".join(f"{split}: {file}" for split, file in sorted(files.items()))
                 message = f"{patient} is in {len(files)} splits of {dataset} ({where})"
                 self.report.problems.append(Finding("leaking patient", next(iter(files.values())), message))
-        for dataset, patients in sorted(known.items()):
+        for places in self.shown.values():
+            patients = {patient for _, patient in places.values()}
+            of_one = len(patients) == 1 and all(patient for _, patient in patients)  # told above
+            if len(places) > 1 and not of_one and not patients & self.known_leaks:
+                where = "; ".join(f"{split}: {file}" for split, (file, _) in sorted(places.items()))
+                message = f"the same picture is in {len(places)} splits ({where})"
+                file = next(iter(places.values()))[0]
+                self.report.problems.append(Finding("picture in several splits", file, message))
+        for dataset, leaks in sorted(known.items()):
             message = (
-                f"{dataset}: {len(patients):,} patient(s) or image(s) are in several splits, as the data set itself "
-                f"says ({first_few(sorted(patients))}): a score on them is flattered"
+                f"{dataset}: {len(leaks):,} patient(s) or image(s) are in several splits, as the data set itself "
+                f"says ({first_few(sorted(leaks))}): a score on them is flattered"
             )
             self.report.warnings.append(Finding("known leak", dataset, message))
+
+
+def _patient(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["dataset"] or "", row["patient"] or ""
 
 
 def parse_condition(text: str) -> tuple[str, Any]:

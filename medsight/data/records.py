@@ -2,16 +2,23 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from medsight.text import nearest
 
 from .registry import Entry, Source
 from .splits import canonical_split
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+# Of all pictures that are read, see `processing_medsight.image_loading_medsight`.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpx"),
+)
 JSON_SUFFIXES = (".json", ".jsonl")
 
 # A file and record, and the record itself, or what is wrong with it.
@@ -124,6 +131,13 @@ def required(record: dict[str, Any], place: str, *names: str) -> Any:
         if record.get(name) is not None:
             return record[name]
     raise ValueError(f"{place}: expected a field {' or '.join(map(repr, names))}, got {sorted(record)}")
+
+
+def refuse_misspelt(record: Mapping[str, Any], known: Set[str], place: str) -> None:
+    """Raises ValueError naming an unknown field that is spelled nearly as a known one that the record lacks."""
+    for name in record.keys() - known:
+        if get_close_matches(name, known - record.keys(), 1, cutoff=0.8):
+            raise ValueError(f"{place}: the field {name!r} is unknown, and not used: {nearest(name, known)}")
 
 
 def as_text(value: Any, place: str, name: str) -> str:

@@ -33,6 +33,7 @@ class Entry(NamedTuple):
         row: the row, by `medsight.data.schema`.
         error: what is wrong with it; the row is None then.
         known_leak: whether the source itself says that this patient or image is also in another split.
+        warnings: what is to be known of the source, once, and is no error.
 
     Example:
         >>> Entry("a.json, item 1", error=ValueError("a.json, item 1: expected a field 'image'")).row is None
@@ -43,6 +44,7 @@ class Entry(NamedTuple):
     row: dict[str, Any] | None = None
     error: ValueError | None = None
     known_leak: bool = False
+    warnings: tuple[str, ...] = ()
 
     def checked(self) -> dict[str, Any]:
         """The row; raises the error where there is one."""
@@ -138,7 +140,7 @@ class Source:
             return [str(path)]
         inside = map(str, path.glob("**/*" if recursive else "*")) if path.is_dir() else None
         found = sorted(inside or glob.glob(self.path, recursive=True))
-        splits = {file: self.split_of(file) for file in found if file.endswith(suffixes)}
+        splits = {file: self.split_of(file) for file in found if file.lower().endswith(suffixes)}
         if not splits:
             raise FileNotFoundError(f"{path}: no such file, and no {' or '.join(suffixes)} file in or matching it")
         unnamed = [file for file, split in splits.items() if split is None]

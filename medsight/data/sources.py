@@ -6,20 +6,27 @@ import hashlib
 import inspect
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medsight.text import first_few
+
 from .records import JSON_SUFFIXES, json_records, parquet_records
 from .registry import Entry, Source, find_layout, layout_names
 from .schema import CONVERSATION_FEATURES, REGION_FEATURES
+from .splits import picture_names
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-__all__ = ["Source", "detect_layout", "find_layout", "iterate", "kind_of", "load_source", "nothing_found"]
+__all__ = [
+    *("Source", "detect_layout", "find_layout", "iterate", "kind_of", "load_source", "nothing_found"),
+    "warn_of_shared_pictures",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +52,34 @@ def iterate(source: Source) -> Iterator[Entry]:
     layout = find_layout(source.layout)
     entries = (entry for shard in layout.shards(source) for entry in layout.rows(shard, source))
     yield from islice(entries, source.limit)
+
+
+def warn_of_shared_pictures(source: Source) -> None:
+    """Log a warning where pictures of a source's split are, byte for byte, in another of its splits too, and the data
+    do not say so themselves.
+
+    Raises:
+        OSError, ValueError: as `iterate`.
+    """
+    if source.split is None:
+        return
+    everything = dataclasses.replace(source, split=None, limit=None)
+
+    def pictures() -> Iterator[tuple[str, dict[str, Any]]]:
+        for entry in iterate(everything):
+            if entry.row is not None and not entry.known_leak:
+                shown = [entry.row["image"]] if "image" in entry.row else entry.row["images"]
+                yield from ((entry.row["split"], picture) for picture in shown)
+
+    name_of, splits = picture_names(picture for _, picture in pictures()), defaultdict[str, set[str]](set)
+    for split, picture in pictures():
+        splits[name_of(picture)].add(split)
+    shared = [name for name, found in splits.items() if len(found) > 1 and source.split in found]
+    if shared:
+        logger.warning(
+            f"{source.path}: {len(shared):,} picture(s) of the split {source.split} are in another split too "
+            f"({first_few(shared)}): a score on them is flattered; `medsight data check` lists them"
+        )
 
 
 def load_source(source: Source, streaming: bool = False, skip_errors: bool = False) -> "Dataset | IterableDataset":
@@ -96,6 +131,8 @@ def _rows(
     """The generator behind the data sets; `stamp` makes the cache of `datasets` forget rows of changed files."""
     for shard in shards:
         for entry in islice(find_layout(source.layout).rows(shard, source), source.limit):
+            for warning in entry.warnings:
+                logger.warning(warning)
             if entry.row is not None:
                 yield {name: entry.row[name] for name in columns}
             elif skip_errors:

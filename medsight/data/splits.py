@@ -8,8 +8,9 @@ import logging
 import os
 import random
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,38 +105,19 @@ def hold_out(members: Sequence[Member], fraction: float, seed: int, required: bo
     return {position for position, member in enumerate(members) if member.image in held}
 
 
-def hold_out_regions(rows: "Dataset", fraction: float, seed: int) -> set[int]:
-    """Positions of the images with masks to hold out for validation, as `hold_out` says; only text is read.
-
-    Args:
-        rows: of `schema.REGION_FEATURES`, map-style.
-    """
-    import pyarrow.compute as pc
-
-    paths: list[str | None] = []
-    for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=1000):
-        paths += pc.struct_field(batch["image"].combine_chunks(), "path").to_pylist()
-    members = []
-    for position, (row, path) in enumerate(zip(rows.select_columns([*_ORIGIN]), paths, strict=True)):
-        image = path or f"row {position}"
-        members.append(Member(row["dataset"] or "", row["patient"] or image, row["modality"] or "", image))
-    return hold_out(members, fraction, seed) if members else set()
-
-
-def hold_out_conversations(
+def hold_out_rows(
     rows: "Dataset", fraction: float, seed: int, beside: Sequence[tuple["Dataset", "Dataset"]] = ()
 ) -> set[int]:
-    """Positions of the conversations to hold out for validation, by patient, as `hold_out` says.
+    """Positions of the rows to hold out for validation, by patient, as `hold_out` says.
 
-    All conversations of an image come on one side, whatever data set they are of, also where one of several images is
-    shared; so do all of a patient, but of data sets of fewer than five. The same patients as from the images of the
-    same data, for the same fraction and seed. Images are told apart by their paths, and none is read; where any is
-    embedded, by their content.
+    All rows about an image come on one side, whatever data set they are of, also where one of several images is
+    shared; so do all of a patient, but of data sets of fewer than five. The same patients from conversations as from
+    the images with masks of the same data, for the same fraction and seed. Images are told apart by their content.
 
     Args:
-        rows: of `schema.CONVERSATION_FEATURES`, map-style.
-        beside: training and validation rows of other data, of either kind: conversations about an image, or a patient
-            of a data set, that is on one side there come on the same.
+        rows: of `schema.REGION_FEATURES` or `schema.CONVERSATION_FEATURES`, map-style.
+        beside: training and validation rows of other data, of either kind: rows about an image, or a patient of a data
+            set, that is on one side there come on the same.
 
     Raises:
         ValueError: as `hold_out`; `beside` others, nothing need be left to hold out.
@@ -173,13 +155,14 @@ def hold_out_conversations(
             sides[member.image] |= of_patients[member.patient]
 
     free = [position for position, member in enumerate(members) if not sides[member.image]]
-    drawn = {free[place] for place in hold_out([members[i] for i in free], fraction, seed, required=not beside)}
+    required = bool(members) and not beside
+    drawn = {free[place] for place in hold_out([members[i] for i in free], fraction, seed, required)}
     left = {members[i][:2] for i in free if i not in drawn}  # a volume may be left in part
     whole = {members[i].patient for i in drawn if members[i][:2] not in left}
     drawn |= {i for i in free if members[i].patient in whole}
     held = drawn | {position for position, member in enumerate(members) if True in sides[member.image]}
-    if fraction and not held:
-        logger.warning("all conversations are about images or patients whose masks are trained on: none is held out")
+    if fraction and members and not held:
+        logger.warning("all rows are about images or patients whose masks are trained on: none is held out")
     return held
 
 
@@ -194,24 +177,42 @@ def _first_names(joined: DisjointSet) -> dict[str, str]:
 
 
 def _named_rows(sets: Sequence["Dataset"]) -> list[list[tuple[dict[str, Any], list[str]]]]:
-    """The origin of each row of each data set, and what tells its images apart: their absolute paths, or, where any is
-    embedded, their content, named by the first path that it was met at; one that cannot be read goes by its path.
+    """The origin of each row of each data set, and the names of its images, by content."""
+    name_of = picture_names(entry for rows in sets for _, shown in _rows(rows) for entry in shown)
+    return [[(row, list(map(name_of, shown))) for row, shown in _rows(rows)] for rows in sets]
+
+
+def picture_names(entries: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    """A function that names pictures, those of the same bytes alike: by the absolute path of a file, or the path that
+    an embedded one was first met at. Only files of the size of another one are read.
+
+    Args:
+        entries: all that will be named.
     """
-    by_content = any(entry["bytes"] is not None for rows in sets for _, shown in _rows(rows) for entry in shown)
+    sizes: dict[str, int | None] = {}  # of files; None for one that cannot be read, which goes by its path
+    pictures: Counter[int | None] = Counter()  # by size
+    for entry in entries:
+        path = os.path.abspath(entry["path"] or "")
+        if entry["bytes"] is not None:
+            pictures[len(entry["bytes"])] += 1
+        elif path not in sizes:
+            sizes[path] = os.path.getsize(path) if os.path.isfile(path) else None
+            pictures[sizes[path]] += 1
     named: dict[bytes, str] = {}
 
-    def name_of(entry: dict[str, Any]) -> str:
-        content = entry["bytes"]
-        path = entry["path"] if content is not None else os.path.abspath(entry["path"])
-        if not by_content:
+    @cache
+    def file_name(path: str) -> str:
+        size = sizes.get(path)
+        if size is None or pictures[size] == 1:
             return path
-        try:
-            content = Path(path).read_bytes() if content is None else content
-        except OSError:
-            return path
-        return named.setdefault(hashlib.sha256(content).digest(), f"{path}\0{len(named)}")
+        return named.setdefault(hashlib.sha256(Path(path).read_bytes()).digest(), path)
 
-    return [[(row, list(map(name_of, shown))) for row, shown in _rows(rows)] for rows in sets]
+    def name(entry: Mapping[str, Any]) -> str:
+        if entry["bytes"] is None:
+            return file_name(os.path.abspath(entry["path"]))
+        return named.setdefault(hashlib.sha256(entry["bytes"]).digest(), f"{entry['path']}\0{len(named)}")
+
+    return name
 
 
 def _rows(rows: "Dataset") -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -28,7 +28,7 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, A
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
-    """How much better the first evaluation is than the second, over the rows of both: intervals draw pairs of rows.
+    """How much higher the second evaluation is than the first, over the rows of both: intervals draw pairs of rows.
 
     Returns:
         `a`, `b` (names), `benchmark`, `title`, `protocol`, `n`, `interval_unit`; `scores` {score: {a, b, difference,
@@ -76,7 +76,8 @@ def differences(pairs: Sequence[tuple[Row, Row]], seed: int, macro_by: str | Non
             continue
         first, second, rows = (list(column) for column in zip(*both, strict=True))
         groups, units = [str(row[macro_by]) if macro_by else "" for row in rows], [unit_of(row) for row in rows]
-        by_row = [a - b for a, b, _ in both]
+        by_row = [b - a for a, b, _ in both]
+        gains = [-change for change in by_row] if name.endswith("_mm") else by_row  # a distance is better small
         difference, low, high = rounded(bootstrap_interval(by_row, groups, units, seed=seed))
         found[name] = {
             "a": round(_mean(first, groups), DIGITS),
@@ -85,9 +86,9 @@ def differences(pairs: Sequence[tuple[Row, Row]], seed: int, macro_by: str | Non
             "low": low,
             "high": high,
             "n": len(both),
-            "better": sum(gain > 0 for gain in by_row),
-            "equal": by_row.count(0),
-            "worse": sum(gain < 0 for gain in by_row),
+            "better": sum(gain > 0 for gain in gains),
+            "equal": gains.count(0),
+            "worse": sum(gain < 0 for gain in gains),
             "units": len(set(units)),
             "unpaired": sum((a is None) != (b is None) for a, b, _ in scored),
         }
@@ -107,7 +108,7 @@ def _mean(values: Sequence[float], groups: Sequence[str]) -> float:
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The differences as a table for a terminal; those whose interval leaves out 0 are marked."""
-    lines: list[tuple[str, ...]] = [("", "A", "B", "A - B", "95%", "", "better", "equal", "worse", "rows")]
+    lines: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95%", "", "better", "equal", "worse", "rows")]
     macro = {name: found for name, found in result["macro"].items() if name != "negatives_right"}
     for kind, scores in (("micro", result["scores"]), ("macro", macro)):
         for name, found in scores.items():
@@ -122,8 +123,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
             lines.append((f"{LABELS[name]}, {kind}", *shown, spread, mark, *counts))
     text = (
         f"{result['title']}: A = {result['a']}, B = {result['b']}, {result['n']:,} rows\n\n{align(lines)}\n\n"
-        f"* the 95% interval, drawn by {result['interval_unit']}, leaves out 0. Better and worse: rows where A has "
-        "the higher and the lower figure."
+        f"* the 95% interval, drawn by {result['interval_unit']}, leaves out 0. Better and worse: rows where B is."
     )
     if unpaired := max((found["unpaired"] for found in result["scores"].values()), default=0):
         text += f"\n{unpaired:,} rows have a score in one of the two alone, and are left out of that line."

@@ -11,7 +11,7 @@ from typing import Any
 from medsight.data.conversations import cited_codes
 from medsight.data.records import as_text, json_records, parquet_records, required
 from medsight.data.schema import IMAGE_MARKER
-from medsight.data.sources import Source, find_layout, iterate, kind_of
+from medsight.data.sources import Source, find_layout, iterate, kind_of, warn_of_shared_pictures
 
 from .benchmarks import OPTIONAL_FIELDS, Benchmark
 from .cases import CLOSED, OPEN, Case, Words, origin_of, relative, wordings
@@ -44,6 +44,7 @@ def read_cases(
     else:
         source = Source(benchmark.layout, str(path), split=benchmark.split)
         files = find_layout(source.layout).shards(source)
+        warn_of_shared_pictures(source)
         cases = list((region_cases if kind_of(source) == "regions" else _question_cases)(benchmark, path, words))
     if not cases:
         raise NoRowsError(f"{path}: no row of the split {benchmark.split!r} for the benchmark {benchmark.name}")

@@ -22,6 +22,7 @@ from medsight.training.run import train
 from medsight.training.settings import resolve_stages
 from medsight.training.stage import Stage
 from modeling_medsight import MedSightForConditionalGeneration
+from tests.tiny_checkpoint import save_tiny_checkpoint
 from tests.training.tiny_run import RECIPE, STAGES, only, steps_of, tiny_recipe, tiny_values
 
 
@@ -225,6 +226,23 @@ def test_a_folder_that_is_there_is_planned_and_its_weights_are_not_read(tiny_che
     values = {"model": {"folder": str(folder)}, "stages": [{"name": "codes", "kind": "codebook", "max_steps": 7}]}
     (stage,), notes = stage_plans(build(Recipe, values, "r"), 1)
     assert notes == [f"Model: {folder}."] and stage.steps == 7
+
+
+@pytest.mark.parametrize("start", ["preset", "checkpoint"])
+def test_a_structure_that_the_model_does_not_know_is_refused_by_plan_and_run(
+    drawn_data: Path, tmp_path: Path, start: str
+) -> None:
+    known: dict[str, Any] = {"classes": ["left ventricle", "benign breast tumor", "livers"]}
+    model = {}
+    if start == "checkpoint":
+        names = {"mask_class_names": known["classes"], "group_names": ["MRI heart", "ultrasound breast", "CT torso"]}
+        folder = save_tiny_checkpoint(tmp_path / "start", num_mask_classes=3, num_groups=3, **names)
+        known, model = {}, {"folder": str(folder), "preset": None}
+    recipe = tiny_recipe(drawn_data, tmp_path / "run", model=model, data=known, stages=only("perceiver"))
+    for begin in (lambda: stage_plans(recipe, 1), lambda: train(recipe)):
+        with pytest.raises(ValueError, match=r"\.png: '.*' is none of the model's 3 mask classes: "):
+            begin()
+    assert not (tmp_path / "run" / "stages" / "perceiver").exists()
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A whole run: its result, its files, what each stage may change, and going on after a stop."""
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,16 +158,19 @@ def test_stages_run_one_by_one_in_their_order(drawn_data: Path, tmp_path: Path) 
         train(recipe, "perceivr")
 
 
-def test_text_of_all_kinds_is_held_out(drawn_data: Path, tmp_path: Path) -> None:
-    """The rounds of an image's text are of different kinds, one after the other."""
-    rounds = 5
-    recipe = tiny_recipe(drawn_data, tmp_path, data={"text_rounds": rounds, "validation_fraction": 1 / rounds})
-    corpus = read_corpus(recipe)
-    splits = ("training", "validation")
-    training, held = (conversation_rows(corpus, ["text"], tmp_path, name)["id"] for name in splits)
-    everything = corpus_conversations(corpus)["id"]
-    assert sorted([*training, *held]) == sorted(everything) and len(held) == math.ceil(len(everything) / rounds)
-    assert {int(name.removeprefix("text-")) % rounds for name in held} == set(range(rounds))
+def test_text_is_validated_on_held_out_patients(drawn_data: Path, tmp_path: Path) -> None:
+    """What is made of rows, and what has images of its own."""
+    turns = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Yes."}]
+    items = [{"id": f"told-{i}", "image": f"{i // 2}.png", "conversations": turns} for i in range(40)]
+    (tmp_path / "lab.json").write_text(json.dumps(items), encoding="utf-8")
+    data = {"text": [{"layout": "llava", "path": str(tmp_path / "lab.json")}], "text_rounds": 3}
+    corpus = read_corpus(tiny_recipe(drawn_data, tmp_path, data=data))
+    told = {}
+    for split in ("training", "validation"):
+        ids = conversation_rows(corpus, ["text"], tmp_path, split)["id"]
+        told[split] = {int(name.removeprefix("told-")) // 2 for name in ids if "told" in name}
+        assert sum("text" in name for name in ids) == 2 * 3 * len(getattr(corpus, split))
+    assert len(told["validation"]) == 4 and told["training"] == {*range(20)} - told["validation"]
 
 
 def test_what_a_stage_validates_on_is_in_no_text(drawn_data: Path, tmp_path: Path) -> None:

@@ -2,24 +2,30 @@
 
 `SET/{train,test}/ID_MODALITY_SITE.png` are images, `SET/{train,test}_mask/ID_MODALITY_SITE_TARGET.png` their masks,
 with '+' for a space in every field. Where there is a `manifest.jsonl` (a row a mask: image, mask, modality, site,
-target, split, and where known group, which is the patient, finding, label_origin; `absent: true` and mask null for a
-structure that is not in the image), it counts, and file names mean nothing.
+target, split, and where known group or patient, finding, label_origin, licence, source_url, voxel_mm; `absent: true`
+and mask null for a structure that is not in the image), it counts, and file names mean nothing.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, picture
+from medsight.text import nearest
+
+from ..records import IMAGE_SUFFIXES, as_text, check_regions, json_records, patient_of, picture, refuse_misspelt
 from ..registry import Entry, Layout, Source, register
 from ..schema import region_row
-from ..splits import canonical_split
+from ..splits import canonical_split, split_in_name
 
 
 MANIFEST = "manifest.jsonl"
 # What all rows of one image must agree on.
-_SAME = ("modality", "site", "split", "group", "label_origin")
+_SAME = ("modality", "site", "split", "group", "patient", "label_origin")
+_FIELDS = {*_SAME, "image", "mask", "target", "absent", "finding", "licence", "source_url", "voxel_mm"}
+_FIELDS |= {"tier", "same_volume_in_train"}
+_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # as are names that begin with a dot
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -70,12 +76,16 @@ def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
     only = Path(source.path).absolute()
     prefix = f"{only.name}/" if only.is_dir() and only.parent == manifest.absolute().parent else ""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    unused: dict[str, str] = {}  # unknown field -> what to say of it
     for place, record in json_records(manifest):
         try:
             if isinstance(record, ValueError):
                 raise record
             for name in ("image", "modality", "site", "target", "split"):
                 as_text(record.get(name), place, name)
+            refuse_misspelt(record, _FIELDS, place)
+            for name in record.keys() - _FIELDS - (source.where or {}).keys() - unused.keys():
+                unused[name] = f"{place}: the field {name!r} is unknown, and not used: {nearest(name, _FIELDS)}"
             if bool(record.get("absent")) == bool(record.get("mask")):
                 raise ValueError(f"{place}: expected a mask, or `absent: true` and mask null; got {record}")
         except ValueError as error:
@@ -88,7 +98,9 @@ def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
         place = f"{manifest}: {image}"
         try:
             row = _manifest_row(root, image, records, place)
-            yield Entry(place, row, known_leak=any(record.get("same_volume_in_train") for record in records))
+            leaks = any(record.get("same_volume_in_train") for record in records)
+            yield Entry(place, row, known_leak=leaks, warnings=tuple(unused.values()))
+            unused.clear()
         except ValueError as error:
             yield Entry(place, error=error)
 
@@ -113,7 +125,7 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
         finding=next((record["finding"] for record in records if record.get("finding")), None),
         label_origin=first.get("label_origin"),
         dataset=dataset,
-        patient=patient_of(first.get("group")) or f"{dataset}:{Path(image).stem}",
+        patient=patient_of(first.get("group")) or patient_of(first.get("patient")) or f"{dataset}:{Path(image).stem}",
     )
     check_regions(row, place)
     return row
@@ -131,14 +143,24 @@ def _pixel_size(voxel_mm: Any) -> tuple[float, float] | None:
 
 def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
     dataset = folder.absolute().name
-    for split, images in split_folders(folder).items():
+    pairs = split_folders(folder)
+    paired = {name for images in pairs.values() for name in (images.name, f"{images.name}_mask")}
+    for child in sorted(folder.iterdir()):
+        split = canonical_split(re.sub("_masks?$", "", child.name))
+        named = split == split_in_name(split) and source.split in (None, split)
+        if named and child.is_dir() and child.name not in paired:
+            yield _bad(child, "expected two folders, SPLIT with images and SPLIT_mask with their masks, got one")
+    for split, images in pairs.items():
         masks = images.with_name(f"{images.name}_mask")
         by_stem: dict[str, Path] = {}
         found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
-        for file in (*_pictures(images), *_pictures(masks)):
+        for file in (*_files(images), *_files(masks)):
             stem, target = file.stem, ""
             if file.name != file.name.encode(errors="replace").decode():  # neither rows nor JSON hold such a name
                 yield _bad(file, "its name is not UTF-8 text: rename it")
+            elif file.suffix.lower() not in IMAGE_SUFFIXES:
+                known = ", ".join(IMAGE_SUFFIXES)
+                yield _bad(file, f"expected a picture ({known}); save a volume slice by slice, and move other files")
             elif file.parent == images:
                 if stem in by_stem:
                     yield _bad(file, f"{by_stem[stem].name} has the same name, so masks would belong to both")
@@ -168,8 +190,10 @@ def _of_names(folder: Path, source: Source) -> Iterator[Entry]:
                 yield Entry(str(file), row)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+def _files(folder: Path) -> list[Path]:
+    """What is in a folder, but for files that an operating system leaves there."""
+    names = ((file.name.lower(), file) for file in folder.iterdir())
+    return sorted(file for name, file in names if not name.startswith(".") and name not in _OF_THE_SYSTEM)
 
 
 def _bad(file: Path, problem: str) -> Entry:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import schema
 from ..conversations import check_conversation
-from ..records import check_regions, convert, parquet_records, picture
+from ..records import check_regions, convert, parquet_records, picture, refuse_misspelt
 from ..registry import Entry, Layout, Source, register
 
 
@@ -40,6 +40,7 @@ def parquet_rows(shard: str, source: Source) -> Iterator[Entry]:
 
     def row_of(record: dict[str, Any], place: str, split: str) -> dict[str, Any]:
         kind = _kind(record, place)
+        refuse_misspelt(record, _COLUMNS, place)
         known = {name: value for name, value in record.items() if name in _COLUMNS and value is not None}
         known |= {"split": split, "masks": known.get("masks", [])}
         for name in {"images", "masks"} & known.keys():

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..conversations import conversation
-from ..records import IMAGE_SUFFIXES, Record, as_text, check_regions, convert, json_object, patient_of
+from ..records import IMAGE_SUFFIXES, Record, as_text, check_regions, convert, json_object, patient_of, refuse_misspelt
 from ..registry import Entry, Layout, Source, register
-from ..schema import region_row
+from ..schema import REGION_EXTRAS, REGION_FEATURES, region_row
 
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -44,6 +44,7 @@ def webdataset_rows(shard: str, source: Source) -> Iterator[Entry]:
         images, masks = _images_and_masks(sample.pop(_PICTURES), place)
         if "conversations" in sample:
             return conversation({"id": place, **sample}, place, images, masks, source, split)
+        refuse_misspelt(sample, REGION_FEATURES.keys() | REGION_EXTRAS, place)
         if len(images) != 1:
             raise ValueError(f"{place}: expected one image, got {len(images)}")
         row = region_row(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from medsight.data.pictures import read_mask, read_picture
 from medsight.data.sources import Source, iterate, load_source
@@ -54,14 +55,36 @@ def test_a_set_alone_is_read_like_a_folder_of_sets(named_sets: Path, manifest_se
         ("amos/train_mask/case_1_CT_abdomen.png", "case_1_CT_abdomen.png: a mask without an image"),
         ("amos/train/scan.png", "scan.png: expected a name such as ID_MODALITY_SITE.png"),
         ("amos/train/case_1_CT_abdomen.jpg", "case_1_CT_abdomen.*same name"),
+        ("amos/validation/case_8_CT_abdomen.png", "amos/validation: expected two folders, SPLIT .* and SPLIT_mask"),
+        ("amos/test_masks/case_8_CT_abdomen_liver.png", "amos/test_masks: expected two folders"),
     ],
 )
 def test_a_file_that_fits_nowhere_is_named(
     named_sets: Path, draw_picture: Callable[..., Path], name: str, message: str
 ) -> None:
     draw_picture(named_sets / name)
-    (found,) = errors(named_sets)
+    (found,) = errors(named_sets, split=None)
     assert re.search(message, found)
+
+
+def test_a_file_that_is_no_picture_is_named_and_every_picture_is_read(named_sets: Path) -> None:
+    train = named_sets / "amos" / "train"
+    mask = next((named_sets / "amos" / "train_mask").glob("case_0*liver.png"))
+    for suffix in (".gif", ".ppm", ".JP2", ".tif", ".webp"):
+        Image.open(train / "case_0_CT_abdomen.png").save(train / f"new{suffix[1:]}_CT_abdomen{suffix}")
+        options = {"lossless": True} if suffix == ".webp" else {}
+        Image.open(mask).convert("L").save(mask.with_name(f"new{suffix[1:]}_CT_abdomen_liver{suffix}"), **options)
+    rows = [row for row in read(named_sets / "amos") if "amos:new" in row["patient"]]
+    assert len(rows) == 5
+    for row in rows:
+        assert read_mask(row["masks"][0], read_picture(row["image"]).size).sum() == 30
+    for name in ("train/volume_CT_abdomen.nii.gz", "train_mask/case_0_CT_abdomen_spleen.npy", "train/.DS_Store"):
+        (named_sets / "amos" / name).write_bytes(b"x")
+    found = errors(named_sets)
+    assert [Path(message.partition(":")[0]).name for message in found] == [
+        "volume_CT_abdomen.nii.gz",
+        "case_0_CT_abdomen_spleen.npy",
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names themselves")
@@ -100,6 +123,7 @@ def test_a_manifest_may_lie_elsewhere_than_its_images(manifest_sets: Path, named
         ({"mask": None}, "line 1.*absent"),
         ({"absent": True}, "line 1.*mask null"),
         ({"split": "test"}, "disagree on 'split': test, train"),
+        ({"absnt": True}, "line 1: the field 'absnt' is unknown, and not used: did you mean 'absent'"),
         ({"group": "torso:z"}, "disagree on 'group': torso:a, torso:z"),
         ({"absent": True, "mask": None, "target": "spleen"}, "a0_CT_torso.png: 'spleen' has a mask and is said to be"),
         ({"mask": "torso/train_mask/a0_CT_torso_spleen.png"}, "the mask .*a0_CT_torso_spleen.png is named 2 times"),
@@ -113,6 +137,16 @@ def test_a_bad_manifest_row_is_named(manifest_sets: Path, change: dict, message:
     path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     (found,) = errors(manifest_sets, split=None)
     assert re.search(message, found)
+
+
+def test_an_unknown_field_is_named_once_and_its_rows_are_read(manifest_sets: Path) -> None:
+    path = manifest_sets / "manifest.jsonl"
+    rows = [json.loads(line) | {"note": "by hand", "crop": 3} for line in path.read_text("utf-8").splitlines()]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    found = list(iterate(Source("biomedparse", str(manifest_sets), where={"note": "by hand"})))
+    assert len(found) == 17 and not any(item.error for item in found)
+    (warning,) = (warning for item in found for warning in item.warnings)
+    assert "manifest.jsonl, line 1: the field 'crop' is unknown, and not used: did you mean 'group'" in warning
 
 
 def test_where_asks_for_values_of_the_manifest(manifest_sets: Path) -> None:

@@ -1,6 +1,7 @@
 """`medsight data check`: everything is read once, every problem is reported with its file, and the status says it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,13 @@ def test_unknown_targets(manifest_sets: Path) -> None:
     assert problems(of(manifest_sets, split="test")) == []
 
 
+def test_targets_may_be_those_of_the_checkpoint_to_train_from(
+    named_sets: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "check", str(named_sets), "--workers", "1", "--model", str(tiny_checkpoint)]) == 1
+    assert "unknown target: " in capsys.readouterr().out
+
+
 def test_codes_that_do_not_match_masks(grounded_file: Path) -> None:
     assert problems(of(grounded_file, "grounded")) == []
     items = json.loads(grounded_file.read_text("utf-8"))
@@ -133,6 +141,35 @@ def test_patients_in_several_splits(manifest_sets: Path) -> None:
     rewrite(manifest, lambda row: row | ({"same_volume_in_train": True} if row["group"] == "torso:a" else {}))
     report = report_of(of(manifest_sets))
     assert report.ok and [finding.kind for finding in report.warnings] == ["known leak", "few images"]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"], ids=["same bytes", "same pixels"])
+def test_a_picture_in_several_splits_is_a_problem_whatever_it_is_called(named_sets: Path, format: str) -> None:
+    train = named_sets / "amos" / "train" / "case_0_CT_abdomen.png"
+    Image.open(train).save(named_sets / "amos" / "test" / "case_5_CT_abdomen.png", format)
+    (found,) = report_of(of(named_sets)).problems
+    assert found.kind == "picture in several splits" and f"train: {train}" in found.message
+    assert "case_5_CT_abdomen.png" in found.message and report_of(of(named_sets, split="train")).ok
+
+
+def test_blurred_and_inverted_masks_are_told_and_labels_and_volumes_are_problems(named_sets: Path) -> None:
+    masks = named_sets / "amos" / "train_mask"
+    labels = np.zeros((12, 16), dtype=np.uint8)
+    labels[2:7, 3:9] = 255
+    Image.fromarray(labels).save(masks / "case_0_CT_abdomen_liver.png", "JPEG")
+    Image.fromarray(255 - labels).save(masks / "case_3_CT_abdomen_liver.png")
+    labels[2:7, 6:9] = 100
+    Image.fromarray(labels).save(masks / "case_1_CT_abdomen_liver.png")
+    (masks / "case_2_CT_abdomen_liver.png").write_bytes((348).to_bytes(4, "little") + bytes(400))
+    report = report_of(of(named_sets))
+    told = {one.kind: Path(one.file).name for one in report.warnings if "masks" in one.kind}
+    assert told == {"blurred masks": "case_0_CT_abdomen_liver.png", "inverted masks?": "case_3_CT_abdomen_liver.png"}
+    assert [(one.kind, Path(one.file).name) for one in report.problems] == [
+        ("mask of several structures", "case_1_CT_abdomen_liver.png"),
+        ("mask that is no picture", "case_2_CT_abdomen_liver.png"),
+    ]
+    assert re.search(r"0, 100, 255.*`target`", report.problems[0].message)
+    assert re.search(r"is a NIfTI volume.*slices as PNG files.*open_scan", report.problems[1].message)
 
 
 def test_an_image_asked_about_in_two_splits_leaks(

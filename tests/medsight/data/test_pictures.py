@@ -1,13 +1,16 @@
 """Images and masks are decoded wholly, or refused with the name of their file."""
 
+import re
+import struct
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
+from scipy.ndimage import gaussian_filter
 
-from medsight.data.pictures import EmptyMaskError, MaskSizeError, read_mask, read_picture
+from medsight.data.pictures import EmptyMaskError, MaskSizeError, MaskValuesError, decode_mask, read_mask, read_picture
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -41,25 +44,73 @@ def test_a_turned_picture_is_the_same_upright_by_path_and_by_bytes(tmp_path: Pat
             assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
 
 
-def test_a_tiff_whose_0_is_white_is_inverted_by_path_and_by_bytes(tmp_path: Path) -> None:
-    white = np.full((6, 8), 2**16 - 1, dtype=np.uint16)
-    white[2:4, 3:5] = 0
-    Image.fromarray(white).save(tmp_path / "white.tiff", tiffinfo={262: 0})
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16])
+def test_a_tiff_whose_0_is_white_is_inverted_as_an_image_and_as_stored_as_a_mask(tmp_path: Path, dtype: type) -> None:
+    stored = np.zeros((6, 8), dtype=dtype)
+    stored[2:4, 3:5] = True
+    black = encoded(Image.fromarray(stored), "TIFF")
+    tag = struct.pack("<HHIH", 262, 3, 1, 1)  # 0 is black
+    assert tag in black
+    (tmp_path / "white.tiff").write_bytes(black.replace(tag, struct.pack("<HHIH", 262, 3, 1, 0)))
     for entry in both(tmp_path / "white.tiff"):
-        assert np.array_equal(read_mask(entry, (8, 6)), white == 0)
+        assert np.array_equal(read_mask(entry, (8, 6)), stored != 0)
+        picture = np.asarray(read_picture(entry))
+        assert picture[0, 0] > picture[2, 3]
 
 
-@pytest.mark.parametrize(
-    "kind", [{"format": "JPEG"}, {"format": "WEBP"}, {"format": "JPEG2000", "quality_layers": [20]}]
-)
-def test_a_lossy_mask_does_not_grow_by_its_noise(kind: dict) -> None:
-    rows, columns = np.mgrid[:80, :96]
-    inside = (rows - 40) ** 2 + (columns - 50) ** 2 < 25**2
-    for image in (Image.fromarray(inside), Image.fromarray(inside * np.uint8(255)).convert("RGB")):
-        content = encoded(image.convert("L") if image.mode == "1" else image, **kind)
-        assert np.count_nonzero(np.asarray(Image.open(BytesIO(content)))) > 1.1 * inside.sum()  # there is noise
-        read = read_mask({"bytes": content}, (96, 80))
-        assert np.count_nonzero(read != inside) < 0.01 * inside.sum()
+def test_a_fax_of_a_mask_means_what_it_shows() -> None:
+    fax = encoded(Image.fromarray(DISC), "TIFF", compression="group4", tiffinfo={262: 0})
+    assert np.array_equal(read_mask({"bytes": fax}, (96, 80)), DISC)
+
+
+ROWS, COLUMNS = np.mgrid[:80, :96]
+DISC = (ROWS - 40) ** 2 + (COLUMNS - 50) ** 2 < 25**2
+WHITE = Image.fromarray(DISC.astype(np.uint8) * 255)
+JPEG = encoded(WHITE, "JPEG")
+BLURRED = {
+    "JPEG": JPEG,
+    "coloured JPEG": encoded(WHITE.convert("RGB"), "JPEG"),
+    "WebP": encoded(WHITE, "WEBP"),
+    "JPEG 2000": encoded(WHITE, "JPEG2000", quality_layers=[20]),
+    "JPEG in TIFF": encoded(WHITE, "TIFF", compression="jpeg"),
+    "PNG of a JPEG": encoded(Image.open(BytesIO(JPEG))),
+    "smoothed": encoded(WHITE.filter(ImageFilter.GaussianBlur(1))),
+    "smoothed 16-bit": encoded(Image.fromarray(np.asarray(WHITE.filter(ImageFilter.BoxBlur(2))) * np.uint16(256))),
+    "smoothed floats": encoded(Image.fromarray(gaussian_filter(DISC.astype(np.float32), 1)), "TIFF"),
+    "soft alpha": encoded(Image.merge("LA", (WHITE, WHITE.filter(ImageFilter.GaussianBlur(1))))),
+}
+
+
+@pytest.mark.parametrize("content", BLURRED.values(), ids=BLURRED.keys())
+def test_a_blurred_mask_keeps_its_size_and_is_said_to_be_blurred(content: bytes) -> None:
+    mask, blurred = decode_mask({"path": None, "bytes": content}, (96, 80))
+    assert blurred and np.count_nonzero(mask != DISC) < 0.01 * DISC.sum()
+
+
+LABELS = DISC + (DISC & (COLUMNS > 60)).astype(np.uint8)
+COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], dtype=np.uint8)[LABELS]
+LINES = np.where(ROWS % 10 == 3, 1, np.where(COLUMNS % 10 == 3, 2, 0)).astype(np.uint8)
+SEVERAL = {
+    "ids": ("0, 1, 2", encoded(Image.fromarray(LABELS))),
+    "16-bit ids": ("0, 300, 600", encoded(Image.fromarray(LABELS * np.uint16(300)))),
+    "spread ids": ("0, 127, 254", encoded(Image.fromarray(LABELS * np.uint8(127)))),
+    "a label for what to ignore": ("0, 1, 255", encoded(Image.fromarray(np.array([0, 1, 255], np.uint8)[LABELS]))),
+    "fine lines": ("0, 1, 2", encoded(Image.fromarray(LINES))),
+    "lossless WebP": ("0, 1, 2", encoded(Image.fromarray(LABELS).convert("RGB"), "WEBP", lossless=True)),
+    "JPEG 2000": ("0, 1, 2", encoded(Image.fromarray(LABELS), "JPEG2000")),
+    "colours": ("(0, 0, 0), (0, 255, 0), (255, 0, 0)", encoded(Image.fromarray(COLOURS))),
+    "colours of a palette": ("(255, 0, 0)", encoded(Image.fromarray(COLOURS).quantize(), "GIF")),
+    "colours in JPEG": ("(0, 255, 0)", encoded(Image.fromarray(COLOURS), "JPEG")),
+    "many objects": ("72: 0, 1, 2", encoded(Image.fromarray((ROWS // 10 * 9 + COLUMNS // 11).astype(np.uint8)))),
+    "a photograph": ("got ", encoded(Image.fromarray(np.uint8(ROWS * 2 + COLUMNS % 7)))),
+    "two pages": ("2 pages", encoded(WHITE, "TIFF", save_all=True, append_images=[WHITE])),
+}
+
+
+@pytest.mark.parametrize(("shown", "content"), SEVERAL.values(), ids=SEVERAL.keys())
+def test_a_mask_of_several_structures_is_refused_with_its_values(shown: str, content: bytes) -> None:
+    with pytest.raises(MaskValuesError, match=rf"labels\.png: .*{re.escape(shown)}.*`target` in a manifest"):
+        read_mask({"path": "labels.png", "bytes": content}, (96, 80))
 
 
 BAD = {

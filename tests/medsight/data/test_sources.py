@@ -1,7 +1,9 @@
 """A recipe's sources: their keys, and every layout as map-style and as streamed rows of one of two schemas."""
 
+import dataclasses
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -13,7 +15,7 @@ import pytest
 
 from medsight.data.pictures import read_mask, read_picture
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
-from medsight.data.sources import Source, detect_layout, kind_of, load_source
+from medsight.data.sources import Source, detect_layout, kind_of, load_source, warn_of_shared_pictures
 from tests.medsight.data.conftest import ANSWERED, ASKED
 
 
@@ -174,6 +176,7 @@ def test_conversations_in_a_tar_shard(write_shard: Callable[..., Path], region_m
         ({"a/3.json": {"modality": "CT", "site": "torso"}}, "expected one image, got 0"),
         ({"a/3.json": b"{", "a/3.png": b""}, "3.json: not a JSON object"),
         ({"a/3.json": {"site": "torso"}, "a/3.png": b""}, "'modality'"),
+        ({"a/3.json": {"patien": "7"}, "a/3.png": b""}, "the field 'patien' is unknown, .* did you mean 'patient'"),
     ],
 )
 def test_a_bad_sample_is_named(
@@ -194,6 +197,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, layout: str, name: str) -> None
 def test_parquet_of_other_columns_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet, row 1: expected columns.*\['a'\]"):
+        load_source(Source("parquet", str(tmp_path / "other.parquet")))
+    columns = {"image": ["a.png"], "masks": [["b.png"]], "targets": [["liver"]], "modalty": ["CT"]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"row 1: the field 'modalty' is unknown.*did you mean 'modality'"):
         load_source(Source("parquet", str(tmp_path / "other.parquet")))
 
 
@@ -298,3 +305,16 @@ def test_what_a_folder_holds_decides_on_its_layout(tmp_path: Path, named_sets: P
         detect_layout(tmp_path / "odd.jsonl")
     with pytest.raises(FileNotFoundError):
         detect_layout(tmp_path / "nowhere")
+
+
+def test_a_picture_of_two_splits_is_warned_of_by_whoever_reads_one(
+    named_sets: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source("biomedparse", str(named_sets / "amos"))
+    warn_of_shared_pictures(source)
+    assert not caplog.records
+    folder = named_sets / "amos"
+    shutil.copy(folder / "train" / "case_0_CT_abdomen.png", folder / "test" / "case_5_CT_abdomen.png")
+    for split in ("train", "test"):
+        warn_of_shared_pictures(dataclasses.replace(source, split=split))
+        assert f"1 picture(s) of the split {split} are in another split too" in caplog.messages[-1]

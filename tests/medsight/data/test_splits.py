@@ -13,20 +13,16 @@ from PIL import Image
 
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.data.sources import Source, load_source
-from medsight.data.splits import divide, hold_out_conversations, hold_out_regions
+from medsight.data.splits import divide, hold_out_rows
 
 
 def split(rows: Dataset, fraction: float, seed: int, *beside: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
-    return divide(rows, hold_out_conversations(rows, fraction, seed, beside))
-
-
-def split_regions(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    return divide(rows, hold_out_regions(rows, fraction, seed))
+    return divide(rows, hold_out_rows(rows, fraction, seed, beside))
 
 
 def test_validation_holds_out_patients_or_the_last_slices_of_few(manifest_sets: Path) -> None:
     rows = load_source(Source("biomedparse", str(manifest_sets)))
-    training, held = split_regions(rows, 0.2, seed=0)
+    training, held = split(rows, 0.2, seed=0)
     assert len(training) + len(held) == len(rows)
     patients = {"busi": set(), "torso": set()}
     for row in held:
@@ -34,19 +30,19 @@ def test_validation_holds_out_patients_or_the_last_slices_of_few(manifest_sets: 
     assert len(patients["busi"]) == 1 and not patients["busi"] & set(training["patient"])
     slices = sorted(Path(row["image"]["path"]).name for row in held if row["dataset"] == "torso")
     assert slices == ["a5_CT_torso.png", "b5_CT_torso.png"]
-    again = split_regions(rows.shuffle(seed=3), 0.2, seed=0)[1]
+    again = split(rows.shuffle(seed=3), 0.2, seed=0)[1]
     assert sorted(again["patient"]) == sorted(held["patient"])
-    everything, nothing = split_regions(rows, 0, seed=0)
+    everything, nothing = split(rows, 0, seed=0)
     assert everything[:] == rows[:] and len(nothing) == 0
-    assert len({tuple(split_regions(rows, 0.2, seed=seed)[1]["patient"]) for seed in range(8)}) > 1
+    assert len({tuple(split(rows, 0.2, seed=seed)[1]["patient"]) for seed in range(8)}) > 1
 
 
 def test_a_fraction_that_cannot_be_held_out_is_refused(named_sets: Path) -> None:
     rows = load_source(Source("biomedparse", str(named_sets / "hc")))
     with pytest.raises(ValueError, match="0.5 cannot be held out"):
-        split_regions(rows, 0.5, seed=0)
+        split(rows, 0.5, seed=0)
     with pytest.raises(ValueError, match="fraction is 1.5"):
-        split_regions(rows, 1.5, seed=0)
+        split(rows, 1.5, seed=0)
 
 
 Conversations = Callable[[list[dict]], Dataset]
@@ -83,7 +79,7 @@ def test_images_and_patients_are_on_the_side_of_their_masks(manifest_sets: Path,
     for some in (told + free, told):
         rows = conversations(some)
         for seed in range(4):
-            both = split_regions(regions, 0.3, seed + 10)
+            both = split(regions, 0.3, seed + 10)
             training, held = split(rows, 0.2, seed, both)
             assert len(training) + len(held) == len(rows) and len(held)
             for side, other in ((training, both[1]), (held, both[0])):
@@ -98,7 +94,7 @@ def test_patients_of_masks_are_known_whatever_source_comes_first(
     manifest_sets: Path, conversations: Conversations, turned: bool
 ) -> None:
     regions = load_source(Source("biomedparse", str(manifest_sets)))
-    both = split_regions(regions, 0.3, 0)
+    both = split(regions, 0.3, 0)
     patients = set(both[1].filter(lambda row: row["dataset"] == "busi")["patient"])
     assert patients
     asked = [{"image": f"other {p}.png", "dataset": "busi", "patient": p} for p in sorted({*regions["patient"]})]
@@ -126,10 +122,8 @@ def test_an_image_and_a_patient_of_two_sets_are_on_one_side(conversations: Conve
 
 
 def test_embedded_images_are_told_apart_by_their_content(manifest_sets: Path) -> None:
-    for number, path in enumerate(sorted(manifest_sets.glob("*/train/*.png"))):  # no two alike
-        Image.fromarray(np.full((12, 16), number, dtype=np.uint8)).save(path)
     regions = load_source(Source("biomedparse", str(manifest_sets)))
-    both = split_regions(regions, 0.3, 0)
+    both = split(regions, 0.3, 0)
     rows = [
         {
             **dict.fromkeys(CONVERSATION_FEATURES),
@@ -148,10 +142,34 @@ def test_embedded_images_are_told_apart_by_their_content(manifest_sets: Path) ->
             assert sides[1] == {Path(row["image"]["path"]).read_bytes() for row in both[1]}
 
 
+@pytest.mark.parametrize("embedded", [False, True], ids=["files", "bytes"])
+def test_no_picture_or_patient_is_on_both_sides_whatever_files_are_called(tmp_path: Path, embedded: bool) -> None:
+    """Every patient has a 0.png, a 1.png and a 2.png; a second set has a copy of the first under another name."""
+    rows = []
+    for patient in range(20):
+        for number in range(4):
+            copied = number == 3
+            path = tmp_path / f"{patient}" / ("copy.png" if copied else f"{number}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((4, 4), 3 * patient + number % 3, dtype=np.uint8)).save(path)
+            image = {"path": path.name, "bytes": path.read_bytes()} if embedded else {"path": str(path), "bytes": None}
+            origin = ("second", f"of {patient}") if copied else ("first", f"{patient}")
+            rows.append({"image": image, "dataset": origin[0], "patient": origin[1], "modality": "CT"})
+    features = Features({name: REGION_FEATURES[name] for name in rows[0]})
+    for seed in range(5):
+        sides = split(Dataset.from_list(rows, features=features), 0.2, seed)
+        for of in (
+            lambda row: row["patient"].split()[-1],
+            lambda row: row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes(),
+        ):
+            training, held = (set(map(of, side)) for side in sides)
+            assert held and not training & held
+
+
 def test_what_cannot_be_validated_on_is_said(
     manifest_sets: Path, conversations: Conversations, caplog: pytest.LogCaptureFixture
 ) -> None:
-    both = split_regions(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
+    both = split(load_source(Source("biomedparse", str(manifest_sets))), 0.3, 0)
     rows = conversations([{"image": row["image"]["path"], "patient": str(n)} for n, row in enumerate(both[0])])
     training, held = split(rows, 0.2, 0, both)
     assert len(training) == len(rows) and not len(held) and "none is held out" in caplog.text
@@ -166,7 +184,7 @@ def test_the_same_patients_are_held_out_as_from_the_images(manifest_sets: Path, 
     ]
     rows = conversations(items)
     for seed in range(3):
-        held = {row["image"]["path"] for row in split_regions(regions, 0.3, seed)[1]}
+        held = {row["image"]["path"] for row in split(regions, 0.3, seed)[1]}
         assert {row["images"][0]["path"] for row in split(rows, 0.3, seed)[1]} == held
 
 
@@ -200,8 +218,8 @@ def drawn_rows() -> tuple[Dataset, Dataset]:
 def test_the_rows_that_a_seed_holds_out_stay_the_same(fraction: float, seed: int, digest: str) -> None:
     """What a published checkpoint was validated on must not be trained on by a later version."""
     regions, conversations = drawn_rows()
-    held = hold_out_regions(regions, fraction, seed)
-    alone = hold_out_conversations(conversations, fraction, seed)
-    beside = hold_out_conversations(conversations, fraction, seed, [divide(regions, held)])
+    held = hold_out_rows(regions, fraction, seed)
+    alone = hold_out_rows(conversations, fraction, seed)
+    beside = hold_out_rows(conversations, fraction, seed, [divide(regions, held)])
     found = json.dumps([sorted(held), sorted(alone), sorted(beside)])
     assert hashlib.sha256(found.encode()).hexdigest()[:16] == digest

@@ -43,14 +43,14 @@ def evaluation(tmp_path: Path) -> Write:
     return write
 
 
-def test_differences_are_paired(evaluation: Write) -> None:
-    first = evaluation("a", [0.5 + 0.01 * (i % 10) for i in range(40)] + [None])
-    second = evaluation("b", [0.4 + 0.01 * (i % 10) for i in range(40)] + [None])
+def test_differences_are_paired_and_an_improvement_is_above_zero(evaluation: Write) -> None:
+    first = evaluation("a", [0.4 + 0.01 * (i % 10) for i in range(40)] + [None])
+    second = evaluation("b", [0.5 + 0.01 * (i % 10) for i in range(40)] + [None])
     result = compare(first, second)
     dice = result["scores"]["dice"]
     # The rows vary by themselves, their difference does not.
     assert (dice["difference"], dice["low"], dice["high"]) == (0.1, pytest.approx(0.1), pytest.approx(0.1))
-    assert (dice["a"], dice["b"], dice["n"], dice["better"], dice["worse"]) == (0.545, 0.445, 40, 40, 0)
+    assert (dice["a"], dice["b"], dice["n"], dice["better"], dice["worse"]) == (0.445, 0.545, 40, 40, 0)
     assert result["scores"]["negatives_right"]["n"] == 1
     assert set(result["by"]["modality"]) == {"CT", "MRI"} and result["by"]["modality"]["CT"]["dice"]["n"] == 30
 
@@ -75,8 +75,17 @@ def test_pairs_of_a_patient_are_drawn_together(evaluation: Write) -> None:
     assert together["by"]["modality"]["MRI"]["dice"]["units"] == 3
 
 
+def test_a_distance_is_better_where_it_is_smaller(evaluation: Write) -> None:
+    folders = [evaluation(name, [0.5] * 4) for name in "ab"]
+    for folder, distance in zip(folders, (9.0, 2.0), strict=True):
+        rows = [json.loads(line) | {"hd95_mm": distance} for line in (folder / "scores.jsonl").open(encoding="utf-8")]
+        (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = compare(*folders)["scores"]["hd95_mm"]
+    assert (found["difference"], found["better"], found["worse"]) == (-7.0, 4, 0)
+
+
 def test_macro_weighs_modalities_alike(evaluation: Write) -> None:
-    first, second = evaluation("a", [0.6] * 30 + [0.2] * 10), evaluation("b", [0.5] * 30 + [0.5] * 10)
+    first, second = evaluation("a", [0.5] * 30 + [0.5] * 10), evaluation("b", [0.6] * 30 + [0.2] * 10)
     result = compare(first, second)
     assert result["scores"]["dice"]["difference"] == pytest.approx((30 * 0.1 - 10 * 0.3) / 40)
     assert result["macro"]["dice"]["difference"] == pytest.approx((0.1 - 0.3) / 2)
@@ -85,11 +94,12 @@ def test_macro_weighs_modalities_alike(evaluation: Write) -> None:
 def test_the_terminal_marks_what_leaves_out_zero(
     evaluation: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    first, second = evaluation("a", [0.6 + i % 2 / 10 for i in range(40)]), evaluation("b", [0.5] * 40)
+    first, second = evaluation("a", [0.5] * 40), evaluation("b", [0.6 + i % 2 / 10 for i in range(40)])
     output = tmp_path / "out.json"
     assert cli.main(["compare", str(first), str(second), "--output", str(output)]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Dice, micro"))
-    assert line.split()[2:5] == ["65.0", "50.0", "+15.0"] and " * " in line
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("Dice, micro"))
+    assert line.split()[2:5] == ["50.0", "65.0", "+15.0"] and " * " in line and " B - A " in printed
     assert json.loads(output.read_text()) == compare(first, second)
 
 
