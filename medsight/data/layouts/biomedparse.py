@@ -2,8 +2,8 @@
 
 `SET/{train,test}/ID_MODALITY_SITE.png` are images, `SET/{train,test}_mask/ID_MODALITY_SITE_TARGET.png` their masks,
 with '+' for a space in every field. Where there is a `manifest.jsonl` (a row a mask: image, mask, modality, site,
-target, split, and where known group, which is the patient, finding, label_origin; `absent: true` and mask null for a
-structure that is not in the image), it counts, and file names mean nothing.
+target, split, and where known group, which is the patient, finding, label_origin, orientation; `absent: true` and mask
+null for a structure that is not in the image), it counts, and file names mean nothing.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from ..splits import canonical_split
 
 MANIFEST = "manifest.jsonl"
 # What all rows of one image must agree on.
-_SAME = ("modality", "site", "split", "group", "label_origin")
+_SAME = ("modality", "site", "split", "group", "label_origin", "orientation")
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -112,6 +112,7 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
         absent=[record["target"] for record in records if record.get("absent")],
         finding=next((record["finding"] for record in records if record.get("finding")), None),
         label_origin=first.get("label_origin"),
+        orientation=first.get("orientation"),
         dataset=dataset,
         patient=patient_of(first.get("group")) or f"{dataset}:{Path(image).stem}",
     )

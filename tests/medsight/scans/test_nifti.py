@@ -25,6 +25,8 @@ PLANES = {
     "axial": (lambda volume, index: volume[::-1, ::-1, index].T, 2),
     "coronal": (lambda volume, index: volume[::-1, index, ::-1].T, 1),
     "sagittal": (lambda volume, index: volume[index, ::-1, ::-1].T, 0),
+    "AI": (lambda volume, index: volume[index, :, ::-1].T, 0),  # front at the right, feet at the bottom
+    "SR": (lambda volume, index: volume[:, index, :], 1),
 }
 
 
@@ -48,9 +50,9 @@ def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(
     voxels, own = turned(volume, orientation, affine)
     scan = open_scan(nifti_bytes(voxels, own), plane=plane)
     section, through = PLANES[plane or "axial"]
-    across, down = (axis for axis in range(3) if axis != through)
+    across, down = {"SR": (2, 0)}.get(plane or "", [axis for axis in range(3) if axis != through])
     sizes, spacing = volume.shape, np.diag(SPACING)
-    assert scan.plane == (plane or "axial")
+    assert scan.plane == {"AI": "sagittal", "SR": "coronal"}.get(plane or "axial", plane or "axial")
     assert (scan.num_slices, scan.height, scan.width) == (sizes[through], sizes[down], sizes[across])
     assert np.allclose(scan.pixel_spacing, (spacing[down], spacing[across]))
     assert np.isclose(scan.slice_spacing, spacing[through])
