@@ -101,6 +101,7 @@ def test_a_manifest_may_lie_elsewhere_than_its_images(manifest_sets: Path, named
         ({"absent": True}, "line 1.*mask null"),
         ({"split": "test"}, "disagree on 'split': test, train"),
         ({"group": "torso:z"}, "disagree on 'group': torso:a, torso:z"),
+        ({"orientation": "LP"}, "disagree on 'orientation': LP, None"),
         ({"absent": True, "mask": None, "target": "spleen"}, "a0_CT_torso.png: 'spleen' has a mask and is said to be"),
         ({"mask": "torso/train_mask/a0_CT_torso_spleen.png"}, "the mask .*a0_CT_torso_spleen.png is named 2 times"),
     ],
@@ -113,6 +114,15 @@ def test_a_bad_manifest_row_is_named(manifest_sets: Path, change: dict, message:
     path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     (found,) = errors(manifest_sets, split=None)
     assert re.search(message, found)
+
+
+def test_an_orientation_is_read_and_one_that_is_none_is_refused(manifest_sets: Path) -> None:
+    path = manifest_sets / "manifest.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    path.write_text("\n".join(json.dumps({**row, "orientation": "AI"}) for row in rows), "utf-8")
+    assert {row["orientation"] for row in read(manifest_sets)} == {"AI"}
+    path.write_text("\n".join(json.dumps({**row, "orientation": "axial"}) for row in rows), "utf-8")
+    assert "manifest.jsonl: " in (found := errors(manifest_sets)[0]) and "'orientation' is 'axial'" in found
 
 
 def test_where_asks_for_values_of_the_manifest(manifest_sets: Path) -> None:
