@@ -156,8 +156,8 @@ def command(
     with results(as_json) as out:
         for job in finished:
             show(out, job, found.is_single, "Answered before:")
-        opening = {"learnt": LearntOrientations.read(checkpoint), "plane": plane, "prompt": prompt}
-        opening["allowed_groups"] = settings.allowed_groups
+        learnt = LearntOrientations.read(checkpoint)
+        opening = {"learnt": learnt, "plane": plane, "prompt": prompt, "allowed_groups": settings.allowed_groups}
         reading = read_jobs(unfinished, slices, view, opening, kinds)
         # Read before the model is loaded, which takes longer than to see that the one image is broken.
         if first := list(islice(reading, 1)):

@@ -50,6 +50,7 @@ class NiftiScan(Scan):
         self.plane = plane_of(self.orientation)
         across, down = ("RLAPSI".index(letter) // 2 for letter in self.orientation)
         self._axes = across, down, 3 - across - down  # of right, anterior, superior
+        self._steps = [1 if letter in "RAS" else -1 for letter in self.orientation]  # along the first two of them
         with self._open() as file:
             self._header = _read_header(file, name)
         self._shape = _three_axes(self._header.get_data_shape(), name)
@@ -150,7 +151,7 @@ class NiftiScan(Scan):
 
         canonical = nibabel.apply_orientation(voxels, self._orientation)
         across, down, through = self._axes
-        columns, rows = (1 if letter in "RAS" else -1 for letter in self.orientation)
+        columns, rows = self._steps
         return canonical.transpose(through, down, across)[index, ::rows, ::columns]
 
     @cached_property
