@@ -2,6 +2,7 @@
 model."""
 
 import copy
+import re
 from dataclasses import field
 from typing import Any
 
@@ -13,6 +14,7 @@ from .remote_code_medsight import AUTO_MAP, RemoteCodeMixin
 
 MASK_DECODERS = ("perceiver", "head")
 SEG_TOKEN = "[SEG]"
+ORIENTATION = re.compile("[LR][APSI]|[AP][LRSI]|[SI][LRAP]")
 COUNTS = (
     *("patch_pooling", "num_region_queries", "perceiver_num_stages", "perceiver_num_heads", "perceiver_head_dim"),
     *("perceiver_ffn_multiplier", "num_mask_classes", "num_groups", "codes_per_group", "code_dim"),
@@ -115,6 +117,9 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
         group_patterns (`dict[str, list[str]]`, *optional*): group name -> shell patterns of "MODALITY/SITE", as the
             data spell them; a group without patterns takes the images whose modality and site its name says.
+        group_orientations (`dict[str, str]`, *optional*): group name -> how most of its training images lie that were
+            cut from volumes: what is at their right and at their bottom, two letters of L, R, A, P, S, I ("LP": axial,
+            the patient's left at the right, the back at the bottom). Groups of which it is not known are left out.
         codes_per_group (`int`): M, codes a group.
         code_dim (`int`): d_c, width of a code.
         region_code_start_id (`int`): vocabulary id of `[C0_0]`; the other K*M - 1 follow in row-major order.
@@ -173,6 +178,7 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
     num_groups: int = 18
     group_names: Any = None
     group_patterns: dict[str, list[str]] | None = None
+    group_orientations: dict[str, str] | None = None
     codes_per_group: int = 32
     code_dim: int = 64
     region_code_start_id: int = 151669
@@ -309,9 +315,16 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
             )
         if len(self.group_names) != groups:
             raise ValueError(f"group_names has {len(self.group_names)} entries but num_groups={groups}")
-        unknown = [name for name in self.group_patterns or {} if name not in self.group_names]
-        if unknown:
-            raise ValueError(f"group_patterns has {unknown[0]!r}, which is none of group_names: {self.group_names}")
+        for by_group in ("group_patterns", "group_orientations"):
+            for name in getattr(self, by_group) or {}:
+                if name not in self.group_names:
+                    raise ValueError(f"{by_group} has {name!r}, which is none of group_names: {self.group_names}")
+        for name, orientation in (self.group_orientations or {}).items():
+            if not ORIENTATION.fullmatch(orientation):
+                raise ValueError(
+                    f"group_orientations has {orientation!r} for {name!r}: expected what is at the right and at the "
+                    "bottom, two letters of L, R, A, P, S and I, such as LP"
+                )
         classes = self.num_mask_classes if self.mask_class_names is None else len(self.mask_class_names)
         if classes != self.num_mask_classes:
             raise ValueError(f"mask_class_names has {classes} entries but num_mask_classes={self.num_mask_classes}")

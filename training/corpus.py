@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,16 @@ class Corpus:
     validation: Any
     groups: Groups
     classes: list[str]
+
+    @property
+    def orientations(self) -> dict[str, str]:
+        """How most training images of a code group lie, by the group's name, where the data say it."""
+        columns = ("modality", "site", "orientation")
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for modality, site, orientation in zip(*(self.training[name] for name in columns), strict=True):
+            if orientation is not None:
+                counts[self.groups.names[self.groups.index(modality, site)]][orientation] += 1
+        return {name: found.most_common(1)[0][0] for name, found in counts.items()}
 
     @cached_property
     def conversations(self) -> dict[str, tuple[Any, Any]]:

@@ -149,6 +149,8 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
             f"data.groups names the groups {groups}, but those of the model, whose order counts, are "
             f"{[*model.config.group_names]}: name all of these"
         )
+    if reads_regions(resolved, recipe) and model.config.use_region_codebook and corpus.orientations:
+        model.config.group_orientations = {**(model.config.group_orientations or {}), **corpus.orientations}
     canvas = Canvas(processor, model.config, corpus.groups, recipe.data.keep_in_memory)
     stage = resolved.kind(resolved.name, settings, canvas, recipe.seed)
     last = checkpoints(folder)

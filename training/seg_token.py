@@ -20,7 +20,8 @@ def drop_codebook(config: MedSightConfig, processor: MedSightProcessor) -> None:
     `[SEG]` takes the id of the first code, so no row of the language model moves; the other codes' rows stay unused.
     `CODES_OWN` are to be initialised anew.
     """
-    config.use_region_codebook, config.group_names, config.group_patterns = False, ["any"], None
+    config.use_region_codebook, config.group_names = False, ["any"]
+    config.group_patterns = config.group_orientations = None
     config.num_groups = config.codes_per_group = 1
     processor.group_names = list(config.group_names)
     processor.tokenizer = without_codes(processor.tokenizer)

@@ -4,6 +4,7 @@ import logging
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from medsight.export import FORMATS, FoundRegion, mosaic, overlay, write_masks
+from medsight.inference.orientations import cut_otherwise, in_words
 from medsight.inference.settings import AnswerSettings
 from medsight.scans.scan import PLANES, Scan
 from medsight.scans.windows import FILE_WINDOW, WINDOWS
@@ -34,7 +36,7 @@ def event(method: Callable[..., Updates]) -> Callable[..., Updates]:
 
     @wraps(method)
     def handle(page: "Page", session: Session | None, *args: Any) -> Updates:
-        session = session or Session(page.folder)
+        session = session or Session(page.folder, page.predictor.learnt)
         try:
             return method(page, session, *args)
         except (ValueError, OSError) as error:
@@ -98,11 +100,15 @@ class Page(Controls):
 
     @event
     def open_upload(self, session: Session, files: list[str] | None, threshold: float) -> Updates:
-        """Opens what was uploaded; the files move into the session's folder."""
+        """Opens what was uploaded; where it cannot be read, what was open stays."""
         try:
             session.open_files([Path(file) for file in files or []])
         except ValueError as error:
             _warn(error, session)
+            return {self.session: session, self.upload: None}
+        learnt = session.learnt.of_question(session.opened())
+        if len(set(learnt.values())) > 1:
+            _warn(f"choose the plane: the model learnt {in_words(learnt)}")
         return self._opened(session, threshold)
 
     @event
@@ -120,7 +126,7 @@ class Page(Controls):
             windows += WINDOWS if scan.modality == "CT" else []
             updates = {
                 self.facts: gr.update(value=markup.scan_facts(scan), visible=True),
-                self.plane: gr.update(visible=scan.plane is not None, choices=list(PLANES), value=scan.plane),
+                self.plane: gr.update(visible=scan.plane is not None, choices=_planes(session), value=_plane(scan)),
                 self.window: gr.update(visible=scan.is_wide, choices=windows, value=DEFAULT_WINDOW),
                 self.deidentify: gr.update(visible=scan.kind == "dicom"),
                 self.formats: gr.update(choices=_formats(scan), value=["png"]),
@@ -180,6 +186,8 @@ class Page(Controls):
                 threshold=threshold,
             )
             messages = session.messages(turn)
+            if problem := cut_otherwise(session.opened(), session.learnt, turn.question):
+                _warn(problem)
             yield {**self._talk(session), self.question: _asking(True, "")}
             turns = session.read_so_far(turn)
             with closing(stream_answer(self.predictor, messages, settings, stop, turns)) as pieces:
@@ -336,11 +344,11 @@ def parse_window_text(text: str) -> Window:
 
 def _keep(session: Session, turn: Turn, answered: Answered, stopped: bool) -> None:
     first = len(session.findings)
-    turn.answer, turn.stopped = answered.answer, stopped
+    # Masks of the image's size would add up over the turns: they are drawn anew from their logits.
+    regions = [replace(region, mask=None) for region in answered.answer.regions]
+    turn.answer, turn.stopped = replace(answered.answer, regions=regions), stopped
     turn.findings = [
-        Finding(first + i, region, answered.mask_logits[i], turn.slice_index)
-        for i, region in enumerate(answered.answer.regions)
-        if region.mask is not None
+        Finding(first + i, region, answered.mask_logits[i], turn.slice_index) for i, region in enumerate(regions)
     ]
 
 
@@ -350,9 +358,18 @@ def _asking(busy: bool, text: str | None = None) -> Any:
 
 
 def _warn(problem: Exception | str, session: Session | None = None) -> Updates:
-    message = str(problem) if session is None else session.without_paths(str(problem))
+    message = str(problem) if session is None or isinstance(problem, str) else session.message_of(problem)
     gr.Warning(markup.escape(message[:1].upper() + message[1:]))
     return gr.skip()
+
+
+def _planes(session: Session) -> list[str]:
+    """The planes that a volume can be cut along, and other turns of them that the model learnt."""
+    return [*PLANES, *sorted(set(session.learnt.orientations.values()) - {*PLANES.values()})]
+
+
+def _plane(scan: Scan) -> str | None:
+    return scan.plane if scan.plane is None or PLANES[scan.plane] == scan.orientation else scan.orientation
 
 
 def _formats(scan: Scan) -> list[str]:

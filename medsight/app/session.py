@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from medsight.inference.orientations import LearntOrientations
 from medsight.inference.predictor import EarlierTurns, Window, assistant_turn, user_turn
 from medsight.scans import Scan, open_scan
 from processing_medsight.grounded_answer_medsight import GroundedAnswer, GroundedRegion
@@ -53,6 +54,7 @@ class Session:
     """What one visitor has open."""
 
     root: Path | None = None  # folder in which the session makes its own; the system's temporary folder by default
+    learnt: LearntOrientations = LearntOrientations()  # of the checkpoint that is asked
     scan: Scan | None = None
     slice_index: int = 0  # with `window`: what is shown
     window: Window = None
@@ -86,26 +88,36 @@ class Session:
         return found[number]
 
     def open_files(self, files: Sequence[Path]) -> None:
-        """Opens uploaded files, which are moved into the session's own folder under names given here.
+        """Opens uploaded files, in place of what is open, once they could be read.
+
+        They are copied into the session's own folder under names given here: the server keeps an upload by its
+        content, so other visitors' may be the same file.
 
         Raises:
-            ValueError: they cannot be read, or do not belong together; then no scan is open.
+            ValueError: they cannot be read, or do not belong together; then what is open stays.
         """
-        self.close()
-        folder = self.new_folder()
-        for number, file in enumerate(files, 1):
-            shutil.move(file, folder / f"{number:05d}")
+        opened = Session(self.root, self.learnt)
         try:
-            self._show(folder if len(files) > 1 else folder / "00001", name=UPLOAD_NAME)
+            folder = opened.new_folder()
+            for number, file in enumerate(files, 1):
+                shutil.copyfile(file, folder / f"{number:05d}")
+            opened._show(folder if len(files) > 1 else folder / "00001", name=UPLOAD_NAME)
         except (ValueError, OSError) as error:
-            message = self.without_paths(str(error))
-            self.close()
+            message = opened.message_of(error)
+            opened.close()
             raise ValueError(message) from None
+        self._take(opened)
 
     def open_example(self, content: bytes) -> None:
         """Opens the content of a file that is not a visitor's."""
+        opened = Session(self.root, self.learnt)
+        opened._show(content, name="the example")
+        self._take(opened)
+
+    def _take(self, opened: "Session") -> None:
         self.close()
-        self._show(content, name="the example")
+        self.scan, self.slice_index = opened.scan, opened.slice_index
+        self._source, self._folder = opened._source, opened._folder
 
     def cut_along(self, plane: str) -> None:
         """Cuts the volume along another plane. The conversation ends: it was about other slices."""
@@ -119,19 +131,25 @@ class Session:
             self._folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=self.root))
         return Path(tempfile.mkdtemp(dir=self._folder))
 
-    def without_paths(self, text: str) -> str:
-        """A message about the upload, with nothing of where its files lie here: "file 3 of the upload"."""
+    def message_of(self, error: Exception) -> str:
+        """What an error says, with nothing of where files lie here: "file 3 of the upload"."""
+        if isinstance(error, OSError) and error.strerror:
+            return f"{UPLOAD_NAME} cannot be read: {error.strerror}"
         if self._folder is None:
-            return text
+            return str(error)
         several = any(self._folder.glob("*/00002"))
         inside = re.compile(rf"(?:{re.escape(str(self._folder))}(?:/\w+)?|{UPLOAD_NAME})(?:/(\d{{5}}))?")
         return inside.sub(
-            lambda found: f"file {int(found[1])} of {UPLOAD_NAME}" if found[1] and several else UPLOAD_NAME, text
+            lambda found: f"file {int(found[1])} of {UPLOAD_NAME}" if found[1] and several else UPLOAD_NAME, str(error)
         )
 
-    def _show(self, source: Path | bytes, **settings: Any) -> None:
-        self.scan, self._source = open_scan(source, **settings), source
-        self.slice_index = self.scan.choose_slices("middle")[0]
+    def _show(self, source: Path | bytes, name: str, plane: str | None = None) -> None:
+        """Opens a scan; a volume as the model learnt it, unless a plane is asked for or groups of it disagree."""
+        scan = open_scan(source, name, plane)
+        learnt = set() if plane else set(self.learnt.of_question(scan).values())
+        if len(learnt) == 1 and learnt != {scan.orientation}:
+            scan = open_scan(source, name, learnt.pop())
+        self.scan, self._source, self.slice_index = scan, source, scan.choose_slices("middle")[0]
 
     def opened(self) -> Scan:
         """The scan; raises ValueError if none is open."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medsight.checkpoint import check_checkpoint, shipped_checkpoint
 from medsight.files import check_empty
 from medsight.inference.answer_folder import safe_name
 from medsight.inference.settings import AnswerSettings
-from medsight.text import printable, quiet_transformers
+from medsight.text import note, printable, quiet_transformers
 
 from . import predict
 from .console import Device, Json, Results, results
@@ -46,8 +47,11 @@ class Conversation:
         Raises:
             ValueError: the prompt is empty, or the conversation cannot be tokenized.
         """
+        from medsight.inference.orientations import cut_otherwise
         from medsight.inference.predictor import assistant_turn, user_turn
 
+        if problem := cut_otherwise(self.image.scan, self.predictor.learnt, prompt, self.settings.allowed_groups):
+            note(problem)
         asked = [*self.messages, user_turn(prompt, None if self.messages else self.image.image)]
         streamer = None if on_text is None else streaming(self.predictor.processor.tokenizer, on_text)
         answer = self.predictor.answer([asked], streamer, self.turns, **asdict(self.settings))[0]
@@ -96,16 +100,19 @@ def command(
     """
     from medsight.export import check_formats
     from medsight.inference.image_files import find_images
+    from medsight.inference.orientations import LearntOrientations, open_as_learnt
     from medsight.inference.prediction import save_answer
     from medsight.inference.predictor import Predictor, read_slices
-    from medsight.scans import open_scan
 
     settings = AnswerSettings(max_new_tokens, predict.parse_groups(allowed_groups), force_region, threshold)
     view, kinds = predict.parse_window(window), predict.parse_formats(formats)
     found = find_images([image])
     if len(found.images) != 1:
         raise ValueError(f"{image} holds {len(found.images)} images; a conversation is about one of them: name it")
-    scan = open_scan(found.images[0], plane=plane)
+    checkpoint = shipped_checkpoint() if model is None else Path(model)
+    check_checkpoint(checkpoint)
+    learnt = LearntOrientations.read(checkpoint)
+    scan = open_as_learnt(found.images[0], learnt, plane, allowed_groups=settings.allowed_groups)
     check_formats(scan, kinds)
     chosen = list(read_slices(scan, slice_choice, view))
     if len(chosen) != 1:

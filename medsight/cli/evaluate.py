@@ -49,7 +49,9 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Answer again; replace the output.")] = False,
     answers: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Protocol of answers: llava-med, strict, multiple-choice or first-letter."),
+        typer.Option(
+            metavar="NAME", help="Protocol of answers: llava-med, strict, closed-set, multiple-choice or first-letter."
+        ),
     ] = None,
     masks: Annotated[
         str | None,

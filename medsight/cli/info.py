@@ -97,7 +97,7 @@ def describe_image(path: Path) -> dict[str, Any]:
 
     scan = open_scan(path)
     facts = scan.facts()
-    del facts["plane"]  # the default one: nobody chose it
+    del facts["plane"], facts["orientation"]  # the default ones: nobody chose them
     return {
         "kind": facts.pop("kind"),
         "path": str(path),

@@ -40,8 +40,12 @@ Window = Annotated[
     ),
 ]
 Plane = Annotated[
-    Literal["axial", "coronal", "sagittal"] | None,
-    typer.Option(help="Plane along which a NIfTI volume is cut  [default: axial]."),
+    str | None,
+    typer.Option(
+        metavar="PLANE",
+        help="Of a NIfTI volume: axial, coronal, sagittal, or what is at the right and the bottom of its slices, as "
+        "AI  [default: as the model learnt it].",
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length limit of an answer.")]
 AllowedGroups = Annotated[
@@ -121,6 +125,7 @@ def command(
     device.
     """
     from medsight.inference.image_files import find_images
+    from medsight.inference.orientations import LearntOrientations
     from medsight.inference.predictor import Predictor, user_turn
 
     settings = AnswerSettings(max_new_tokens, parse_groups(allowed_groups), force_region, threshold)
@@ -151,7 +156,9 @@ def command(
     with results(as_json) as out:
         for job in finished:
             show(out, job, found.is_single, "Answered before:")
-        reading = read_jobs(unfinished, slices, view, plane, kinds)
+        learnt = LearntOrientations.read(checkpoint)
+        opening = {"learnt": learnt, "plane": plane, "prompt": prompt, "allowed_groups": settings.allowed_groups}
+        reading = read_jobs(unfinished, slices, view, opening, kinds)
         # Read before the model is loaded, which takes longer than to see that the one image is broken.
         if first := list(islice(reading, 1)):
             if found.is_single and unfinished[0].error is not None:
@@ -210,17 +217,17 @@ def is_finished(job: Job, run: dict[str, Any], overwrite: bool) -> bool:
 
 
 def read_jobs(
-    jobs: Iterable[Job], slices: str, window: "View", plane: str | None, formats: Sequence[str]
+    jobs: Iterable[Job], slices: str, window: "View", opening: dict[str, Any], formats: Sequence[str]
 ) -> "Iterator[tuple[Job, Slice | None]]":
     """The slices of all jobs, one by one; None, and the job's `error`, where an image cannot be read, or its masks not
-    be written in one of the formats."""
+    be written in one of the formats. `opening` are arguments of `open_as_learnt`."""
     from medsight.export import check_formats
+    from medsight.inference.orientations import open_as_learnt
     from medsight.inference.predictor import read_slices
-    from medsight.scans import open_scan
 
     for job in jobs:
         try:
-            scan = open_scan(job.image, plane=plane)
+            scan = open_as_learnt(job.image, **opening)
             check_formats(scan, formats)
             job.expected = len(scan.choose_slices(slices))
             for shown in read_slices(scan, slices, window):

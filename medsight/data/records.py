@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from configuration_medsight.configuration_medsight import ORIENTATION
 from medsight.text import nearest
 
 from .registry import Entry, Source
@@ -150,8 +151,14 @@ def as_text(value: Any, place: str, name: str) -> str:
 
 
 def check_regions(row: dict[str, Any], place: str) -> None:
-    """Raises ValueError naming `place` if the masks, targets and absent structures of an image do not go together."""
-    masks, targets = row["masks"], row["targets"]
+    """Raises ValueError naming `place` if the masks, targets and absent structures of an image do not go together, or
+    its orientation is none."""
+    masks, targets, orientation = row["masks"], row["targets"], row["orientation"]
+    if orientation is not None and not (isinstance(orientation, str) and ORIENTATION.fullmatch(orientation)):
+        raise ValueError(
+            f"{place}: 'orientation' is {orientation!r}: expected what is at the right and at the bottom of the "
+            "image, two letters of L, R, A, P, S and I, such as LP"
+        )
     if len(masks) != len(targets):
         raise ValueError(f"{place}: {len(masks)} mask(s) for {len(targets)} target(s)")
     both = sorted(set(targets) & set(row["absent"]))

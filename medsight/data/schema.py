@@ -21,6 +21,7 @@ REGION_FEATURES = Features(
         "absent": List(Value("string")),  # structures that are known not to be in the image
         "finding": Value("string"),  # e.g. "benign", or none
         "label_origin": Value("string"),  # "expert", "model", ..., or none
+        "orientation": Value("string"),  # of a slice of a volume, see `medsight.scans.scan.orientation_of`; or none
         **_ORIGIN,
     }
 )

@@ -163,7 +163,8 @@ def _mmmu_cases(benchmark: Benchmark, file: Path, words: Words) -> Iterator[Case
 def _mecovqa_cases(benchmark: Benchmark, file: Path, words: Words) -> Iterator[Case]:
     """MeCoVQA-G: LLaVA's conversations, where an answer names its mask's file: "... <SEG> <mask>masks/x.png</mask>".
 
-    Files are relative to the JSON's folder; a name tells modality and data set ("ct_00--AbdomenCT1K--...").
+    Files are relative to the JSON's folder; a name tells modality, data set and case ("mr_t1--BraTS2020--1--x_8.png").
+    All sequences of MR are one modality, as in the paper's macro mean over eight.
     """
     for number, (place, record) in enumerate(_records(file)):
         image = as_text(required(record, place, "image"), place, "image")
@@ -174,14 +175,15 @@ def _mecovqa_cases(benchmark: Benchmark, file: Path, words: Words) -> Iterator[C
         # <region> ... </region> marks what is asked for; nothing of it is for the model to read.
         question = re.sub(r"<image>|</?region>|<SEG>", "", turns[0]).strip()
         parts = Path(image).name.split("--")
+        kind = re.sub(r"_\d+$", "", parts[0]) if len(parts) > 1 else "-"
         yield Case(
             id=f"{record.get('id', number)}:{image}",
             prompt=words.prompt(image, {"question": question}),
             images=_pictures(file.parent, [image]),
             masks=_pictures(file.parent, masks),
             dataset=parts[1] if len(parts) > 1 else "-",
-            patient=image,
-            modality=re.sub(r"_\d+$", "", parts[0]) if len(parts) > 1 else "-",
+            patient=parts[2] if len(parts) > 3 else image,
+            modality="mr" if kind.startswith("mr_") else kind,
         )
 
 

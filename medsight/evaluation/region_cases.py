@@ -30,6 +30,7 @@ class Asked:
     key: str = ""  # what the case's id says after the image's
     answer: str | None = None
     answer_type: str | None = None
+    options: tuple[str, ...] = ()  # all that the right answer can be
 
 
 class Present:
@@ -93,9 +94,10 @@ def region_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Cas
     """What the benchmark's intent asks of each image of its split, in the order of the files."""
     rows = [entry.checked() for entry in iterate(Source(benchmark.layout, str(path), split=benchmark.split))]
     intent, present = benchmark.chosen_intent(), Present(rows)
+    kinds = tuple(sorted({answer for row in rows if (answer := _kind(intent, row))} | _shipped_kinds(intent)))
     for row in rows:
         image = relative(row["image"]["path"], path)
-        for asked in _asked(intent, row, present, random.Random(image)):
+        for asked in _asked(intent, row, present, kinds, random.Random(image)):
             identity, target = image + asked.key, asked.target or ""
             named = {"target": target, "targets": target, "a_target": wording.with_article(target)}
             sizes = {tuple(row["spacing_mm"][mask] or ()) for mask in asked.masks}
@@ -105,6 +107,7 @@ def region_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Cas
                 images=(row["image"],),
                 answer=asked.answer,
                 answer_type=asked.answer_type,
+                options=asked.options,
                 target=asked.target,
                 absent=benchmark.has_masks and not asked.masks,
                 masks=tuple(row["masks"][mask] for mask in asked.masks),
@@ -114,7 +117,17 @@ def region_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Cas
             )
 
 
-def _asked(intent: str, row: Row, present: Present, chance: random.Random) -> Iterator[Asked]:
+def _kind(intent: str, row: Row) -> str:
+    """A row's modality in words, or its site."""
+    return (row["site"] or "") if intent == "site" else wordings().modality(row["modality"])
+
+
+def _shipped_kinds(intent: str) -> set[str]:
+    """The modalities that wordings know, so that a kind of MRI that no row shows is another one than MRI."""
+    return {words for words in wordings().modalities.values() if "{" not in words} if intent == "modality" else set()
+
+
+def _asked(intent: str, row: Row, present: Present, kinds: tuple[str, ...], chance: random.Random) -> Iterator[Asked]:
     """The questions of an intent about one row, in its order of structures."""
     targets = list(dict.fromkeys(row["targets"]))
     if intent == "segment_one":
@@ -135,17 +148,16 @@ def _asked(intent: str, row: Row, present: Present, chance: random.Random) -> It
         answers = [(target, "yes") for target in targets]
         answers += [(target, "no") for target in present.absent(row, len(targets), chance)]
         for target, answer in answers:
-            yield Asked(target, key=f"#{target}", answer=answer, answer_type=CLOSED)
+            yield Asked(target, key=f"#{target}", answer=answer, answer_type=CLOSED, options=("yes", "no"))
     elif intent == "where_is":
         size = read_picture(row["image"]).size
         for target in targets:  # of one mask, by its centre of gravity
             if len(masks := _masks_of(row, [target])) == 1:
                 place = wording.position_in_words(read_mask(row["masks"][masks[0]], size))
-                yield Asked(target, key=f"#{target}", answer=place, answer_type=OPEN)
-    else:
-        answer = row["site"] if intent == "site" else wordings().modality(row["modality"])
-        if answer:
-            yield Asked(answer=answer, answer_type=OPEN)
+                options = tuple(wording.POSITIONS)
+                yield Asked(target, key=f"#{target}", answer=place, answer_type=CLOSED, options=options)
+    elif answer := _kind(intent, row):
+        yield Asked(answer=answer, answer_type=CLOSED, options=kinds)
 
 
 def _masks_of(row: Row, targets: Sequence[str]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """A score a row: answers by medical_vqa, masks by mask_dice, negatives by whether a mask is given."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,11 @@ def score_rows(
     given = [predictions.get(case.id) or Prediction(case.id, "") for case in cases]
     answers: dict[str, Any] = {}
     if protocol.answers is not None:
+        texts = [prediction.answer for prediction in given]
+        if protocol.answers == "closed-set":
+            texts = [_without_target(text, case.target) for text, case in zip(texts, cases, strict=True)]
         answers = load("medical_vqa").compute(
-            predictions=[prediction.answer for prediction in given],
+            predictions=texts,
             references=[case.answer for case in cases],
             answer_types=[case.answer_type for case in cases],
             options=[list(case.options) for case in cases],
@@ -155,6 +159,11 @@ def by_name(
         named = [left.pop(place) for place in (places if len(parts) > 1 else places[:1])]
         ordered.append(np.logical_or.reduce([np.zeros_like(parts[0]), *named]))
     return [*ordered, *left.values()], united
+
+
+def _without_target(answer: str, target: str | None) -> str:
+    """An answer without the structure that was asked about: the "left" of "left kidney" is no place."""
+    return re.sub(rf"\b{re.escape(target)}\b", "", answer, flags=re.IGNORECASE) if target else answer
 
 
 def _cited_for(case: Case, prediction: Prediction) -> list[str] | None:

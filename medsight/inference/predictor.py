@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, overload
 
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from medsight.checkpoint import check_checkpoint, shipped_checkpoint
 from medsight.loading import choose_device, load_checkpoint
@@ -18,9 +19,12 @@ from medsight.text import printable
 from modeling_medsight.outputs_medsight import CACHE_NAME
 from processing_medsight.grounded_answer_medsight import GroundedAnswer
 
+from .orientations import LearntOrientations, cut_otherwise, open_as_learnt
 from .prediction import Prediction
 from .settings import BATCH_SIZE, AnswerSettings
 
+
+logger = logging.get_logger(__name__)
 
 Window: TypeAlias = str | tuple[float, float] | None
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -91,6 +95,7 @@ class Predictor:
         self.model_name = self.folder.name if model is None else str(model)
         self.model, self.processor = load_checkpoint(self.folder, dtype)
         self.model.to(self.device).eval()
+        self.learnt = LearntOrientations.read(self.folder)
 
     @overload
     def __call__(self, image: Source | Scan, prompt: str, *view: Any, **settings: Any) -> Prediction: ...
@@ -113,7 +118,8 @@ class Predictor:
 
         Args:
             image: a file of any kind that `open_scan` knows, a DICOM series' folder, bytes, a PIL image, an array, or
-                a `Scan`. Or a list of these, which gives a list: a prediction for each chosen slice of each of them.
+                a `Scan`. Or a list of these, which gives a list: a prediction for each chosen slice of each of them. A
+                NIfTI volume is cut as the model learnt what is asked for; open it yourself for another plane.
             prompt: the question or instruction; for a list of images also a list of them, one an image.
             slices: which slice of a volume, as `Scan.choose_slices` takes it; of a single image it must choose one.
             window: how grey levels are shown, as `Scan.slice_image` takes it.
@@ -126,7 +132,7 @@ class Predictor:
         if not isinstance(image, (list, tuple)):
             if not isinstance(prompt, str):
                 raise ValueError("several prompts for one image: give the image as a list, once for each prompt")
-            chosen = list(read_slices(image, slices, window))
+            chosen = list(read_slices(self._opened(image, prompt, settings), slices, window))
             if len(chosen) != 1:
                 raise ValueError(
                     f"slices={slices!r} chooses {len(chosen)} slices of {chosen[0].scan.name}: give the image in a "
@@ -141,12 +147,19 @@ class Predictor:
         entries = (
             (shown, asked, _name_of(source))
             for source, asked in zip(image, prompts, strict=True)
-            for shown in read_slices(source, slices, window)
+            for shown in read_slices(self._opened(source, asked, settings), slices, window)
         )
         predictions: list[Prediction] = []
         while batch := list(islice(entries, batch_size)):
             predictions += self.predict_slices(*zip(*batch, strict=True), **settings)
         return predictions
+
+    def _opened(self, image: Any, prompt: str, settings: dict[str, Any]) -> Scan:
+        if not isinstance(image, Scan):
+            return open_as_learnt(image, self.learnt, None, prompt, settings.get("allowed_groups"))
+        if problem := cut_otherwise(image, self.learnt, prompt, settings.get("allowed_groups")):
+            logger.warning(problem)
+        return image
 
     def predict_slices(
         self, slices: Sequence[Slice], prompts: Sequence[str], names: Sequence[str], **settings: Any

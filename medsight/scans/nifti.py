@@ -3,7 +3,8 @@
 The voxel axes are reordered and flipped to the nearest right-anterior-superior ones (nothing is resampled, so an
 oblique volume is shown along its own axes). An axial slice has anterior at the top and the patient's right at the
 left, a coronal one superior at the top and the right at the left, a sagittal one superior at the top and anterior at
-the left. Slices go from feet to head, from back to front, and from the patient's left to right.
+the left. Slices go from feet to head, from back to front, and from the patient's left to right. `orientation_of` names
+other turns of these planes.
 """
 
 import gzip
@@ -21,7 +22,7 @@ from transformers.utils import logging
 
 from processing_medsight.image_loading_medsight import GZIP_MAGIC, MAX_IMAGE_PIXELS, open_source
 
-from .scan import MAX_VOXELS, Scan, warn_of_oblong_pixels
+from .scan import MAX_VOXELS, Scan, orientation_of, plane_of, warn_of_oblong_pixels
 from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, percentile_window
 
 
@@ -34,7 +35,6 @@ _GZIP_RATIO_FREE_BYTES = 2**26
 _SAMPLE = 2**20  # voxels that percentiles are taken from
 _LABELS = 1002  # NIFTI_INTENT_LABEL
 _COLOUR = (128, 2304)  # datatype codes of RGB and RGBA
-_AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # of right, anterior, superior
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown is taken for what nearly all files mean
 
 
@@ -46,7 +46,11 @@ class NiftiScan(Scan):
     def __init__(self, source: Path | bytes, name: str, plane: str) -> None:
         super().__init__(name, [source] if isinstance(source, Path) else [])
         self._source = source
-        self.plane, self._axes = plane, _AXES[plane]
+        self.orientation = orientation_of(plane)
+        self.plane = plane_of(self.orientation)
+        across, down = ("RLAPSI".index(letter) // 2 for letter in self.orientation)
+        self._axes = across, down, 3 - across - down  # of right, anterior, superior
+        self._steps = [1 if letter in "RAS" else -1 for letter in self.orientation]  # along the first two of them
         with self._open() as file:
             self._header = _read_header(file, name)
         self._shape = _three_axes(self._header.get_data_shape(), name)
@@ -67,6 +71,9 @@ class NiftiScan(Scan):
     @property
     def is_wide(self) -> bool:
         return not self._dtype.names
+
+    def looks_like_ct(self) -> bool:
+        return self.is_wide and self._default_window() is WINDOWS["soft tissue"]
 
     def _default_image(self, index: int) -> Image.Image:
         if (levels := self._grey_levels(index)) is not None:
@@ -144,8 +151,8 @@ class NiftiScan(Scan):
 
         canonical = nibabel.apply_orientation(voxels, self._orientation)
         across, down, through = self._axes
-        # Rows begin at the front or the top of the patient, columns at the right or the front.
-        return canonical.transpose(through, down, across)[index, ::-1, ::-1]
+        columns, rows = self._steps
+        return canonical.transpose(through, down, across)[index, ::rows, ::columns]
 
     @cached_property
     def _voxels(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from processing_medsight.image_loading_medsight import as_numpy, display_name, f
 from .dicom import DicomScan, series_files
 from .file_kinds import recognise
 from .nifti import NiftiScan
-from .scan import PLANES, Picture, Scan
+from .scan import Picture, Scan, orientation_of
 from .stack import ArrayStack, PageStack, tiff_pages
 
 
@@ -36,7 +36,8 @@ def open_scan(source: Source, name: str | None = None, plane: str | None = None,
             tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
             other one of three axes is a volume, its slices along the first.
         name: what to call it, and files in it, in messages; the path by default.
-        plane: along which a NIfTI volume is cut, "axial" (the default), "coronal" or "sagittal".
+        plane: along which a NIfTI volume is cut, "axial" (the default), "coronal" or "sagittal"; or an orientation,
+            such as "AI", see `medsight.scans.scan.orientation_of`.
         volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
             channels. Where the last axis has 1 to 4 entries, these are channels all the same.
 
@@ -47,9 +48,9 @@ def open_scan(source: Source, name: str | None = None, plane: str | None = None,
         ValueError: for what is missing, damaged, too large or no image, or a plane of anything but NIfTI, saying which
             and what to do.
     """
-    if plane is not None and plane not in PLANES:
-        raise ValueError(f"plane={plane!r}: expected one of {', '.join(PLANES)}")
-    scan = _open(source, name, plane or PLANES[0], volume)
+    if plane is not None:
+        orientation_of(plane)
+    scan = _open(source, name, plane or "axial", volume)
     if plane is not None and scan.plane is None:
         raise ValueError(f"{scan.name}: plane={plane!r} is for NIfTI volumes; anything else is shown as it is stored")
     return scan

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from configuration_medsight.configuration_medsight import ORIENTATION
 from processing_medsight.image_loading_medsight import decode, grey_to_pillow, to_array
 
 from .windows import Window, apply_window, is_file_window, no_file_window, parse_window
@@ -23,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 # 1024 x 1024 x 1024, or 512 x 512 x 4096: above what scanners make, below what exhausts a workstation.
 MAX_VOXELS = 2**30
-PLANES = ("axial", "coronal", "sagittal")
+PLANES = {"axial": "LP", "coronal": "LI", "sagittal": "PI"}  # each in the radiological orientation
 _SQUARE = 1.02  # the largest ratio of a pixel's sides that counts as square
 
 
@@ -56,6 +57,7 @@ class Scan(ABC):
             slice to slice.
         files: what is behind it, in slice order for a series; empty for bytes and arrays.
         plane: along which a NIfTI volume is cut: "axial", "coronal" or "sagittal"; `None` for what is shown as stored.
+        orientation: what lies at the right and at the bottom of its slices, see `orientation_of`; `None` as `plane`.
         is_wide: whether it has grey levels for a window to choose: no colours, and no picture of 8 bits.
         has_window: whether it states a window of its own, for `window="file"`.
         affine: (4, 4), index into what `to_source` returns -> RAS, in mm, or in a NIfTI file's own unit; `None` where
@@ -74,6 +76,7 @@ class Scan(ABC):
         self.pixel_spacing: tuple[float, float] | None = None
         self.slice_spacing: float | None = None
         self.plane: str | None = None
+        self.orientation: str | None = None
         self.affine: np.ndarray | None = None
 
     @property
@@ -88,12 +91,17 @@ class Scan(ABC):
     def has_window(self) -> bool:
         return self._stated_window() is not None
 
+    def looks_like_ct(self) -> bool:
+        """Whether it is a CT: by its voxels, where a NIfTI file does not say."""
+        return self.modality == "CT"
+
     def facts(self) -> dict[str, Any]:
         """Kind, size, modality and spacing, ready for JSON; nothing about a patient."""
         return {
             "kind": self.kind,
             "slices": self.num_slices,
             "plane": self.plane,
+            "orientation": self.orientation,
             "width": self.width,
             "height": self.height,
             "modality": self.modality,
@@ -252,6 +260,31 @@ class Picture(Scan):
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         return super().to_source(masks)[0]
+
+
+def orientation_of(plane: str) -> str:
+    """The orientation that a plane's name stands for; an orientation, such as "AI", as it is.
+
+    Its letters say what is at the right of a slice, and what at its bottom: the patient's left or right (L, R), front
+    or back (A, P), head or feet (S, I). So "LP" is the axial slice of the radiological convention.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    orientation = PLANES.get(plane, plane)
+    if not ORIENTATION.fullmatch(orientation):
+        raise ValueError(
+            f"plane={plane!r}: expected one of {', '.join(PLANES)}, or an orientation: what lies at the right and at "
+            "the bottom, two letters of L, R, A, P, S and I, such as LP"
+        )
+    return orientation
+
+
+def plane_of(orientation: str) -> str:
+    """The plane of an orientation: axial where neither head nor feet lie at a side, and so on."""
+    if not set(orientation) & set("SI"):
+        return "axial"
+    return "sagittal" if set(orientation) & set("AP") else "coronal"
 
 
 def is_wide(image: Image.Image | np.ndarray) -> bool:

@@ -24,6 +24,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"use_region_codebook": False}, ("use_region_codebook=False", "num_groups=3", "codes_per_group=4")),
     ({"group_names": ["CT"]}, ("1 entries", "num_groups=3")),
     ({"group_patterns": {"CT liver": ["CT/*"]}}, ("group_patterns", "'CT liver'", "group 0")),
+    ({"group_orientations": {"CT liver": "LP"}}, ("group_orientations", "'CT liver'", "group 0")),
+    ({"group_orientations": {"group 0": "LR"}}, ("group_orientations", "'LR'", "'group 0'")),
     ({"mask_class_names": ["liver", "lung"]}, ("2 entries", "num_mask_classes=7")),
     ({"region_code_start_id": 309}, ("309", "320", "vocab_size=320")),
     ({"region_code_start_id": -1}, ("-1", "10", "vocab_size=320")),

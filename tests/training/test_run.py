@@ -50,6 +50,11 @@ def test_a_run_ends_in_a_folder_that_answers(unbroken: Path, drawn_data: Path) -
     assert not list(unbroken.rglob("*.bin")) and not list(unbroken.rglob(".saving*"))
 
 
+def test_a_model_keeps_how_most_training_images_of_a_group_lay(unbroken: Path) -> None:
+    config = json.loads((unbroken / "model" / "config.json").read_text("utf-8"))
+    assert config["group_orientations"] == {"CT torso": "LP"}
+
+
 @pytest.mark.parametrize("number", range(len(STAGES)), ids=STAGES)
 def test_a_stage_trains_exactly_its_parameters(unbroken: Path, number: int) -> None:
     stage = STAGES[number]

@@ -62,6 +62,7 @@ def draw_data(root: Path, images: int = 6) -> Path:
             image = f"{name}/train/{number}_{modality}_{site}.png"
             row = {"image": image, "modality": modality, "site": site, "split": "train"}
             row |= {"group": f"{name}:{number}", "finding": "benign" if name == "busi" else None}
+            row |= {"orientation": ("AI" if number == 1 else "LP") if name == "totalsegmentator" else None}
             for index, target in enumerate(targets):
                 mask = np.zeros((24, 32), dtype=bool)
                 mask[4 + number : 14 + number, 2 + 12 * index : 12 + 12 * index] = True

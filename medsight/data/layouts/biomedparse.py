@@ -22,7 +22,7 @@ from ..splits import canonical_split, split_in_name
 
 MANIFEST = "manifest.jsonl"
 # What all rows of one image must agree on.
-_SAME = ("modality", "site", "split", "group", "patient", "label_origin")
+_SAME = ("modality", "site", "split", "group", "patient", "label_origin", "orientation")
 _FIELDS = {*_SAME, "image", "mask", "target", "absent", "finding", "licence", "source_url", "voxel_mm"}
 _FIELDS |= {"tier", "same_volume_in_train"}
 _OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # as are names that begin with a dot
@@ -124,6 +124,7 @@ def _manifest_row(root: Path, image: str, records: list[dict[str, Any]], place: 
         absent=[record["target"] for record in records if record.get("absent")],
         finding=next((record["finding"] for record in records if record.get("finding")), None),
         label_origin=first.get("label_origin"),
+        orientation=first.get("orientation"),
         dataset=dataset,
         patient=patient_of(first.get("group")) or patient_of(first.get("patient")) or f"{dataset}:{Path(image).stem}",
     )

@@ -37,8 +37,8 @@ class MaskProtocol:
         multi: which masks are compared. `mean`: each predicted mask with the union of the references; `union`: union
             with union; `best`: each reference with the predicted mask of the best Dice (an upper bound); `order`: the
             i-th with the i-th, those left over with an empty mask; `first`: the first pair; `last`: the last pair
-            that both lists reach; `single`: at most one of each, more are refused. An item's score is the mean over
-            its comparisons.
+            that both lists reach; `single`: the only one of each; an answer of several scores 0, and several
+            references are refused. An item's score is the mean over its comparisons.
         formula: Dice of I, P and G pixels. `plain`: 2I / (P + G), 1 where both are empty; `smoothed`:
             (2I + 1e-8) / (P + G + 1e-8); `from-iou`: 2 IoU / (1 + IoU), 0 for an empty union; `epsilon`:
             2I / (P + G + 1e-6).
@@ -144,8 +144,8 @@ def score_item(
     reason = None
     if not shown and protocol.missing == "skip":
         reason = "no mask in the answer"
-    elif protocol.multi == "single" and max(len(shown), len(wanted)) > 1:
-        reason = "several masks where the protocol takes one"
+    elif protocol.multi == "single" and len(wanted) > 1:
+        reason = "several references where the protocol takes one"
     item: dict[str, Any] = {
         **dict.fromkeys(("dice", "iou", "hd95_mm", "surface_dice")),
         "n_predicted": len(shown),
@@ -159,10 +159,11 @@ def score_item(
     if reason is not None:
         return item
     nothing = np.zeros(size or (1, 1), dtype=bool)
-    pairs = _comparisons(shown or [nothing], wanted or [nothing], nothing, protocol)
+    refused = protocol.multi == "single" and len(shown) > 1  # one prompt, one mask
+    pairs = _comparisons([nothing] if refused else shown or [nothing], wanted or [nothing], nothing, protocol)
     counts = [_counts(*pair) for pair in pairs]
     item |= zip(COUNTS, map(sum, zip(*counts, strict=True)), strict=True)
-    if not shown and any(mask.any() for mask in wanted):
+    if refused or (not shown and any(mask.any() for mask in wanted)):
         item["dice"] = item["iou"] = 0.0  # a smoothed formula would give a little more
     else:
         both_empty = round(dice(0, 0, 0, formula=protocol.formula))

@@ -4,6 +4,7 @@ Sources: LLaVA-Med (Li et al., 2023, arXiv 2306.00890; `llava/eval`), whose numb
 OmniMedVQA (Hu et al., 2024, arXiv 2402.09181); MMMU (Yue et al., 2024, arXiv 2311.16502).
 """
 
+import re
 from collections import Counter
 from difflib import SequenceMatcher
 from string import ascii_uppercase
@@ -26,7 +27,7 @@ Args:
     answer_types: list of "CLOSED" or "OPEN"; all closed where left out under a protocol of choices.
     options: list of lists of str (or None), what could be chosen from; needed by the protocols of choices.
     groups: list of str, such as the modality; adds a mean a group and the unweighted mean over groups.
-    protocol: "llava-med" (default), "strict", "multiple-choice" or "first-letter".
+    protocol: "llava-med" (default), "strict", "closed-set", "multiple-choice" or "first-letter".
 Returns:
     protocol; closed_accuracy, open_recall, overall and macro, each from 0 to 1 over the scored items, None where there
     are none; counts {closed, open}; scored; refused, refusals {reason: count}, refused_as_wrong; groups {name: {n,
@@ -90,6 +91,19 @@ def strict_closed(prediction: str, reference: str) -> float:
     return float(any(predicted[i : i + len(wanted)] == wanted for i in range(len(predicted))))
 
 
+def closed_set(prediction: str, reference: str, options: list[str]) -> float:
+    """1 if the answer names the reference and none of the other options, as whole words.
+
+    At each place the longest option counts: "upper left" does not name "left".
+    """
+    words = [" ".join(strict_words(option)) for option in options]
+    right = " ".join(strict_words(reference))
+    if right not in words:
+        raise RefusedError("the reference is none of the options")
+    longest_first = "|".join(re.escape(option) for option in sorted(words, key=len, reverse=True))
+    return float(set(re.findall(rf"\b(?:{longest_first})\b", " ".join(strict_words(prediction)))) == {right})
+
+
 def multiple_choice(prediction: str, reference: str, options: list[str]) -> float:
     """1 if prediction and reference are most like the same option, by `difflib.SequenceMatcher(option, text).ratio()`.
 
@@ -128,7 +142,7 @@ WORD_PROTOCOLS = {
     "llava-med": {CLOSED: llava_med_closed, OPEN: llava_med_open},
     "strict": {CLOSED: strict_closed, OPEN: strict_open},
 }
-CHOICE_PROTOCOLS = {"multiple-choice": multiple_choice, "first-letter": first_letter}
+CHOICE_PROTOCOLS = {"closed-set": closed_set, "multiple-choice": multiple_choice, "first-letter": first_letter}
 OPTIONAL = {"answer_types": "", "options": None, "groups": ""}
 PROTOCOLS = (*WORD_PROTOCOLS, *CHOICE_PROTOCOLS)
 

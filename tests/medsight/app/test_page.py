@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medsight.app.drawing import color_of
-from tests.medsight.app.conftest import PICTURE, SECRET
+from tests.medsight.app.conftest import PICTURE
 from tests.medsight.scans.scan_files import nifti_bytes, npy_bytes, picture_bytes, tiff_bytes
 
 
@@ -47,11 +47,11 @@ def shown(updates: dict[Any, Any], component: Any) -> Any:
     return value["value"] if isinstance(value, dict) else value
 
 
-def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
+def test_an_upload_is_kept_in_the_session_without_its_name_and_goes_with_it(
     page: Any, upload: Callable, tmp_path: Path
 ) -> None:
     session, updates = upload(PICTURE)
-    assert not list(tmp_path.rglob(SECRET)) and updates[page.upload] is None
+    assert updates[page.upload] is None
     kept = [path for path in (tmp_path / "sessions").rglob("*") if path.is_file()]
     assert [path.name for path in kept] == ["00001"]
     assert "Doe" not in repr({str(key): value for key, value in updates.items()})
@@ -60,20 +60,34 @@ def test_an_upload_moves_into_the_session_without_its_name_and_goes_with_it(
     assert list((tmp_path / "sessions").iterdir()) == []
 
 
+def test_visitors_who_upload_the_same_file_all_open_it(page: Any, tmp_path: Path) -> None:
+    shared = tmp_path / "as-gradio-keeps-it.png"
+    shared.write_bytes(PICTURE)
+    for _ in range(2):
+        session = page.open_upload(None, [str(shared)], 0.5)[page.session]
+        assert session.scan is not None
+        session.close()
+    shared.unlink()
+    with pytest.warns(UserWarning, match="^The upload cannot be read: No such file or directory$"):
+        page.open_upload(None, [str(shared)], 0.5)
+
+
 @pytest.mark.parametrize("kind", ["no image", "half a DICOM file", "a damaged series"])
-def test_what_cannot_be_read_is_refused_by_number_without_name_or_path_and_leaves_nothing(
+def test_what_cannot_be_read_is_refused_by_number_without_name_or_path_and_what_was_open_stays(
     kind: str, page: Any, session: Any, upload: Callable, tmp_path: Path
 ) -> None:
     files = [b"no image at all"]
     if kind != "no image":
         content = ct_file()
         files = [content[:400]] if kind == "half a DICOM file" else [content, content[:-5000]]
+    asked(page, session)
+    before = vars(session).copy()
     with pytest.warns(UserWarning, match="[Uu]pload") as caught:
         _, updates = upload(*files, session=session)
     warned = str([str(warning.message) for warning in caught])
     assert not any(secret in warned for secret in (str(tmp_path), "Doe", "0000")), warned
-    assert session.scan is None and updates[page.picture]["visible"] is False
-    assert list((tmp_path / "sessions").iterdir()) == []
+    assert vars(session) == before and session.turns and page.picture not in updates
+    assert list((tmp_path / "sessions").iterdir()) == [session._folder]
 
 
 def test_a_picture_that_cannot_be_decoded_and_a_model_that_fails_are_told_and_the_page_goes_on(
@@ -105,6 +119,8 @@ def test_an_answer_is_streamed_then_has_words_codes_and_masks_of_one_colour(page
     chat, (turn,) = steps[-1][page.chat], session.turns
     assert "<b>" not in chat and "{{" not in chat and "${" not in chat and "&lt;b&gt;is" in chat
     assert turn.findings and len(turn.findings) == len(turn.answer.regions)
+    kept = [*turn.answer.regions, *(finding.region for finding in turn.findings)]
+    assert all(region.mask is None for region in kept), "masks of full size add up over the turns"
     for finding in turn.findings:
         button = rf'data-finding="{finding.number}" style="--ms-color: {color_of(finding.number)}"'
         assert button in chat and button in shown(steps[-1], page.layers)

@@ -125,6 +125,7 @@ def test_a_manifest_may_lie_elsewhere_than_its_images(manifest_sets: Path, named
         ({"split": "test"}, "disagree on 'split': test, train"),
         ({"absnt": True}, "line 1: the field 'absnt' is unknown, and not used: did you mean 'absent'"),
         ({"group": "torso:z"}, "disagree on 'group': torso:a, torso:z"),
+        ({"orientation": "LP"}, "disagree on 'orientation': LP, None"),
         ({"absent": True, "mask": None, "target": "spleen"}, "a0_CT_torso.png: 'spleen' has a mask and is said to be"),
         ({"mask": "torso/train_mask/a0_CT_torso_spleen.png"}, "the mask .*a0_CT_torso_spleen.png is named 2 times"),
     ],
@@ -147,6 +148,15 @@ def test_an_unknown_field_is_named_once_and_its_rows_are_read(manifest_sets: Pat
     assert len(found) == 17 and not any(item.error for item in found)
     (warning,) = (warning for item in found for warning in item.warnings)
     assert "manifest.jsonl, line 1: the field 'crop' is unknown, and not used: did you mean 'group'" in warning
+
+
+def test_an_orientation_is_read_and_one_that_is_none_is_refused(manifest_sets: Path) -> None:
+    path = manifest_sets / "manifest.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    path.write_text("\n".join(json.dumps({**row, "orientation": "AI"}) for row in rows), "utf-8")
+    assert {row["orientation"] for row in read(manifest_sets)} == {"AI"}
+    path.write_text("\n".join(json.dumps({**row, "orientation": "axial"}) for row in rows), "utf-8")
+    assert "manifest.jsonl: " in (found := errors(manifest_sets)[0]) and "'orientation' is 'axial'" in found
 
 
 def test_where_asks_for_values_of_the_manifest(manifest_sets: Path) -> None:

@@ -16,11 +16,13 @@ from PIL import Image
 
 from medsight.data.sources import Source, iterate
 from medsight.data.templates import Wordings
-from medsight.data.wording import position_in_words
+from medsight.data.wording import POSITIONS, position_in_words
 from medsight.evaluation.benchmarks import load_benchmark, load_declarations
 from medsight.evaluation.cases import Case, fingerprint
+from medsight.evaluation.predictions import Prediction, Problems
 from medsight.evaluation.readers import held_out_wordings, read_cases
 from medsight.evaluation.region_cases import Present
+from medsight.evaluation.scoring import Protocol, score_rows
 
 
 Write = Callable[..., Path]
@@ -148,11 +150,27 @@ def test_questions_about_the_picture_are_answered_from_its_row(regions: Path) ->
 
     assert answers("modality") == ["CT image"] * 2 + ["ultrasound image"] * 4
     assert answers("body-site") == ["torso"] * 2 + ["breast"] * 4
+    options = {case.options for name in ("presence", "body-site") for case in read(name, regions)}
+    assert options == {("yes", "no"), ("breast", "torso")}
+    assert {"cine MRI", "CT image"} < set(read("modality", regions)[0].options)
     cases = read("position", regions)
-    assert len(cases) == 7 and {case.answer_type for case in cases} == {"OPEN"}
+    assert len(cases) == 7 and {case.answer_type for case in cases} == {"CLOSED"}
     for case in cases:
         image = next(one for one in read("segmentation", regions) if one.id == case.id)
         assert case.answer == position_in_words(np.asarray(Image.open(image.masks[0]["path"])))
+
+
+def test_a_place_is_right_alone_and_not_by_a_side_in_the_structures_name() -> None:
+    case = Case("a.png#left hip", "?", (), "right", "CLOSED", tuple(POSITIONS), target="left hip")
+    answers = {
+        "The left hip is in the right.": 1,
+        "The left hip is in the lower right.": 0,
+        "The left hip is left.": 0,
+    }
+    for answer, expected in answers.items():
+        given = {case.id: Prediction(case.id, answer)}
+        row, *_ = score_rows([case], given, load_benchmark("position"), Protocol("closed-set"), Problems())
+        assert row["answer_score"] == expected, answer
 
 
 @pytest.mark.parametrize(
@@ -214,14 +232,14 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "mecovqa-g": (
         "test.json",
-        {"image": "images/ct_00--AMOS--case_1--x_3.png"}
+        {"image": "images/mr_flair--AMOS--case_1--x_3.png"}
         | {
             "conversations": [
                 {"from": "human", "value": "<image>\nSegment the liver."},
-                {"from": "gpt", "value": "Sure, <SEG>.<mask>masks/ct_00--AMOS--case_1--x_3--0001.png</mask>"},
+                {"from": "gpt", "value": "Sure, <SEG>.<mask>masks/mr_flair--AMOS--case_1--x_3--0001.png</mask>"},
             ]
         },
-        {"prompt": "<image>\nSegment the liver.", "modality": "ct", "dataset": "AMOS"},
+        {"prompt": "<image>\nSegment the liver.", "modality": "mr", "dataset": "AMOS", "patient": "case_1"},
     ),
 }
 
@@ -244,7 +262,7 @@ def test_a_row_becomes_a_case(tmp_path: Path, name: str) -> None:
         assert [image["bytes"] for image in case.images] == [b"2", b"1"]
     if name == "mecovqa-g":
         (mask,) = case.masks
-        assert mask["path"] == str(tmp_path / "masks/ct_00--AMOS--case_1--x_3--0001.png")
+        assert mask["path"] == str(tmp_path / "masks/mr_flair--AMOS--case_1--x_3--0001.png")
 
 
 def test_pathvqa_counts_yes_and_no_as_closed_and_names_rows_by_their_file(tmp_path: Path) -> None:

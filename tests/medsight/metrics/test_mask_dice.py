@@ -96,13 +96,14 @@ TENTH = math.log(0.1 / 0.9)
         ("citrus", [], [], 1.0),
         ("biomedparse", [A], [A], 8 / (8 + 1e-6)),  # the denominator alone is smoothed
         ("biomedparse", [EMPTY], [EMPTY], 0.0),
-        ("biomedparse", [A, B], [A], None),
+        ("biomedparse", [A, B], [A], 0.0),  # one prompt, one mask
+        ("biomedparse", [A], [A, B], None),
     ],
 )
 def test_presets_by_hand(preset: str, predicted: list[Any], references: list[Any], expected: float | None) -> None:
     item = score_item(predicted, references, preset=preset)
     assert item["dice"] == expected
-    assert item["reason"] == (None if expected is not None else "several masks where the protocol takes one")
+    assert item["reason"] == (None if expected is not None else "several references where the protocol takes one")
     if preset == "medplib" and expected == 0:
         assert item["iou"] == 0.0
 
@@ -263,8 +264,10 @@ def slow_item(predicted: list[Grid], references: list[list[list[bool]]], name: s
     """Dice of one item by a preset, once more, a pixel at a time, in plain Python."""
     height, width = len(references[0]), len(references[0][0])
     nothing = [[False] * width] * height
-    if name == "biomedparse" and max(len(predicted), len(references)) > 1:
+    if name == "biomedparse" and len(references) > 1:
         return None
+    if name == "biomedparse" and len(predicted) > 1:
+        return 0.0
     if not predicted and any(any(map(any, reference)) for reference in references):
         return 0.0
     first: Grid | None = predicted[0] if predicted else None

@@ -79,6 +79,25 @@ def test_multiple_choice_takes_the_most_similar_option(
             assert score_answer(answer, reference, "CLOSED", options, "multiple-choice") == expected, answer
 
 
+PLACES = ["upper left", "left", "right", "T1-weighted MRI", "MRI"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("left", ("Left.", "at the left"), ("upper left", "left or right", "leftmost", "")),
+        ("upper left", ("It lies in the UPPER, left part.",), ("upper right", "left", "upper left and left")),
+        ("MRI", ("an MRI",), ("a T1-weighted MRI", "CT")),
+    ],
+)
+def test_of_a_closed_set_an_answer_names_the_right_one_and_no_other(
+    reference: str, right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    for answers, expected in ((right, 1.0), (wrong, 0.0)):
+        for answer in answers:
+            assert score_answer(answer, reference, "CLOSED", PLACES, "closed-set") == expected, answer
+
+
 @pytest.mark.parametrize("reference", ["B", "Lung"])
 def test_first_letter_takes_the_first_allowed_letter(reference: str) -> None:
     right = ("B", "b.", "(B) Lung", "Answer: B, not C", "E or B")  # E is not allowed with three options
@@ -97,6 +116,7 @@ def test_first_letter_takes_the_first_allowed_letter(reference: str) -> None:
         ("multiple-choice", "B", "B", [], "no options"),
         ("first-letter", "B", "D", ["x", "y"], "neither an allowed letter nor an option"),
         ("multiple-choice", "x", "z", ["x", "y"], "like none"),
+        ("closed-set", "x", "z", ["x", "y"], "none of the options"),
     ],
 )
 def test_what_a_protocol_cannot_score_is_refused(
@@ -138,7 +158,7 @@ def test_the_result_counts_means_groups_and_refusals() -> None:
         ({"answer_types": ["CLOSED"]}, "number of predictions .2. and answer_types .1."),
         ({"answer_types": ["CLOSED", "closed"]}, "item 1: answer type 'closed': expected CLOSED or OPEN"),
         ({"answer_types": None}, "item 0: answer type '': expected CLOSED or OPEN"),
-        ({"protocol": "vqav2"}, "protocol 'vqav2': choose one of llava-med, strict, multiple-choice, first-letter"),
+        ({"protocol": "vqav2"}, "protocol 'vqav2': choose one of llava-med, strict, closed-set, "),
         ({"predictions": ["yes", None]}, "predictions: expected str, got None in item 1"),
     ],
 )

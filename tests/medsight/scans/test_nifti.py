@@ -1,6 +1,7 @@
 """NIfTI volumes: the right slices on any grid, masks back onto it, spacing and grey levels."""
 
 import itertools
+import json
 import logging
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medsight.checkpoint import shipped_checkpoint
 from medsight.scans import open_scan
 from tests.medsight.scans.scan_files import ct_volume, nifti_bytes, shows, soft_tissue
 
@@ -25,6 +27,8 @@ PLANES = {
     "axial": (lambda volume, index: volume[::-1, ::-1, index].T, 2),
     "coronal": (lambda volume, index: volume[::-1, index, ::-1].T, 1),
     "sagittal": (lambda volume, index: volume[index, ::-1, ::-1].T, 0),
+    "AI": (lambda volume, index: volume[index, :, ::-1].T, 0),  # front at the right, feet at the bottom
+    "SR": (lambda volume, index: volume[:, index, :], 1),
 }
 
 
@@ -48,9 +52,9 @@ def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(
     voxels, own = turned(volume, orientation, affine)
     scan = open_scan(nifti_bytes(voxels, own), plane=plane)
     section, through = PLANES[plane or "axial"]
-    across, down = (axis for axis in range(3) if axis != through)
+    across, down = {"SR": (2, 0)}.get(plane or "", [axis for axis in range(3) if axis != through])
     sizes, spacing = volume.shape, np.diag(SPACING)
-    assert scan.plane == (plane or "axial")
+    assert scan.plane == {"AI": "sagittal", "SR": "coronal"}.get(plane or "axial", plane or "axial")
     assert (scan.num_slices, scan.height, scan.width) == (sizes[through], sizes[down], sizes[across])
     assert np.allclose(scan.pixel_spacing, (spacing[down], spacing[across]))
     assert np.isclose(scan.slice_spacing, spacing[through])
@@ -117,6 +121,17 @@ def test_colour_voxels_are_shown_in_colour() -> None:
     voxels = np.ascontiguousarray(colours).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
     scan = open_scan(nifti_bytes(voxels))
     assert np.array_equal(np.asarray(scan.slice_image(2)), np.moveaxis(colours[::-1, ::-1, 2], 0, 1))
+
+
+def test_training_images_lie_as_the_shipped_model_says(shared_data: Path) -> None:
+    orientations = json.loads((shipped_checkpoint() / "config.json").read_text("utf-8"))["group_orientations"]
+    scan = open_scan(
+        shared_data / "volumes/msd_hippocampus/images/hippocampus_001.nii.gz", plane=orientations["MRI brain"]
+    )
+    trained = Image.open(shared_data / "segmentation/msd_hippocampus/train/0001_MRI-T1_brain.png").convert("L")
+    shown = scan.slice_image(17).resize(trained.size, Image.Resampling.BICUBIC)
+    assert np.corrcoef(np.ravel(shown), np.ravel(trained))[0, 1] > 0.999
+    assert orientations["CT extremity"] == open_scan(nifti_bytes(ct_volume())).orientation  # see below
 
 
 def test_training_images_are_made_as_scans_are_shown(shared_data: Path) -> None:
