@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from configuration_medsight import MedSightConfig
-from modeling_medsight import MedSightForConditionalGeneration, generation_medsight
+from modeling_medsight import MedSightForConditionalGeneration, generation_medsight, pretrained_medsight
 from modeling_medsight.outputs_medsight import CACHE_NAME
 from tests.tiny_checkpoint import byte_tokenizer
 
@@ -348,3 +348,29 @@ def test_a_code_after_rejected_candidates_is_scored_by_its_own_state(model: Any,
     assert torch.equal(plain.sequences, lookup.sequences) and len(plain.region_code_ids[0]) == 1
     torch.testing.assert_close(lookup.region_scores[0], plain.region_scores[0], **CLOSE)
     torch.testing.assert_close(lookup.mask_logits[0], plain.mask_logits[0], **CLOSE)
+
+
+def test_processes_that_wait_for_each_other_make_the_same_passes(config: MedSightConfig, monkeypatch: Any) -> None:
+    """As under ZeRO-3: whatever the prompt holds and the answer cites, where another process cites a code."""
+
+    def reduce(tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        if not tensor.is_floating_point():  # of passes; the float says whether a process still writes
+            tensor.clamp_(min=1)
+
+    monkeypatch.setattr(pretrained_medsight, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    made = []
+    for row, processors in (("tIttI", [CitesOften(config)]), ("tI", []), ("ttttt", [])):
+        model, passes = make_model(config), []
+        for name, module in model.model.named_children():
+            module.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
+        batch = make_batch(config, [row])
+        ended = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": END, "pad_token_id": 256}
+        quiet = {} if processors else {"suppress_tokens": list(range(config.region_code_start_id, 320))}
+        answer = model.generate(**batch, **ended, **quiet, logits_processor=LogitsProcessorList(processors))
+        assert bool(len(answer.region_code_ids[0])) == bool(processors)
+        made.append([name for name in passes if name in ("vision_tower", "region_perceiver", "language_model")])
+    assert made[0].count("language_model") == 7
+    assert made[0] == made[1] == made[2]
