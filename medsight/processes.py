@@ -99,7 +99,8 @@ def lock(folder: Path, doing: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            note(f"{folder}: its file system has no locks ({error.strerror}): nothing else may be {doing} there")
+            reason = f"its file system has no locks ({error.strerror})"
+            note(f"{folder}: {reason}; make sure that no other process is {doing} there")
 
     on_main(acquire)
     try:

@@ -79,11 +79,10 @@ class Canvas:
 
         if self.loaded is None:
             return load()
-        # runs of zeros and ones, but at the border
+        # nearly all zeros and ones
         packed = self._once(entry, lambda: zlib.compress(load().numpy().tobytes(), level=1))
-        return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.float32).view(
-            self.config.image_size, -1
-        )
+        side = self.config.image_size
+        return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.float32).view(side, side)
 
     def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
         path = entry["path"] if isinstance(entry, dict) and entry.get("bytes") is None else None

@@ -75,7 +75,7 @@ def command(
     """Score a checkpoint, or any system's saved predictions, on a benchmark by named protocols.
 
     Writes predictions.jsonl (row by row: a run goes on where it stopped), scores.jsonl, metrics.json and report.html.
-    Over several processes: accelerate launch -m medsight.cli evaluate ... Not a medical device.
+    Over several processes: torchrun --nproc_per_node N -m medsight.cli evaluate ... Not a medical device.
     """
     from medsight.evaluation.benchmarks import load_benchmark, load_declarations
     from medsight.evaluation.figures import METRICS, REPORT, ROWS, figures_text

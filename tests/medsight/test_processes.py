@@ -83,5 +83,5 @@ def test_a_file_system_without_locks_is_told_from_a_folder_that_is_taken(
             pass
         return
     with lock(tmp_path, "training"):
-        reason = os.strerror(number)
-        assert f"{tmp_path}: its file system has no locks ({reason}): nothing else may be" in capsys.readouterr().err
+        said = f"{tmp_path}: its file system has no locks ({os.strerror(number)}); make sure that no other process is"
+        assert said in capsys.readouterr().err
