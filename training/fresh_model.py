@@ -38,8 +38,7 @@ def fresh_config(recipe: Recipe, groups: Mapping[str, list[str]], classes: Seque
         raise ValueError(f"model.preset={settings.preset!r}: choose one of {', '.join(sorted(PRESETS))}")
     preset = PRESETS[settings.preset]
     if not changes.get("use_region_codebook", True):
-        one = {"num_groups": 1, "codes_per_group": 1, "group_names": ["any"]}
-        changes = {**one, **changes, "group_orientations": None}
+        changes = {"num_groups": 1, "codes_per_group": 1, "group_names": ["any"], **changes}
     elif groups:
         changes = {"num_groups": len(groups), "group_names": list(groups), "group_patterns": dict(groups), **changes}
     if classes:

@@ -134,7 +134,7 @@ class Session:
     def message_of(self, error: Exception) -> str:
         """What an error says, with nothing of where files lie here: "file 3 of the upload"."""
         if isinstance(error, OSError) and error.strerror:
-            return f"{UPLOAD_NAME} cannot be read: {error.strerror}"
+            return f"the server failed on a file ({error.strerror}): try again"
         if self._folder is None:
             return str(error)
         several = any(self._folder.glob("*/00002"))

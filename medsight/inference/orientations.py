@@ -118,7 +118,7 @@ def cut_otherwise(
         return None
     return (
         f"{scan.name} is cut into {scan.plane} slices ({scan.orientation}), but the model learnt {in_words(found)}: "
-        "expect wrong masks, even with high scores"
+        "masks may be wrong, even with high scores"
     )
 
 

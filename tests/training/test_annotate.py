@@ -42,7 +42,14 @@ def row(folder: Path, number: int, modality: str, site: str, targets: list[str],
         Image.fromarray(mask).save(masks[-1]["path"])
     image = {"path": str(folder / f"{number}.png"), "bytes": None}
     Image.fromarray(pixels).save(image["path"])
-    fixed = {"absent": [], "finding": None, "label_origin": "expert", "dataset": "drawn", "split": "train"}
+    fixed = {
+        "absent": [],
+        "finding": None,
+        "label_origin": "expert",
+        "orientation": None,
+        "dataset": "drawn",
+        "split": "train",
+    }
     return {
         "image": image,
         "masks": masks,

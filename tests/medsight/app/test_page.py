@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from medsight.app.drawing import color_of
+from medsight.inference.orientations import LearntOrientations
 from tests.medsight.app.conftest import PICTURE
 from tests.medsight.scans.scan_files import nifti_bytes, npy_bytes, picture_bytes, tiff_bytes
 
@@ -68,7 +69,7 @@ def test_visitors_who_upload_the_same_file_all_open_it(page: Any, tmp_path: Path
         assert session.scan is not None
         session.close()
     shared.unlink()
-    with pytest.warns(UserWarning, match="^The upload cannot be read: No such file or directory$"):
+    with pytest.warns(UserWarning, match=r"^The server failed on a file \(No such file or directory\): try again$"):
         page.open_upload(None, [str(shared)], 0.5)
 
 
@@ -242,6 +243,23 @@ def test_a_window_is_a_name_or_two_numbers_or_refused(page: Any, upload: Callabl
             assert page.show_window(session, wrong, 0.5) == {page.window: "200/100"}
         assert session.window == (200.0, 100.0)
     assert (np.asarray(shown(page.show_window(session, "default", 0.5), page.picture)) == plain).all()
+
+
+def test_a_volume_is_cut_as_the_model_learnt_it_and_another_plane_is_used_with_a_warning(
+    page: Any, upload: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page.predictor, "learnt", LearntOrientations(["MRI brain"], {"MRI brain": "AI"}))
+    session, updates = upload(volume_file())
+    assert updates[page.plane]["value"] == session.scan.orientation == "AI"
+    assert updates[page.plane]["choices"] == ["axial", "coronal", "sagittal", "AI"]
+    assert page.show_plane(session, "axial", 0.5)[page.plane]["value"] == "axial"
+    with pytest.warns(UserWarning, match=r"axial slices \(LP\), but the model learnt MRI brain from sagittal"):
+        assert asked(page, session) and session.turns
+
+    learnt = LearntOrientations(["MRI brain", "MRI torso"], {"MRI brain": "AI", "MRI torso": "LP"})
+    monkeypatch.setattr(page.predictor, "learnt", learnt)
+    with pytest.warns(UserWarning, match="^Choose the plane: the model learnt MRI brain from sagittal"):
+        assert upload(volume_file())[0].scan.plane == "axial"
 
 
 def test_a_files_own_window_is_offered_where_it_has_one(page: Any, upload: Callable) -> None:
