@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from processing_medsight.image_loading_medsight import load_image, to_array
+from processing_medsight.image_loading_medsight import load_image, load_samples, to_array
 
 
 # What a row holds for a picture, as `datasets.Image(decode=False)` yields it: {"path", "bytes"}.
@@ -40,22 +40,28 @@ def read_picture(entry: PictureEntry) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, truncated, damaged or no image at all, has too many pixels, or holds NaN or infinity.
     """
+    image: Image.Image = _read(entry, load_image)
+    return image
+
+
+def _read(entry: PictureEntry, load: Any) -> Any:
+    """What `load` makes of the bytes or the path of an entry."""
     name, content = picture_name(entry), entry.get("bytes")
     if content is not None:
-        image = load_image(content, name)
+        image = load(content, name)
     elif entry.get("path") is None:
         raise ValueError(f"{name}: expected the path or the bytes of a picture, got neither")
     elif not os.path.exists(name):
         raise FileNotFoundError(f"{name}: no such image file")
     else:
-        image = load_image(Path(name))
-    if image.mode == "F":
+        image = load(Path(name))
+    if getattr(image, "mode", None) == "F":
         to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
     return image
 
 
 def read_mask(entry: PictureEntry, size: tuple[int, int]) -> np.ndarray:
-    """Decode a mask; every pixel that is not 0 (not black, where it has colours) is inside.
+    """Decode a mask; every pixel that the file stores as anything but 0 (but black, in colours) is inside.
 
     In a file of a kind that blurs what was black and white, see `_LOSSY`, the pixels above half of its brightest are.
 
@@ -71,7 +77,9 @@ def read_mask(entry: PictureEntry, size: tuple[int, int]) -> np.ndarray:
         MaskSizeError, EmptyMaskError: the mask is of another size than its image, or has no pixel inside.
         ValueError: as `read_picture`.
     """
-    name, image = picture_name(entry), read_picture(entry)
+    name, image = picture_name(entry), _read(entry, load_samples)
+    if isinstance(image, np.ndarray):  # colours of 16 bits
+        image = Image.fromarray((image[:, :, :3].max(axis=2) if image.shape[2] > 2 else image[:, :, 0]) > 0)
     if image.size != tuple(size):
         raise MaskSizeError(
             f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from medsight.scans.dicom_file import guarded
 from medsight.scans.scan import Scan
 from medsight.version import __version__
 
-from .dicom_source import discreet, source_headers
+from .dicom_source import source_headers
 from .drawing import PALETTE
 from .regions import FoundRegion, Label, group_by_label
 from .terminology import segment_codes
@@ -45,7 +46,7 @@ def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, de
             f"{scan.name}: dicom-seg of several slices needs a Frame of Reference UID, and its files have none; "
             "use png or coco, or write each slice by itself"
         )
-    with discreet(scan.name, "dicom-seg cannot refer to it: its header lacks, or has damaged, what that needs"):
+    with guarded(scan.name, "dicom-seg cannot refer to it: its header lacks, or has damaged, what that needs"):
         segmentation = hd.seg.Segmentation(
             source_images=headers if len(headers) == 1 else [headers[frame] for frame in frames],
             pixel_array=pixels[frames],

@@ -84,14 +84,14 @@ def test_frames_of_an_enhanced_file_have_their_own_scale_and_place() -> None:
     frames = [functional_group("PlanePositionSequence", ImagePositionPatient=[0, 0, 4 * i]) for i in range(7)]
     for i, frame in enumerate(frames):
         frame.update(functional_group("PixelValueTransformationSequence", RescaleIntercept=-100 * i, RescaleSlope=1))
-    shared = functional_group("PixelMeasuresSequence", PixelSpacing=[2, 3])
+    shared = functional_group("PixelMeasuresSequence", PixelSpacing=[3, 1])
     shared.update(functional_group("PlaneOrientationSequence", ImageOrientationPatient=[1, 0, 0, 0, 1, 0]))
     groups = {"PerFrameFunctionalGroupsSequence": frames, "SharedFunctionalGroupsSequence": [shared]}
     scan = open_scan(dicom_bytes(dicom_dataset(volume, RescaleIntercept=None, RescaleSlope=None, **groups)))
-    assert scan.pixel_spacing == (2, 3) and scan.slice_spacing == 4 and scan.num_slices == 7
+    assert scan.pixel_spacing == (3, 1) and scan.slice_spacing == 4 and scan.num_slices == 7
     for i, stored in enumerate(volume):
         assert shows(scan.slice_image(i), soft_tissue(stored.astype(int) - 100 * i))
-    assert np.allclose(scan.affine @ [2, 1, 1, 1], [-3, -2, 8, 1])
+    assert np.allclose(scan.affine @ [2, 1, 1, 1], [-1, -3, 8, 1])
     assert scan.to_source({3: np.ones((5, 6), bool)}).sum(axis=(1, 2)).tolist() == [0, 0, 0, 30, 0, 0, 0]
 
 

@@ -15,6 +15,7 @@ from tests.medsight.scans.scan_files import (
     dicom_dataset,
     functional_group,
     lookup_table,
+    on_grid,
     picture_bytes,
     shipped_dicoms,
     write_series,
@@ -84,7 +85,7 @@ def test_frames_and_files_have_windows_of_their_own(tmp_path: Path) -> None:
     for index, (centre, width) in enumerate(windows):
         expected = apply_window(STORED, Window(centre, width, "LINEAR"))
         assert np.array_equal(scan.slice_image(index, "file"), expected)
-        assert np.array_equal(series.slice_image(index, "file"), expected)
+        assert np.array_equal(on_grid(series.slice_image(index, "file"), expected.shape), expected)
 
 
 @pytest.mark.parametrize("packed", [False, True])

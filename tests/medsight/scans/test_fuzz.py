@@ -86,7 +86,7 @@ def read_all(content: bytes) -> None:
     scan = open_scan(content, "upload")
     for index in sorted({0, scan.num_slices // 2, scan.num_slices - 1}):
         image = scan.slice_image(index)
-        assert image.size == (scan.width, scan.height) and image.mode in ("L", "RGB")
+        assert image.size == scan.picture_size and image.mode in ("L", "RGB")
     mask = np.ones((scan.height, scan.width), dtype=bool)
     if scan.num_slices * mask.size < 2**22:
         assert scan.to_source({scan.num_slices - 1: mask}).sum() == mask.sum()

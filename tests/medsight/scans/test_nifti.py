@@ -19,7 +19,7 @@ ORIENTATIONS = [
     for axes in itertools.permutations(range(3))
     for flips in itertools.product([1, -1], repeat=3)
 ]
-SPACING = np.diag([0.5, 1.5, 2.0, 1.0])  # right, front, up
+SPACING = np.diag([0.5, 1.5, 4.5, 1.0])  # right, front, up
 # plane -> what a slice shows of a (right, anterior, superior) volume, and the axis that is cut through
 PLANES = {
     "axial": (lambda volume, index: volume[::-1, ::-1, index].T, 2),
@@ -67,10 +67,10 @@ def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(
 @pytest.mark.parametrize(
     ("fields", "spacing", "through"),
     [
-        ({"sform_code": 0}, (1.5, 0.5), 2),
+        ({"sform_code": 0}, (1.5, 0.5), 4.5),
         ({"sform_code": 0, "pixdim": [1, 0.5, np.nan, 2, 1, 1, 1, 1]}, None, 2),
         ({"sform_code": 0, "pixdim": [1, 0.5, 1.5, 0, 1, 1, 1, 1]}, (1.5, 0.5), None),
-        ({"srow_x": np.nan}, (1.5, 0.5), 2),
+        ({"srow_x": np.nan}, (1.5, 0.5), 4.5),
     ],
 )
 def test_a_nifti_without_a_usable_affine_is_shown_as_it_is_stored_with_a_warning(

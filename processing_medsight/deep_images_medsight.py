@@ -1,0 +1,174 @@
+"""Pictures of more than 8 bits that Pillow cuts to 8, misreads, or does not open: their samples as the file has them.
+
+Colours of 16 bits in PNG, PPM and TIFF are read by Pillow all the same, a byte at a time; other TIFFs by tifffile.
+"""
+
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+
+_BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PLANES, _FORMAT = 258, 259, 262, 274, 284, 339  # tags of a TIFF
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_SIGNED, _FLOAT = 2, 3
+_ALPHA = (1, 2)  # kinds of an extra sample
+_UPRIGHT = {
+    2: lambda samples: samples[:, ::-1],
+    3: lambda samples: samples[::-1, ::-1],
+    4: lambda samples: samples[::-1],
+    5: lambda samples: samples.swapaxes(0, 1),
+    6: lambda samples: np.rot90(samples, -1),
+    7: lambda samples: np.rot90(samples, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def pillow_reads(opened: Image.Image) -> bool:
+    """Whether Pillow gives the samples of an opened picture as they are, or `deep_colours` has them from it."""
+    tags = getattr(opened, "tag_v2", None)
+    if tags is None or max(tags.get(_BITS, (1,))) <= 8:
+        return True
+    bits, kinds = tags[_BITS], tags.get(_FORMAT, (1,))
+    photometric = tags.get(_PHOTOMETRIC)
+    if len(bits) > 1:
+        return photometric == _RGB and opened.mode != "F" and tags.get(_PLANES, 1) == 1 and kinds[0] == 1
+    if bits[0] == 16:
+        return photometric == _BLACK_IS_ZERO or kinds[0] == 1
+    return bits[0] == 32 and photometric == _BLACK_IS_ZERO and kinds[0] in (_SIGNED, _FLOAT)
+
+
+def deep_colours(opened: Image.Image) -> np.ndarray | None:
+    """(height, width, channels) uint16 of an opened picture that has colours, or grey and alpha, of 16 bits.
+
+    `None` for any other, and where the pixels were decoded already. Raises whatever Pillow does.
+    """
+    tile = opened.tile[0] if isinstance(opened, ImageFile.ImageFile) and opened.tile else None
+    if tile is None or opened.mode not in ("RGB", "RGBA"):
+        return None
+    if tile[0] in ("ppm", "ppm_plain") or opened.format == "PPM":
+        return _portable(opened, tile) if opened.mode == "RGB" else None
+    raw = tile[3] if isinstance(tile[3], str) else tile[3][0]
+    kind, _, order = raw.partition(";")
+    if kind == "LA" and order == "16B":  # Pillow has no grey and alpha of 16 bits: four bytes of a pixel, read as RGBA
+        both = _loaded(opened, tile, "RGBA").astype(np.uint16)
+        return both[:, :, ::2] << 8 | both[:, :, 1::2]
+    if kind not in ("RGB", "RGBA", "RGBX") or not order.startswith("16"):
+        return None
+    other = f"{kind};16{'L' if order == '16B' else 'B'}"
+    low = _loaded(opened, tile, other).astype(np.uint16)
+    high = _loaded(opened, tile, raw).astype(np.uint16)
+    return high << 8 | low
+
+
+def _loaded(opened: ImageFile.ImageFile, tile: Any, raw: str) -> np.ndarray:
+    """The bytes that a raw mode picks of the pixels, from the file behind an opened picture, turned upright."""
+    again = Image.open(opened.fp)
+    again.seek(opened.tell())
+    again.tile = [(*again.tile[0][:3], raw if isinstance(tile[3], str) else (raw, *tile[3][1:]))]
+    return np.asarray(ImageOps.exif_transpose(again))
+
+
+def _portable(opened: ImageFile.ImageFile, tile: Any) -> np.ndarray | None:
+    """Colours of a PPM of more than 8 bits."""
+    place, fp = tile[2], opened.fp
+    fp.seek(0)
+    head = fp.read(place)
+    largest = int(head.split()[-1])
+    if largest < 256:
+        return None
+    count = 3 * opened.width * opened.height
+    content = fp.read()
+    values = np.array(content.split(), np.uint16) if head[:2] == b"P3" else np.frombuffer(content, ">u2", count)
+    return values[:count].reshape(opened.height, opened.width, 3).astype(np.uint16)
+
+
+class DeepTiff:
+    """A TIFF whose pages tifffile reads; what it has in common with a picture that Pillow opened is called alike.
+
+    Raises:
+        ValueError: it is damaged, or tifffile is not installed.
+    """
+
+    format = "TIFF"
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        try:
+            import tifffile
+        except ImportError:
+            raise ValueError(
+                f"{name} is a TIFF of a kind that Pillow does not read, and needs tifffile: pip install tifffile"
+            ) from None
+        self.name, self._file = name, file
+        try:
+            self._pages = tifffile.TiffFile(file).pages
+            self.n_frames = len(self._pages)
+            self.seek(0)
+        except Exception as error:
+            raise ValueError(f"{name} is a damaged or truncated TIFF ({error})") from error
+
+    def __enter__(self) -> "DeepTiff":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def seek(self, page: int) -> None:
+        self._page: Any = self._pages[page]
+        self.height, self.width = self._page.imagelength, self._page.imagewidth
+        self.size, self.mode = (self.width, self.height), f"{self._page.samplesperpixel} {self._page.dtype}"
+
+    def samples(self, stored: bool) -> np.ndarray:
+        """(height, width), or (height, width, channels) of colours, and alpha where there is one, turned upright.
+
+        Args:
+            stored: whether a page whose 0 is white is to be left as it is, not inverted.
+
+        Raises:
+            ValueError: it is damaged, or of a kind or compression that is not read.
+        """
+        page, colours = self._page, self._page.photometric
+        extra = [int(kind) for kind in page.extrasamples]
+        known = page.samplesperpixel - len(extra) == (3 if colours == _RGB else 1)
+        if (
+            colours not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)
+            or not known
+            or (colours != _RGB and extra and extra[0] not in _ALPHA)
+            or page.dtype is None
+            or page.dtype.kind not in "biuf"
+        ):
+            raise ValueError(
+                f"{self.name} is a TIFF of a kind that is not read: {page.samplesperpixel} samples of {page.dtype}, "
+                f"photometric interpretation {getattr(colours, 'name', colours)}. Save it in grey or RGB"
+            )
+        ends = [at + size for at, size in zip(page.dataoffsets, page.databytecounts, strict=False)]
+        if not ends or not all(page.databytecounts) or max(ends) > self._file.seek(0, 2):
+            raise ValueError(f"{self.name} is damaged or truncated: pixels of its page are not there")
+        try:
+            samples = page.asarray()
+        except Exception as error:
+            if "imagecodecs" in str(error):
+                raise ValueError(
+                    f"{self.name} is a TIFF compressed by {page.compression.name}, which needs imagecodecs: "
+                    "pip install imagecodecs"
+                ) from None
+            raise ValueError(f"{self.name} is damaged or truncated: it cannot be decoded ({error})") from error
+        if samples.ndim == 3:
+            if page.planarconfig == 2:
+                samples = np.moveaxis(samples, 0, 2)
+            samples = samples[:, :, : page.samplesperpixel - len(extra) + (bool(extra) and extra[0] in _ALPHA)]
+        if colours == _WHITE_IS_ZERO and not stored:
+            grey = samples[..., :1] if samples.ndim == 3 else samples
+            grey[...] = white_is_zero(grey, int(page.bitspersample))
+        turn = page.tags.get(_ORIENTATION)
+        return _UPRIGHT.get(turn.value if turn else 1, lambda same: same)(samples)
+
+
+def white_is_zero(samples: np.ndarray, bits: int) -> np.ndarray:
+    """Samples of which the lowest is white as samples of which it is black."""
+    if samples.dtype.kind == "u":
+        return (2**bits - 1 - samples.astype(np.uint64)).astype(samples.dtype)
+    return ~samples if samples.dtype.kind in "bi" else 1 - samples
