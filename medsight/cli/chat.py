@@ -106,7 +106,7 @@ def command(
     if len(found.images) != 1:
         raise ValueError(f"{image} holds {len(found.images)} images; a conversation is about one of them: name it")
     scan = open_scan(found.images[0], plane=plane)
-    check_formats(scan, kinds)
+    check_formats(scan, kinds, scan.choose_slices(slice_choice))
     chosen = list(read_slices(scan, slice_choice, view))
     if len(chosen) != 1:
         raise ValueError(f"--slice {slice_choice} chooses {len(chosen)} slices; a conversation is about one of them")

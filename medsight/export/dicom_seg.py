@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from medsight.scans.dicom_file import guarded
+from medsight.scans.dicom_header import position_of
 from medsight.scans.scan import Scan
 from medsight.version import __version__
 
@@ -20,6 +21,21 @@ SEG_FILE = "segmentation.dcm"
 MANUFACTURER = "MedSIGHT"
 SERIES_NUMBER = 1001
 LONGEST_NAME = 64  # characters of a DICOM Long String
+
+
+def check_dicom_seg(scan: Scan, slices: Sequence[int]) -> None:
+    """Raises a ValueError where slices lie at one position, which a segmentation tells slices apart by."""
+    headers = scan.dicom_datasets()
+    is_series = len(headers) > 1
+    with guarded(scan.name, "its DICOM header is damaged"):
+        places = [position_of(headers[i], 0) if is_series else position_of(headers[0], i) for i in slices]
+    places = [tuple(place) for place in places if place is not None]
+    if len(set(places)) < len(places):
+        ask = "ask about slices at different positions, or " if is_series else ""
+        raise ValueError(
+            f"{scan.name}: dicom-seg cannot refer to several slices at one position, as of a moving heart or several "
+            f"echoes; {ask}use png, coco or rtstruct"
+        )
 
 
 def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> None:

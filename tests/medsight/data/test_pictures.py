@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from medsight.data.pictures import EmptyMaskError, MaskSizeError, read_mask, read_picture
+from processing_medsight.image_loading_medsight import to_array
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -41,12 +42,26 @@ def test_a_turned_picture_is_the_same_upright_by_path_and_by_bytes(tmp_path: Pat
             assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
 
 
-def test_a_tiff_whose_0_is_white_is_inverted_by_path_and_by_bytes(tmp_path: Path) -> None:
-    white = np.full((6, 8), 2**16 - 1, dtype=np.uint16)
-    white[2:4, 3:5] = 0
-    Image.fromarray(white).save(tmp_path / "white.tiff", tiffinfo={262: 0})
-    for entry in both(tmp_path / "white.tiff"):
-        assert np.array_equal(read_mask(entry, (8, 6)), white == 0)
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_a_mask_is_what_its_tiff_stores_whichever_end_is_white(dtype: type, photometric: str, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    inside = np.zeros((6, 8), bool)
+    inside[2:4, 3:5] = True
+    tifffile.imwrite(tmp_path / "mask.tiff", inside.astype(dtype), photometric=photometric)
+    for entry in both(tmp_path / "mask.tiff"):
+        assert np.array_equal(read_mask(entry, (8, 6)), inside)
+        shown = to_array(read_picture(entry), "picture", convert_rgb=False, rescale=True)[:, :, 0]
+        assert (shown[2, 3] > shown[0, 0]) == (photometric == "minisblack")
+
+
+def test_a_mask_in_colours_of_16_bits_has_all_that_is_not_black(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    colours = np.zeros((6, 8, 3), np.uint16)
+    colours[2:4, 3:5, 1], colours[5, 5] = 1, 65535  # a label of 1 beside white
+    tifffile.imwrite(tmp_path / "mask.tiff", colours, photometric="rgb")
+    for entry in both(tmp_path / "mask.tiff"):
+        assert np.array_equal(read_mask(entry, (8, 6)), colours.any(axis=2))
 
 
 @pytest.mark.parametrize(
