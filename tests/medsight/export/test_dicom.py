@@ -218,9 +218,7 @@ def test_slices_at_one_position_are_refused_as_a_segmentation_before_anything_is
     files = write_dicom_series(tmp_path / "series", bright)
     for index, file in enumerate(files):  # two positions, three times each
         dataset = pydicom.dcmread(file)
-        dataset.ImagePositionPatient = (
-            pydicom.dcmread(files[index // 3]).ImagePositionPatient if index // 3 else [0] * 3
-        )
+        dataset.ImagePositionPatient = [0, 0, 50 * (index // 3)]
         dataset.InstanceNumber = index
         dataset.save_as(file)
     if kind == "frames":
