@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, ImageOps
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PLANES, _FORMAT = 258, 259, 262, 274, 284, 339  # tags of a TIFF
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
-_SIGNED, _FLOAT = 2, 3
+_UNSIGNED, _SIGNED = 1, 2
 _ALPHA = (1, 2)  # kinds of an extra sample
 _UPRIGHT = {
     2: lambda samples: samples[:, ::-1],
@@ -27,15 +27,19 @@ _UPRIGHT = {
 def pillow_reads(opened: Image.Image) -> bool:
     """Whether Pillow gives the samples of an opened picture as they are, or `deep_colours` has them from it."""
     tags = getattr(opened, "tag_v2", None)
-    if tags is None or max(tags.get(_BITS, (1,))) <= 8:
+    if tags is None:
         return True
-    bits, kinds = tags[_BITS], tags.get(_FORMAT, (1,))
+    bits, kinds = tags.get(_BITS, (1,)), tags.get(_FORMAT, (1,))
+    if max(bits) <= 8:
+        return _SIGNED not in kinds
     photometric = tags.get(_PHOTOMETRIC)
     if len(bits) > 1:
-        return photometric == _RGB and opened.mode != "F" and tags.get(_PLANES, 1) == 1 and kinds[0] == 1
-    if bits[0] == 16:
-        return photometric == _BLACK_IS_ZERO or kinds[0] == 1
-    return bits[0] == 32 and photometric == _BLACK_IS_ZERO and kinds[0] in (_SIGNED, _FLOAT)
+        return photometric == _RGB and opened.mode != "F" and tags.get(_PLANES, 1) == 1 and kinds[0] == _UNSIGNED
+    if kinds[0] == _UNSIGNED:
+        return bits[0] == 16
+    # Packed ones are in the machine's own order, which Pillow turns round.
+    turned = tags.get(_COMPRESSION, 1) != 1 and tags.prefix == b"MM"
+    return bits[0] in (16, 32) and photometric == _BLACK_IS_ZERO and not turned
 
 
 def deep_colours(opened: Image.Image) -> np.ndarray | None:

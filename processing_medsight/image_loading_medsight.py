@@ -271,12 +271,20 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
 
 
 def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    """A (height, width) array as a Pillow image of the same range: transformers wants arrays of three axes."""
+    """A (height, width) array as a Pillow image of the same range: transformers wants arrays of three axes.
+
+    Numbers whose differences 32 bits cannot hold are brought to 8 by the range rule.
+    """
     pixels = as_numpy(image, name)
     _check_size(pixels.shape[0], pixels.shape[1], name)
-    if pixels.dtype not in (np.bool_, np.uint8, np.uint16):
-        pixels = pixels.astype(np.int32 if np.can_cast(pixels.dtype, np.int32) else np.float32)
-    return Image.fromarray(pixels)
+    if pixels.dtype in (np.bool_, np.uint8, np.uint16):
+        return Image.fromarray(pixels)
+    if np.can_cast(pixels.dtype, np.int32):
+        return Image.fromarray(pixels.astype(np.int32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = pixels.astype(np.float32)
+        coarse = np.abs(single - pixels.astype(np.float64)).max(initial=0) > np.ptp(pixels.astype(np.float64)) / 512
+    return Image.fromarray(_to_eight_bit(pixels, rescale=True) if coarse else single)
 
 
 def display_name(source: str | os.PathLike | bytes) -> str:
