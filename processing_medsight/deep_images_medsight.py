@@ -3,17 +3,18 @@
 Colours of 16 bits in PNG, PPM and TIFF are read by Pillow all the same, a byte at a time; other TIFFs by tifffile.
 """
 
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 
-_BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PLANES, _FORMAT = 258, 259, 262, 274, 284, 339  # tags of a TIFF
+_BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PLANES, _EXTRA, _FORMAT = 258, 259, 262, 274, 284, 338, 339  # tags
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _UNSIGNED, _SIGNED = 1, 2
-_ALPHA = (1, 2)  # kinds of an extra sample
-_UPRIGHT = {
+_PREMULTIPLIED, _ALPHA = 1, 2  # kinds of an extra sample
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda samples: samples[:, ::-1],
     3: lambda samples: samples[::-1, ::-1],
     4: lambda samples: samples[::-1],
@@ -34,7 +35,8 @@ def pillow_reads(opened: Image.Image) -> bool:
         return _SIGNED not in kinds
     photometric = tags.get(_PHOTOMETRIC)
     if len(bits) > 1:
-        return photometric == _RGB and opened.mode != "F" and tags.get(_PLANES, 1) == 1 and kinds[0] == _UNSIGNED
+        plain = tags.get(_PLANES, 1) == 1 and tags.get(_EXTRA) != (_PREMULTIPLIED,)
+        return photometric == _RGB and plain and kinds[0] == _UNSIGNED
     if kinds[0] == _UNSIGNED:
         return bits[0] == 16
     # Packed ones are in the machine's own order, which Pillow turns round.
@@ -42,12 +44,12 @@ def pillow_reads(opened: Image.Image) -> bool:
     return bits[0] in (16, 32) and photometric == _BLACK_IS_ZERO and not turned
 
 
-def deep_colours(opened: Image.Image) -> np.ndarray | None:
+def deep_colours(opened: Any) -> np.ndarray | None:
     """(height, width, channels) uint16 of an opened picture that has colours, or grey and alpha, of 16 bits.
 
     `None` for any other, and where the pixels were decoded already. Raises whatever Pillow does.
     """
-    tile = opened.tile[0] if isinstance(opened, ImageFile.ImageFile) and opened.tile else None
+    tile: Any = opened.tile[0] if isinstance(opened, ImageFile.ImageFile) and opened.tile else None
     if tile is None or opened.mode not in ("RGB", "RGBA"):
         return None
     if tile[0] in ("ppm", "ppm_plain") or opened.format == "PPM":
@@ -65,15 +67,25 @@ def deep_colours(opened: Image.Image) -> np.ndarray | None:
     return high << 8 | low
 
 
-def _loaded(opened: ImageFile.ImageFile, tile: Any, raw: str) -> np.ndarray:
+def jpeg_2000_bits(opened: Any) -> int:
+    """Bits of a sample of an opened JPEG 2000; 0 where it does not say."""
+    here = opened.fp.tell()
+    opened.fp.seek(0)
+    head = opened.fp.read(4096)
+    opened.fp.seek(here)
+    at = head.find(b"\xff\x4f\xff\x51") + 42  # the depth of the first component, in the marker of the size
+    return (head[at] & 127) + 1 if 42 <= at < len(head) else 0
+
+
+def _loaded(opened: Any, tile: Any, raw: str) -> np.ndarray:
     """The bytes that a raw mode picks of the pixels, from the file behind an opened picture, turned upright."""
-    again = Image.open(opened.fp)
+    again: Any = Image.open(opened.fp)
     again.seek(opened.tell())
     again.tile = [(*again.tile[0][:3], raw if isinstance(tile[3], str) else (raw, *tile[3][1:]))]
     return np.asarray(ImageOps.exif_transpose(again))
 
 
-def _portable(opened: ImageFile.ImageFile, tile: Any) -> np.ndarray | None:
+def _portable(opened: Any, tile: Any) -> np.ndarray | None:
     """Colours of a PPM of more than 8 bits."""
     place, fp = tile[2], opened.fp
     fp.seek(0)
@@ -85,6 +97,10 @@ def _portable(opened: ImageFile.ImageFile, tile: Any) -> np.ndarray | None:
     content = fp.read()
     values = np.array(content.split(), np.uint16) if head[:2] == b"P3" else np.frombuffer(content, ">u2", count)
     return values[:count].reshape(opened.height, opened.width, 3).astype(np.uint16)
+
+
+class _RefusedError(ValueError):
+    """An error whose message is ours."""
 
 
 class DeepTiff:
@@ -105,7 +121,7 @@ class DeepTiff:
             ) from None
         self.name, self._file = name, file
         try:
-            self._pages = tifffile.TiffFile(file).pages
+            self._pages: Any = tifffile.TiffFile(file).pages
             self.n_frames = len(self._pages)
             self.seek(0)
         except Exception as error:
@@ -121,7 +137,7 @@ class DeepTiff:
         self._file.close()
 
     def seek(self, page: int) -> None:
-        self._page: Any = self._pages[page]
+        self._page = self._pages[page]
         self.height, self.width = self._page.imagelength, self._page.imagewidth
         self.size, self.mode = (self.width, self.height), f"{self._page.samplesperpixel} {self._page.dtype}"
 
@@ -134,37 +150,40 @@ class DeepTiff:
         Raises:
             ValueError: it is damaged, or of a kind or compression that is not read.
         """
-        page, colours = self._page, self._page.photometric
-        extra = [int(kind) for kind in page.extrasamples]
-        known = page.samplesperpixel - len(extra) == (3 if colours == _RGB else 1)
-        if (
-            colours not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)
-            or not known
-            or (colours != _RGB and extra and extra[0] not in _ALPHA)
-            or page.dtype is None
-            or page.dtype.kind not in "biuf"
-        ):
-            raise ValueError(
-                f"{self.name} is a TIFF of a kind that is not read: {page.samplesperpixel} samples of {page.dtype}, "
-                f"photometric interpretation {getattr(colours, 'name', colours)}. Save it in grey or RGB"
-            )
-        ends = [at + size for at, size in zip(page.dataoffsets, page.databytecounts, strict=False)]
-        if not ends or not all(page.databytecounts) or max(ends) > self._file.seek(0, 2):
-            raise ValueError(f"{self.name} is damaged or truncated: pixels of its page are not there")
         try:
-            samples = page.asarray()
+            return self._samples(stored)
+        except _RefusedError:
+            raise
         except Exception as error:
             if "imagecodecs" in str(error):
                 raise ValueError(
-                    f"{self.name} is a TIFF compressed by {page.compression.name}, which needs imagecodecs: "
-                    "pip install imagecodecs"
+                    f"{self.name} is a TIFF whose compression needs imagecodecs: pip install imagecodecs ({error})"
                 ) from None
             raise ValueError(f"{self.name} is damaged or truncated: it cannot be decoded ({error})") from error
+
+    def _samples(self, stored: bool) -> np.ndarray:
+        page, photometric, extra = self._page, self._page.photometric, tuple(map(int, self._page.extrasamples))
+        colours = page.samplesperpixel - len(extra)
+        read = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3}.get(photometric) == colours and len(extra) < 2
+        # Beside colours, another channel is left out: they lie on black already, or it does not say what it is.
+        if (
+            not (read and (colours == 3 or extra in ((), (_ALPHA,))))
+            or page.imagedepth > 1
+            or page.dtype.kind not in "biuf"
+        ):
+            raise _RefusedError(
+                f"{self.name} is a TIFF of a kind that is not read: {page.samplesperpixel} samples of {page.dtype}, "
+                f"photometric interpretation {getattr(photometric, 'name', photometric)}. Save it in grey or RGB"
+            )
+        ends = [at + size for at, size in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        if not ends or not all(page.databytecounts) or max(ends) > self._file.seek(0, 2):
+            raise _RefusedError(f"{self.name} is damaged or truncated: some of its pixels are not there")
+        samples: np.ndarray = page.asarray()
         if samples.ndim == 3:
             if page.planarconfig == 2:
                 samples = np.moveaxis(samples, 0, 2)
-            samples = samples[:, :, : page.samplesperpixel - len(extra) + (bool(extra) and extra[0] in _ALPHA)]
-        if colours == _WHITE_IS_ZERO and not stored:
+            samples = samples[:, :, : colours + (extra == (_ALPHA,))]
+        if photometric == _WHITE_IS_ZERO and not stored:
             grey = samples[..., :1] if samples.ndim == 3 else samples
             grey[...] = white_is_zero(grey, int(page.bitspersample))
         turn = page.tags.get(_ORIENTATION)

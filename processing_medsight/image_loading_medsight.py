@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from transformers.utils import logging
 
-from .deep_images_medsight import DeepTiff, deep_colours, pillow_reads, white_is_zero
+from .deep_images_medsight import DeepTiff, deep_colours, jpeg_2000_bits, pillow_reads, white_is_zero
 
 
 logger = logging.get_logger(__name__)
@@ -202,7 +202,9 @@ def _decoded(image: Image.Image | DeepTiff, name: str, stored: bool) -> Image.Im
         return samples if samples.ndim == 3 else grey_to_pillow(samples, name)
     if not pillow_reads(image):
         raise ValueError(f"{name} is a TIFF of a kind that Pillow misreads: hand over its path or its bytes instead")
-    tags = getattr(image, "tag_v2", {})
+    tags, is_file = getattr(image, "tag_v2", {}), isinstance(image, ImageFile.ImageFile) and image.tile
+    if is_file and image.format == "JPEG2000" and image.mode in ("RGB", "RGBA", "LA") and jpeg_2000_bits(image) > 8:
+        raise ValueError(f"{name} is a JPEG 2000 in colours of more than 8 bits, which is not read: save it as PNG")
     try:
         deep = deep_colours(image)
         if deep is None:

@@ -29,8 +29,8 @@ def check_dicom_seg(scan: Scan, slices: Sequence[int]) -> None:
     is_series = len(headers) > 1
     with guarded(scan.name, "its DICOM header is damaged"):
         places = [position_of(headers[i], 0) if is_series else position_of(headers[0], i) for i in slices]
-    places = [tuple(place) for place in places if place is not None]
-    if len(set(places)) < len(places):
+    known = [tuple(place) for place in places if place is not None]
+    if len(set(known)) < len(known):
         ask = "ask about slices at different positions, or " if is_series else ""
         raise ValueError(
             f"{scan.name}: dicom-seg cannot refer to several slices at one position, as of a moving heart or several "

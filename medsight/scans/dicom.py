@@ -211,7 +211,8 @@ class DicomScan(Scan):
             if isinstance(scale, Table):
                 span = float(scale.entries.min()), float(scale.entries.max())
             else:
-                span = sorted(end * scale[0] + scale[1] for end in dicom_header.stored_range(header))
+                low, high = (end * scale[0] + scale[1] for end in dicom_header.stored_range(header))
+                span = min(low, high), max(low, high)
             table = read_table(voi.VOILUTSequence[0], header.original_encoding[1], span, self._slice_name(index))
             return table.to_eight_bits(values)
         window = dicom_header.window_of(voi)

@@ -100,8 +100,8 @@ def spacing_of(dataset: Any, frame: int) -> tuple[float, float] | None:
 
 def aspect_of(dataset: Any, frame: int) -> float:
     """A pixel's height over its width, by its spacing, in the patient or on the detector, or its aspect ratio."""
-    stated = [spacing_of(dataset, frame)]
-    stated += [numbers_of(dataset.get(key), 2) for key in ("ImagerPixelSpacing", "PixelAspectRatio")]
+    others = (numbers_of(dataset.get(key), 2) for key in ("ImagerPixelSpacing", "PixelAspectRatio"))
+    stated = (spacing_of(dataset, frame), *others)
     return next((sides[0] / sides[1] for sides in stated if sides is not None and min(sides) > 0), 1.0)
 
 

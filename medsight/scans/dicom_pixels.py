@@ -24,7 +24,7 @@ def stored_pixels(dataset: Any, frame: int, name: str) -> np.ndarray:
     """
     from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder
-    from pydicom.uid import JPEGTransferSyntaxes, RLELossless, UID_dictionary
+    from pydicom.uid import RLELossless, UID_dictionary
 
     syntax = dataset.file_meta.TransferSyntaxUID
     called = syntax.name if syntax in UID_dictionary else "by a private method"
@@ -47,12 +47,11 @@ def stored_pixels(dataset: Any, frame: int, name: str) -> np.ndarray:
     stored = int(dataset.get("BitsStored") or dataset.BitsAllocated)
     # pydicom takes the lowest bits for those that are stored, wherever the header puts them.
     lowest = int(dataset.get("HighBit") or stored - 1) + 1 - stored
-    whole = {"bits_stored": int(dataset.BitsAllocated), "pixel_representation": 0} if lowest else {}
+    whole: dict[str, Any] = {"bits_stored": int(dataset.BitsAllocated), "pixel_representation": 0} if lowest else {}
     try:
         pixels, _ = decoder.as_array(dataset, index=frame, **whole)
     except RuntimeError:  # of all decoders that are there
-        rare = stream is not None and (stream.kind not in _READ_BY_ALL or stream.bits != 8)
-        if missing and rare and syntax in JPEGTransferSyntaxes:
+        if missing and stream and stream.bits and (stream.kind not in _READ_BY_ALL or stream.bits != 8):
             raise RefusedError(
                 f"{name} is compressed ({called}, {stream.bits} bits), which needs another decoder: "
                 f"pip install {install}"
