@@ -109,6 +109,41 @@ def test_a_frame_is_shown_by_what_its_header_says(elements: dict, expected: np.n
     assert np.abs(shown.astype(float) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("elements", "hounsfield"),
+    [
+        ({}, True),
+        ({"RescaleType": "HU"}, True),
+        ({"RescaleType": "HU_MOD"}, True),
+        ({"RescaleType": "US"}, False),
+        ({"RescaleType": "EDW"}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.3", "RescaleType": "US"}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "RescaleType": "HU"}, True),
+        ({"RescaleIntercept": None, "RescaleSlope": None}, False),
+    ],
+)
+def test_a_ct_is_shown_in_the_window_of_soft_tissue_only_where_it_is_in_hounsfield_units(
+    elements: dict, hounsfield: bool
+) -> None:
+    stored = STORED // 10
+    shown = open_scan(dicom_bytes(dicom_dataset(stored, **elements))).slice_image(0)
+    assert shows(shown, soft_tissue(stored) if hounsfield else apply_window(stored, percentile_window(stored)))
+
+
+@pytest.mark.parametrize("value", [-2000, 63536])
+@pytest.mark.parametrize("limit", [None, -1990, 63546])
+def test_padding_is_black_whichever_sign_its_value_was_written_with(value: int, limit: int | None) -> None:
+    stored = STORED.astype(np.int16)
+    stored[0] = -2000
+    dataset = dicom_dataset(stored, Modality="MR", PhotometricInterpretation="MONOCHROME1")
+    dataset.add_new("PixelPaddingValue", "SS" if value < 0 else "US", value)
+    if limit is not None:
+        dataset.add_new("PixelPaddingRangeLimit", "SS" if limit < 0 else "US", limit)
+    shown = np.asarray(open_scan(dicom_bytes(dataset)).slice_image(0))
+    assert (shown[0] == 0).all() and shown[1, 0] == 255
+
+
 @pytest.mark.parametrize("modality", ["US", "CR", "OT"])
 @pytest.mark.parametrize(
     ("elements", "factor"),
