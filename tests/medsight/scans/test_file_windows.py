@@ -88,6 +88,17 @@ def test_frames_and_files_have_windows_of_their_own(tmp_path: Path) -> None:
         assert np.array_equal(on_grid(series.slice_image(index, "file"), expected.shape), expected)
 
 
+@pytest.mark.parametrize("where", ["PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"])
+def test_a_lookup_table_in_the_functional_groups_is_that_of_their_frames(where: str) -> None:
+    groups = [functional_group("FrameVOILUTSequence", VOILUTSequence=[lookup_table(16, 4000)])]
+    groups *= 3 if where.startswith("Per") else 1
+    scan = open_scan(dicom_bytes(dicom_dataset(np.stack([STORED] * 3), Modality="MG", **{where: groups})))
+    assert scan.has_window
+    for index in range(3):
+        assert np.abs(np.asarray(scan.slice_image(index), dtype=int) - STORED * 16 / 65535 * 255).max() <= 1
+        assert scan.slice_image(index) == scan.slice_image(index, "file")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("second", [False, True])
 def test_a_nifti_is_shown_from_cal_min_to_cal_max(packed: bool, second: bool) -> None:
