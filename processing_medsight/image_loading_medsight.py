@@ -61,7 +61,7 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
     image = load_samples(source, name, stored=False)
-    return image if isinstance(image, Image.Image) else _picture_of(image)
+    return image if isinstance(image, Image.Image) else _picture_of(image, name or display_name(source))
 
 
 def load_samples(
@@ -191,7 +191,7 @@ def decode(image: Image.Image | DeepTiff, name: str) -> Image.Image:
             `MAX_IMAGE_PIXELS`.
     """
     decoded = _decoded(image, name, stored=False)
-    return decoded if isinstance(decoded, Image.Image) else _picture_of(decoded)
+    return decoded if isinstance(decoded, Image.Image) else _picture_of(decoded, name)
 
 
 def _decoded(image: Image.Image | DeepTiff, name: str, stored: bool) -> Image.Image | np.ndarray:
@@ -222,8 +222,9 @@ def _decoded(image: Image.Image | DeepTiff, name: str, stored: bool) -> Image.Im
     return image
 
 
-def _picture_of(samples: np.ndarray) -> Image.Image:
+def _picture_of(samples: np.ndarray, name: str) -> Image.Image:
     """Colours, or grey and alpha, of more than 8 bits as a Pillow image of 8, by the range rule."""
+    _check_finite(samples, name)
     has_alpha = samples.shape[2] in (2, 4)
     colour = _to_eight_bit(samples[:, :, :-1] if has_alpha else samples, rescale=True)
     if has_alpha:
@@ -261,9 +262,7 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
     else:
         pixels = _channels_last(as_numpy(image, name), name, channels_last)
     _check_size(pixels.shape[0], pixels.shape[1], name)
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        bad = np.count_nonzero(~np.isfinite(pixels))
-        raise ValueError(f"{name}: expected finite pixels, got {bad} of {pixels.size} NaN or infinite")
+    _check_finite(pixels, name)
     has_alpha = convert_rgb and pixels.shape[2] in (2, 4)
     colour = _to_eight_bit(pixels[:, :, :-1] if has_alpha else pixels, rescale)
     if has_alpha:
@@ -417,6 +416,12 @@ def _check_size(height: int, width: int, name: str) -> None:
             f"{name} has {height:,} x {width:,} pixels (height x width): at most {MAX_IMAGE_PIXELS:,} in total are "
             "read. Scale it down first"
         )
+
+
+def _check_finite(pixels: np.ndarray, name: str) -> None:
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        bad = np.count_nonzero(~np.isfinite(pixels))
+        raise ValueError(f"{name}: expected finite pixels, got {bad} of {pixels.size} NaN or infinite")
 
 
 def _is_nifti(head: bytes) -> bool:
