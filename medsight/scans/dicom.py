@@ -156,7 +156,7 @@ class DicomScan(Scan):
         header, pixels = self._headers[0], self._stored(index)
         bits = int(header.BitsStored)
         if dicom_header.photometric_of(header) != "PALETTE COLOR":
-            return (pixels >> (bits - 8) if bits > 8 else pixels).astype(np.uint8)
+            return (pixels >> (bits - 8) if bits > 8 else (pixels * (255 / (2**bits - 1))).round()).astype(np.uint8)
         if "SegmentedRedPaletteColorLookupTableData" not in header:
             span = dicom_header.stored_range(header)
             return read_palette(header, header.original_encoding[1], span, self.name).to_eight_bits(pixels)

@@ -132,11 +132,13 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("channels", [2, 3, 4])
-@pytest.mark.parametrize("kind", list(DEEP))
+@pytest.mark.parametrize(
+    ("kind", "channels"),
+    [(kind, 3) for kind in DEEP]
+    + [(kind, 4) for kind in DEEP if "ppm" not in kind]
+    + [("png", 2), ("interlaced png", 2)],
+)
 def test_colours_of_16_bits_are_read_with_all_their_bits(kind: str, channels: int, tmp_path: Path) -> None:
-    if channels != 3 and "png" not in kind and (channels == 2 or "ppm" in kind):
-        pytest.skip("there is no such file")
     pixels = np.random.default_rng(0).integers(0, 4096, (7, 9, channels)).astype(np.uint16)
     if channels in (2, 4):
         pixels[:, :, -1] = 65535

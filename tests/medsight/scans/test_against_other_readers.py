@@ -227,6 +227,38 @@ def test_40_generated_palettes_are_shown_in_their_colours() -> None:
         assert np.abs(shown_pixels(content) - expected).max() <= 1, number
 
 
+COLOURS = [
+    (photometric, planes, allocated, stored, high, order)
+    for photometric, planes, order in itertools.product(("RGB", "YBR_FULL"), (0, 1), ("little", "big"))
+    for allocated, stored, high in ((8, 8, 7), (8, 6, 5), (8, 6, 7), (16, 16, 15), (16, 12, 11), (16, 12, 15))
+]
+
+
+@pytest.mark.parametrize(("photometric", "planes", "allocated", "stored", "high", "order"), COLOURS)
+def test_colours_of_any_depth_and_order_of_planes_are_shown_or_refused(
+    photometric: str, planes: int, allocated: int, stored: int, high: int, order: str
+) -> None:
+    pixels = np.random.default_rng(stored).integers(0, 2**stored, (*SIZE, 3))
+    dataset = dicom_dataset(np.zeros((*SIZE, 3), np.uint8), Modality="US", RescaleSlope=None, RescaleIntercept=None)
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, stored, high
+    dataset.PhotometricInterpretation, dataset.PlanarConfiguration = photometric, planes
+    little, big = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = big if order == "big" else little
+    words = (np.moveaxis(pixels, 2, 0) if planes else pixels) << (high + 1 - stored)
+    dataset.PixelData = words.astype(f"{'>' if order == 'big' else '<'}u{allocated // 8}").tobytes()
+    dataset["PixelData"].VR = "OB" if allocated == 8 else "OW"
+    if photometric == "YBR_FULL" and (stored, high) != (8, 7):
+        with pytest.raises(ValueError, match="of a kind that is not read: YBR_FULL"):
+            open_scan(dicom_bytes(dataset))
+        return
+    expected = pixels / (2**stored - 1) * 255
+    if photometric == "YBR_FULL":
+        y, blue, red = (pixels[:, :, channel] - (128 if channel else 0) for channel in range(3))
+        rgb = (y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue)  # PS3.3 C.7.6.3.1.2
+        expected = np.stack(rgb, axis=2).clip(0, 255)
+    assert np.abs(shown_pixels(dicom_bytes(dataset)) - expected).max() <= 1.01
+
+
 TIFFS = [
     {"dtype": dtype, "photometric": photometric, "planarconfig": planes, "byteorder": order, "compression": packed}
     for dtype, (photometric, planes), order, packed in itertools.product(
