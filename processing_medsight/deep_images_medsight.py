@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, ImageOps
 _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PLANES, _EXTRA, _FORMAT = 258, 259, 262, 274, 284, 338, 339  # tags
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _UNSIGNED, _SIGNED = 1, 2
+_MOST_PACKED, _FREE_BYTES = 256, 2**26  # times that a page may be packed, if it is not small when unpacked
 _PREMULTIPLIED, _ALPHA = 1, 2  # kinds of an extra sample
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda samples: samples[:, ::-1],
@@ -175,8 +176,11 @@ class DeepTiff:
                 f"{self.name} is a TIFF of a kind that is not read: {page.samplesperpixel} samples of {page.dtype}, "
                 f"photometric interpretation {getattr(photometric, 'name', photometric)}. Save it in grey or RGB"
             )
+        held, claimed = self._file.seek(0, 2), page.size * page.dtype.itemsize
+        if claimed > max(_FREE_BYTES, _MOST_PACKED * held):
+            raise _RefusedError(f"{self.name} claims {claimed:,} bytes of pixels, and is a file of {held:,}")
         ends = [at + size for at, size in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        if not ends or not all(page.databytecounts) or max(ends) > self._file.seek(0, 2):
+        if not ends or not all(page.databytecounts) or max(ends) > held:
             raise _RefusedError(f"{self.name} is damaged or truncated: some of its pixels are not there")
         samples: np.ndarray = page.asarray()
         if samples.ndim == 3:
