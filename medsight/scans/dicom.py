@@ -173,9 +173,9 @@ class DicomScan(Scan):
         padding = np.zeros(stored.shape, dtype=bool)
         if (value := dicom_header.number_of(header.get("PixelPaddingValue"))) is not None:
             limit = dicom_header.number_of(header.get("PixelPaddingRangeLimit"))
-            ends = [value, value if limit is None else limit]
-            if stored.dtype.kind in "iu":  # the sign of either is as often written wrong as right
-                ends = [float(np.asarray(int(end)).astype(stored.dtype)) for end in ends]
+            # The sign of either is as often written wrong as right.
+            below = 2**15 if header.get("PixelRepresentation") else 0
+            ends = [(end + below) % 2**16 - below for end in (value, value if limit is None else limit)]
             padding = (stored >= min(ends)) & (stored <= max(ends))
         scale = self._modality_scale(index)
         if isinstance(scale, Table):
@@ -235,7 +235,7 @@ class DicomScan(Scan):
         if self.modality not in _BY_PERCENTILES:
             if (shown := self._shown_by_file(index, values)) is not None:
                 return shown
-            changed = scale != (1, 0) or header.get("PixelRepresentation")
+            changed = isinstance(scale, Table) or scale != (1, 0) or header.get("PixelRepresentation")
             if int(header.get("BitsStored") or 16) <= 8 and not changed:
                 top = 2 ** int(header.BitsStored) - 1
                 return windows.apply_window(values, windows.Window(top / 2, top))

@@ -22,11 +22,11 @@ from .dicom_header import code_of, number_of_frames, photometric_of
 
 
 MAX_FRAMES = 2**17  # tiles of a whole slide
+MAX_INFLATED_BYTES = 2**28  # of a deflated data set
 _SAMPLES = {  # a pixel, by photometric interpretation
     **dict.fromkeys(("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), 1),
     **dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"), 3),
 }
-MAX_INFLATED_BYTES = 2**28  # of a deflated data set
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
 _TALKERS = ("pydicom", "highdicom", "pylibjpeg", "openjpeg")  # loggers that may quote a header
@@ -44,12 +44,12 @@ class _Discretion(logging.Filter):
         self._here, self._lock, self._readers = threading.local(), threading.Lock(), 0
         self._loggers: list[logging.Logger] = []
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(self._here, "depth", 0)
-
     def match(self, message: str) -> bool:
-        """As the message pattern of a filter of warnings: an `ignore` that holds in these threads alone."""
-        return not self.filter(None)  # type: ignore[arg-type]
+        """As the pattern of a filter of warnings: an `ignore` that holds in these threads alone."""
+        return bool(getattr(self._here, "depth", 0))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.match("")
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -179,7 +179,6 @@ def _check_kind(dataset: Any, name: str) -> None:
     allocated, signed = int(dataset.BitsAllocated), bool(dataset.get("PixelRepresentation"))
     stored = int(dataset.get("BitsStored") or allocated)
     high = int(dataset.get("HighBit") or stored - 1)
-    jpeg_2000 = syntax in JPEG2000TransferSyntaxes
     at_the_bottom = high == stored - 1
     read = (
         _SAMPLES.get(photometric) == samples
@@ -187,8 +186,8 @@ def _check_kind(dataset: Any, name: str) -> None:
         and (photometric != "PALETTE COLOR" or allocated <= 16)
         and 1 <= stored <= high + 1 <= allocated
         and (at_the_bottom or syntax.is_private or not syntax.is_encapsulated or syntax == RLELossless)
-        and (photometric not in ("YBR_ICT", "YBR_RCT") or jpeg_2000)
-        and (photometric not in ("YBR_FULL", "YBR_FULL_422") or (stored == 8 and at_the_bottom) or jpeg_2000)
+        and (photometric not in ("YBR_ICT", "YBR_RCT") or syntax in JPEG2000TransferSyntaxes)
+        and (photometric not in ("YBR_FULL", "YBR_FULL_422") or (stored == 8 and at_the_bottom))
     )
     if not read:
         colours = code_of(photometric) or "unknown colours"

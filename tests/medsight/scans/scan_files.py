@@ -84,12 +84,12 @@ def dicom_dataset(pixels: np.ndarray, **elements: object) -> Any:
     return dataset
 
 
-def lookup_table(factor: int, count: int) -> Any:
+def lookup_table(factor: int, count: int, first: int = 0) -> Any:
     """A modality or VOI lookup table: `count` values of 16 bits, `factor` times as large as what is looked up."""
     import pydicom
 
     table = pydicom.Dataset()
-    table.LUTDescriptor, table.ModalityLUTType = [count, 0, 16], "US"
+    table.LUTDescriptor, table.ModalityLUTType = [count, first, 16], "US"
     table.add_new("LUTData", "US", list(range(0, factor * count, factor)))
     return table
 
