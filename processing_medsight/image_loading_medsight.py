@@ -60,20 +60,19 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         ValueError: if it is missing, unreadable, empty or truncated, a scan, a folder, has no pixels, or has more than
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
-    image = load_samples(source, name, stored=False)
-    return image if isinstance(image, Image.Image) else _picture_of(image, name or display_name(source))
+    image: Image.Image = load_samples(source, name, stored=False)
+    return image
 
 
-def load_samples(
-    source: str | os.PathLike | bytes, name: str | None = None, stored: bool = True
-) -> Image.Image | np.ndarray:
-    """What `load_image` reads, as the file has it: as masks and label maps are.
+def load_samples(source: str | os.PathLike | bytes, name: str | None = None, stored: bool = True) -> Any:
+    """What `load_image` reads, with the numbers that the file has: those of masks and label maps mean something.
 
     Args:
-        stored: whether a TIFF whose 0 is white is to be left as it is, not inverted.
+        stored: `False` gives what `load_image` does.
 
     Returns:
-        An array (height, width, channels) of colours of more than 8 bits, else a Pillow image.
+        A Pillow image, or an array (height, width, channels) of what Pillow cannot hold. A TIFF whose 0 is white is
+        not inverted.
     """
     name = name or display_name(source)
     found = find_file(source, name)
@@ -86,7 +85,9 @@ def load_samples(
             logger.warning(f"{name} holds {frames} frames: only the first is used")
         image = _decoded(opened, name, stored)
     if isinstance(image, np.ndarray):
-        return image
+        if stored:
+            return image
+        image = _picture_of(image, name)
     image.format = opened.format
     image.filename = os.fspath(found) if isinstance(found, Path) else ""  # type: ignore[attr-defined]
     return image
@@ -199,7 +200,9 @@ def _decoded(image: Image.Image | DeepTiff, name: str, stored: bool) -> Image.Im
     _check_size(image.height, image.width, name)
     if isinstance(image, DeepTiff):
         samples = image.samples(stored)
-        return samples if samples.ndim == 3 else grey_to_pillow(samples, name)
+        if samples.ndim == 2 and not stored:
+            return grey_to_pillow(samples, name)
+        return np.atleast_3d(samples)
     if not pillow_reads(image):
         raise ValueError(f"{name} is a TIFF of a kind that Pillow misreads: hand over its path or its bytes instead")
     tags, is_file = getattr(image, "tag_v2", {}), isinstance(image, ImageFile.ImageFile) and image.tile

@@ -55,7 +55,7 @@ def _read(entry: PictureEntry, load: Any) -> Any:
         raise FileNotFoundError(f"{name}: no such image file")
     else:
         image = load(Path(name))
-    if getattr(image, "mode", None) == "F":
+    if isinstance(image, np.ndarray) or image.mode == "F":
         to_array(image, name, convert_rgb=False, rescale=True)  # refuses NaN and infinity
     return image
 
@@ -78,8 +78,8 @@ def read_mask(entry: PictureEntry, size: tuple[int, int]) -> np.ndarray:
         ValueError: as `read_picture`.
     """
     name, image = picture_name(entry), _read(entry, load_samples)
-    if isinstance(image, np.ndarray):  # colours of 16 bits
-        image = Image.fromarray((image[:, :, :3].max(axis=2) if image.shape[2] > 2 else image[:, :, 0]) > 0)
+    if isinstance(image, np.ndarray):  # of more bits than a picture of Pillow's has; its second or fourth is alpha
+        image = Image.fromarray((image[:, :, : 3 if image.shape[2] > 2 else 1] != 0).any(axis=2))
     if image.size != tuple(size):
         raise MaskSizeError(
             f"{name}: the mask is {image.width}x{image.height} pixels (width x height), its image {size[0]}x{size[1]}"

@@ -42,7 +42,7 @@ def test_a_turned_picture_is_the_same_upright_by_path_and_by_bytes(tmp_path: Pat
             assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
 
 
-@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int32, np.uint32, np.float32, np.float64])
 @pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
 def test_a_mask_is_what_its_tiff_stores_whichever_end_is_white(dtype: type, photometric: str, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
@@ -55,13 +55,16 @@ def test_a_mask_is_what_its_tiff_stores_whichever_end_is_white(dtype: type, phot
         assert (shown[2, 3] > shown[0, 0]) == (photometric == "minisblack")
 
 
-def test_a_mask_in_colours_of_16_bits_has_all_that_is_not_black(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.float64])
+@pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
+def test_a_mask_of_many_bits_has_all_that_is_not_black(dtype: type, photometric: str, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
-    colours = np.zeros((6, 8, 3), np.uint16)
-    colours[2:4, 3:5, 1], colours[5, 5] = 1, 65535  # a label of 1 beside white
-    tifffile.imwrite(tmp_path / "mask.tiff", colours, photometric="rgb")
+    values = np.zeros((6, 8, 3), dtype)
+    values[2:4, 3:5], values[5, 5] = 1, 65535 if dtype is np.uint16 else 2**32 - 1  # a label of 1 beside the largest
+    values = values if photometric == "rgb" else values[:, :, 0]
+    tifffile.imwrite(tmp_path / "mask.tiff", values, photometric=photometric)
     for entry in both(tmp_path / "mask.tiff"):
-        assert np.array_equal(read_mask(entry, (8, 6)), colours.any(axis=2))
+        assert np.array_equal(read_mask(entry, (8, 6)), np.atleast_3d(values).any(axis=2))
 
 
 @pytest.mark.parametrize(
