@@ -5,6 +5,7 @@ import builtins
 import functools
 import io
 import struct
+import sys
 import threading
 import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -154,6 +155,13 @@ def test_colours_of_16_bits_are_read_with_all_their_bits(kind: str, channels: in
                     rgb(opened)
             else:
                 assert (rgb(opened) == expected).all()
+
+
+def test_a_tiff_that_pillow_misreads_is_refused_where_tifffile_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = tiff_of_16_bits(np.zeros((7, 9, 3), np.uint16), planarconfig="separate")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ValueError, match="^upload is a TIFF .* pip install tifffile$"):
+        load_image(content, "upload")
 
 
 def test_a_jpeg_2000_of_deep_colours_is_refused_by_name_and_others_are_read() -> None:
