@@ -41,7 +41,7 @@ extras = {
     ],
     "medical": [
         *("pydicom>=3.0", "nibabel>=5.2", "highdicom>=0.26", "contourpy>=1.3", "pycocotools>=2.0.10"),
-        *("pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.3"),
+        *("pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.3", "tifffile>=2023.2.3", "imagecodecs>=2023.1.23"),
     ],
     "jpeg": ["pylibjpeg-libjpeg>=2.1"],  # lossless and 12-bit JPEG in DICOM; under the GPL, so by itself
     "quant": ["bitsandbytes>=0.46.1", "accelerate>=1.10"],

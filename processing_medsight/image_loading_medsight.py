@@ -3,7 +3,8 @@
 Ranges. 8-bit pixels stay as they are. Other integers (16-bit scans) and floats are 8-bit values where they lie in
 [0, 255]; floats that all lie in [0, 1] are multiplied by 255; any other range is stretched linearly, its smallest
 value to 0 and its largest to 255, over all colour channels together. So a 16-bit scan is neither clipped nor nearly
-black, whatever part of the 65,536 levels it uses; a caller who wants a window sets it before.
+black, whatever part of the 65,536 levels it uses; a caller who wants a window sets it before. Colours of a file are
+brought to 8 bits so when they are read, since Pillow has none of more.
 
 Pictures only: files of scanners (DICOM, NIfTI) are recognised to say what opens them, `medsight.open_scan`.
 """
@@ -22,6 +23,8 @@ from huggingface_hub import get_session
 from PIL import Image, ImageFile, ImageOps
 from transformers.utils import logging
 
+from .deep_images_medsight import DeepTiff, deep_colours, jpeg_2000_bits, pillow_reads, white_is_zero
+
 
 logger = logging.get_logger(__name__)
 
@@ -34,9 +37,10 @@ MAX_DOWNLOAD = 2**30  # bytes behind an address
 _CHANNELS = (1, 2, 3, 4)
 HEAD_BYTES = 1024  # by which a file is recognised
 GZIP_MAGIC, _NPY_MAGIC = b"\x1f\x8b", b"\x93NUMPY"
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LONGEST_NAME = 120  # characters of a base64 string that a message shows
 _SHORTEST_BASE64 = 64  # no image is smaller; a shorter string is a file that is not there
-_PHOTOMETRIC, _BITS = 262, 258  # tags of a TIFF
+_PHOTOMETRIC, _BITS, _ORIENTATION = 262, 258, 274  # tags of a TIFF; the last of EXIF too
 _SCAN_FORMATS = ("DICOM", "NIfTI", "gzip")
 # Not whatever Pillow can open: some of its readers start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -56,6 +60,20 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         ValueError: if it is missing, unreadable, empty or truncated, a scan, a folder, has no pixels, or has more than
             `MAX_IMAGE_PIXELS` (checked before any pixel is decoded).
     """
+    image: Image.Image = load_samples(source, name, stored=False)
+    return image
+
+
+def load_samples(source: str | os.PathLike | bytes, name: str | None = None, stored: bool = True) -> Any:
+    """What `load_image` reads, with the numbers that the file has: those of masks and label maps mean something.
+
+    Args:
+        stored: `False` gives what `load_image` does.
+
+    Returns:
+        A Pillow image, or an array (height, width, channels) of what Pillow cannot hold. A TIFF whose 0 is white is
+        not inverted.
+    """
     name = name or display_name(source)
     found = find_file(source, name)
     kind = format_of(head_of(found, name))
@@ -65,7 +83,11 @@ def load_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         frames = count_frames(opened, name)
         if frames > 1 and opened.format != "MPO":
             logger.warning(f"{name} holds {frames} frames: only the first is used")
-        image = decode(opened, name, upright=True)
+        image = _decoded(opened, name, stored)
+    if isinstance(image, np.ndarray):
+        if stored:
+            return image
+        image = _picture_of(image, name)
     image.format = opened.format
     image.filename = os.fspath(found) if isinstance(found, Path) else ""  # type: ignore[attr-defined]
     return image
@@ -125,7 +147,7 @@ def format_of(head: bytes) -> str | None:
     return "DICOM" if _is_dicom(head) else "NIfTI" if _is_nifti(head) else None
 
 
-def count_frames(opened: Image.Image, name: str) -> int:
+def count_frames(opened: Image.Image | DeepTiff, name: str) -> int:
     """The number of frames or pages of an opened file; a ValueError where it is damaged."""
     try:
         return getattr(opened, "n_frames", 1)
@@ -156,30 +178,62 @@ def load_array(source: Path | bytes, name: str) -> np.ndarray:
     return np.memmap(source, dtype, "r", start, shape, order)
 
 
-def decode(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
-    """A Pillow image with its pixels decoded, after a look at its size.
+def decode(image: Image.Image | DeepTiff, name: str) -> Image.Image:
+    """A picture with its pixels decoded, after a look at its size, turned as its EXIF header says.
 
-    A 16-bit TIFF whose 0 is white is inverted: Pillow sees to fewer bits alone.
+    Colours of more than 8 bits are brought to 8 by the range rule; a TIFF whose 0 is white is inverted.
 
     Args:
+        image: opened by `open_image`, or a Pillow image from elsewhere, which stays as it is.
         name: what to call the image in an error.
-        upright: whether to turn it as its EXIF header says.
 
     Raises:
-        ValueError: it is damaged or truncated, has no pixels, or more than `MAX_IMAGE_PIXELS`.
+        ValueError: it is damaged or truncated, of a kind that is not read, has no pixels, or more than
+            `MAX_IMAGE_PIXELS`.
     """
+    decoded = _decoded(image, name, stored=False)
+    return decoded if isinstance(decoded, Image.Image) else _picture_of(decoded, name)
+
+
+def _decoded(image: Image.Image | DeepTiff, name: str, stored: bool) -> Image.Image | np.ndarray:
+    """See `load_samples`."""
     _check_size(image.height, image.width, name)
+    if isinstance(image, DeepTiff):
+        samples = image.samples(stored)
+        if samples.ndim == 2 and not stored:
+            return grey_to_pillow(samples, name)
+        return np.atleast_3d(samples)
+    if not pillow_reads(image):
+        raise ValueError(f"{name} is a TIFF of a kind that Pillow misreads: hand over its path or its bytes instead")
+    tags, is_file = getattr(image, "tag_v2", {}), isinstance(image, ImageFile.ImageFile) and image.tile
+    if is_file and image.format == "JPEG2000" and image.mode in ("RGB", "RGBA", "LA") and jpeg_2000_bits(image) > 8:
+        raise ValueError(f"{name} is a JPEG 2000 in colours of more than 8 bits, which is not read: save it as PNG")
     try:
-        image.load()
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
+        deep = deep_colours(image)
+        if deep is None:
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
     except Exception as error:
         raise ValueError(f"{name} is damaged or truncated: it cannot be decoded ({error})") from error
-    tags = getattr(image, "tag_v2", {})
-    if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0:
-        # What is returned is no TIFF any more, and so is never inverted again.
-        image = Image.fromarray(2 ** tags[_BITS][0] - 1 - np.asarray(image))
+    if deep is not None:
+        return deep
+    # Pillow inverts samples of up to 8 bits alone. What is returned is no TIFF any more: it is never inverted again.
+    inverted = not image.mode.startswith("I;16")
+    if tags.get(_PHOTOMETRIC) == 0 and stored == inverted and image.mode in ("1", "L", "I;16", "I;16B"):
+        image = Image.fromarray(white_is_zero(np.asarray(image), 8 if inverted else 16))
     return image
+
+
+def _picture_of(samples: np.ndarray, name: str) -> Image.Image:
+    """Colours, or grey and alpha, of more than 8 bits as a Pillow image of 8, by the range rule."""
+    _check_finite(samples, name)
+    has_alpha = samples.shape[2] in (2, 4)
+    colour = _to_eight_bit(samples[:, :, :-1] if has_alpha else samples, rescale=True)
+    if has_alpha:
+        alpha = (_opacity(samples[:, :, -1:]) * 255).round().astype(np.uint8)
+        colour = np.concatenate([colour, alpha], axis=2)
+    return Image.fromarray(np.ascontiguousarray(colour))
 
 
 def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_last: bool | None = None) -> np.ndarray:
@@ -211,9 +265,7 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
     else:
         pixels = _channels_last(as_numpy(image, name), name, channels_last)
     _check_size(pixels.shape[0], pixels.shape[1], name)
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        bad = np.count_nonzero(~np.isfinite(pixels))
-        raise ValueError(f"{name}: expected finite pixels, got {bad} of {pixels.size} NaN or infinite")
+    _check_finite(pixels, name)
     has_alpha = convert_rgb and pixels.shape[2] in (2, 4)
     colour = _to_eight_bit(pixels[:, :, :-1] if has_alpha else pixels, rescale)
     if has_alpha:
@@ -223,12 +275,20 @@ def to_array(image: Any, name: str, convert_rgb: bool, rescale: bool, channels_l
 
 
 def grey_to_pillow(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    """A (height, width) array as a Pillow image of the same range: transformers wants arrays of three axes."""
+    """A (height, width) array as a Pillow image of the same range: transformers wants arrays of three axes.
+
+    Numbers whose differences 32 bits cannot hold are brought to 8 by the range rule.
+    """
     pixels = as_numpy(image, name)
     _check_size(pixels.shape[0], pixels.shape[1], name)
-    if pixels.dtype not in (np.bool_, np.uint8, np.uint16):
-        pixels = pixels.astype(np.int32 if np.can_cast(pixels.dtype, np.int32) else np.float32)
-    return Image.fromarray(pixels)
+    if pixels.dtype in (np.bool_, np.uint8, np.uint16):
+        return Image.fromarray(pixels)
+    if np.can_cast(pixels.dtype, np.int32):
+        return Image.fromarray(pixels.astype(np.int32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = pixels.astype(np.float32)
+        coarse = np.abs(single - pixels.astype(np.float64)).max(initial=0) > np.ptp(pixels.astype(np.float64)) / 512
+    return Image.fromarray(_to_eight_bit(pixels, rescale=True) if coarse else single)
 
 
 def display_name(source: str | os.PathLike | bytes) -> str:
@@ -240,19 +300,25 @@ def display_name(source: str | os.PathLike | bytes) -> str:
     return os.fspath(source) or "the empty path"
 
 
-def open_image(source: Path | bytes, name: str) -> ImageFile.ImageFile:
+def open_image(source: Path | bytes, name: str) -> Image.Image | DeepTiff:
     """A picture file of a known format, opened and not yet decoded; a ValueError for any other."""
+    is_tiff = head_of(source, name).startswith(_TIFF_MAGICS)
     try:
         opened = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: at most {MAX_IMAGE_PIXELS:,} are read ({error})") from error
     except Image.UnidentifiedImageError as error:
+        if is_tiff:
+            return DeepTiff(open_source(source), name)
         raise ValueError(
             f"{name} is not an image, or its header is damaged: neither DICOM nor NIfTI nor .npy, and Pillow finds no "
             f"{', '.join(_FORMATS)}"
         ) from error
     except Exception as error:
         raise ValueError(f"{name} cannot be read as an image ({error})") from error
+    if not pillow_reads(opened):
+        opened.close()
+        return DeepTiff(open_source(source), name)
     # Pillow maps a file of known name into memory, and then turns the sides of a TIFF without its pixels.
     opened.filename = ""
     return opened
@@ -296,6 +362,7 @@ def as_numpy(image: Any, name: str) -> np.ndarray:
 
 
 def _channels_last(pixels: np.ndarray, name: str, channels_last: bool | None) -> np.ndarray:
+    shape = pixels.shape
     if pixels.ndim == 2:
         return pixels[:, :, None]
     if pixels.ndim != 3:
@@ -314,8 +381,7 @@ def _channels_last(pixels: np.ndarray, name: str, channels_last: bool | None) ->
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.shape[2] not in _CHANNELS:
         raise ValueError(
-            f"{name}: expected 1 to 4 channels, first or last, got {pixels.shape[2]} of {pixels.shape[:2]} pixels. "
-            f"{OPEN_SCAN}"
+            f"{name}: expected 1 to 4 channels, first or last, got an array of shape {shape}. {OPEN_SCAN}"
         )
     return pixels
 
@@ -353,6 +419,12 @@ def _check_size(height: int, width: int, name: str) -> None:
             f"{name} has {height:,} x {width:,} pixels (height x width): at most {MAX_IMAGE_PIXELS:,} in total are "
             "read. Scale it down first"
         )
+
+
+def _check_finite(pixels: np.ndarray, name: str) -> None:
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        bad = np.count_nonzero(~np.isfinite(pixels))
+        raise ValueError(f"{name}: expected finite pixels, got {bad} of {pixels.size} NaN or infinite")
 
 
 def _is_nifti(head: bytes) -> bool:

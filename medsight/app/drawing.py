@@ -19,7 +19,7 @@ def color_of(number: int) -> str:
 
 
 def draw_layers(image: Image.Image, masks: Mapping[int, np.ndarray]) -> Image.Image:
-    """The slice, 8-bit, L or RGB, with masks at its size over it by the regions' numbers, at 640 to 1,280 pixels."""
+    """The slice, 8-bit, L or RGB, with masks over it by the regions' numbers, at 640 to 1,280 pixels."""
     nothing = np.zeros((image.height, image.width), dtype=bool)
     drawn = [masks.get(number, nothing) for number in range(max(masks, default=-1) + 1)]
     return draw_regions(image.convert("RGB"), drawn, readable_side(image, MIN_SIDE, MAX_SIDE))

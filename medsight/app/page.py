@@ -317,9 +317,10 @@ class Page(Controls):
         }
 
     def _mask(self, scan: Scan, finding: Finding, threshold: float) -> Any:
-        """Boolean mask of a region at the slice's size."""
-        processor, size = self.predictor.processor, (scan.height, scan.width)
-        return processor.post_process_masks([finding.logits[None]], [size], threshold)[0][0].cpu().numpy()
+        """Boolean mask of a region on the slice's own pixels."""
+        processor, size = self.predictor.processor, scan.picture_size[::-1]
+        mask = processor.post_process_masks([finding.logits[None]], [size], threshold)[0][0]
+        return scan.to_grid(mask.cpu().numpy())
 
 
 def build(predictor: Any, folder: Path | None = None) -> gr.Blocks:

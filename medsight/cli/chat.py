@@ -113,7 +113,7 @@ def command(
     check_checkpoint(checkpoint)
     learnt = LearntOrientations.read(checkpoint)
     scan = open_as_learnt(found.images[0], learnt, plane, allowed_groups=settings.allowed_groups)
-    check_formats(scan, kinds)
+    check_formats(scan, kinds, scan.choose_slices(slice_choice))
     chosen = list(read_slices(scan, slice_choice, view))
     if len(chosen) != 1:
         raise ValueError(f"--slice {slice_choice} chooses {len(chosen)} slices; a conversation is about one of them")

@@ -228,9 +228,10 @@ def read_jobs(
     for job in jobs:
         try:
             scan = open_as_learnt(job.image, **opening)
-            check_formats(scan, formats)
-            job.expected = len(scan.choose_slices(slices))
-            for shown in read_slices(scan, slices, window):
+            chosen = scan.choose_slices(slices)
+            check_formats(scan, formats, chosen)
+            job.expected = len(chosen)
+            for shown in read_slices(scan, chosen, window):
                 yield job, shown
         except (ValueError, OSError) as error:
             job.error = error

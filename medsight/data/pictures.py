@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from medsight.scans.file_kinds import recognise
-from processing_medsight.image_loading_medsight import count_frames, load_image, open_image, to_array
+from processing_medsight.image_loading_medsight import count_frames, load_image, load_samples, open_image, to_array
 
 
 # What a row holds for a picture, as `datasets.Image(decode=False)` yields it: {"path", "bytes"}.
@@ -130,19 +130,21 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
 
 def _stored_samples(entry: PictureEntry, name: str) -> np.ndarray:
     """(height, width) greys or (height, width, 3) colours of a mask's file as they are stored, upright."""
-    image = read_picture(entry)
-    with open_image(_source(entry, name), name) as opened:
-        pages, tags = count_frames(opened, name), getattr(opened, "tag_v2", {})
-    if pages > 1 and image.format != "MPO":
+    source = _source(entry, name)
+    with open_image(source, name) as opened:
+        pages = 1 if opened.format == "MPO" else count_frames(opened, name)
+        fax = getattr(opened, "tag_v2", {}).get(259) in (2, 3, 4)  # says that its 0 is white, and means what it shows
+    if pages > 1:
         raise MaskValuesError(f"{name}: expected one picture, got {pages} pages. {_ONE_STRUCTURE}")
-    if image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
-        colours = to_array(image, name, convert_rgb=True, rescale=True)
-        return colours[:, :, 0] if (colours == colours[:, :, :1]).all() else colours
-    pixels = np.asarray(image)
-    # Inverted, since the file says that its 0 is white; a fax, which always says so, means what it shows.
-    if tags.get(262) == 0 and tags.get(259) not in (2, 3, 4) and pixels.dtype.kind in "bu":
-        return ~pixels if image.mode in ("1", "L") else 2 ** tags[258][0] - 1 - pixels
-    return pixels
+    samples = load_samples(source, name, stored=not fax)
+    if isinstance(samples, Image.Image):
+        grey = samples.mode in ("1", "L", "I", "F") or samples.mode.startswith("I;16")
+        samples = np.asarray(samples) if grey else to_array(samples, name, convert_rgb=True, rescale=True)
+    elif samples.shape[2] in (2, 4):  # what is transparent is black
+        samples = samples[:, :, :-1] * (samples[:, :, -1:] > 0)
+    if samples.dtype.kind == "f" and not np.isfinite(samples).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return samples[:, :, 0] if samples.ndim == 3 and (samples == samples[:, :, :1]).all() else samples
 
 
 def _deblurred(pixels: np.ndarray, values: np.ndarray) -> np.ndarray | None:

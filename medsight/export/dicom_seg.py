@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from medsight.scans.dicom_file import guarded
+from medsight.scans.dicom_header import position_of
 from medsight.scans.scan import Scan
 from medsight.version import __version__
 
-from .dicom_source import discreet, source_headers
+from .dicom_source import source_headers
 from .drawing import PALETTE
 from .regions import FoundRegion, Label, group_by_label
 from .terminology import segment_codes
@@ -19,6 +21,21 @@ SEG_FILE = "segmentation.dcm"
 MANUFACTURER = "MedSIGHT"
 SERIES_NUMBER = 1001
 LONGEST_NAME = 64  # characters of a DICOM Long String
+
+
+def check_dicom_seg(scan: Scan, slices: Sequence[int]) -> None:
+    """Raises a ValueError where slices lie at one position, which a segmentation tells slices apart by."""
+    headers = scan.dicom_datasets()
+    is_series = len(headers) > 1
+    with guarded(scan.name, "its DICOM header is damaged"):
+        places = [position_of(headers[i], 0) if is_series else position_of(headers[0], i) for i in slices]
+    known = [tuple(place) for place in places if place is not None]
+    if len(set(known)) < len(known):
+        ask = "ask about slices at different positions, or " if is_series else ""
+        raise ValueError(
+            f"{scan.name}: dicom-seg cannot refer to several slices at one position, as of a moving heart or several "
+            f"echoes; {ask}use png, coco or rtstruct"
+        )
 
 
 def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, deidentify: bool) -> None:
@@ -45,7 +62,7 @@ def write_dicom_seg(scan: Scan, regions: Sequence[FoundRegion], folder: Path, de
             f"{scan.name}: dicom-seg of several slices needs a Frame of Reference UID, and its files have none; "
             "use png or coco, or write each slice by itself"
         )
-    with discreet(scan.name, "dicom-seg cannot refer to it: its header lacks, or has damaged, what that needs"):
+    with guarded(scan.name, "dicom-seg cannot refer to it: its header lacks, or has damaged, what that needs"):
         segmentation = hd.seg.Segmentation(
             source_images=headers if len(headers) == 1 else [headers[frame] for frame in frames],
             pixel_array=pixels[frames],

@@ -6,9 +6,6 @@ on the list, known or private, is not there to be copied. Every UID but those of
 replaced in the same way still matches.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from medsight.scans.dicom_file import guarded
@@ -50,7 +47,7 @@ def source_headers(scan: Scan, deidentify: bool) -> list["Dataset"]:
     Raises:
         ValueError: the scan lacks a UID by which to refer to it.
     """
-    with discreet(scan.name, "its DICOM header is damaged"):
+    with guarded(scan.name, "its DICOM header is damaged"):
         headers = [_prepare(source, deidentify) for source in scan.dicom_datasets()]
     missing = [keyword for keyword in REFERENCES if any(not header.get(keyword) for header in headers)]
     if missing:
@@ -74,18 +71,6 @@ def _prepare(source: "Dataset", deidentify: bool) -> "Dataset":
         header.PatientIdentityRemoved = "YES"
         header.DeidentificationMethod = f"MedSIGHT {__version__}: only geometry kept, UIDs replaced"
     return header
-
-
-@contextmanager
-def discreet(name: str, problem: str) -> Iterator[None]:
-    """Turns what pydicom and highdicom raise into a ValueError and drops what they log: they may quote a header."""
-    logger = logging.getLogger("highdicom")
-    level, logger.level = logger.level, logging.CRITICAL + 1
-    try:
-        with guarded(name, problem):
-            yield
-    finally:
-        logger.level = level
 
 
 def _geometry(source: "Dataset") -> "Dataset":

@@ -27,14 +27,16 @@ def draw_overlay(image: Image.Image, masks: Sequence[np.ndarray], labels: Sequen
 
     Args:
         image: RGB, width x height pixels. Its longer side is drawn at 512 to 2,048 pixels, whatever its own size.
-        masks: one boolean (height, width) array a region, at the image's size; an empty one only gets its legend line.
+        masks: one boolean array a region, of one size: the image's, or of a slice with oblong pixels its own. An empty
+            one only gets its legend line.
         labels: one legend text a region, cut with an ellipsis where it is too long for the picture.
 
     Raises:
-        ValueError: a mask is not at the image's size, or there are more or fewer labels than masks.
+        ValueError: a mask has neither the image's height nor its width, or there are more or fewer labels than masks.
     """
     size = image.height, image.width
-    if len(masks) != len(labels) or any(mask.shape != size for mask in masks):
+    # One side of a slice whose pixels are oblong is drawn out.
+    if len(masks) != len(labels) or any(mask.shape[0] != size[0] and mask.shape[1] != size[1] for mask in masks):
         shapes = [mask.shape for mask in masks]
         raise ValueError(f"expected a label a mask, and masks of {size}: got {len(labels)} labels, masks of {shapes}")
     return add_legend(draw_regions(image, masks, readable_side(image)), labels)
@@ -52,7 +54,7 @@ def scaled_size(image: Image.Image, longer_side: int) -> tuple[int, int]:
 
 
 def draw_regions(image: Image.Image, masks: Sequence[np.ndarray], longer_side: int) -> Image.Image:
-    """Draws `masks`, at the image's size, over an RGB `image` whose longer side becomes `longer_side` pixels.
+    """Draws `masks` over an RGB `image` whose longer side becomes `longer_side` pixels.
 
     An empty mask keeps its colour and number to itself.
     """

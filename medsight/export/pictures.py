@@ -22,10 +22,10 @@ def overlay(image: Image.Image, regions: Sequence[FoundRegion]) -> Image.Image:
 
     Args:
         image: the slice or picture, 8-bit.
-        regions: all of one slice, at the image's size.
+        regions: all of one slice, at the image's size or on the slice's own pixels.
 
     Raises:
-        ValueError: a mask is not of the image's size.
+        ValueError: a mask is not of that size.
     """
     labels = [f"{' '.join(region.label.split())}  {region.code}" for region in regions]
     return draw_overlay(image.convert("RGB"), [region.mask for region in regions], labels)

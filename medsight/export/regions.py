@@ -32,7 +32,8 @@ class FoundRegion:
 
     Attributes:
         slice_index: the displayed slice it lies on, counted from 0; 0 for a picture.
-        mask: boolean (height, width), as the slice is displayed.
+        mask: boolean (height, width), on the slice's own pixels: one of the picture that is shown goes there by
+            `Scan.to_grid`.
         label: what it shows: the phrase of the answer, or the group.
         code: its region code, as `[C0_16]`.
         score: the model's confidence in the mask, in [0, 1]; `None` where it gave none.

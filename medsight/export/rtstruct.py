@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medsight.scans.dicom_file import guarded
 from medsight.scans.scan import Scan
 from medsight.version import __version__
 
 from .dicom_seg import MANUFACTURER, labels_with_pixels, long_string
-from .dicom_source import PATIENT_AND_STUDY, discreet, source_headers
+from .dicom_source import PATIENT_AND_STUDY, source_headers
 from .drawing import PALETTE
 from .outlines import outlines
 from .regions import FoundRegion, Label
@@ -43,7 +44,7 @@ def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, dei
                 f"{scan.name}: rtstruct needs to know where in the patient each slice lies (Frame of Reference UID, "
                 "Image Position (Patient)), and its files do not say; use dicom-seg, png or coco"
             )
-    with discreet(scan.name, "its DICOM header is damaged"):
+    with guarded(scan.name, "its DICOM header is damaged"):
         structures = _structure_set(headers)
     for label in labels_with_pixels(regions):
         volume = scan.to_source(label.masks)
@@ -53,7 +54,7 @@ def write_rtstruct(scan: Scan, regions: Sequence[FoundRegion], folder: Path, dei
     # Implicit: in explicit syntaxes a contour of some thousand points outgrows the 64 KiB of its element.
     structures.file_meta = pydicom.dataset.FileMetaDataset()
     structures.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    with discreet(scan.name, "its header has what cannot be written to an RTSTRUCT"):
+    with guarded(scan.name, "its header has what cannot be written to an RTSTRUCT"):
         structures.save_as(folder / RTSTRUCT_FILE, enforce_file_format=True)
 
 
@@ -63,7 +64,7 @@ def _contours(scan: Scan, headers: Sequence["Dataset"], frame: int, mask: np.nda
     header = headers[frame] if len(headers) > 1 else headers[0]
     is_frame = "NumberOfFrames" in header and "PerFrameFunctionalGroupsSequence" in header
     frame_number = frame + 1 if is_frame and len(headers) == 1 else None
-    with discreet(f"{scan.name}, frame {frame + 1}", "its header does not say where in the patient it lies"):
+    with guarded(f"{scan.name}, frame {frame + 1}", "its header does not say where in the patient it lies"):
         place = ImageToReferenceTransformer.for_image(header, frame_number)
     for polygon in outlines(mask):
         yield _item(

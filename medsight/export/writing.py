@@ -2,7 +2,7 @@
 
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from medsight.text import printable
 from medsight.version import __version__
 
 from .coco import write_coco
-from .dicom_seg import write_dicom_seg
+from .dicom_seg import check_dicom_seg, write_dicom_seg
 from .nifti import check_nifti, write_nifti
 from .regions import FoundRegion, check_regions, group_by_label, measure
 from .rtstruct import write_rtstruct
@@ -34,9 +34,12 @@ REGIONS_FILE = "regions.json"
 DICOM_FORMATS = {"dicom-seg": write_dicom_seg, "rtstruct": write_rtstruct}
 
 
-def check_formats(scan: Scan, formats: Sequence[str]) -> None:
+def check_formats(scan: Scan, formats: Sequence[str], slices: Collection[int] | None = None) -> None:
     """Refuse, before any region is looked for, what the scan's kind and the installed packages rule out. What single
     DICOM headers lack shows when they are read, in writing.
+
+    Args:
+        slices: those that are asked about; all by default.
 
     Raises:
         ValueError: an unknown format, a format that the scan cannot be written in, or a package that is missing.
@@ -51,6 +54,9 @@ def check_formats(scan: Scan, formats: Sequence[str]) -> None:
             check_nifti(scan)
         if name in DICOM_FORMATS and scan.kind != "dicom":
             raise ValueError(f"{scan.name} is not DICOM, whose images {name} refers to; use png or coco")
+        if name == "dicom-seg":
+            of_a_series = slices is not None and len(scan.dicom_datasets()) > 1
+            check_dicom_seg(scan, sorted(set(slices or ())) if of_a_series else range(scan.num_slices))
 
 
 def write_masks(
@@ -84,8 +90,8 @@ def write_masks(
             scan, or a package that is missing.
         FileExistsError: a file is there already, or the folder is a file. Nothing is written then.
     """
-    check_formats(scan, formats)
     check_regions(scan, regions)
+    check_formats(scan, formats, {region.slice_index for region in regions if region.mask.any()})
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output {folder} is a file; name a folder")

@@ -37,8 +37,8 @@ class Prediction:
     ```
 
     Attributes:
-        answer: clean text, raw text, and a region for every region code, each with its mask at the image's size.
-        image: the picture or slice as the model's processor read it, 8-bit RGB.
+        answer: clean text, raw text, and a region for every region code, each with its mask on the slice's own pixels.
+        image: the picture or slice as the model's processor read it, 8-bit RGB, in true proportions.
         image_name: where the image came from.
         prompt: what was asked.
         model: the checkpoint folder.

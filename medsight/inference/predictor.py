@@ -1,7 +1,7 @@
 """`Predictor`: a loaded checkpoint that answers prompts about pictures, slices of volumes, and whole conversations."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ from medsight.scans.opening import Source, open_scan
 from medsight.scans.scan import Scan
 from medsight.text import printable
 from modeling_medsight.outputs_medsight import CACHE_NAME
-from processing_medsight.grounded_answer_medsight import GroundedAnswer
+from processing_medsight.grounded_answer_medsight import GroundedAnswer, mask_box
 
 from .orientations import LearntOrientations, cut_otherwise, open_as_learnt
 from .prediction import Prediction
@@ -37,7 +37,7 @@ class Slice:
     Attributes:
         scan: what it is of.
         index: which slice, from 0.
-        image: 8-bit RGB, of the scan's `width` x `height`.
+        image: 8-bit RGB, of the scan's `picture_size`.
         window: the grey levels that are shown; None means those that suit the modality.
     """
 
@@ -172,7 +172,7 @@ class Predictor:
     def prediction(self, answer: GroundedAnswer, shown: Slice, prompt: str, name: str) -> Prediction:
         """An answer with what was asked; `name` is what the image is called."""
         return Prediction(
-            answer=answer,
+            answer=on_grid(answer, shown.scan),
             image=shown.image,
             image_name=name,
             prompt=prompt,
@@ -216,6 +216,19 @@ class Predictor:
             output, inputs, threshold=chosen.threshold
         )
         return answers
+
+
+def on_grid(answer: GroundedAnswer, scan: Scan) -> GroundedAnswer:
+    """An answer about a slice as it is shown, its regions' masks, boxes and areas on the slice's own pixels."""
+    if scan.picture_size == (scan.width, scan.height):
+        return answer
+    regions = []
+    for region in answer.regions:
+        if region.mask is not None:
+            mask = torch.from_numpy(scan.to_grid(region.mask.cpu().numpy()))
+            region = replace(region, mask=mask, box=mask_box(mask), area=int(mask.sum()))
+        regions.append(region)
+    return replace(answer, regions=regions)
 
 
 class EarlierTurns:

@@ -15,9 +15,11 @@ from PIL import Image
 from transformers.utils import logging
 
 from . import dicom_header, windows
-from .dicom_file import RefusedError, check_codestream, guarded, lacks_pylibjpeg, read_header, read_whole
+from .dicom_file import RefusedError, guarded, read_header, read_whole
+from .dicom_pixels import stored_pixels
+from .dicom_tables import Table, read_palette, read_table
 from .file_kinds import recognise
-from .scan import Scan, warn_of_oblong_pixels
+from .scan import Scan
 
 
 logger = logging.get_logger(__name__)
@@ -25,7 +27,9 @@ logger = logging.get_logger(__name__)
 MAX_SERIES_FILES = 2**14
 _BY_PERCENTILES = ("MR", "PT", "NM")  # grey levels without a scale that windows of files agree on
 _HEAD = ("HEAD", "BRAIN")
-_UNDECODED = "it is damaged, or of a kind that the installed decoders do not read"
+_SCALES = ("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence")
+_UNDECODED = "it is damaged: its pixels cannot be decoded"
+_SECONDARY_CAPTURES = "1.2.840.10008.5.1.4.1.1.7"
 
 
 class DicomScan(Scan):
@@ -55,7 +59,6 @@ class DicomScan(Scan):
             self._place()
         self._decoded: tuple[int, Any] | None = None
         self._levels: windows.Window | None = None
-        warn_of_oblong_pixels(self)
 
     def dicom_datasets(self) -> list[Any]:
         return list(self._headers)
@@ -70,8 +73,7 @@ class DicomScan(Scan):
             voi = dicom_header.voi_of(*self._header(0))
             return not self._colour and bool(voi.get("VOILUTSequence") or dicom_header.window_of(voi))
 
-    def slice_image(self, index: int, window: str | Sequence[float] | None = None) -> Image.Image:
-        index = self._index(index)
+    def _slice(self, index: int, window: str | Sequence[float] | None) -> Image.Image:
         by_file = windows.is_file_window(window)
         chosen = None if window is None or by_file else windows.parse_window(window)
         if self._colour and window is not None:
@@ -105,11 +107,12 @@ class DicomScan(Scan):
 
     def _place(self) -> None:
         """Spacing and affine, from the positions that the headers state."""
-        spacings = [dicom_header.spacing_of(header) for header in self._headers]
+        frames = [self._header(index) for index in range(self.num_slices)]
+        self._draw_out([dicom_header.aspect_of(*frame) for frame in frames])
+        spacings = [dicom_header.spacing_of(*frame) for frame in frames]
         known = [spacing for spacing in spacings if spacing is not None]
         if len(known) == len(spacings) and (np.ptp(known, axis=0) <= dicom_header.TOLERANCE * np.min(known)).all():
             self.pixel_spacing = known[0]
-        frames = [self._header(index) for index in range(self.num_slices)]
         turns = [dicom_header.directions_of(*frame) for frame in frames]
         placed = [dicom_header.position_of(*frame) for frame in frames]
         if any(value is None for value in (*turns, *placed)):
@@ -141,84 +144,98 @@ class DicomScan(Scan):
         self.affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's axes go to the left and to the back
 
     def _stored(self, index: int) -> np.ndarray:
-        """(Rows, Columns) or (Rows, Columns, 3) as stored, decompressed; YBR as RGB."""
-        from pydicom.pixels import pixel_array
-
         file, frame = (index, 0) if len(self._sources) > 1 else (0, index)
-        if self._decoded is None or self._decoded[0] != file:
-            self._decoded = file, read_whole(self._sources[file], self._slice_name(index))
-        _, dataset = self._decoded
-        check_codestream(dataset, frame, self._slice_name(index))
-        try:
-            pixels = pixel_array(dataset, index=frame)
-        except RuntimeError:  # of all decoders that are there
-            syntax = dataset.file_meta.TransferSyntaxUID
-            if not lacks_pylibjpeg(syntax):
-                raise
-            raise RefusedError(
-                f"{self._slice_name(index)} is compressed as {syntax.name}, which the decoders that are installed do "
-                'not read, or damaged: pip install "pylibjpeg[all]"'
-            ) from None
-        if pixels.shape[:2] != (self.height, self.width) or pixels.ndim > 3:
-            raise RefusedError(
-                f"{self._slice_name(index)} is damaged: its pixels are not of the size its header claims"
-            )
-        return pixels
+        decoded = self._decoded  # another thread may put another file there
+        if decoded is None or decoded[0] != file:
+            decoded = self._decoded = file, read_whole(self._sources[file], self._slice_name(index))
+        return stored_pixels(decoded[1], frame, self._slice_name(index))
 
     def _colour_pixels(self, index: int) -> np.ndarray:
         from pydicom.pixels import apply_color_lut
 
-        header = self._headers[0]
-        pixels = self._stored(index)
+        header, pixels = self._headers[0], self._stored(index)
         bits = int(header.BitsStored)
-        if dicom_header.photometric_of(header) == "PALETTE COLOR":
-            pixels = apply_color_lut(pixels, header)
-            bits = 8 * pixels.itemsize
-        if pixels.dtype.kind != "u" or pixels.shape != (self.height, self.width, 3):
-            raise RefusedError(f"{self.name} has colours of an unknown kind")
-        return (pixels >> (bits - 8) if bits > 8 else pixels).astype(np.uint8)
+        if dicom_header.photometric_of(header) != "PALETTE COLOR":
+            return (pixels >> (bits - 8) if bits > 8 else (pixels * (255 / (2**bits - 1))).round()).astype(np.uint8)
+        if "SegmentedRedPaletteColorLookupTableData" not in header:
+            span = dicom_header.stored_range(header)
+            return read_palette(header, header.original_encoding[1], span, self.name).to_eight_bits(pixels)
+        entries, _, depth = header.RedPaletteColorLookupTableDescriptor
+        if depth == 8 and not 0 < entries <= 2**8:  # pydicom would count them in 8 bits
+            raise RefusedError(f"{self.name} has a palette of a kind that is not read: {entries} entries in segments")
+        shown = apply_color_lut(pixels, header)[..., :3]
+        return (shown >> (8 * shown.itemsize - 8)).astype(np.uint8)
 
     def _grey_values(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(Rows, Columns) in the modality's own grey levels, and where there is nothing but padding."""
-        from pydicom.pixels import apply_modality_lut
-
         header, _ = self._header(index)
         stored = self._stored(index)
         padding = np.zeros(stored.shape, dtype=bool)
         if (value := dicom_header.number_of(header.get("PixelPaddingValue"))) is not None:
             limit = dicom_header.number_of(header.get("PixelPaddingRangeLimit"))
-            low, high = sorted((value, value if limit is None else limit))
-            padding = (stored >= low) & (stored <= high)
-        return apply_modality_lut(stored, self._modality_scale(index)), padding
+            # The sign of either is as often written wrong as right.
+            below = 2**15 if header.get("PixelRepresentation") else 0
+            ends = [(end + below) % 2**16 - below for end in (value, value if limit is None else limit)]
+            padding = (stored >= min(ends)) & (stored <= max(ends))
+        scale = self._modality_scale(index)
+        if isinstance(scale, Table):
+            return scale.look_up(stored), padding
+        slope, intercept = scale
+        return stored * slope + intercept, padding
 
-    def _modality_scale(self, index: int) -> Any:
-        """The part of the header that holds the rescale, or the modality lookup table, of a slice."""
+    def _modality_scale(self, index: int) -> Table | tuple[float, float]:
+        """The modality lookup table of a slice, or its slope and intercept."""
         header, frame = self._header(index)
-        rescale = dicom_header.group_of(header, frame, "PixelValueTransformationSequence")
-        return rescale if "RescaleSlope" in rescale else header
+        group = dicom_header.group_of(header, frame, "PixelValueTransformationSequence")
+        holder = next((part for part in (group, header) if any(key in part for key in _SCALES)), header)
+        if holder.get("ModalityLUTSequence"):
+            span, little = dicom_header.stored_range(header), header.original_encoding[1]
+            return read_table(holder.ModalityLUTSequence[0], little, span, self._slice_name(index))
+        stated = [holder.get(key) for key in ("RescaleSlope", "RescaleIntercept")]
+        slope, intercept = (
+            float(missing) if value is None else dicom_header.number_of(value)
+            for value, missing in zip(stated, (1, 0), strict=True)
+        )
+        if slope is None or intercept is None or not slope:
+            raise RefusedError(
+                f"{self._slice_name(index)} has a damaged header: a rescale slope or intercept of no use"
+            )
+        return slope, intercept
 
     def _shown_by_file(self, index: int, values: np.ndarray) -> np.ndarray | None:
         """By the VOI lookup table of the file, or else its first window; `None` where it states neither."""
-        from pydicom.pixels import apply_voi
-
-        voi = dicom_header.voi_of(*self._header(index))
+        header, frame = self._header(index)
+        voi = dicom_header.voi_of(header, frame)
         if voi.get("VOILUTSequence"):
-            bits = int(voi.VOILUTSequence[0].LUTDescriptor[2])
-            shown = apply_voi(values.astype(np.int64), voi)
-            return (shown.astype(np.float64) * (255 / (2**bits - 1))).clip(0, 255).round().astype(np.uint8)
+            scale = self._modality_scale(index)
+            if isinstance(scale, Table):
+                span = float(scale.entries.min()), float(scale.entries.max())
+            else:
+                low, high = (end * scale[0] + scale[1] for end in dicom_header.stored_range(header))
+                span = min(low, high), max(low, high)
+            table = read_table(voi.VOILUTSequence[0], header.original_encoding[1], span, self._slice_name(index))
+            return table.to_eight_bits(values)
         window = dicom_header.window_of(voi)
         return None if window is None else windows.apply_window(values, window)
 
+    def _in_hounsfield_units(self, index: int) -> bool:
+        """Whether a CT says so: by the type of its rescale, or, where it has none, as an image of a scanner does."""
+        header, frame = self._header(index)
+        group = dicom_header.group_of(header, frame, "PixelValueTransformationSequence")
+        kind = dicom_header.code_of(group.get("RescaleType") or header.get("RescaleType"))
+        if self.modality != "CT" or not any("RescaleIntercept" in part for part in (group, header)):
+            return False
+        return kind.startswith("HU") if kind else not str(header.get("SOPClassUID")).startswith(_SECONDARY_CAPTURES)
+
     def _shown_by_default(self, index: int, values: np.ndarray) -> np.ndarray:
         header, scale = self._header(index)[0], self._modality_scale(index)
-        if self.modality == "CT" and "RescaleIntercept" in scale:
+        if self._in_hounsfield_units(index):
             head = dicom_header.code_of(header.get("BodyPartExamined")) in _HEAD
             return windows.apply_window(values, windows.WINDOWS["brain" if head else "soft tissue"])
         if self.modality not in _BY_PERCENTILES:
             if (shown := self._shown_by_file(index, values)) is not None:
                 return shown
-            rescaled = scale.get("RescaleSlope") not in (None, 1) or scale.get("RescaleIntercept") not in (None, 0)
-            changed = rescaled or scale.get("ModalityLUTSequence") or header.get("PixelRepresentation")
+            changed = isinstance(scale, Table) or scale != (1, 0) or header.get("PixelRepresentation")
             if int(header.get("BitsStored") or 16) <= 8 and not changed:
                 top = 2 ** int(header.BitsStored) - 1
                 return windows.apply_window(values, windows.Window(top / 2, top))

@@ -23,30 +23,71 @@ from .dicom_header import code_of, number_of_frames, photometric_of
 
 MAX_FRAMES = 2**17  # tiles of a whole slide
 MAX_INFLATED_BYTES = 2**28  # of a deflated data set
+_SAMPLES = {  # a pixel, by photometric interpretation
+    **dict.fromkeys(("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), 1),
+    **dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"), 3),
+}
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
-_READING = threading.RLock()  # warnings and log levels are the whole process's
+_TALKERS = ("pydicom", "highdicom", "pylibjpeg", "openjpeg")  # loggers that may quote a header
 
 
 class RefusedError(ValueError):
     """An error whose message is ours."""
 
 
+class _Discretion(logging.Filter):
+    """Drops what the threads that read a file log and warn of meanwhile, and nothing of any other thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._here, self._lock, self._readers = threading.local(), threading.Lock(), 0
+        self._loggers: list[logging.Logger] = []
+
+    def match(self, message: str) -> bool:
+        """As the pattern of a filter of warnings: an `ignore` that holds in these threads alone."""
+        return bool(getattr(self._here, "depth", 0))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.match("")
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        entry = ("ignore", self, Warning, None, 0)
+        with self._lock:
+            self._readers += 1
+            if entry not in warnings.filters:
+                warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
+            names = [name for name in list(logging.root.manager.loggerDict) if name.split(".")[0] in _TALKERS]
+            self._loggers = [logging.getLogger(name) for name in {*_TALKERS, *names}]
+            for logger in self._loggers:
+                logger.addFilter(self)
+        self._here.depth = getattr(self._here, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._here.depth -= 1
+            with self._lock:
+                self._readers -= 1
+                if not self._readers:
+                    warnings.filters[:] = [kept for kept in warnings.filters if kept != entry]  # type: ignore[index]
+                    for logger in self._loggers:
+                        logger.removeFilter(self)
+
+
+discreet = _Discretion()
+
+
 @contextmanager
 def guarded(name: str, problem: str) -> Iterator[None]:
-    """Turn whatever pydicom and its decoders raise into a ValueError, and keep them from writing about a person."""
-    logger = logging.getLogger("pydicom")
-    with _READING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level, logger.level = logger.level, logging.CRITICAL + 1
+    """Turn whatever pydicom and its kin raise into a ValueError, and keep them from writing about a person."""
+    with discreet():
         try:
             yield
         except RefusedError:
             raise
         except Exception as error:
             raise RefusedError(f"{name}: {problem} ({type(error).__name__})") from None
-        finally:
-            logger.level = level
 
 
 def read_header(source: Path | bytes, name: str) -> Any:
@@ -66,6 +107,7 @@ def read_header(source: Path | bytes, name: str) -> Any:
         length = file.seek(0, os.SEEK_END) - here - element
         _set_transfer_syntax(dataset)
         _check_is_image(dataset, length, name)
+        _check_kind(dataset, name)
         _check_sizes(dataset, length, name)
         return dataset
 
@@ -128,16 +170,41 @@ def _check_is_image(dataset: Any, length: int, name: str) -> None:
         raise RefusedError(f"{name} is no image but {kind}{what}")
 
 
+def _check_kind(dataset: Any, name: str) -> None:
+    """Refuse a combination of colours and depths that is not read, or that pydicom would read as another."""
+    from pydicom.uid import JPEG2000TransferSyntaxes, RLELossless
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    photometric, samples = photometric_of(dataset), int(dataset.get("SamplesPerPixel") or 1)
+    allocated, signed = int(dataset.BitsAllocated), bool(dataset.get("PixelRepresentation"))
+    stored = int(dataset.get("BitsStored") or allocated)
+    high = int(dataset.get("HighBit") or stored - 1)
+    at_the_bottom = high == stored - 1
+    read = (
+        _SAMPLES.get(photometric) == samples
+        and (allocated in (1, 8, 16, 32) if samples == 1 else allocated in (8, 16, 32) and not signed)
+        and (photometric != "PALETTE COLOR" or allocated <= 16)
+        and 1 <= stored <= high + 1 <= allocated
+        and (at_the_bottom or syntax.is_private or not syntax.is_encapsulated or syntax == RLELossless)
+        and (photometric not in ("YBR_ICT", "YBR_RCT") or syntax in JPEG2000TransferSyntaxes)
+        and (photometric not in ("YBR_FULL", "YBR_FULL_422") or (stored == 8 and at_the_bottom))
+    )
+    if not read:
+        colours = code_of(photometric) or "unknown colours"
+        raise RefusedError(
+            f"{name} has pixels of a kind that is not read: {colours}, {samples} x {allocated} bits, "
+            f"{'signed, ' if signed else ''}{stored} of them used up to bit {high}: save it in grey or RGB of 8 bits"
+        )
+
+
 def _check_sizes(dataset: Any, length: int, name: str) -> None:
     """Rows x columns x frames against the bytes that follow the header."""
     from pydicom.uid import UID
 
     rows, columns, frames = int(dataset.Rows), int(dataset.Columns), number_of_frames(dataset)
     samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.BitsAllocated)
-    if min(rows, columns, frames) < 1 or samples not in (1, 3) or bits not in (1, 8, 16, 32, 64):
-        raise RefusedError(
-            f"{name} has a damaged header: {frames} frames of {rows} x {columns} pixels of {samples} x {bits} bits"
-        )
+    if min(rows, columns, frames) < 1:
+        raise RefusedError(f"{name} has a damaged header: {frames} frames of {rows} x {columns} pixels")
     if rows * columns > MAX_IMAGE_PIXELS or frames > MAX_FRAMES:
         raise RefusedError(
             f"{name} claims {frames:,} frames of {rows:,} x {columns:,} pixels: at most {MAX_FRAMES:,} of "
@@ -145,7 +212,7 @@ def _check_sizes(dataset: Any, length: int, name: str) -> None:
         )
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
     packed = syntax.is_private or syntax.is_encapsulated
-    share = 2 / 3 if photometric_of(dataset) in ("YBR_FULL_422", "YBR_PARTIAL_422") else 1
+    share = 2 / 3 if photometric_of(dataset) == "YBR_FULL_422" else 1
     needed = 8 * frames if packed else math.ceil(rows * columns * samples * frames * bits * share / 8)
     if needed > length:
         raise RefusedError(
@@ -164,42 +231,3 @@ def _index_frames(dataset: Any) -> None:
     if not parse_basic_offsets(BytesIO(dataset.PixelData)):
         streams = generate_frames(dataset.PixelData, number_of_frames=frames)
         dataset.PixelData = encapsulate(list(islice(streams, frames)))
-
-
-def check_codestream(dataset: Any, frame: int, name: str) -> None:
-    """Hold a compressed frame's own size against the header's: decoders allocate what the frame says."""
-    from pydicom.encaps import get_frame
-    from pydicom.uid import RLELossless
-
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated or syntax == RLELossless:
-        return
-    size = codestream_size(get_frame(dataset.PixelData, frame, number_of_frames=number_of_frames(dataset)))
-    if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
-        raise RefusedError(f"{name} is damaged: its header and its compressed pixels claim different sizes")
-
-
-def lacks_pylibjpeg(syntax: Any) -> bool:
-    """Whether a package that is not installed might decode a transfer syntax."""
-    from pydicom.pixels import get_decoder
-
-    return any(entry.startswith("pylibjpeg") for entry in get_decoder(syntax).missing_dependencies)
-
-
-def codestream_size(stream: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG, JPEG-LS or JPEG 2000 stream by its own header; `None` where it has none."""
-    siz = stream.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if siz >= 0:
-        right, bottom, left, top = (int.from_bytes(stream[siz + at : siz + at + 4], "big") for at in (8, 12, 16, 20))
-        return bottom - top, right - left
-    at = 2
-    while stream[:2] == b"\xff\xd8" and at + 9 <= len(stream):
-        if stream[at] != 0xFF:
-            at += 1
-            continue
-        marker = stream[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
-            return int.from_bytes(stream[at + 5 : at + 7], "big"), int.from_bytes(stream[at + 7 : at + 9], "big")
-        bare = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8
-        at += (1 if marker == 0xFF else 2) if bare else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    return None

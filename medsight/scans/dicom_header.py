@@ -9,7 +9,7 @@ from .windows import Window
 
 
 TOLERANCE = 0.01  # of direction cosines, of spacings that are to be the same, of the distance between slices
-_NARROWEST = {"LINEAR": 1, "LINEAR_EXACT": 0, "SIGMOID": 0}  # a window by its function is wider than this
+_NARROWEST = {"LINEAR": 1, "LINEAR_EXACT": 1e-9, "SIGMOID": 1e-9}  # width of a window, by its function
 _CENTIMETRES = 3  # of the physical units of an ultrasound region
 _IMAGE_REGION = 1  # a two-dimensional picture: no trace over time
 _REGION = (
@@ -25,6 +25,12 @@ def number_of_frames(dataset: Any) -> int:
 
 def photometric_of(dataset: Any) -> str:
     return str(dataset.get("PhotometricInterpretation") or "")
+
+
+def stored_range(dataset: Any) -> tuple[float, float]:
+    """The lowest and highest value that a stored pixel can have."""
+    bits, signed = int(dataset.get("BitsStored") or dataset.BitsAllocated), bool(dataset.get("PixelRepresentation"))
+    return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
 
 
 def code_of(value: Any) -> str | None:
@@ -79,9 +85,9 @@ def directions_of(dataset: Any, frame: int) -> np.ndarray | None:
     return vectors if unit else None
 
 
-def spacing_of(dataset: Any) -> tuple[float, float] | None:
+def spacing_of(dataset: Any, frame: int) -> tuple[float, float] | None:
     """mm between rows and between columns: of the pixels, or of the regions of an ultrasound picture."""
-    stated = numbers_of(measures_of(dataset, 0).get("PixelSpacing"), 2)
+    stated = numbers_of(measures_of(dataset, frame).get("PixelSpacing"), 2)
     if stated is not None and min(stated) > 0:
         return stated[0], stated[1]
     regions = dataset.get("SequenceOfUltrasoundRegions") or []
@@ -90,6 +96,13 @@ def spacing_of(dataset: Any) -> tuple[float, float] | None:
     if not known or len(known) < len(found) or np.ptp(known, axis=0).max() > TOLERANCE * np.min(known):
         return None
     return known[0]
+
+
+def aspect_of(dataset: Any, frame: int) -> float:
+    """A pixel's height over its width, by its spacing, in the patient or on the detector, or its aspect ratio."""
+    others = (numbers_of(dataset.get(key), 2) for key in ("ImagerPixelSpacing", "PixelAspectRatio"))
+    stated = (spacing_of(dataset, frame), *others)
+    return next((sides[0] / sides[1] for sides in stated if sides is not None and min(sides) > 0), 1.0)
 
 
 def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float] | None:
@@ -107,13 +120,13 @@ def _region_spacing(region: Any, rows: int, columns: int) -> tuple[float, float]
 def voi_of(dataset: Any, frame: int) -> Any:
     """The part of the header that holds the window, or the VOI lookup table, of a frame."""
     voi = group_of(dataset, frame, "FrameVOILUTSequence")
-    return voi if "WindowCenter" in voi else dataset
+    return voi if "WindowCenter" in voi or "VOILUTSequence" in voi else dataset
 
 
 def window_of(voi: Any) -> Window | None:
     """The first window that is stated, if it is one."""
     centre, width = (numbers_of(voi.get(key), None) for key in ("WindowCenter", "WindowWidth"))
     function = code_of(voi.get("VOILUTFunction")) or "LINEAR"
-    if not centre or not width or function not in _NARROWEST or width[0] <= _NARROWEST[function]:
+    if not centre or not width or function not in _NARROWEST or width[0] < _NARROWEST[function]:
         return None
     return Window(centre[0], width[0], function)

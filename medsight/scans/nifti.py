@@ -7,11 +7,11 @@ the left. Slices go from feet to head, from back to front, and from the patient'
 other turns of these planes.
 """
 
+import contextlib
 import gzip
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from processing_medsight.image_loading_medsight import GZIP_MAGIC, MAX_IMAGE_PIXELS, open_source
 
-from .scan import MAX_VOXELS, Scan, orientation_of, plane_of, warn_of_oblong_pixels
+from .scan import MAX_VOXELS, Scan, orientation_of, plane_of
 from .windows import WINDOWS, Window, apply_window, looks_like_hounsfield, percentile_window
 
 
@@ -90,7 +90,7 @@ class NiftiScan(Scan):
             self._displayed(voxels, index)[...] = mask
         return voxels
 
-    @contextmanager
+    @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         """The file, unpacked on the way if it is packed."""
         with open_source(self._source) as file:
@@ -120,14 +120,13 @@ class NiftiScan(Scan):
     def _orient(self) -> None:
         import nibabel
 
-        affine = self._header.get_best_affine()
-        stated = any(int(self._header[code]) for code in ("qform_code", "sform_code"))  # else nibabel makes one up
-        usable = stated and np.isfinite(affine).all() and np.linalg.cond(affine[:3, :3]) < 1e12
-        if not usable:
+        affine = _affine(self._header)
+        if affine is None:
             logger.warning(f"{self.name} has no usable affine: its axes are taken for right, anterior and superior")
-        self._orientation = nibabel.io_orientation(affine if usable else np.eye(4))
+        self._orientation = nibabel.io_orientation(np.eye(4) if affine is None else affine)
         unit = _MM_PER_UNIT.get(int(self._header["xyzt_units"]) & 7, 1.0)
-        sizes = unit * (nibabel.affines.voxel_sizes(affine) if usable else self._header["pixdim"][1:4].astype(float))
+        stated = self._header["pixdim"][1:4].astype(float)
+        sizes = unit * (stated if affine is None else nibabel.affines.voxel_sizes(affine))
         source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in self._axes]
         self.width, self.height, self.num_slices = (self._shape[axis] for axis in source_axis)
         if self.width * self.height > MAX_IMAGE_PIXELS:
@@ -135,7 +134,7 @@ class NiftiScan(Scan):
         across, down, through = (float(size) if 0 < size < np.inf else None for size in sizes[source_axis])
         self.pixel_spacing = None if down is None or across is None else (down, across)
         self.slice_spacing = through
-        if usable:
+        if affine is not None:
             self.affine = affine
             axes = unit * affine[:3, source_axis]
             pixel = float(np.linalg.norm(np.cross(axes[:, 0], axes[:, 1])))
@@ -143,7 +142,8 @@ class NiftiScan(Scan):
             right_angles = sizes[source_axis[:2]].prod(), sizes[source_axis[2]]
             if not np.allclose((pixel, distance), right_angles):  # as of a tilted gantry
                 self._pixel_mm2, self.slice_spacing = pixel, distance
-        warn_of_oblong_pixels(self)
+        if self.pixel_spacing is not None:
+            self._draw_out([self.pixel_spacing[0] / self.pixel_spacing[1]])
 
     def _displayed(self, voxels: np.ndarray, index: int) -> np.ndarray:
         """A view of a slice as it is shown: what is written to it is in its place in `voxels`."""
@@ -208,6 +208,24 @@ def _read_header(file: Any, name: str) -> Any:
         return kind(start[: kind.sizeof_hdr], check=False)
     except Exception as error:
         raise ValueError(f"{name} has a damaged NIfTI header") from error
+
+
+def _affine(header: Any) -> np.ndarray | None:
+    """The sform or else the qform, whichever is stated and can be turned round; `None` where neither is."""
+    import nibabel
+
+    squares = sum(float(header[f"quatern_{axis}"]) ** 2 for axis in "bcd")
+    if squares > 1:  # by rounding: a half turn, of length 1, as nifti_quatern_to_mat44 has it
+        for axis in "bcd":
+            header[f"quatern_{axis}"] /= np.sqrt(squares)
+    for kind in ("sform", "qform"):
+        if int(header[f"{kind}_code"]) <= 0:
+            continue
+        with contextlib.suppress(ValueError, nibabel.spatialimages.HeaderDataError):
+            affine = getattr(header, f"get_{kind}")()
+            if np.isfinite(affine).all() and np.linalg.cond(affine[:3, :3]) < 1e12:
+                return affine
+    return None
 
 
 def _three_axes(shape: Sequence[int], name: str) -> tuple[int, int, int]:

@@ -34,12 +34,13 @@ def open_scan(source: Source, name: str | None = None, plane: str | None = None,
     Args:
         source: path (also an http(s) address or base64, as [`load_image`]), bytes, a Pillow image, or an array or
             tensor. An array whose first or last of three axes has 1 to 4 entries is a picture, these its channels; any
-            other one of three axes is a volume, its slices along the first.
+            other one of three axes is a volume, its slices along the first; one whose last axis is not half as long as
+            either of the others is refused, since that may hold channels or slices.
         name: what to call it, and files in it, in messages; the path by default.
         plane: along which a NIfTI volume is cut, "axial" (the default), "coronal" or "sagittal"; or an orientation,
             such as "AI", see `medsight.scans.scan.orientation_of`.
-        volume: take an array (also a .npy file) of 1 to 4 entries along the first axis for so few slices, not for
-            channels. Where the last axis has 1 to 4 entries, these are channels all the same.
+        volume: take the first axis of an array (also of a .npy file) for slices, however few or narrow. Where the last
+            axis has 1 to 4 entries, these are channels all the same.
 
     Returns:
         The scan: its header was read and checked, its pixels are decoded when they are asked for.
@@ -89,4 +90,12 @@ def _open_array(array: np.ndarray, name: str, files: Sequence[Path], volume: boo
     """A volume has three axes, no channels along the last one, and along the first only if `volume` says slices."""
     least = 1 if volume else _MOST_CHANNELS + 1
     is_volume = array.ndim == 3 and array.shape[0] >= least and array.shape[2] > _MOST_CHANNELS
+    if is_volume and not volume:
+        columns = array.shape[2]
+        if 2 * columns < min(array.shape[:2]):
+            raise ValueError(
+                f"{name}: an array of shape {array.shape} seems to have {columns} channels, or slices along its last "
+                "axis. Give 1 to 4 channels, or slices along the first axis: np.moveaxis(array, -1, 0). If its slices "
+                "do lie along the first, open it by open_scan(array, volume=True)"
+            )
     return ArrayStack(array, name, files) if is_volume else Picture(array, name, files)

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from configuration_medsight.configuration_medsight import ORIENTATION
-from processing_medsight.image_loading_medsight import decode, grey_to_pillow, to_array
+from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, decode, grey_to_pillow, to_array
 
 from .windows import Window, apply_window, is_file_window, no_file_window, parse_window
 
@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 MAX_VOXELS = 2**30
 PLANES = {"axial": "LP", "coronal": "LI", "sagittal": "PI"}  # each in the radiological orientation
 _SQUARE = 1.02  # the largest ratio of a pixel's sides that counts as square
+_LONGEST = 100  # the largest that is believed
 
 
 class Scan(ABC):
@@ -49,7 +50,8 @@ class Scan(ABC):
         name: how to call it in messages (no patient data).
         kind: "image", "array" (of slices), "dicom" or "nifti".
         num_slices: 1 for a picture.
-        height, width: of a displayed slice, in pixels.
+        height, width: of a slice, in its own pixels.
+        pixel_aspect: a pixel's height over its width; 1 where it is not known.
         modality: "CT", "MR", "US", ... where the file says so.
         pixel_spacing: mm between rows and between columns, as displayed; `None` where it is not known.
         pixel_mm2: area of a displayed pixel; `None` where it is not known.
@@ -74,6 +76,7 @@ class Scan(ABC):
         self.width = 0
         self.modality: str | None = None
         self.pixel_spacing: tuple[float, float] | None = None
+        self.pixel_aspect = 1.0
         self.slice_spacing: float | None = None
         self.plane: str | None = None
         self.orientation: str | None = None
@@ -86,6 +89,15 @@ class Scan(ABC):
     @property
     def pixel_mm2(self) -> float | None:
         return None if self.pixel_spacing is None else self.pixel_spacing[0] * self.pixel_spacing[1]
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(width, height) of a slice as it is shown: pixels that are not square are drawn out to true proportions."""
+        if 1 / _SQUARE <= self.pixel_aspect <= _SQUARE:
+            return self.width, self.height
+        if self.pixel_aspect > 1:
+            return self.width, round(self.height * self.pixel_aspect)
+        return round(self.width / self.pixel_aspect), self.height
 
     @property
     def has_window(self) -> bool:
@@ -122,13 +134,41 @@ class Scan(ABC):
                 modality (docs/files.md).
 
         Returns:
-            8-bit, mode L or RGB, of `width` x `height`.
+            8-bit, mode L or RGB, of `picture_size`.
 
         Raises:
             ValueError: for a slice that is not there or damaged, or a window that the scan cannot have, or does not
                 state.
         """
-        index = self._index(index)
+        shown = self._slice(self._index(index), window)
+        if shown.size == self.picture_size:
+            return shown
+        return shown.resize(self.picture_size, Image.Resampling.BILINEAR)
+
+    def to_grid(self, mask: np.ndarray) -> np.ndarray:
+        """A mask of a slice as it is shown, on the slice's own pixels; one that is on these stays as it is.
+
+        Args:
+            mask: bool, of `picture_size` or of `width` x `height`.
+
+        Returns:
+            (height, width) bool.
+
+        Raises:
+            ValueError: for a mask of another size or type.
+        """
+        mask, size = np.asarray(mask), (self.height, self.width)
+        if mask.dtype == np.bool_ and mask.shape == size:
+            return mask
+        if mask.dtype == np.bool_ and mask.shape == self.picture_size[::-1]:
+            return np.asarray(Image.fromarray(mask).resize((self.width, self.height), Image.Resampling.NEAREST))
+        expected = " or ".join(f"{h} x {w}" for h, w in dict.fromkeys((size, self.picture_size[::-1])))
+        raise ValueError(
+            f"mask of {self.name}: expected {expected} bool, got {' x '.join(map(str, mask.shape))} {mask.dtype}"
+        )
+
+    def _slice(self, index: int, window: str | Sequence[float] | None) -> Image.Image:
+        """`slice_image`, of `width` x `height`."""
         if window is None:
             return self._default_image(index)
         levels = self._grey_levels(index)
@@ -143,7 +183,7 @@ class Scan(ABC):
         """Masks of displayed slices on the source's own grid.
 
         Args:
-            masks: displayed slice -> (height, width) bool.
+            masks: displayed slice -> bool, as `to_grid` takes it.
 
         Returns:
             Boolean; `False` on slices without a mask. NIfTI: the voxel array's own three axes (i, j, k). DICOM:
@@ -173,7 +213,7 @@ class Scan(ABC):
         if slices == "all":
             return list(range(self.num_slices))
         if slices == "largest-foreground":
-            shown = (np.asarray(self.slice_image(index).convert("L")) for index in range(self.num_slices))
+            shown = (np.asarray(self._slice(index, None).convert("L")) for index in range(self.num_slices))
             # Brighter than a quarter of what is shown.
             return [int(np.argmax([(pixels > 63).sum() for pixels in shown]))]
         if isinstance(slices, str):
@@ -220,16 +260,19 @@ class Scan(ABC):
         return int(index) % self.num_slices
 
     def _checked(self, masks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        checked = {}
-        for index, mask in masks.items():
-            mask = np.asarray(mask)
-            if mask.dtype != np.bool_ or mask.shape != (self.height, self.width):
-                raise ValueError(
-                    f"mask of slice {index} of {self.name}: expected {self.height} x {self.width} bool, got "
-                    f"{' x '.join(map(str, mask.shape))} {mask.dtype}"
-                )
-            checked[self._index(index)] = mask
-        return checked
+        return {self._index(index): self.to_grid(mask) for index, mask in masks.items()}
+
+    def _draw_out(self, aspects: Sequence[float]) -> None:
+        """Sets `pixel_aspect`, by that of each slice."""
+        low, high = min(aspects), max(aspects)
+        size = self.width * self.height * max(high, 1 / low)
+        if high > low * _SQUARE or max(high, 1 / low) > _LONGEST or size > MAX_IMAGE_PIXELS:
+            logger.warning(
+                f"{self.name}: its pixels are {low:.3g} to {high:.3g} times as high as wide, which cannot be drawn "
+                "out: its slices are shown as they are stored"
+            )
+        else:
+            self.pixel_aspect = aspects[0]
 
 
 class Picture(Scan):
@@ -299,11 +342,3 @@ def to_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
     pixels = to_array(image, name, convert_rgb=True, rescale=True)
     grey = (pixels == pixels[:, :, :1]).all()
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if grey else pixels)
-
-
-def warn_of_oblong_pixels(scan: Scan) -> None:
-    """Say so where displayed pixels are not square: they are shown as they are, one pixel an entry."""
-    if scan.pixel_spacing is not None:
-        rows, columns = scan.pixel_spacing
-        if max(rows, columns) > _SQUARE * min(rows, columns):
-            logger.warning(f"{scan.name}: pixels are not square ({rows:.3g} mm high, {columns:.3g} mm wide)")

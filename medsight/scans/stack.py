@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from processing_medsight.deep_images_medsight import DeepTiff
 from processing_medsight.image_loading_medsight import MAX_IMAGE_PIXELS, count_frames, decode, open_image
 
 from .scan import MAX_VOXELS, Scan, is_wide, to_picture
@@ -71,7 +72,7 @@ class PageStack(Stack):
 
     kind = "image"
 
-    def __init__(self, opened: Image.Image, name: str, files: Sequence[Path]) -> None:
+    def __init__(self, opened: Image.Image | DeepTiff, name: str, files: Sequence[Path]) -> None:
         self._opened, self._lock = opened, threading.Lock()
         weakref.finalize(self, opened.close)
         self.name = name
@@ -87,10 +88,10 @@ class PageStack(Stack):
     def _decode(self, index: int) -> Image.Image:
         with self._lock:
             _seek(self._opened, index, self.name)
-            return decode(self._opened, f"{self.name}, page {index}", upright=True).copy()
+            return decode(self._opened, f"{self.name}, page {index}").copy()
 
 
-def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:
+def tiff_pages(source: Path | bytes, name: str) -> Image.Image | DeepTiff | None:
     """The opened file, if it is a TIFF of several pages of one size and mode: `None` for any other picture.
 
     Raises:
@@ -108,7 +109,7 @@ def tiff_pages(source: Path | bytes, name: str) -> Image.Image | None:
     return None
 
 
-def _seek(opened: Image.Image, index: int, name: str) -> None:
+def _seek(opened: Image.Image | DeepTiff, index: int, name: str) -> None:
     try:
         opened.seek(index)
     except Exception as error:

@@ -83,10 +83,15 @@ def percentile_window(values: np.ndarray) -> Window:
 
 
 def looks_like_hounsfield(values: np.ndarray) -> bool:
-    """Whether grey levels without a stated unit are those of a CT: air at about -1000, tissue above 0."""
+    """Whether grey levels without a stated unit are those of a CT: air at about -1000, tissue above 0.
+
+    A single level below all air is padding, and does not count.
+    """
     values = values[np.isfinite(values)]
-    if not values.size:
+    below = values < _AIR[0]
+    if below.all() or (values[below] != values.min()).any():
         return False
+    values = values[~below]
     low, high = np.percentile(values, PERCENTILES)
     return bool(_AIR[0] <= low <= _AIR[1] and high > 0)
 
@@ -95,7 +100,7 @@ def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
     """8-bit grey levels of any array: below the window 0, above it 255. NaN is 0."""
     centre, width, function = window
     values = values.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a width of 1 is a threshold
         if function == "SIGMOID":
             shown = 1 / (1 + np.exp(-4 * (values - centre) / width))
         elif function == "LINEAR":

@@ -365,7 +365,7 @@ def test_processes_that_wait_for_each_other_make_the_same_passes(config: MedSigh
     for row, processors in (("tIttI", [CitesOften(config)]), ("tI", []), ("ttttt", [])):
         model, passes = make_model(config), []
         for name, module in model.model.named_children():
-            module.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
+            module.register_forward_pre_hook(lambda *_, name=name, passes=passes: passes.append(name))
         batch = make_batch(config, [row])
         ended = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": END, "pad_token_id": 256}
         quiet = {} if processors else {"suppress_tokens": list(range(config.region_code_start_id, 320))}

@@ -3,7 +3,11 @@
 import base64
 import builtins
 import functools
+import io
+import struct
+import sys
 import threading
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -82,6 +86,91 @@ def test_a_16_bit_scan_is_stretched_not_clipped(kind: str, low: int, high: int, 
         image = {"pillow": Image.fromarray, "array": np.array, "tensor": torch.from_numpy}[kind](scan)
     assert np.abs(rgb(image).astype(int) - expected).max() <= 1
     assert rgb(image).min() == 0 and rgb(image).max() == 255
+
+
+def png_of_16_bits(pixels: np.ndarray, interlaced: bool = False) -> bytes:
+    """(height, width, channels) uint16, which Pillow cannot write; each row filtered by its left neighbours."""
+    height, width, channels = pixels.shape
+    passes = [(0, 0, 1, 1)]
+    if interlaced:  # first row and column, and steps down and across, of Adam7
+        passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    lines = b""
+    for top, left, down, across in passes:
+        for row in pixels[top::down, left::across]:
+            raw = np.frombuffer(row.astype(">u2").tobytes(), np.uint8)
+            if raw.size:
+                lines += b"\1" + (raw - np.concatenate([np.zeros(2 * channels, np.uint8), raw])[: raw.size]).tobytes()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, interlaced)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+def tiff_of_16_bits(pixels: np.ndarray, **options: object) -> bytes:
+    tifffile = pytest.importorskip("tifffile")
+    file, separate = io.BytesIO(), options.get("planarconfig") == "separate"
+    tifffile.imwrite(file, np.moveaxis(pixels, 2, 0) if separate else pixels, photometric="rgb", **options)
+    return file.getvalue()
+
+
+DEEP = {
+    "png": png_of_16_bits,
+    "interlaced png": functools.partial(png_of_16_bits, interlaced=True),
+    "ppm": lambda pixels: b"P6\n%d %d\n65535\n" % pixels.shape[1::-1] + pixels.astype(">u2").tobytes(),
+    "ppm of 12 bits": lambda pixels: b"P6 %d %d 4095\n" % pixels.shape[1::-1] + pixels.astype(">u2").tobytes(),
+    "plain ppm": lambda pixels: b"P3 %d %d 4095\n" % pixels.shape[1::-1] + b" ".join(b"%d" % v for v in pixels.flat),
+    **{
+        f"tiff {order} {planes} {packed}": functools.partial(
+            tiff_of_16_bits, byteorder=order, planarconfig=planes, compression=packed
+        )
+        for order in "<>"
+        for planes in ("contig", "separate")
+        for packed in (None, "zlib")
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"),
+    [(kind, 3) for kind in DEEP]
+    + [(kind, 4) for kind in DEEP if "ppm" not in kind]
+    + [("png", 2), ("interlaced png", 2)],
+)
+def test_colours_of_16_bits_are_read_with_all_their_bits(kind: str, channels: int, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (7, 9, channels)).astype(np.uint16)
+    if channels in (2, 4):
+        pixels[:, :, -1] = 65535
+    content = DEEP[kind](pixels)
+    (tmp_path / "file").write_bytes(content)
+    expected = rgb(pixels)
+    assert expected.max() == 255
+    assert (rgb(load_image(content)) == expected).all()
+    with Image.open(io.BytesIO(content)) as memory, Image.open(tmp_path / "file") as file:
+        for opened in (memory, file):
+            if "separate" in kind:  # which Pillow misreads
+                with pytest.raises(ValueError, match="image 0 is a TIFF .*hand over its path"):
+                    rgb(opened)
+            else:
+                assert (rgb(opened) == expected).all()
+
+
+def test_a_tiff_that_pillow_misreads_is_refused_where_tifffile_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = tiff_of_16_bits(np.zeros((7, 9, 3), np.uint16), planarconfig="separate")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ValueError, match="^upload is a TIFF .* pip install tifffile$"):
+        load_image(content, "upload")
+
+
+def test_a_jpeg_2000_of_deep_colours_is_refused_by_name_and_others_are_read() -> None:
+    assert load_image(picture_bytes("JPEG2000")).mode == "RGB" and load_image(picture_bytes("JPEG2000", "I;16"))
+    content = bytearray(picture_bytes("JPEG2000", irreversible=False))
+    at = content.index(b"\xff\x4f\xff\x51") + 42
+    content[at], content[at + 3], content[at + 6] = 15, 15, 15
+    with pytest.raises(ValueError, match="upload is a JPEG 2000 in colours of more than 8 bits"):
+        load_image(bytes(content), "upload")
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64", "uint32", "float16", "float32", "float64"])

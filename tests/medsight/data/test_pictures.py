@@ -1,7 +1,6 @@
 """Images and masks are decoded wholly, or refused with the name of their file."""
 
 import re
-import struct
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter
 
 from medsight.data.pictures import EmptyMaskError, MaskSizeError, MaskValuesError, decode_mask, read_mask, read_picture
+from processing_medsight.image_loading_medsight import to_array
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -44,18 +44,17 @@ def test_a_turned_picture_is_the_same_upright_by_path_and_by_bytes(tmp_path: Pat
             assert np.array_equal(np.asarray(read_picture(entry)), expected), orientation
 
 
-@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16])
-def test_a_tiff_whose_0_is_white_is_inverted_as_an_image_and_as_stored_as_a_mask(tmp_path: Path, dtype: type) -> None:
-    stored = np.zeros((6, 8), dtype=dtype)
-    stored[2:4, 3:5] = True
-    black = encoded(Image.fromarray(stored), "TIFF")
-    tag = struct.pack("<HHIH", 262, 3, 1, 1)  # 0 is black
-    assert tag in black
-    (tmp_path / "white.tiff").write_bytes(black.replace(tag, struct.pack("<HHIH", 262, 3, 1, 0)))
-    for entry in both(tmp_path / "white.tiff"):
-        assert np.array_equal(read_mask(entry, (8, 6)), stored != 0)
-        picture = np.asarray(read_picture(entry))
-        assert picture[0, 0] > picture[2, 3]
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int32, np.uint32, np.float32, np.float64])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_a_mask_is_what_its_tiff_stores_whichever_end_is_white(dtype: type, photometric: str, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    inside = np.zeros((6, 8), bool)
+    inside[2:4, 3:5] = True
+    tifffile.imwrite(tmp_path / "mask.tiff", inside.astype(dtype), photometric=photometric)
+    for entry in both(tmp_path / "mask.tiff"):
+        assert np.array_equal(read_mask(entry, (8, 6)), inside)
+        shown = to_array(read_picture(entry), "picture", convert_rgb=False, rescale=True)[:, :, 0]
+        assert (shown[2, 3] > shown[0, 0]) == (photometric == "minisblack")
 
 
 def test_a_fax_of_a_mask_means_what_it_shows() -> None:

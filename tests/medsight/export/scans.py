@@ -39,7 +39,7 @@ def bright_regions(scan: Scan, level: float = BRIGHT / 2, label: str = "bright",
     for index in range(0, scan.num_slices, every):
         window = None if scan.kind == "image" else (level, 2.0)
         shown = np.asarray(scan.slice_image(index, window).convert("L"))
-        regions.append(FoundRegion(index, shown > 127, label, f"[C0_{index % 16}]", 0.5))
+        regions.append(FoundRegion(index, scan.to_grid(shown > 127), label, f"[C0_{index % 16}]", 0.5))
     return regions
 
 

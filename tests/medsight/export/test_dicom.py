@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medsight.export import FoundRegion, write_masks
+from medsight.export import FoundRegion, check_formats, write_masks
 from medsight.export.dicom_source import replaced_uid
 from medsight.scans import Scan, open_scan
 
@@ -208,6 +208,40 @@ def test_every_dicom_image_is_written_or_refused(
             written += 1
     assert written > 100 and refused < written / 4
     assert not [record for record in caplog.records if record.name.startswith(("pydicom", "highdicom"))]
+
+
+@pytest.mark.parametrize("kind", ["series", "frames"])
+def test_slices_at_one_position_are_refused_as_a_segmentation_before_anything_is_asked(
+    kind: str, tmp_path: Path
+) -> None:
+    bright = bright_volume((6, 24, 20), seed=1)  # slices 1 to 5 have regions
+    files = write_dicom_series(tmp_path / "series", bright)
+    for index, file in enumerate(files):  # two positions, three times each
+        dataset = pydicom.dcmread(file)
+        dataset.ImagePositionPatient = [0, 0, 50 * (index // 3)]
+        dataset.InstanceNumber = index
+        dataset.save_as(file)
+    if kind == "frames":
+        write_multi_frame(tmp_path / "frames.dcm", bright)
+        dataset = pydicom.dcmread(tmp_path / "frames.dcm")
+        for groups in dataset.PerFrameFunctionalGroupsSequence:
+            groups.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 0]
+        dataset.save_as(tmp_path / "frames.dcm")
+    scan = open_scan(tmp_path / ("series" if kind == "series" else "frames.dcm"))
+    check_formats(scan, ["png", "coco", "rtstruct"])
+    for asked in (None, [0, 1], [0, 4]):
+        if kind == "series" and asked == [0, 4]:
+            check_formats(scan, ["dicom-seg"], asked)  # at different positions
+            continue
+        with pytest.raises(ValueError, match="several slices at one position"):
+            check_formats(scan, ["png", "dicom-seg"], asked)
+    regions = bright_regions(scan)
+    with pytest.raises(ValueError, match="several slices at one position"):
+        write_masks(scan, regions, tmp_path / "out", ["png", "dicom-seg"])
+    assert write_masks(scan, regions, tmp_path / "out", ["png"])
+    if kind == "series":
+        apart = [region for region in regions if region.slice_index in (1, 4)]
+        assert write_masks(scan, apart, tmp_path / "apart", ["png", "dicom-seg"])
 
 
 def test_a_missing_package_is_named(series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,12 +84,12 @@ def dicom_dataset(pixels: np.ndarray, **elements: object) -> Any:
     return dataset
 
 
-def lookup_table(factor: int, count: int) -> Any:
+def lookup_table(factor: int, count: int, first: int = 0) -> Any:
     """A modality or VOI lookup table: `count` values of 16 bits, `factor` times as large as what is looked up."""
     import pydicom
 
     table = pydicom.Dataset()
-    table.LUTDescriptor, table.ModalityLUTType = [count, 0, 16], "US"
+    table.LUTDescriptor, table.ModalityLUTType = [count, first, 16], "US"
     table.add_new("LUTData", "US", list(range(0, factor * count, factor)))
     return table
 
@@ -135,6 +135,11 @@ def soft_tissue(values: np.ndarray) -> np.ndarray:
     return ((values.astype(float) + 160) / 400 * 255).clip(0, 255)
 
 
+def on_grid(image: Image.Image, shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels of a slice from the picture that shows it; exact where sides are drawn out by an odd factor."""
+    return np.asarray(image.resize(shape[1::-1], Image.Resampling.NEAREST))
+
+
 def shows(image: Image.Image, levels: np.ndarray) -> bool:
-    """Whether a picture has these grey levels, rounded."""
-    return bool(np.abs(np.asarray(image, dtype=float) - levels).max() <= 0.51)
+    """Whether a picture has these grey levels, rounded, on the slice's own pixels."""
+    return bool(np.abs(on_grid(image, levels.shape) - levels).max() <= 0.51)

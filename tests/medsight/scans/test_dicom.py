@@ -84,14 +84,14 @@ def test_frames_of_an_enhanced_file_have_their_own_scale_and_place() -> None:
     frames = [functional_group("PlanePositionSequence", ImagePositionPatient=[0, 0, 4 * i]) for i in range(7)]
     for i, frame in enumerate(frames):
         frame.update(functional_group("PixelValueTransformationSequence", RescaleIntercept=-100 * i, RescaleSlope=1))
-    shared = functional_group("PixelMeasuresSequence", PixelSpacing=[2, 3])
+    shared = functional_group("PixelMeasuresSequence", PixelSpacing=[3, 1])
     shared.update(functional_group("PlaneOrientationSequence", ImageOrientationPatient=[1, 0, 0, 0, 1, 0]))
     groups = {"PerFrameFunctionalGroupsSequence": frames, "SharedFunctionalGroupsSequence": [shared]}
     scan = open_scan(dicom_bytes(dicom_dataset(volume, RescaleIntercept=None, RescaleSlope=None, **groups)))
-    assert scan.pixel_spacing == (2, 3) and scan.slice_spacing == 4 and scan.num_slices == 7
+    assert scan.pixel_spacing == (3, 1) and scan.slice_spacing == 4 and scan.num_slices == 7
     for i, stored in enumerate(volume):
         assert shows(scan.slice_image(i), soft_tissue(stored.astype(int) - 100 * i))
-    assert np.allclose(scan.affine @ [2, 1, 1, 1], [-3, -2, 8, 1])
+    assert np.allclose(scan.affine @ [2, 1, 1, 1], [-1, -3, 8, 1])
     assert scan.to_source({3: np.ones((5, 6), bool)}).sum(axis=(1, 2)).tolist() == [0, 0, 0, 30, 0, 0, 0]
 
 
@@ -109,6 +109,41 @@ def test_a_frame_is_shown_by_what_its_header_says(elements: dict, expected: np.n
     assert np.abs(shown.astype(float) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("elements", "hounsfield"),
+    [
+        ({}, True),
+        ({"RescaleType": "HU"}, True),
+        ({"RescaleType": "HU_MOD"}, True),
+        ({"RescaleType": "US"}, False),
+        ({"RescaleType": "EDW"}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.3", "RescaleType": "US"}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "RescaleType": "HU"}, True),
+        ({"RescaleIntercept": None, "RescaleSlope": None}, False),
+    ],
+)
+def test_a_ct_is_shown_in_the_window_of_soft_tissue_only_where_it_is_in_hounsfield_units(
+    elements: dict, hounsfield: bool
+) -> None:
+    stored = STORED // 10
+    shown = open_scan(dicom_bytes(dicom_dataset(stored, **elements))).slice_image(0)
+    assert shows(shown, soft_tissue(stored) if hounsfield else apply_window(stored, percentile_window(stored)))
+
+
+@pytest.mark.parametrize("value", [-2000, 63536])
+@pytest.mark.parametrize("limit", [None, -1990, 63546])
+def test_padding_is_black_whichever_sign_its_value_was_written_with(value: int, limit: int | None) -> None:
+    stored = STORED.astype(np.int16)
+    stored[0] = -2000
+    dataset = dicom_dataset(stored, Modality="MR", PhotometricInterpretation="MONOCHROME1")
+    dataset.add_new("PixelPaddingValue", "SS" if value < 0 else "US", value)
+    if limit is not None:
+        dataset.add_new("PixelPaddingRangeLimit", "SS" if limit < 0 else "US", limit)
+    shown = np.asarray(open_scan(dicom_bytes(dataset)).slice_image(0))
+    assert (shown[0] == 0).all() and shown[1, 0] == 255
+
+
 @pytest.mark.parametrize("modality", ["US", "CR", "OT"])
 @pytest.mark.parametrize(
     ("elements", "factor"),
@@ -118,6 +153,7 @@ def test_a_frame_is_shown_by_what_its_header_says(elements: dict, expected: np.n
         ({"RescaleIntercept": 0, "RescaleSlope": 2}, 2),
         ({"RescaleIntercept": 0, "RescaleSlope": 1, "PixelRepresentation": 1}, 1),
         ({"ModalityLUTSequence": [lookup_table(4, 256)]}, 4),
+        ({"ModalityLUTSequence": [lookup_table(4, 256, first=1)]}, 4),
     ],
 )
 def test_8_bits_of_dicom_are_shown_as_they_are_unless_a_scale_or_a_sign_changes_them(
@@ -127,7 +163,7 @@ def test_8_bits_of_dicom_are_shown_as_they_are_unless_a_scale_or_a_sign_changes_
     own = {"RescaleIntercept": None, "RescaleSlope": None, **elements}
     shown = np.asarray(open_scan(dicom_bytes(dicom_dataset(stored, Modality=modality, **own))).slice_image(0))
     as_they_are = factor == 1 and "PixelRepresentation" not in elements
-    levels = stored * float(factor)
+    levels = stored * float(factor)  # percentiles do not see where a table begins
     assert np.array_equal(shown, stored if as_they_are else apply_window(levels, percentile_window(levels)))
 
 

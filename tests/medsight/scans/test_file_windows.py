@@ -15,6 +15,7 @@ from tests.medsight.scans.scan_files import (
     dicom_dataset,
     functional_group,
     lookup_table,
+    on_grid,
     picture_bytes,
     shipped_dicoms,
     write_series,
@@ -84,7 +85,18 @@ def test_frames_and_files_have_windows_of_their_own(tmp_path: Path) -> None:
     for index, (centre, width) in enumerate(windows):
         expected = apply_window(STORED, Window(centre, width, "LINEAR"))
         assert np.array_equal(scan.slice_image(index, "file"), expected)
-        assert np.array_equal(series.slice_image(index, "file"), expected)
+        assert np.array_equal(on_grid(series.slice_image(index, "file"), expected.shape), expected)
+
+
+@pytest.mark.parametrize("where", ["PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"])
+def test_a_lookup_table_in_the_functional_groups_is_that_of_their_frames(where: str) -> None:
+    groups = [functional_group("FrameVOILUTSequence", VOILUTSequence=[lookup_table(16, 4000)])]
+    groups *= 3 if where.startswith("Per") else 1
+    scan = open_scan(dicom_bytes(dicom_dataset(np.stack([STORED] * 3), Modality="MG", **{where: groups})))
+    assert scan.has_window
+    for index in range(3):
+        assert np.abs(np.asarray(scan.slice_image(index), dtype=int) - STORED * 16 / 65535 * 255).max() <= 1
+        assert scan.slice_image(index) == scan.slice_image(index, "file")
 
 
 @pytest.mark.parametrize("packed", [False, True])

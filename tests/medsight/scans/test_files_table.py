@@ -29,7 +29,7 @@ def outcome(path: Path, name: str) -> str:
         scan = open_scan(path, name)
         for index in range(scan.num_slices):
             image = scan.slice_image(index)
-            assert image.size == (scan.width, scan.height) and image.mode in ("L", "RGB")
+            assert image.size == scan.picture_size and image.mode in ("L", "RGB")
     except ValueError as error:
         reason = re.sub(r"^\W+", "", str(error).replace(str(path), name).replace(name, "", 1))
         assert reason and "/" not in reason.split()[0], error

@@ -4,6 +4,7 @@ import faulthandler
 import gzip
 import time
 import warnings
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.medsight.scans.scan_files import (
 
 pytest.importorskip("pydicom")
 pytest.importorskip("nibabel")
+tifffile = pytest.importorskip("tifffile")
 
 SLOWEST = 10  # seconds a file
 LARGEST_SEED = 40_000  # bytes
@@ -46,12 +48,21 @@ def seeds() -> list[tuple[str, bytes]]:
         "tiff16": picture_bytes("TIFF", "I;16", compression="tiff_deflate"),
         "tiff lzw": picture_bytes("TIFF", compression="tiff_lzw"),
         "tiff pages": picture_bytes("TIFF", save_all=True, append_images=[Image.new("RGB", (12, 9), "red")] * 3),
+        "tiff of floats": deep_tiff(volume.astype(float), compression="zlib"),
+        "tiff in planes": deep_tiff(volume[:3].astype(np.uint16), photometric="rgb", planarconfig="separate"),
         "npy": npy_bytes(volume),
         "dicom": dicom_bytes(dicom_dataset(volume[2])),
         "dicom frames": dicom_bytes(dicom_dataset(volume)),
     }
     shipped = {name: path.read_bytes() for name, path in shipped_dicoms() if path.stat().st_size < LARGEST_SEED}
     return [*found.items(), *shipped.items()]
+
+
+def deep_tiff(pixels: np.ndarray, **options: object) -> bytes:
+    """A TIFF that Pillow does not read."""
+    file = BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    return file.getvalue()
 
 
 def fields(content: bytes) -> list[int]:
@@ -86,7 +97,7 @@ def read_all(content: bytes) -> None:
     scan = open_scan(content, "upload")
     for index in sorted({0, scan.num_slices // 2, scan.num_slices - 1}):
         image = scan.slice_image(index)
-        assert image.size == (scan.width, scan.height) and image.mode in ("L", "RGB")
+        assert image.size == scan.picture_size and image.mode in ("L", "RGB")
     mask = np.ones((scan.height, scan.width), dtype=bool)
     if scan.num_slices * mask.size < 2**22:
         assert scan.to_source({scan.num_slices - 1: mask}).sum() == mask.sum()

@@ -16,9 +16,11 @@ from tests.medsight.scans.scan_files import (
     ct_volume,
     dicom_bytes,
     dicom_dataset,
+    lookup_table,
     nifti_bytes,
     picture_bytes,
     png_claiming,
+    shipped_dicoms,
     write_series,
 )
 
@@ -99,6 +101,65 @@ def test_a_compressed_frame_that_is_larger_than_its_header_says_is_refused() -> 
     dataset.PixelData = pydicom.encaps.encapsulate([photo])
     with pytest.raises(ValueError, match="claim different sizes"):
         open_scan(dicom_bytes(dataset)).slice_image(0)
+
+
+def compressed(syntax: str, stream: bytes, **elements: object) -> bytes:
+    dataset = dicom_dataset(np.zeros((9, 12), np.uint8), Modality="US", **elements)
+    dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    dataset.PixelData = pydicom.encaps.encapsulate([stream])
+    return dicom_bytes(dataset)
+
+
+GREY_JPEG = picture_bytes("JPEG", "L")
+MISREAD = "of a kind that is not read"
+UNDECODABLE = {  # by what is wrong, and what the error says of it
+    "damaged": (lambda: compressed("JPEGBaseline8Bit", GREY_JPEG[:60] + bytes(9) + GREY_JPEG[90:]), "is damaged"),
+    "no decoder": (lambda: compressed("MPEG2MPML", bytes(64)), r"MPEG2 .* no decoder reads that"),
+    "16 bits of luminance": (
+        lambda: dicom_bytes(dicom_dataset(np.zeros((5, 8, 3), np.uint16), PhotometricInterpretation="YBR_FULL")),
+        f"{MISREAD}: YBR_FULL, 3 x 16 bits",
+    ),
+    "partial range": (
+        lambda: dicom_bytes(dicom_dataset(np.zeros((5, 8, 3), np.uint8), PhotometricInterpretation="YBR_PARTIAL_422")),
+        MISREAD,
+    ),
+    "colours of one sample": (lambda: dicom_bytes(dicom_dataset(STORED, PhotometricInterpretation="RGB")), MISREAD),
+    "bits above those allocated": (lambda: dicom_bytes(dicom_dataset(STORED, HighBit=16)), f"{MISREAD}.*bit 16"),
+    "high bits in a JPEG": (lambda: compressed("JPEGBaseline8Bit", GREY_JPEG, BitsStored=7), MISREAD),
+    "a table that is cut": (
+        lambda: dicom_bytes(dicom_dataset(STORED, Modality="DX", VOILUTSequence=[short_table()])),
+        "LUTData should have 4,000 entries",
+    ),
+    "a slope of nothing": (lambda: dicom_bytes(dicom_dataset(STORED, RescaleSlope=0)), "slope"),
+}
+
+
+def short_table() -> object:
+    table = lookup_table(1, 3000)
+    table.LUTDescriptor = [4000, 0, 16]
+    return table
+
+
+@pytest.mark.parametrize("name", list(UNDECODABLE))
+def test_an_error_says_whether_a_file_is_damaged_or_its_kind_is_not_read(name: str) -> None:
+    make, message = UNDECODABLE[name]
+    with pytest.raises(ValueError, match=f"^upload.*{message}") as error:
+        open_scan(make(), "upload").slice_image(0)
+    assert ("damaged" in str(error.value)) == (name in ("damaged", "a table that is cut", "a slope of nothing"))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_missing_decoder_is_named_with_what_to_install(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pydicom.pixels import get_decoder
+
+    decoder = get_decoder(pydicom.uid.JPEGExtended12Bit if installed else pydicom.uid.JPEGLSLossless)
+    left = {"pillow": decoder._available["pillow"]} if installed else {}  # which reads no 12 bits
+    monkeypatch.setattr(decoder, "_available", left)
+    monkeypatch.setattr(decoder, "_unavailable", {"pylibjpeg": ("pylibjpeg>=2.0", "pylibjpeg-libjpeg>=2.1")})
+    files = dict(shipped_dicoms())
+    path = files["JPGExtended.dcm" if installed else "MR_small_jpeg_ls_lossless.dcm"]
+    with pytest.raises(ValueError, match='compressed .JPEG.*pip install "pylibjpeg>=2.0" "pylibjpeg-libjpeg>=2.1"'):
+        open_scan(path).slice_image(0)
 
 
 @pytest.mark.parametrize(

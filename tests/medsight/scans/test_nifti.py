@@ -21,7 +21,7 @@ ORIENTATIONS = [
     for axes in itertools.permutations(range(3))
     for flips in itertools.product([1, -1], repeat=3)
 ]
-SPACING = np.diag([0.5, 1.5, 2.0, 1.0])  # right, front, up
+SPACING = np.diag([0.5, 1.5, 4.5, 1.0])  # right, front, up
 # plane -> what a slice shows of a (right, anterior, superior) volume, and the axis that is cut through
 PLANES = {
     "axial": (lambda volume, index: volume[::-1, ::-1, index].T, 2),
@@ -71,10 +71,10 @@ def test_a_nifti_is_shown_and_masked_alike_on_all_48_grids(
 @pytest.mark.parametrize(
     ("fields", "spacing", "through"),
     [
-        ({"sform_code": 0}, (1.5, 0.5), 2),
+        ({"sform_code": 0}, (1.5, 0.5), 4.5),
         ({"sform_code": 0, "pixdim": [1, 0.5, np.nan, 2, 1, 1, 1, 1]}, None, 2),
         ({"sform_code": 0, "pixdim": [1, 0.5, 1.5, 0, 1, 1, 1, 1]}, (1.5, 0.5), None),
-        ({"srow_x": np.nan}, (1.5, 0.5), 2),
+        ({"srow_x": np.nan}, (1.5, 0.5), 4.5),
     ],
 )
 def test_a_nifti_without_a_usable_affine_is_shown_as_it_is_stored_with_a_warning(
@@ -95,6 +95,46 @@ def test_a_nifti_without_a_usable_affine_is_shown_as_it_is_stored_with_a_warning
         assert shows(scan.slice_image(index), soft_tissue(stored))
         masks[index] = stored > 0
     assert np.array_equal(scan.to_source(masks), volume > 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sform_code": 0, "quatern_b": 0, "quatern_c": 0, "quatern_d": 1 + 5e-7},
+        {"sform_code": 0, "quatern_b": 0.6, "quatern_c": 0, "quatern_d": 0.8000004},
+        {"srow_x": 0, "quatern_b": 0, "quatern_c": 0, "quatern_d": 1},  # flat
+        {"srow_z": np.inf, "quatern_b": 0, "quatern_c": 0, "quatern_d": 1},
+    ],
+)
+def test_a_nifti_is_placed_by_its_qform_as_simpleitk_places_it(fields: dict, tmp_path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    content = nifti_bytes(ct_volume(), SPACING)
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    for field, value in {"qform_code": 1, **fields}.items():
+        header[field] = value
+    (tmp_path / "file.nii").write_bytes(header.binaryblock + content[348:])
+    scan = open_scan(tmp_path / "file.nii")
+    header["sform_code"] = 0  # which SimpleITK would take, flat or not
+    (tmp_path / "other.nii").write_bytes(header.binaryblock + content[348:])
+    image = sitk.ReadImage(str(tmp_path / "other.nii"))
+    to_ras = np.diag([-1, -1, 1]) @ np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
+    assert np.allclose(scan.affine[:3, :3], to_ras, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [-1024, -2048, -8192, -32768])
+@pytest.mark.parametrize("slope", [1, 0.5])
+def test_padding_around_a_ct_does_not_hide_that_it_is_one(padding: int, slope: float) -> None:
+    volume = np.kron(ct_volume(), np.ones((4, 4, 4), np.int16)).astype(float)
+    volume[:3] = padding
+    image = nibabel.Nifti1Image((volume / slope).clip(-(2**15), 2**15 - 1).astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(slope, 0)
+    assert shows(open_scan(image.to_bytes()).slice_image(8), soft_tissue(volume[::-1, ::-1, 8].T))
+
+
+def test_levels_far_below_air_make_no_ct_of_what_is_none() -> None:
+    volume = np.random.default_rng(0).integers(-20000, 20000, (20, 20, 20)).astype(np.int16)
+    scan = open_scan(nifti_bytes(volume))
+    assert len(np.unique(np.asarray(scan.slice_image(3)))) > 100
 
 
 @pytest.mark.parametrize(("unit", "per_mm"), [("mm", 1), ("micron", 1000), ("meter", 0.001), ("unknown", 1)])

@@ -49,6 +49,16 @@ def test_the_last_axis_and_the_first_hold_channels_or_else_slices(kind: str, vol
             assert np.array_equal(scan.slice_image(0, (128, 256)), apply_window(array[0], Window(128, 256)))
 
 
+@pytest.mark.parametrize("shape", [(64, 48, 5), (16, 16, 5), (12, 40, 5), (64, 64, 20)])
+def test_an_array_whose_last_axis_is_short_is_a_volume_only_where_the_caller_says_so(shape: tuple) -> None:
+    array = RNG.integers(0, 999, shape)
+    for source in (array, npy_bytes(array), torch.from_numpy(array)):
+        with pytest.raises(ValueError, match=rf"^upload: .*{shape[2]} channels, or .*moveaxis.*volume=True"):
+            open_scan(source, "upload")
+        assert open_scan(source, volume=True).num_slices == shape[0]
+        assert open_scan(np.moveaxis(array, -1, 0)).num_slices == shape[2]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grey_levels_of_any_type_are_shown_by_percentiles_of_the_volume_or_a_window(dtype: str) -> None:
     array = (VOLUME.clip(0) if "u" in dtype else VOLUME).astype(dtype)
