@@ -8,8 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from configuration_medsight.configuration_medsight import MedSightConfig
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS, MedSightConfig
 from medsight.data.groups import Groups
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.image_processing_medsight import MedSightImageProcessor

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configuration_medsight.configuration_medsight import MedSightConfig
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS, MedSightConfig
 from medsight.text import align
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import inference, measuring, startup, training
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS
 from tests.training.tiny_run import draw_data, only, tiny_recipe
 
 

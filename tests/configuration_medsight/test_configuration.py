@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from configuration_medsight import MedSightConfig, configuration_medsight
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS
 
 
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from configuration_medsight import MedSightConfig
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS
 from modeling_medsight import MedSightForConditionalGeneration
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from configuration_medsight import MedSightConfig
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS
 from medsight.data.groups import Groups
 from medsight.data.sources import Source
 from medsight.processes import join_processes

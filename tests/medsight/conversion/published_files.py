@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer
 
 from configuration_medsight import MedSightConfig
-from configuration_medsight.presets_medsight import PRESETS
+from configuration_medsight.configuration_medsight import PRESETS
 from modeling_medsight import MedSightForConditionalGeneration
 from tests.tiny_checkpoint import byte_tokenizer
 
