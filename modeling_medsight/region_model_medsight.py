@@ -5,7 +5,7 @@ masks without a language model, and it is what the perceiver's and the codebook'
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class SeesRegions:
     published files, and how they are run."""
 
     config: Any
+    device: torch.device
+    _is_sharded: Callable[[], bool]
     vision_tower: Any
     region_perceiver: RegionPerceiver
     codebook: RegionCodebook
