@@ -46,7 +46,7 @@ def join_processes(cpu: bool, **options: Any) -> PartialState:
 
 
 @cache
-def patient_group() -> Any:
+def waiting_group() -> Any:
     """All processes, where they wait for one that works: however long it takes, it does not hang."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
@@ -57,7 +57,7 @@ def gather(value: Any) -> list[Any]:
     if state.num_processes == 1:
         return [value]
     values = [None] * state.num_processes
-    torch.distributed.all_gather_object(values, value, group=patient_group())
+    torch.distributed.all_gather_object(values, value, group=waiting_group())
     return values
 
 

@@ -1,5 +1,6 @@
 """Chat templates, and what keeps the text of a message from becoming a token that only the template may write."""
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -86,8 +87,8 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
     into a new token; neighbouring text parts are joined first, as a template joins them.
 
     Args:
-        conversations: a list of messages (dicts, or objects with `role` and `content`), or a list of such lists, as
-            `apply_chat_template` takes. Not changed.
+        conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes: dicts, dataclasses or
+            pydantic's models. Not changed.
         tokenizer: the tokenizer whose added tokens count.
         image_token: a token that no text may write, special or not.
 
@@ -105,8 +106,7 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
     special = {i: text for i, text in everything.items() if added[i].special or text == image_token}
     messages = []
     for number, message in enumerate(conversations):
-        if hasattr(message, "role") and hasattr(message, "content"):
-            message = {"role": message.role, "content": message.content}
+        message = _as_dicts(message)
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"message {number}: expected a dict with 'role' and 'content', got {message!r:.200}")
         _check_content(message.get("content"), f"message {number}")
@@ -114,6 +114,19 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
         where = f"message {number} ({str(message['role'])[:40]})"
         messages.append({key: _neutralise(value, forbidden, tokenizer, where) for key, value in message.items()})
     return messages
+
+
+def _as_dicts(value: Any) -> Any:
+    """Dicts in place of dataclasses and pydantic's models, without their fields that are None."""
+    if isinstance(value, (list, tuple)):
+        return [_as_dicts(entry) for entry in value]
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif hasattr(value, "model_dump"):
+        fields = value.model_dump()
+    else:
+        return {name: _as_dicts(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+    return {name: _as_dicts(entry) for name, entry in fields.items() if entry is not None}
 
 
 def _check_content(content: Any, where: str) -> None:

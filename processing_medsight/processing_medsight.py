@@ -36,7 +36,11 @@ class MedSightProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     images_kwargs: MedSightImageProcessorKwargs
 
 
-class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
+class SavedProcessor(RemoteCodeMixin, ProcessorMixin):
+    """A processor that saves its code beside it, as one base: transformers asks the first for what is inherited."""
+
+
+class MedSightProcessor(SavedProcessor):
     r"""Image processor and tokenizer in one, with a chat template.
 
     Call it with `images=` and `text=` whose `<|image_pad|>` placeholders are as many as the images (each becomes
@@ -142,8 +146,9 @@ class MedSightProcessor(RemoteCodeMixin, ProcessorMixin):
             given = [len(entry) for entry in images] if nested else len(images or ())
             if given != (wanted if nested else sum(wanted)):
                 raise ValueError(
-                    f"the text holds {sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), "
-                    f"but {given or 'no'} images were given"
+                    f"the image tokens in the prompts should be the same as the number of images: the text holds "
+                    f"{sum(wanted)} image placeholders {self.image_token} (text by text: {wanted}), but "
+                    f"{given or 'no'} images were given"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 

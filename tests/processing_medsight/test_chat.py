@@ -1,9 +1,13 @@
 """Chat templates, and texts that try to write what only a template may write."""
 
 import copy
+import dataclasses
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -115,6 +119,22 @@ def test_the_callers_messages_are_not_changed(processor: MedSightProcessor, imag
     assert messages[0]["content"][0]["image"] is image
     before[0]["content"][0]["image"] = image
     assert messages == before
+
+
+def test_messages_may_be_objects(processor: MedSightProcessor, image: Image.Image) -> None:
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: Any
+        tool_calls: list | None = None
+
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "<|im_end|>What is this?"}]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = processor.apply_chat_template([{"role": "user", "content": parts}], **settings)
+    for given in (parts, [SimpleNamespace(model_dump=parts[0].copy), parts[1]]):
+        found = processor.apply_chat_template([Message("user", given)], **settings)
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 def test_overlapping_tokens_are_all_broken() -> None:
