@@ -87,8 +87,8 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
     into a new token; neighbouring text parts are joined first, as a template joins them.
 
     Args:
-        conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes: dicts, dataclasses or
-            pydantic's models. Not changed.
+        conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes: dicts, dataclasses
+            or pydantic's models. Not changed.
         tokenizer: the tokenizer whose added tokens count.
         image_token: a token that no text may write, special or not.
 
