@@ -19,6 +19,20 @@ from processing_medsight.grounded_answer_medsight import GroundedAnswer, Grounde
 
 
 UPLOAD_NAME = "the upload"  # what errors call it: a file's own name may be a patient's
+# Where uploads went that sessions took, by the place where the server kept them.
+_taken: dict[Path, list[Path]] = {}
+_taking = threading.Lock()
+
+
+def take_upload(file: Path, target: Path) -> None:
+    """Move an upload; or copy it from where it was moved to, if another visitor's session took the same file."""
+    with _taking:
+        copies = [copy for copy in _taken.get(file, ()) if copy.exists()]
+        if file.exists() or not copies:
+            shutil.move(file, target)
+        else:
+            shutil.copyfile(copies[0], target)
+        _taken[file] = [*copies, target]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +104,8 @@ class Session:
     def open_files(self, files: Sequence[Path]) -> None:
         """Opens uploaded files, in place of what is open, once they could be read.
 
-        They are copied into the session's own folder under names given here: the server keeps an upload by its
-        content, so other visitors' may be the same file.
+        They are moved into the session's own folder under names given here, and go with it. The server keeps an upload
+        by its content: where another visitor's was the same file, a copy of that one is taken.
 
         Raises:
             ValueError: they cannot be read, or do not belong together; then what is open stays.
@@ -100,7 +114,7 @@ class Session:
         try:
             folder = opened.new_folder()
             for number, file in enumerate(files, 1):
-                shutil.copyfile(file, folder / f"{number:05d}")
+                take_upload(file, folder / f"{number:05d}")
             opened._show(folder if len(files) > 1 else folder / "00001", name=UPLOAD_NAME)
         except (ValueError, OSError) as error:
             message = opened.message_of(error)

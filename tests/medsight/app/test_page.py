@@ -64,11 +64,11 @@ def test_an_upload_is_kept_in_the_session_without_its_name_and_goes_with_it(
 def test_visitors_who_upload_the_same_file_all_open_it(page: Any, tmp_path: Path) -> None:
     shared = tmp_path / "as-gradio-keeps-it.png"
     shared.write_bytes(PICTURE)
-    for _ in range(2):
-        session = page.open_upload(None, [str(shared)], 0.5)[page.session]
-        assert session.scan is not None
+    sessions = [page.open_upload(None, [str(shared)], 0.5)[page.session] for _ in range(3)]
+    assert not shared.exists()  # an upload goes with its session
+    assert all(session.scan is not None for session in sessions)
+    for session in sessions:
         session.close()
-    shared.unlink()
     with pytest.warns(UserWarning, match=r"^The server failed on a file \(No such file or directory\): try again$"):
         page.open_upload(None, [str(shared)], 0.5)
 
