@@ -69,6 +69,7 @@ def test_what_the_processor_gives_beside_is_taken_and_not_read() -> None:
     expected = model.generate(**batch, max_new_tokens=4).sequences
     assert torch.equal(model.generate(**batch, **beside, max_new_tokens=4).sequences, expected)
     assert torch.equal(model(**batch, **beside).logits, model(**batch).logits)
+    assert model.region_model(batch["pixel_values"], with_masks=False).masks_queries_logits is None
 
 
 @torch.no_grad()

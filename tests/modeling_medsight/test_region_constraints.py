@@ -171,6 +171,7 @@ def test_what_cannot_give_right_masks_is_refused(model: Any, config: MedSightCon
     longer = torch.ones(2, ids.shape[1] + 9, dtype=torch.long)  # as if the prompt were only the new turn on a cache
     for inputs, message in (
         ({**good, **right_padded}, "row 1 of the prompt is padded on the right"),
+        ({**good, **right_padded, "attention_mask": None}, "row 1 of the prompt is padded on the right"),
         ({**good, "attention_mask": longer}, "whole conversation"),
         ({**good, "pixel_values": pixels[:1]}, "1 images need 21 image placeholders, 21 .* have .21, 21"),
         ({**good, "pixel_values": torch.cat([pixels] * 2)}, "4 images need 84"),

@@ -91,6 +91,11 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str, i
         MedSightImageProcessor(**{"size": 28, **settings})(image)
 
 
+def test_tensors_come_on_the_device_that_is_asked_for(image: Image.Image) -> None:
+    inputs = MedSightImageProcessor(size=8)(image, return_tensors="pt", device="meta")
+    assert {tensor.device.type for tensor in inputs.values()} == {"meta"}
+
+
 def test_no_image_is_refused() -> None:
     with pytest.raises(ValueError, match="images is empty"):
         MedSightImageProcessor()([])
