@@ -11,7 +11,7 @@ from modeling_medsight import MedSightRegionModel
 from .configurations import make_config, make_pixels
 
 
-NAMES = ["clip-qwen3", "resnet-qwen2-auxiliary-loss", "unet-qwen3-pooled"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet-qwen2-auxiliary-loss", "unet-qwen3-pooled")]
 
 
 class Seen(nn.Module):
@@ -28,7 +28,7 @@ class Seen(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["clip-qwen3", *SLOW])
 def test_one_exported_graph_takes_any_number_of_images(name: str) -> None:
     seen = Seen(name)
     graph = torch.export.export(
