@@ -125,7 +125,7 @@ class Stopped(BaseException):
     """As a kill: nothing of the run is told."""
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize("stop_at", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5))])
 def test_a_run_stopped_in_every_stage_gives_the_losses_of_an_unbroken_one(
     drawn_data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
