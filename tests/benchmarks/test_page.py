@@ -63,6 +63,7 @@ def half(device: torch.device, of: float) -> list[dict[str, Any]]:
     return [{"ratio": of / 2, "device": device.type}]
 
 
+@pytest.mark.slow
 def test_runs_are_chosen_by_name_and_by_machine_and_one_that_fails_leaves_the_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

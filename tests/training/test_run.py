@@ -247,6 +247,7 @@ def started(folder: Path, data: Path, run: Path, stage: str, settings: dict[str,
     return build(Recipe, {**values, "model": {"folder": str(folder)}}, "a test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["trainer", "sft"])
 def test_what_trains_beside_a_quantised_model_is_not_rounded(
     unbroken: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
@@ -265,6 +266,7 @@ def test_what_trains_beside_a_quantised_model_is_not_rounded(
     assert seen == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("trainer", ["trainer", "sft"])
 def test_stage_4_by_adapters_and_under_trl(
