@@ -96,31 +96,10 @@ def annotate(
         AnnotationCounts(codes={name: [0] * config.codes_per_group for name in groups.names}),
         settings,
     )
-    counts, numbered, writers = annotator.counts, enumerate(rows), dict[str, SplitWriter]()
+    counts = annotator.counts
     model.eval()
     with staged_folder(Path(output), False, check_empty) as folder:
-        with ExitStack() as stack:
-            total = getattr(rows, "num_rows", None)
-            bar = tqdm(total=total, desc="annotate", unit="image", disable=not progress, file=sys.stderr)
-            stack.enter_context(bar)
-            pool = stack.enter_context(ThreadPoolExecutor(READERS))
-            while batch := list(islice(numbered, batch_size)):
-                readings = []
-                for reading in pool.map(annotator.read, batch):
-                    if isinstance(reading, _Reading):
-                        readings.append(reading)
-                    elif on_error == "stop":
-                        raise reading
-                    else:
-                        counts.skipped.append(str(reading))
-                        logger.warning("left out (number %d): %s", len(counts.skipped), reading)
-                annotator.annotate(readings)
-                for conversation in (entry for reading in readings for entry in annotator.conversations(reading)):
-                    split = conversation["split"]
-                    if split not in writers:
-                        writers[split] = stack.enter_context(closing(SplitWriter(folder, split)))
-                    writers[split].write(conversation)
-                bar.update(len(batch))
+        _write_conversations(annotator, rows, folder, batch_size, on_error, progress)
         if not counts.images:
             raise ValueError(f"no image to annotate: {len(counts.skipped)} could not be read, none else came")
         name = config._name_or_path
@@ -134,6 +113,35 @@ def annotate(
         }
         write_card(folder, counts, {**settings, **origin})
     return counts
+
+
+def _write_conversations(
+    annotator: "_Annotator", rows: Iterable[Any], folder: Path, batch_size: int, on_error: str, progress: bool
+) -> None:
+    """What `annotate` does with rows, a batch at a time; one writer a split."""
+    numbered, writers, skipped = enumerate(rows), dict[str, SplitWriter](), annotator.counts.skipped
+    with ExitStack() as stack:
+        total = getattr(rows, "num_rows", None)
+        bar = tqdm(total=total, desc="annotate", unit="image", disable=not progress, file=sys.stderr)
+        stack.enter_context(bar)
+        pool = stack.enter_context(ThreadPoolExecutor(READERS))
+        while batch := list(islice(numbered, batch_size)):
+            readings = []
+            for reading in pool.map(annotator.read, batch):
+                if isinstance(reading, _Reading):
+                    readings.append(reading)
+                elif on_error == "stop":
+                    raise reading
+                else:
+                    skipped.append(str(reading))
+                    logger.warning("left out (number %d): %s", len(skipped), reading)
+            annotator.annotate(readings)
+            for conversation in (entry for reading in readings for entry in annotator.conversations(reading)):
+                split = conversation["split"]
+                if split not in writers:
+                    writers[split] = stack.enter_context(closing(SplitWriter(folder, split)))
+                writers[split].write(conversation)
+            bar.update(len(batch))
 
 
 def _check_numbers(per_image: int, batch_size: int, plain_share: float) -> None:

@@ -7,6 +7,7 @@ import logging
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -177,20 +178,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
         stage.start(trained_module(model, stage), training)
     model = stage.prepare(model)
     module = trained_module(model, stage)
-    chances = rarity_weights(training.rows["dataset"], training.rows["targets"], settings.rarity_power)
-    micro_batches = state.num_processes * arguments.gradient_accumulation_steps
-    samples_a_step = micro_batches * arguments.per_device_train_batch_size
-    trainer_class = StageTrainer if settings.trainer == "trainer" else sft_trainer_class()
-    trainer = trainer_class(
-        model=module,
-        args=arguments,
-        stage=stage,
-        sampler=DrawSampler(len(training), recipe.seed, chances, samples_a_step),
-        train_dataset=training,
-        eval_dataset=validation if len(validation) else None,
-        data_collator=stage.collator(),
-        processing_class=processor if settings.trainer == "sft" else None,
-    )
+    trainer = stage_trainer(stage, module, processor, arguments, training, validation)
     if settings.example_images and len(validation):
         pictures = ExamplePictures(stage, validation, folder / "examples", settings.example_images)
         trainer.add_callback(pictures)
@@ -202,6 +190,32 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     if weights is not None and module is not model:
         weights = {**model.state_dict(), **{f"model.{name}": weight for name, weight in weights.items()}}
     on_main(lambda: run_folder.finish_stage(folder, model, processor, weights, metrics))
+
+
+def stage_trainer(
+    stage: Stage,
+    module: Any,
+    processor: Any,
+    arguments: TrainingArguments,
+    training: SampleDataset,
+    validation: SampleDataset,
+) -> Any:
+    """The trainer of a stage, which draws a step's samples alike for any number of processes."""
+    settings, seed = stage.settings, stage.seed
+    chances = rarity_weights(training.rows["dataset"], training.rows["targets"], settings.rarity_power)
+    micro_batches = PartialState().num_processes * arguments.gradient_accumulation_steps
+    samples_a_step = micro_batches * arguments.per_device_train_batch_size
+    trainer_class = StageTrainer if settings.trainer == "trainer" else sft_trainer_class()
+    return trainer_class(
+        model=module,
+        args=arguments,
+        stage=stage,
+        sampler=DrawSampler(len(training), seed, chances, samples_a_step),
+        train_dataset=training,
+        eval_dataset=validation if len(validation) else None,
+        data_collator=stage.collator(),
+        processing_class=processor if settings.trainer == "sft" else None,
+    )
 
 
 def stage_dataset(stage: Stage, recipe: Recipe, corpus: Corpus, split: str) -> SampleDataset:
