@@ -134,7 +134,7 @@ class CodebookStage(Stage):
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> nn.Module:
-        start_code_rows(model)
+        start_code_rows(super().finish(model))
         return model
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

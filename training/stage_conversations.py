@@ -99,6 +99,8 @@ class ConversationStage(Stage):
             raise ValueError(f"method={settings.method!r}: choose one of {', '.join(METHODS)}")
         if settings.method != "full" and "language_model" not in settings.trains:
             raise ValueError(f"method={settings.method!r} is of the language model, which it does not train")
+        if settings.keep_share and (settings.method != "full" or trains_rows_alone(settings)):
+            raise ValueError(f"keep_share={settings.keep_share} is for a stage that trains modules as a whole")
         if arguments.get("weight_decay") and trains_rows_alone(settings):
             raise ValueError(
                 f"weight_decay={arguments['weight_decay']} would shrink the rows of all words, where this stage "
@@ -107,7 +109,7 @@ class ConversationStage(Stage):
 
     @property
     def shardable(self) -> bool:
-        return not self.rows_alone and self.settings.method == "full"  # adapters are merged into whole weights
+        return super().shardable and not self.rows_alone and self.settings.method == "full"  # adapters are merged into whole weights
 
     def dataset(self, rows: Any, training: bool, **common: Any) -> ConversationDataset:
         return ConversationDataset(
@@ -169,7 +171,7 @@ class ConversationStage(Stage):
         for hook in self.hooks:
             hook.remove()
         if self.settings.method == "full":
-            return model
+            return super().finish(model)
         return merge_quantised(model) if self.settings.method == "qlora" else model.merge_and_unload()
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

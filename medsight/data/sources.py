@@ -64,12 +64,13 @@ class Survey:
 
     Attributes:
         shards: its files or folders.
-        structures: the structures that have a mask anywhere, by modality and site; of a source that is `complete`.
+        structures: the structures that have a mask anywhere, by data set, modality and site; of a source that is
+            `complete`.
         tested: (data set, patient) of the split test; of a source with a `test_share`.
     """
 
     shards: list[str]
-    structures: Mapping[tuple[str, str], frozenset[str]] = dataclasses.field(default_factory=dict)
+    structures: Mapping[tuple[str, ...], frozenset[str]] = dataclasses.field(default_factory=dict)
     tested: frozenset[tuple[str, str]] = frozenset()
 
 
@@ -84,16 +85,16 @@ def survey(source: Source) -> Survey:
     if not source.complete and source.test_share is None:
         return Survey(layout.shards(source))
     shards = layout.shards(everything)
-    structures, patients = defaultdict[tuple[str, str], set[str]](set), set[tuple[str, str]]()
+    structures, patients = defaultdict[tuple[str, ...], set[str]](set), set[tuple[str, str]]()
     for entry in (entry for shard in shards for entry in layout.rows(shard, everything)):
         if entry.row is not None:
             row = _renamed(entry.row, source)
-            structures[row["modality"], row["site"]] |= {*row["targets"]}
+            structures[_series(row)] |= {*row["targets"]}
             patients.add(_patient(row))
     share = source.test_share or 0.0
     shuffled = sorted(patients, key=lambda patient: hashlib.sha256("\0".join(patient).encode()).digest())
     tested = shuffled[: max(1, round(share * len(patients)))] if share else []
-    found = {pair: frozenset(names) for pair, names in structures.items()} if source.complete else {}
+    found = {series: frozenset(names) for series, names in structures.items()} if source.complete else {}
     return Survey(shards, found, frozenset(tested))
 
 
@@ -111,7 +112,7 @@ def read_shard(shard: str, source: Source, known: Survey) -> Iterator[Entry]:
             if source.split not in (None, row["split"]):
                 continue
         if "absent" in row:
-            looked_for = {*(source.covers or ())} | {*known.structures.get((row["modality"], row["site"]), ())}
+            looked_for = {*(source.covers or ())} | {*known.structures.get(_series(row), ())}
             row["absent"] = [*row["absent"], *sorted(looked_for - {*row["absent"]} - {*row["targets"]})]
         yield entry._replace(row=row)
 
@@ -125,6 +126,10 @@ def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
 
 def _patient(row: Mapping[str, Any]) -> tuple[str, str]:
     return row["dataset"] or "", row["patient"] or ""
+
+
+def _series(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["dataset"] or "", row["modality"] or "", row["site"] or ""
 
 
 def warn_of_shared_pictures(source: Source) -> None:
