@@ -52,8 +52,8 @@ def annotate(
 ) -> AnnotationCounts:
     """Write conversations about images with masks, as parquet with a data card; rows and pictures are streamed.
 
-    The words about row i depend on `seed`, i and the structures of the data and of the model's region_codes.json alone,
-    not on `batch_size`. With a
+    The words about row i depend on `seed`, i and the structures of the data and of the model's region_codes.json, not
+    on `batch_size`. With a
     `plain_share` of 1 no code is needed: the model is not run, and its codebook may be untrained.
 
     Args:

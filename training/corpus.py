@@ -115,7 +115,7 @@ def read_corpus(recipe: Recipe) -> Corpus:
     replayed = frozenset(name for part in replay for name in part.unique("dataset"))
     both = replayed & {name for part in parts for name in part.unique("dataset")}
     if both:
-        raise ValueError(f"data.replay: the data set {min(both)!r} is in data.regions too: leave it out of one of them")
+        raise ValueError(f"data.replay: the data set {min(both)!r} is in data.regions too: leave one out")
     parts += replay
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]

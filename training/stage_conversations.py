@@ -109,7 +109,8 @@ class ConversationStage(Stage):
 
     @property
     def shardable(self) -> bool:
-        return super().shardable and not self.rows_alone and self.settings.method == "full"  # adapters are merged into whole weights
+        whole = self.settings.method == "full"  # adapters are merged into whole weights
+        return super().shardable and whole and not self.rows_alone
 
     def dataset(self, rows: Any, training: bool, **common: Any) -> ConversationDataset:
         return ConversationDataset(

@@ -91,8 +91,9 @@ class Source:
             does not tell, each image is a patient of its own.
         rename: structure, as the data call it -> what it is called here.
         covers: structures that were looked for in every image: one without a mask is known to be absent.
-        complete: whether every structure that has a mask anywhere in a data set was looked for in all of its images of
-            that modality and site. By default a structure that an image has no mask of is neither present nor absent: nobody looked.
+        complete: whether every structure that has a mask anywhere in a data set was looked for in all of its images
+            of that modality and site. By default a structure that an image has no mask of is neither present nor
+            absent: nobody looked.
         test_share: share of the patients that make the split test, whatever the layout says; the others train.
         options: settings of the layout's own, an instance of `Layout.Options`; in a recipe they stand beside the rest.
 

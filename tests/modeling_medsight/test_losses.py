@@ -194,7 +194,8 @@ def test_a_query_without_a_pair_may_be_of_a_class_that_nobody_looked_for() -> No
     """What it says of such a class costs nothing; of any other class it costs as before."""
     config, generator = tiny(num_mask_classes=4), torch.Generator().manual_seed(0)
     masks, logits = torch.randn(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 5, generator=generator)
-    targets, labels = [torch.ones(1, 4, 4), torch.zeros(0, 4, 4)], [torch.tensor([1]), torch.tensor([], dtype=torch.long)]
+    targets = [torch.ones(1, 4, 4), torch.zeros(0, 4, 4)]
+    labels = [torch.tensor([1]), torch.tensor([], dtype=torch.long)]
     loss = RegionPerceiverLoss(config)
 
     def of(unlabelled: list[list[bool]] | None, logits: torch.Tensor = logits) -> torch.Tensor:
