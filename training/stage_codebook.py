@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from medsight.inference.code_assignment import kmeans
 from medsight.processes import on_main
 
 from .collators import RegionCollator
@@ -199,17 +199,6 @@ def matched_regions(model: nn.Module, batch: dict[str, Any]) -> tuple[Any, list[
     regions = model.get_region_features(batch["pixel_values"])
     masks, classes = regions.masks_queries_logits, regions.class_queries_logits
     return regions, model.perceiver_loss.matcher(masks, classes, batch["mask_labels"], batch["class_labels"])
-
-
-def kmeans(points: torch.Tensor, count: int, rounds: int, generator: torch.Generator) -> torch.Tensor:
-    """Centres (count, d) of unit-length points (n, d), themselves of unit length; n may be below count."""
-    start = torch.randint(len(points), (count,), generator=generator)
-    centres = points[start] + 1e-3 * torch.randn(count, points.shape[1], generator=generator)
-    for _ in range(rounds):
-        nearest = torch.cdist(points, centres).argmin(1)
-        for index in nearest.unique().tolist():
-            centres[index] = F.normalize(points[nearest == index].mean(0), dim=0)
-    return centres
 
 
 @torch.no_grad()
