@@ -172,8 +172,8 @@ def find_starts(
 
     Codes are the centres of k-means of W_q of the regions that the model's queries match with the masks in the images
     of their group. A class starts as the known one whose name shares most with its own ("left ventricular cavity":
-    "left ventricle"); where none has half its words, as the known one that the class head finds likeliest in the regions
-    matched with its masks.
+    "left ventricle"); where none has half its words, as the known one that the class head finds likeliest in the
+    regions matched with its masks.
 
     Args:
         model, processor: of one checkpoint, not extended yet.
