@@ -112,13 +112,36 @@ def extend(
         with staged_folder(output, overwrite) as staged:
             shutil.copytree(folder, staged, dirs_exist_ok=True)
         return config, additions
-    loaded, processor = load_checkpoint(folder, "auto")
-    loaded.eval().to(choose_device(device))
     matched = match_groups(config, _pairs(rows), chosen, extend=True) if config.use_region_codebook else None
-    starts = find_starts(loaded, processor, rows, matched, additions, images, seed)
-    extend_model(loaded.cpu(), processor, additions, starts, seed)
-    save_extended(loaded, processor, folder, output, overwrite)
-    return loaded.config, additions
+    extended = extend_folder(
+        folder, rows, output, matched, additions, images=images, seed=seed, device=device, overwrite=overwrite
+    )
+    return extended, additions
+
+
+def extend_folder(
+    folder: Path,
+    rows: Any,
+    output: Path,
+    groups: Groups | None,
+    additions: Additions,
+    *,
+    images: int = 4096,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> MedSightConfig:
+    """What `extend` does once it is known what is new; `groups` are the model's and the new ones.
+
+    Raises:
+        OSError, ValueError: as `extend`.
+    """
+    model, processor = load_checkpoint(folder, "auto")
+    model.eval().to(choose_device(device))
+    starts = find_starts(model, processor, rows, groups, additions, images, seed)
+    extend_model(model.cpu(), processor, additions, starts, seed)
+    save_extended(model, processor, folder, output, overwrite)
+    return model.config
 
 
 def refuse_unfit(folder: Path) -> None:
@@ -209,9 +232,11 @@ def find_starts(
                     likely[target].append(classes)
     generator = torch.Generator().manual_seed(seed)
     for name, points in vectors.items():
-        starts.codes[name] = kmeans(torch.stack(points), config.codes_per_group, KMEANS_ROUNDS, generator)
+        if points:
+            starts.codes[name] = kmeans(torch.stack(points), config.codes_per_group, KMEANS_ROUNDS, generator)
     for name, seen in likely.items():
-        starts.classes[name] = [config.mask_class_names[int(torch.stack(seen).mean(0).argmax())]]
+        if seen:
+            starts.classes[name] = [config.mask_class_names[int(torch.stack(seen).mean(0).argmax())]]
     return starts
 
 
