@@ -97,6 +97,7 @@ class RegionPerceiverLoss(nn.Module):
         class_labels: list[torch.Tensor],
         pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
         loss_counts: dict[str, float] | None = None,
+        unlabelled_classes: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Loss (scalar, float32) and the pairs used; arguments as for [`HungarianMatcher`], masks of any size.
 
@@ -104,6 +105,8 @@ class RegionPerceiverLoss(nn.Module):
             pairs: take these instead of matching anew.
             loss_counts: `masks` that are matched and `images` to average over, where this call sees a part of a
                 batch; its own by default.
+            unlabelled_classes: (batch, classes) boolean, classes that nobody looked for in a sample: a query without a
+                pair may as well be one of these as 'no object' (the marginal loss of Shi et al., 2021).
         """
         config, device, counts = self.config, masks_queries_logits.device, loss_counts or {}
         class_queries_logits = class_queries_logits.to(device)
@@ -124,9 +127,12 @@ class RegionPerceiverLoss(nn.Module):
         num_queries = classes.shape[1] * counts.get("images", len(classes))
         weights = torch.ones(config.num_mask_classes + 1, device=device)
         weights[-1] = config.no_object_weight
-        class_loss = F.cross_entropy(
-            class_queries_logits.float().transpose(1, 2), classes, weight=weights, reduction="sum"
-        )
+        likelihood = class_queries_logits.float().log_softmax(-1)
+        if unlabelled_classes is not None:
+            may_be = F.pad(unlabelled_classes.to(device), (0, 1), value=True)[:, None]
+            nothing = likelihood.masked_fill(~may_be, -torch.inf).logsumexp(-1, keepdim=True)
+            likelihood = torch.cat((likelihood[..., :-1], nothing), dim=-1)
+        class_loss = F.nll_loss(likelihood.transpose(1, 2), classes, weight=weights, reduction="sum")
         weight = num_masks + config.no_object_weight * (num_queries - num_masks)
         loss = config.class_loss_weight * class_loss / (weight or 1)  # without any weight there is no loss
         mask_loss = config.bce_loss_weight * mask_bce(logits, targets)

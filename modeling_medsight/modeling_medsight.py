@@ -29,7 +29,8 @@ from .region_codes_in_text_medsight import CodeLocations, is_region_code, locate
 from .region_model_medsight import MedSightRegionModel, SeesRegions
 
 
-REGION_LABELS = ("class_labels", "group_labels", "asked_classes", "matched_images")  # that language has no use for
+# What language has no use for.
+REGION_LABELS = ("class_labels", "group_labels", "asked_classes", "matched_images", "unlabelled_classes")
 
 
 class Projector(nn.Module):

@@ -305,6 +305,7 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
         group_labels: torch.LongTensor | None = None,
         asked_classes: list[torch.LongTensor] | None = None,
         matched_images: torch.LongTensor | None = None,
+        unlabelled_classes: torch.BoolTensor | None = None,
         loss_counts: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> MedSightRegionOutput:
@@ -324,6 +325,8 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             asked_classes: with class queries: the classes that are asked of each image, those of its regions by
                 default; one that it has no region of has an empty mask.
             matched_images: indices of the images whose regions are found by region queries; all by default.
+            unlabelled_classes: (images, num_mask_classes), classes that nobody looked for in an image: a region query
+                that finds such a region is not taught that there is none.
             loss_counts: `masks`, `images` and `asked` classes that the losses are averages over; by default those of
                 this call.
 
@@ -351,8 +354,10 @@ class MedSightRegionModel(SeesRegions, MedSightPreTrainedModel):
             grid, summary = grid[matched_images], summary[matched_images]
             mask_labels, class_labels = [mask_labels[i] for i in chosen], [class_labels[i] for i in chosen]
             group_labels = group_labels[matched_images] if group_labels is not None else None
+            unlabelled_classes = unlabelled_classes[matched_images] if unlabelled_classes is not None else None
         regions = self._perceive(grid, summary)
         labels: dict[str, Any] = {"mask_labels": mask_labels, "class_labels": class_labels, "loss_counts": counts}
+        labels["unlabelled_classes"] = unlabelled_classes
         last, pairs = self.perceiver_loss(regions.masks_queries_logits, regions.class_queries_logits, **labels)
         # Earlier stages keep the pairs of the last: a query has one target.
         earlier = [self.perceiver_loss(**stage, pairs=pairs, **labels)[0] for stage in regions.auxiliary_logits or []]

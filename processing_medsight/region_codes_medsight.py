@@ -168,6 +168,14 @@ def code_meaning(region_codes: Mapping[str, Any] | None, code: str) -> CodeMeani
     return CodeMeaning(structure, float(entry["structures"][structure]), entry["n"])
 
 
+def structures_of_groups(region_codes: Mapping[str, Any] | None, num_groups: int) -> list[frozenset[str]]:
+    """The structures that the codes of each group were given to, by the content of region_codes.json; none without."""
+    found: list[set[str]] = [set() for _ in range(num_groups)]
+    for code, entry in ({} if region_codes is None else region_codes["codes"]).items():
+        found[parse_region_code(code)[0]] |= entry["structures"].keys()
+    return [frozenset(names) for names in found]
+
+
 def read_region_codes(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a region_codes.json; a ValueError names a damaged one, an OSError one that cannot be read."""
     try:

@@ -52,7 +52,8 @@ def annotate(
 ) -> AnnotationCounts:
     """Write conversations about images with masks, as parquet with a data card; rows and pictures are streamed.
 
-    The words about row i depend on `seed`, i and the data's vocabulary alone, not on `batch_size`. With a
+    The words about row i depend on `seed`, i and the structures of the data and of the model's region_codes.json, not
+    on `batch_size`. With a
     `plain_share` of 1 no code is needed: the model is not run, and its codebook may be untrained.
 
     Args:
@@ -81,6 +82,8 @@ def annotate(
     wordings = wordings or Wordings.load()
     vocabulary = Vocabulary.from_rows(rows, groups)
     _check_names(config, groups, vocabulary, plain_share)
+    if config.use_region_codebook:
+        vocabulary = vocabulary.with_codes(processor.region_codes)
     settings = {
         "seed": seed,
         "per_image": per_image,

@@ -1,7 +1,7 @@
 """Pictures and masks on the model's canvas, as in inference."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from medsight.data.groups import Groups
 from medsight.data.pictures import picture_name, read_mask, read_picture
 from modeling_medsight.loss_medsight import resize_masks
+from processing_medsight.region_codes_medsight import structures_of_groups
 
 from .augmentation import Augmenter
 
@@ -22,10 +23,22 @@ class Canvas:
         config: the model's `MedSightConfig`.
         groups: code groups.
         keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
+        elsewhere: for each group, structures that its images cannot show; none is known of by default.
     """
 
-    def __init__(self, processor: Any, config: Any, groups: Groups, keep_in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        config: Any,
+        groups: Groups,
+        keep_in_memory: bool = False,
+        elsewhere: Sequence[Collection[str]] | None = None,
+    ) -> None:
         self.processor, self.config, self.groups = processor, config, groups
+        self.elsewhere = elsewhere or [()] * len(groups.names)
+        self.known = structures_of_groups(
+            processor.region_codes if config.use_region_codebook else None, len(groups.names)
+        )
         self.loaded: dict[str, Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
@@ -53,6 +66,23 @@ class Canvas:
             for name, index in self.classes.items()
             if name not in present and any(name == other or name.endswith(f" {other}") for other in absent)
         ]
+
+    def unlabelled_classes(self, row: dict[str, Any]) -> torch.Tensor:
+        """(classes,) boolean, the mask classes that nobody looked for in a row's image: neither shown nor absent, and
+        not known to be of other images alone."""
+        unlabelled = torch.ones(self.config.num_mask_classes, dtype=torch.bool)
+        unlabelled[self.classes_of(row)] = False
+        unlabelled[self.absent_classes(row["absent"], row["targets"])] = False
+        elsewhere = self.elsewhere[self.groups.index(row["modality"], row["site"])]
+        unlabelled[[self.classes[name] for name in elsewhere if name in self.classes]] = False
+        return unlabelled
+
+    def recallable(self, row: dict[str, Any]) -> torch.Tensor:
+        """(n,) long, classes that nobody looked for in a row's image, but that it may show by what the model's codes of
+        its group stand for."""
+        known, unlabelled = self.known[self.group(row)], self.unlabelled_classes(row)
+        indices = [self.classes[name] for name in sorted(known) if name in self.classes]
+        return torch.tensor([index for index in indices if unlabelled[index]], dtype=torch.long)
 
     def pixels(self, picture: Any) -> torch.Tensor:
         """(3, S, S), normalised, as in inference."""

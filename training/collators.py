@@ -50,10 +50,13 @@ class RegionCollator(Collator):
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             "mask_labels": [sample["mask_labels"] for sample in samples],
             "class_labels": [sample["class_labels"] for sample in samples],
+            "unlabelled_classes": torch.stack([sample["unlabelled"] for sample in samples]),
         }
         if self.groups:
             batch["group_labels"] = torch.tensor([sample["group"] for sample in samples])
         elif self.class_queries:
+            if "recalled" in samples[0]:
+                batch["recalled_classes"] = [sample["recalled"] for sample in samples]
             batch["asked_classes"] = [sample["asked"] for sample in samples]
             chances = torch.tensor([sample["chance"] for sample in samples])
             matched = (chances < samples[0]["matched"]).nonzero()[:, 0]

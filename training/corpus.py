@@ -39,6 +39,7 @@ class Corpus:
         training, validation: images with masks.
         groups: code groups.
         classes: names of the mask classes.
+        replayed: the data sets of `data.replay`.
     """
 
     recipe: Recipe
@@ -46,6 +47,13 @@ class Corpus:
     validation: Any
     groups: Groups
     classes: list[str]
+    replayed: frozenset[str] = frozenset()
+
+    @property
+    def elsewhere(self) -> list[list[str]]:
+        """For each code group the structures that only images of unrelated groups show."""
+        vocabulary, wordings = Vocabulary.from_rows(self.training, self.groups), Wordings.load()
+        return [sum(vocabulary.unrelated_targets(k, wordings), []) for k in range(len(self.groups.names))]
 
     @property
     def orientations(self) -> dict[str, str]:
@@ -119,6 +127,12 @@ def read_corpus(recipe: Recipe) -> Corpus:
         OSError, ValueError: as `load_source`; or nothing can be held out though it is asked.
     """
     parts = [read_source(recipe, entry) for entry in recipe.data.regions]
+    replay = [read_source(recipe, entry) for entry in recipe.data.replay]
+    replayed = frozenset(name for part in replay for name in part.unique("dataset"))
+    both = replayed & {name for part in parts for name in part.unique("dataset")}
+    if both:
+        raise ValueError(f"data.replay: the data set {min(both)!r} is in data.regions too: leave one out")
+    parts += replay
     if not parts:
         parts = [Dataset.from_dict({column: [] for column in REGION_FEATURES}, REGION_FEATURES)]
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
@@ -126,14 +140,14 @@ def read_corpus(recipe: Recipe) -> Corpus:
     training, validation = divide(rows, held)
     groups = groups_of(recipe, zip(rows["modality"], rows["site"], strict=True))
     classes = recipe.data.classes or sorted({target for targets in rows["targets"] for target in targets})
-    return Corpus(recipe, training, validation, groups, classes)
+    return Corpus(recipe, training, validation, groups, classes, replayed)
 
 
 def warn_of_tested_pictures(recipe: Recipe) -> None:
     """Log a warning where a source of the recipe has pictures in another of its splits too."""
     named = {name for stage in recipe.stages for name in stage.get("data", [])}
     spoken = [entry for name, entry in recipe.data.conversations.items() if name in named]
-    for entry in (*recipe.data.regions, *spoken):
+    for entry in (*recipe.data.regions, *recipe.data.replay, *spoken):
         warn_of_shared_pictures(Source.from_mapping(entry))
 
 

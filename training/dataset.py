@@ -84,10 +84,12 @@ class RegionDataset(SampleDataset):
     Args:
         most_asked: most classes that an image's class queries are asked for at once.
         matched_share: chance of an image to train the region queries besides the class queries.
+        recalled: most classes that are asked of another model, see `Canvas.recallable`.
     """
 
     most_asked: int = 8
     matched_share: float = 1.0
+    recalled: int = 0
 
     def sample(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         canvas, name = self.canvas, picture_name(row["image"])
@@ -95,6 +97,8 @@ class RegionDataset(SampleDataset):
         masks = canvas.load_masks(row["masks"], [size] * len(row["masks"]))
         classes = canvas.classes_of(row)
         absent = torch.tensor(canvas.absent_classes(row["absent"], row["targets"]), dtype=torch.long)
+        if len(absent) > self.most_asked:
+            absent = absent[torch.randperm(len(absent), generator=generator)[: self.most_asked]]
         group = canvas.groups.index(row["modality"], row["site"])  # also of a model without a codebook
         pixels, masks = canvas.augment(
             self.augmenter, pixels, masks, group=group, targets=row["targets"], generator=generator
@@ -102,11 +106,17 @@ class RegionDataset(SampleDataset):
         count, most = 0, min(self.most_asked, len(masks))
         if len(masks):
             count = int(torch.randint(1, most + 1, (1,), generator=generator))
-        return {
+        sample: dict[str, Any] = {}
+        if self.recalled:
+            known = canvas.recallable(row)
+            recalled = known[torch.randperm(len(known), generator=generator)[: self.recalled]]
+            sample, absent = {"recalled": recalled}, torch.cat((absent, recalled))
+        return sample | {
             "pixel_values": pixels,
             "mask_labels": masks,
             "class_labels": classes,
             "group": canvas.group(row),
+            "unlabelled": canvas.unlabelled_classes(row),
             "asked": torch.cat((classes[torch.randperm(len(masks), generator=generator)[:count]], absent)),
             "chance": torch.rand(1, generator=generator).item(),
             "matched": self.matched_share,

@@ -93,6 +93,8 @@ class DataSettings:
 
     Attributes:
         regions: sources of images with masks, for stages that read regions, and to be annotated.
+        replay: sources of images with masks that the model learnt from before, which it should not forget: they are
+            trained on besides, as a stage's `replay_share` says.
         conversations: sources of conversations, by a name that stages refer to.
         text: sources of conversations whose words alone are read, by stages whose data are `text`.
         text_rounds: conversations a region image that are made for these besides.
@@ -108,6 +110,7 @@ class DataSettings:
     """
 
     regions: list[dict[str, Any]] = field(default_factory=list)
+    replay: list[dict[str, Any]] = field(default_factory=list)
     conversations: dict[str, dict[str, Any]] = field(default_factory=dict)
     text: list[dict[str, Any]] = field(default_factory=list)
     text_rounds: int = 4

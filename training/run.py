@@ -4,6 +4,7 @@ docs/training.md says what stands in the folder.
 """
 
 import logging
+from collections.abc import Collection
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from .dataset import SampleDataset
 from .examples import ExamplePictures
 from .fresh_model import fresh_model
 from .recipe import Recipe, build, refuse_unknown
-from .sampler import DrawSampler, rarity_weights
+from .sampler import DrawSampler, rarity_weights, with_replay
 from .settings import (
     ResolvedStage,
     argument_values,
@@ -166,7 +167,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
         )
     if reads_regions(resolved, recipe) and model.config.use_region_codebook and corpus.orientations:
         model.config.group_orientations = {**(model.config.group_orientations or {}), **corpus.orientations}
-    canvas = Canvas(processor, model.config, corpus.groups, recipe.data.keep_in_memory)
+    canvas = Canvas(processor, model.config, corpus.groups, recipe.data.keep_in_memory, corpus.elsewhere)
     stage = resolved.kind(resolved.name, settings, canvas, recipe.seed)
     last = checkpoints(folder)
     if not last:
@@ -192,7 +193,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
         stage.start(trained_module(model, stage), training)
     model = stage.prepare(model)
     module = trained_module(model, stage)
-    trainer = stage_trainer(stage, module, processor, arguments, training, validation)
+    trainer = stage_trainer(stage, module, processor, arguments, training, validation, corpus.replayed)
     if settings.example_images and len(validation):
         pictures = ExamplePictures(stage, validation, folder / "examples", settings.example_images)
         trainer.add_callback(pictures)
@@ -213,10 +214,13 @@ def stage_trainer(
     arguments: TrainingArguments,
     training: SampleDataset,
     validation: SampleDataset,
+    replayed: Collection[str] = (),
 ) -> Any:
     """The trainer of a stage, which draws a step's samples alike for any number of processes."""
     settings, seed = stage.settings, stage.seed
-    chances = rarity_weights(training.rows["dataset"], training.rows["targets"], settings.rarity_power)
+    sets = training.rows["dataset"]
+    chances = rarity_weights(sets, training.rows["targets"], settings.rarity_power)
+    chances = with_replay(chances, sets, replayed, settings.replay_share)
     micro_batches = PartialState().num_processes * arguments.gradient_accumulation_steps
     samples_a_step = micro_batches * arguments.per_device_train_batch_size
     trainer_class = StageTrainer if settings.trainer == "trainer" else sft_trainer_class()

@@ -1,7 +1,7 @@
 """Which rows an epoch draws, and in what order: a pure function of seed and epoch."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -87,3 +87,17 @@ def rarity_weights(sets: Sequence[str | None], targets: Sequence[Sequence[str]],
         if not row:
             weights[i] = sums[name] / with_target[name] if with_target[name] else sizes[name] ** (power - 1)
     return weights / weights.sum()
+
+
+def with_replay(
+    weights: torch.Tensor | None, sets: Sequence[str | None], replayed: Collection[str], share: float | None
+) -> torch.Tensor | None:
+    """Chances (rows,) in which rows of the replayed sets have that share of the whole; as they are without a share, or
+    where all rows, or none, are of these sets."""
+    is_replayed = torch.tensor([name in replayed for name in sets], dtype=torch.bool)
+    if share is None or not 0 < int(is_replayed.sum()) < len(is_replayed):
+        return weights
+    chances = torch.ones(len(sets), dtype=torch.float64) if weights is None else weights.clone()
+    for part, part_share in ((is_replayed, share), (~is_replayed, 1 - share)):
+        chances[part] *= part_share / chances[part].sum()
+    return chances

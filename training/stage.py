@@ -32,6 +32,9 @@ PARTS = {
 }
 
 
+BY_CLASS = ("class_queries", "class_predictor.weight", "class_predictor.bias")  # rows of these may be new
+
+
 @dataclass
 class StageSettings:
     """Settings of every stage, beside its `name`, its `kind`, and all fields of `TrainingArguments`.
@@ -44,6 +47,9 @@ class StageSettings:
         muon_learning_rate: above 0, inner matrices and kernels take Muon at this rate.
         rarity_power: below 1, rows with rare targets are drawn more often (`rarity_weights`); with 1 every row comes
             once an epoch.
+        replay_share: share of the draws that are of `data.replay`, where there is any; None draws its rows as others.
+        keep_share: share of the weights that the stage began with in those that it ends with (weight interpolation,
+            Wortsman et al., 2022). What is known by class, and so may be new, is as it was learnt.
         augment: move and recolour the training pictures.
         eval_batches: validation batches an evaluation, spread over all of the split; all by default.
         example_images: validation samples drawn as pictures at every evaluation.
@@ -54,6 +60,8 @@ class StageSettings:
     trainer: str = "trainer"
     muon_learning_rate: float = 0.0
     rarity_power: float = 1.0
+    replay_share: float | None = None
+    keep_share: float = 0.0
     augment: bool = True
     eval_batches: int | None = None
     example_images: int = 4
@@ -88,6 +96,7 @@ class Stage:
     def __init__(self, name: str, settings: Any, canvas: Canvas, seed: int) -> None:
         self.name, self.settings, self.canvas, self.seed = name, settings, canvas, seed
         self.config, self.processor = canvas.config, canvas.processor
+        self.began: dict[str, torch.Tensor] = {}  # what is trained, as it was before, where some of it is kept
 
     @classmethod
     def check(cls, settings: Any, arguments: dict[str, Any]) -> None:
@@ -95,13 +104,16 @@ class Stage:
         refuse_unknown(settings.trains, cls.parts, "trains")
         if not settings.trains:
             raise ValueError(f"trains is empty: name some of {', '.join(cls.parts)}")
+        for name in ("keep_share", "replay_share"):
+            if not 0 <= (getattr(settings, name) or 0) < 1:
+                raise ValueError(f"{name}={getattr(settings, name)}: expected a share from 0 to below 1")
         if settings.trainer == "sft" and cls.reads != "conversations":
             raise ValueError("trainer=sft reads conversations only: set it to trainer")
 
     @property
     def shardable(self) -> bool:
         """Whether it can train on parameters that are divided over processes."""
-        return True
+        return not self.settings.keep_share
 
     def idle(self, model: nn.Module) -> int:
         """Numbers in trained parameters that have a gradient of zero all the time, as rows that are left as they are
@@ -126,7 +138,12 @@ class Stage:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Freeze all that does not train; may wrap the model."""
-        train_only(model, [prefix for part in self.settings.trains for prefix in PARTS[part]])
+        prefixes = tuple(prefix for part in self.settings.trains for prefix in PARTS[part])
+        train_only(model, prefixes)
+        if self.settings.keep_share:
+            named = ((name, value) for name, value in model.state_dict().items() if value.is_floating_point())
+            kept = {name: value for name, value in named if name.startswith(prefixes) and not name.endswith(BY_CLASS)}
+            self.began = {name: value.clone() for name, value in kept.items()}
         return model
 
     def start(self, model: nn.Module, dataset: SampleDataset) -> None:
@@ -144,6 +161,9 @@ class Stage:
 
     def finish(self, model: nn.Module) -> nn.Module:
         """After the last step: the model to save."""
+        values = model.state_dict() if self.began else {}
+        for name, before in self.began.items():
+            values[name].lerp_(before.to(values[name]), self.settings.keep_share)
         return model
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -98,8 +98,9 @@ class CodebookStage(Stage):
         return rows * sum(weight[0].numel() for weight in rows_by_group(model))
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
         if self.settings.groups is None:
-            return super().prepare(model)
+            return model
         train_only(model, ["model.codebook.codes", "model.group_classifier."])
         trained = torch.zeros(self.config.num_groups, dtype=torch.bool)
         trained[self.groups] = True
@@ -178,7 +179,7 @@ class CodebookStage(Stage):
     def finish(self, model: nn.Module) -> nn.Module:
         for hook in self.hooks:
             hook.remove()
-        start_code_rows(model, self.changed)
+        start_code_rows(super().finish(model), self.changed)
         return model
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class ConversationStage(Stage):
             raise ValueError(
                 "groups chooses among the codes' rows, but code_rows are not all of the vocabulary to train"
             )
+        if settings.keep_share and (settings.method != "full" or trains_rows_alone(settings)):
+            raise ValueError(f"keep_share={settings.keep_share} is for a stage that trains modules as a whole")
         if arguments.get("weight_decay") and trains_rows_alone(settings):
             raise ValueError(
                 f"weight_decay={arguments['weight_decay']} would shrink the rows of all words, where this stage "
@@ -115,7 +117,8 @@ class ConversationStage(Stage):
 
     @property
     def shardable(self) -> bool:
-        return not self.rows_alone and self.settings.method == "full"  # adapters are merged into whole weights
+        whole = self.settings.method == "full"  # adapters are merged into whole weights
+        return super().shardable and whole and not self.rows_alone
 
     def idle(self, model: nn.Module) -> int:
         rows = len(self.groups) * self.config.codes_per_group
@@ -182,7 +185,7 @@ class ConversationStage(Stage):
         for hook in self.hooks:
             hook.remove()
         if self.settings.method == "full":
-            return model
+            return super().finish(model)
         return merge_quantised(model) if self.settings.method == "qlora" else model.merge_and_unload()
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 pretrained). Stage 1 of the paper.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,9 @@ class RegionSettings(StageSettings):
         most_asked: most classes that an image is asked for at once.
         coarse_size, coarse_share: side in pixels that images are scaled down to for that first share of the steps: a
             convolutional encoder learns most of what it knows at a fraction of the cost.
+        recalled: most classes an image that nobody looked for in it, but that images of its group show by the
+            checkpoint's region_codes.json, and whose masks the model that the stage began with draws: it learns these
+            beside the others (distillation; Li and Hoiem, 2016). Needs class queries.
     """
 
     trains: list[str] = field(default_factory=lambda: ["region_perceiver"])
@@ -34,6 +38,7 @@ class RegionSettings(StageSettings):
     most_asked: int = 8
     coarse_size: int | None = None
     coarse_share: float = 0.0
+    recalled: int = 0
 
 
 class RegionStage(Stage):
@@ -57,10 +62,14 @@ class RegionStage(Stage):
         size, share = settings.coarse_size, settings.coarse_share
         if bool(size) != bool(share) or not 0 <= share <= 1:
             raise ValueError(f"coarse_size={size} and coarse_share={share}: give both, the share between 0 and 1")
+        if size and settings.recalled:
+            raise ValueError(f"coarse_size={size} and recalled={settings.recalled}: give one of them")
 
     def dataset(self, rows: Any, training: bool, **common: Any) -> RegionDataset:
-        share = self.settings.matched_share if training else 1.0
-        return RegionDataset(rows, self.canvas, most_asked=self.settings.most_asked, matched_share=share, **common)
+        settings = self.settings
+        share, recalled = (settings.matched_share, settings.recalled) if training else (1.0, 0)
+        asked = {"most_asked": settings.most_asked, "recalled": recalled}
+        return RegionDataset(rows, self.canvas, matched_share=share, **asked, **common)
 
     def batch_of_zeros(self, size: int, regions: int) -> dict[str, Any]:
         batch = region_batch_of_zeros(self.config, size, regions)
@@ -77,9 +86,31 @@ class RegionStage(Stage):
         model = super().prepare(model)
         if "image_encoder" in self.settings.trains:
             freeze_unread(model.model.vision_tower, self.config)
+        if self.settings.recalled:
+            if not self.config.use_class_queries or self.processor.region_codes is None:
+                raise ValueError(
+                    f"recalled={self.settings.recalled} needs a model with class queries, and what its codes stand "
+                    "for: run medsight codes on it"
+                )
+            self.teacher = copy.deepcopy(model.region_model).requires_grad_(False).eval()
         return model
 
+    @torch.no_grad()
+    def with_recalled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with the masks that the model which the stage began with finds of its `recalled_classes`."""
+        recalled = batch["recalled_classes"]
+        regions = self.teacher.get_region_features(batch["pixel_values"], with_masks=False)
+        labels: dict[str, list[torch.Tensor]] = {"mask_labels": [], "class_labels": []}
+        for row, logits in enumerate(ask_classes(self.teacher, regions, recalled)):
+            masks, found = logits.float().sigmoid(), (logits > 0).flatten(1).any(1)
+            given = {"mask_labels": masks[found], "class_labels": recalled[row][found]}
+            for name, values in labels.items():
+                values.append(torch.cat((batch[name][row], given[name].to(batch[name][row]))))
+        return {**{name: value for name, value in batch.items() if name != "recalled_classes"}, **labels}
+
     def before_forward(self, batch: dict[str, Any], progress: float) -> dict[str, Any]:
+        if "recalled_classes" in batch:
+            return self.with_recalled(batch)
         if progress >= self.settings.coarse_share:
             return batch
         size = (self.settings.coarse_size,) * 2

@@ -41,7 +41,7 @@ def command(
 
     from medsight import __version__
     from medsight.data.groups import load_groups, match_groups
-    from medsight.data.sources import Source, detect_layout, kind_of, load_source
+    from medsight.data.sources import find_source, kind_of, load_source
     from medsight.evaluation.codes import describe_codes, meanings_to_json
     from medsight.evaluation.runner import RunSettings, load_for_evaluation
     from medsight.evaluation.scored_run import codebook_of
@@ -53,7 +53,7 @@ def command(
         raise FileExistsError(f"{target} exists: the codes are described already; add --overwrite to do it again")
     if output is not None:
         check_empty(Path(output))
-    source = Source(layout or detect_layout(data), data, split=split, limit=limit)
+    source = find_source(data, layout, split=split, limit=limit)
     if kind_of(source) != "regions":
         raise ValueError(f"{data}: layout {source.layout} holds conversations; images with masks are needed")
     with results(as_json) as out:

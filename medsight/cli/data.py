@@ -1,5 +1,6 @@
 """Training data: `medsight data check` and `medsight data annotate`."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ Layout = Annotated[
 
 
 def check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder, or pattern of files.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder, pattern, or a data entry (.yaml).")],
     layout: Layout = None,
     split: Annotated[str | None, typer.Option(metavar="NAMES", help="Splits, commas between  [default: all].")] = None,
     images: Annotated[
@@ -42,9 +43,8 @@ def check(
     from medsight.checkpoint import check_checkpoint
     from medsight.data.check import check as read_and_check
     from medsight.data.check import parse_condition
-    from medsight.data.sources import Source, detect_layout
+    from medsight.data.sources import find_source
 
-    layout = layout or detect_layout(path)
     splits = [name.strip() for name in split.split(",")] if split else [None]
     conditions = dict(map(parse_condition, where or [])) or None
     known = read_names(targets) if targets else None
@@ -53,10 +53,11 @@ def check(
             raise ValueError("--targets and --model both say which targets there are: give one of them")
         check_checkpoint(Path(model))
         known = MedSightConfig.from_pretrained(model, local_files_only=True).mask_class_names or []
-    sources = [Source(layout, path, split=name, images=images, where=conditions) for name in splits]
+    source = find_source(path, layout, images=images, where=conditions)
+    sources = [dataclasses.replace(source, split=name) for name in splits]
     with results(as_json) as out:
         report = read_and_check(sources, targets=known, workers=workers)
-        out.show(report.to_dict(), f"{path} ({layout})\n\n{report.to_text()}")
+        out.show(report.to_dict(), f"{path} ({source.layout})\n\n{report.to_text()}")
     if not report.ok:
         kinds = Counter(problem.kind for problem in report.problems)
         found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
@@ -90,7 +91,7 @@ def annotate(
     """
     from medsight.checkpoint import check_checkpoint
     from medsight.data.groups import Groups, load_groups, match_groups
-    from medsight.data.sources import Source, detect_layout, kind_of, load_source
+    from medsight.data.sources import find_source, kind_of, load_source
     from medsight.data.wording import Wordings
     from medsight.loading import choose_device, load_checkpoint
     from medsight.training.annotation import annotate as write_conversations
@@ -98,7 +99,7 @@ def annotate(
 
     check_empty(Path(output))
     wordings = Wordings.load(templates)
-    source = Source(layout=layout or detect_layout(path), path=path, split=split)
+    source = find_source(path, layout, split=split)
     if kind_of(source) != "regions":
         raise ValueError(f"{path}: layout {source.layout} holds conversations; images with masks are annotated")
     check_checkpoint(Path(model))

@@ -18,7 +18,7 @@ Rename = Annotated[
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder.")],
-    data: Annotated[str, typer.Option(metavar="PATH", help="Images with masks.")],
+    data: Annotated[str, typer.Option(metavar="PATH", help="Images with masks, or a data entry (.yaml).")],
     output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
     layout: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the data  [default: what it looks like].")
@@ -40,9 +40,9 @@ def command(
     """
     from medsight.conversion.convert import sizes
     from medsight.conversion.extend import extend
-    from medsight.data.sources import Source, detect_layout
+    from medsight.data.sources import find_source
 
-    source = Source(layout or detect_layout(data), data, split=split)
+    source = find_source(data, layout, split=split)
     with results(as_json) as out:
         with quiet_transformers():
             config, added = extend(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ class MaskValuesError(ValueError):
 def picture_name(entry: PictureEntry) -> str:
     """What an error calls a picture: its path, or where its bytes came from."""
     return entry.get("path") or "a picture without a name"
+
+
+def encode_mask(mask: np.ndarray, name: str) -> dict[str, Any]:
+    """What a row holds for a mask (height, width), 0 outside, that was made from a file: a PNG of one bit a pixel."""
+    return encode_picture(Image.fromarray(np.asarray(mask) != 0), name)
+
+
+def encode_picture(image: Image.Image, name: str) -> dict[str, Any]:
+    """What a row holds for a picture that was made from a file, such as a slice of a volume: a PNG."""
+    content = BytesIO()
+    image.save(content, "PNG")
+    return {"path": name, "bytes": content.getvalue()}
 
 
 def read_picture(entry: PictureEntry) -> Image.Image:

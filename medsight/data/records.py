@@ -121,6 +121,18 @@ def picture(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": None}
 
 
+def told_by_source(source: Source, name: str, place: str) -> str:
+    """The modality or site that a source says its images have, of a layout that does not tell.
+
+    Raises:
+        ValueError: the source does not say either.
+    """
+    value: str | None = getattr(source, name)
+    if value is None:
+        raise ValueError(f"{place}: the layout {source.layout} does not tell the {name} of images: say {name}: NAME")
+    return value
+
+
 def patient_of(value: Any) -> str | None:
     """A record's patient as text, also one that is numbered 0; None where it names none."""
     return None if value is None or value == "" else str(value)

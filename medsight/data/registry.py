@@ -9,18 +9,22 @@ import glob
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medsight.text import nearest
 
 from .splits import canonical_split, split_in_name
 
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ENTRY_POINTS = "medsight.layouts"
 
@@ -53,6 +57,24 @@ class Entry(NamedTuple):
         return self.row
 
 
+_TEXTS = ("split", "modality", "site")  # fields of a `Source` that are text or None
+
+
+def _is_texts(value: Any, kind: Any) -> bool:
+    """Whether a value is None, or a collection of that kind in which all is text."""
+    if value is None:
+        return True
+    texts = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return isinstance(value, kind) and all(isinstance(text, str) for text in texts)
+
+
+def _has_a_group(pattern: Any) -> bool:
+    try:
+        return re.compile(pattern).groups > 0
+    except (re.error, TypeError):
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One entry of a recipe's data list.
@@ -64,6 +86,16 @@ class Source:
         images: folder that the paths of images and masks are relative to, where it is not the layout's own.
         limit: at most so many rows, the first ones.
         where: only rows with these values, by the names of the layout's own fields, e.g. {"image_in_test": False}.
+        modality, site: of all images, where the layout does not tell.
+        patient: regular expression whose first group, found in an image's file name, is its patient; where the layout
+            does not tell, each image is a patient of its own.
+        rename: structure, as the data call it -> what it is called here.
+        covers: structures that were looked for in every image: one without a mask is known to be absent.
+        complete: whether every structure that has a mask anywhere in a data set was looked for in all of its images
+            of that modality and site. By default a structure that an image has no mask of is neither present nor
+            absent: nobody looked.
+        test_share: share of the patients that make the split test, whatever the layout says; the others train.
+        options: settings of the layout's own, an instance of `Layout.Options`; in a recipe they stand beside the rest.
 
     Raises:
         ValueError: a value is not of that kind.
@@ -79,44 +111,88 @@ class Source:
     images: str | None = None
     limit: int | None = None
     where: Mapping[str, Any] | None = None
+    modality: str | None = None
+    site: str | None = None
+    patient: str | None = None
+    rename: Mapping[str, str] | None = None
+    covers: Sequence[str] | None = None
+    complete: bool = False
+    test_share: float | None = None
+    options: Any = None
 
     def __post_init__(self) -> None:
-        find_layout(self.layout)
+        layout, share = find_layout(self.layout), self.test_share
         for name, is_good, expected in (
             ("path", isinstance(self.path, (str, os.PathLike)), "text"),
             ("images", isinstance(self.images, (str, os.PathLike, NoneType)), "text"),
-            ("split", isinstance(self.split, (str, NoneType)), "text"),
+            *((name, isinstance(getattr(self, name), (str, NoneType)), "text") for name in _TEXTS),
             ("limit", self.limit is None or isinstance(self.limit, int) and self.limit > 0, "a count of at least 1"),
             ("where", isinstance(self.where, (Mapping, NoneType)), "{field: value}"),
+            ("rename", _is_texts(self.rename, Mapping), "{name: new name}"),
+            ("covers", _is_texts(self.covers, (list, tuple)), "a list of structures"),
+            ("complete", isinstance(self.complete, bool), "true or false"),
+            ("test_share", share is None or isinstance(share, float) and 0 < share < 1, "a share between 0 and 1"),
+            ("patient", self.patient is None or _has_a_group(self.patient), "a regular expression with a group"),
         ):
             if not is_good:
                 raise ValueError(f"data {name}: expected {expected}, got {getattr(self, name)!r}")
+        if layout.Options is not None and self.options is None:
+            object.__setattr__(self, "options", layout.Options())
         object.__setattr__(self, "path", os.path.expanduser(self.path))
         object.__setattr__(self, "images", self.images and os.path.expanduser(self.images))
         object.__setattr__(self, "split", self.split and canonical_split(self.split))
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> "Source":
-        """The source that an entry of a recipe describes.
+        """The source that an entry of a recipe describes; settings of the layout's own stand among the others.
 
         Raises:
             ValueError: a key is unknown (the nearest known one is named), a key is missing, or a value is bad.
         """
         if not isinstance(entry, Mapping):
             raise ValueError(f"data entry: expected a mapping with layout and path, got {entry!r}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in entry:
-            if key not in known:
-                raise ValueError(f"data entry: unknown key {key!r}: {nearest(key, known)}")
         for key in ("layout", "path"):
             if key not in entry:
                 raise ValueError(f"data entry {dict(entry)}: expected a key {key!r}")
-        return cls(**entry)
+        kind = find_layout(entry["layout"]).Options
+        known = {field.name for field in dataclasses.fields(cls)} - {"options"}
+        own = {field.name for field in dataclasses.fields(kind)} if kind is not None else set[str]()
+        for key in entry:
+            if key not in known | own:
+                raise ValueError(f"data entry: unknown key {key!r}: {nearest(key, known | own)}")
+        common = {key: value for key, value in entry.items() if key in known}
+        if kind is not None:
+            common["options"] = kind(**{key: value for key, value in entry.items() if key in own})
+        return cls(**common)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The entry of a recipe that describes it, without what is as it is by default."""
+        fields = [(self, field) for field in dataclasses.fields(self) if field.name != "options"]
+        fields += [(self.options, field) for field in dataclasses.fields(self.options)] if self.options else []
+        values = {field.name: getattr(owner, field.name) for owner, field in fields}
+        defaults = {
+            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for _, field in fields
+        }
+        return {name: value for name, value in values.items() if name in ("layout", "path") or value != defaults[name]}
 
     @property
     def name(self) -> str:
         """What the data set is called where neither its rows nor its layout say: the file's or folder's name."""
         return Path(self.path).absolute().stem
+
+    def patient_of(self, file: str | Path) -> str | None:
+        """The patient that a file's name tells by the pattern `patient`; None without a pattern.
+
+        Raises:
+            ValueError: the pattern is not found in the name.
+        """
+        if self.patient is None:
+            return None
+        match = re.search(self.patient, Path(file).name)
+        if match is None:
+            raise ValueError(f"{file}: the pattern of the patient, {self.patient!r}, is not found in its name")
+        return match[1]
 
     def takes(self, record: Mapping[str, Any], split: str | None) -> bool:
         """Whether a record of this split (None where the layout does not tell) is wanted."""
@@ -178,6 +254,9 @@ class Layout:
         rows: the entries of a shard, in order, each row by `medsight.data.schema`.
         looks_like: whether a folder, or a file with this first record (empty where it holds no records), has this
             layout; for those who name none.
+        Options: a dataclass of settings of its own, which checks them; its defaults must do without any.
+        embeds: whether rows hold the bytes of pictures that were made from files, such as slices of volumes, so that
+            rows are read again when any of these files has changed.
 
     Example:
         >>> from medsight.data.schema import conversation_row
@@ -194,6 +273,8 @@ class Layout:
     shards: Callable[[Source], list[str]]
     rows: Callable[[str, Source], Iterator[Entry]]
     looks_like: Callable[[Path, Mapping[str, Any]], bool] | None = None
+    Options: "type[DataclassInstance] | None" = None
+    embeds: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {}  # those registered so far; `find_layout` looks further

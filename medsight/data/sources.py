@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from .records import JSON_SUFFIXES, json_records, parquet_records
 from .registry import Entry, Source, find_layout, layout_names
 from .schema import CONVERSATION_FEATURES, REGION_FEATURES
 from .splits import picture_names
+from .templates import read_yaml
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 __all__ = [
-    *("Source", "detect_layout", "find_layout", "iterate", "kind_of", "load_source", "nothing_found"),
+    *("Source", "detect_layout", "find_layout", "find_source", "iterate", "kind_of", "load_source", "nothing_found"),
     "warn_of_shared_pictures",
 ]
 
@@ -49,9 +50,86 @@ def iterate(source: Source) -> Iterator[Entry]:
     Raises:
         OSError, ValueError: the source's files are not there, or not in its layout.
     """
-    layout = find_layout(source.layout)
-    entries = (entry for shard in layout.shards(source) for entry in layout.rows(shard, source))
+    yield from _entries(source, survey(source))
+
+
+def _entries(source: Source, known: "Survey") -> Iterator[Entry]:
+    entries = (entry for shard in known.shards for entry in read_shard(shard, source, known))
     yield from islice(entries, source.limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What must be known of a whole source before its first row can be given.
+
+    Attributes:
+        shards: its files or folders.
+        structures: the structures that have a mask anywhere, by data set, modality and site; of a source that is
+            `complete`.
+        tested: (data set, patient) of the split test; of a source with a `test_share`.
+    """
+
+    shards: list[str]
+    structures: Mapping[tuple[str, ...], frozenset[str]] = dataclasses.field(default_factory=dict)
+    tested: frozenset[tuple[str, str]] = frozenset()
+
+
+def survey(source: Source) -> Survey:
+    """Read a source once for what its `complete` and `test_share` ask; of others its shards alone.
+
+    Raises:
+        OSError, ValueError: the source's files are not there, or not in its layout.
+    """
+    layout = find_layout(source.layout)
+    everything = dataclasses.replace(source, split=None, where=None, limit=None)
+    if not source.complete and source.test_share is None:
+        return Survey(layout.shards(source))
+    shards = layout.shards(everything)
+    structures, patients = defaultdict[tuple[str, ...], set[str]](set), set[tuple[str, str]]()
+    for entry in (entry for shard in shards for entry in layout.rows(shard, everything)):
+        if entry.row is not None:
+            row = _renamed(entry.row, source)
+            structures[_series(row)] |= {*row["targets"]}
+            patients.add(_patient(row))
+    share = source.test_share or 0.0
+    shuffled = sorted(patients, key=lambda patient: hashlib.sha256("\0".join(patient).encode()).digest())
+    tested = shuffled[: max(1, round(share * len(patients)))] if share else []
+    found = {series: frozenset(names) for series, names in structures.items()} if source.complete else {}
+    return Survey(shards, found, frozenset(tested))
+
+
+def read_shard(shard: str, source: Source, known: Survey) -> Iterator[Entry]:
+    """The entries of a shard, with what the source says of its rows: names, coverage, split."""
+    asked = source if source.test_share is None else dataclasses.replace(source, split=None)
+    for entry in find_layout(source.layout).rows(shard, asked):
+        row = entry.row
+        if row is None:
+            yield entry
+            continue
+        row = _renamed(row, source)
+        if source.test_share is not None:
+            row["split"] = "test" if _patient(row) in known.tested else "train"
+            if source.split not in (None, row["split"]):
+                continue
+        if "absent" in row:
+            looked_for = {*(source.covers or ())} | {*known.structures.get(_series(row), ())}
+            row["absent"] = [*row["absent"], *sorted(looked_for - {*row["absent"]} - {*row["targets"]})]
+        yield entry._replace(row=row)
+
+
+def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    """A copy of a row with structures called as the source says."""
+    names = source.rename or {}
+    lists = {key: row[key] for key in ("targets", "absent") if key in row}
+    return {**row, **{key: [names.get(name, name) for name in listed] for key, listed in lists.items()}}
+
+
+def _patient(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["dataset"] or "", row["patient"] or ""
+
+
+def _series(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["dataset"] or "", row["modality"] or "", row["site"] or ""
 
 
 def warn_of_shared_pictures(source: Source) -> None:
@@ -106,11 +184,11 @@ def load_source(source: Source, streaming: bool = False, skip_errors: bool = Fal
         images=None if source.images is None else os.path.abspath(source.images),
     )
     features = REGION_FEATURES if kind_of(source) == "regions" else CONVERSATION_FEATURES
-    shards = find_layout(source.layout).shards(source)
-    if next(iterate(source), None) is None:
+    known = survey(source)
+    if next(_entries(source, known), None) is None:
         raise ValueError(nothing_found(source))
-    arguments = {"shards": shards, "source": source, "columns": tuple(features)}
-    arguments |= {"stamp": _stamp(shards, source), "skip_errors": skip_errors}
+    arguments = {"shards": known.shards, "source": source, "known": known, "columns": tuple(features)}
+    arguments |= {"stamp": _stamp(known.shards, source), "skip_errors": skip_errors}
     if streaming:
         stream = IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
         return stream if source.limit is None else stream.take(source.limit)
@@ -126,11 +204,11 @@ def load_source(source: Source, streaming: bool = False, skip_errors: bool = Fal
 
 
 def _rows(
-    shards: list[str], source: Source, columns: tuple[str, ...], stamp: str, skip_errors: bool
+    shards: list[str], source: Source, known: Survey, columns: tuple[str, ...], stamp: str, skip_errors: bool
 ) -> Iterator[dict[str, Any]]:
     """The generator behind the data sets; `stamp` makes the cache of `datasets` forget rows of changed files."""
     for shard in shards:
-        for entry in islice(find_layout(source.layout).rows(shard, source), source.limit):
+        for entry in islice(read_shard(shard, source, known), source.limit):
             for warning in entry.warnings:
                 logger.warning(warning)
             if entry.row is not None:
@@ -148,7 +226,11 @@ def _stamp(shards: list[str], source: Source) -> str:
     for file in filter(Path.is_file, sorted(code)):
         digest.update(file.read_bytes())
     for shard in map(Path, shards):
-        for file in (shard, *sorted(filter(Path.is_dir, shard.glob("*")))):
+        inside = shard.glob("*")
+        if find_layout(source.layout).embeds:
+            root = Path(source.path)
+            inside = (root if root.is_dir() else shard.parent).rglob("*")
+        for file in (shard, *sorted(file for file in inside if find_layout(source.layout).embeds or file.is_dir())):
             status = file.stat()
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -162,6 +244,32 @@ def nothing_found(source: Source) -> str:
     if source.where:
         wanted += f" with {', '.join(f'{key} = {value!r}' for key, value in source.where.items())}"
     return f"{source.path}: no row {wanted}; its splits: {there}"
+
+
+def find_source(path: str | Path, layout: str | None = None, **settings: Any) -> Source:
+    """The source that a caller names by a path: an entry of a recipe in a YAML file of its own, or data.
+
+    Args:
+        path: a .yaml file, in which paths are relative to it; or a file, folder or pattern of files of data.
+        layout: of data; by default what `detect_layout` finds.
+        settings: further fields of `Source`, which go before those of a YAML file where they are not None.
+
+    Raises:
+        OSError, ValueError: the file cannot be read or is no such entry; or as `detect_layout`.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if Path(path).suffix not in (".yaml", ".yml"):
+        return Source.from_mapping({"layout": layout or detect_layout(path), "path": str(path), **given})
+    entry = read_yaml(Path(path))
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise ValueError(f"{path}: expected the entry of a data source, with its layout and path, got {entry!r}")
+    if layout is not None:
+        raise ValueError(f"{path}: its layout stands in it ({entry.get('layout')}): leave {layout!r} out")
+    entry["path"] = str(Path(path).parent / os.path.expanduser(entry["path"]))
+    try:
+        return Source.from_mapping({**entry, **given})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def detect_layout(path: str | Path) -> str:

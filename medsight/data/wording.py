@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from processing_medsight.grounded_answer_medsight import tidy_answer
+from processing_medsight.region_codes_medsight import structures_of_groups
 
 from .groups import Groups
 from .templates import Wordings, draw_alternatives, matches
@@ -82,6 +83,11 @@ class Vocabulary:
             targets[groups.index(row["modality"], row["site"])].update(row["targets"])
         return cls(groups, tuple(map(frozenset, targets)))
 
+    def with_codes(self, region_codes: Mapping[str, Any] | None) -> "Vocabulary":
+        """The same with the structures that a model's codes stand for besides, by the content of region_codes.json."""
+        known = structures_of_groups(region_codes, len(self.targets))
+        return Vocabulary(self.groups, tuple(map(frozenset.union, self.targets, known)))
+
     def unrelated_targets(self, group: int, wordings: Wordings) -> list[list[str]]:
         """Targets that only groups unrelated to this one can show, in a list for each of those groups."""
         near: set[str] = set()
@@ -98,7 +104,8 @@ class ConversationMaker:
     """Draws questions about region rows and answers them from what the rows say.
 
     A structure is called absent only where the row lists it, or where no group that can show it is related to the
-    image's group. Where a structure has more masks than `max_regions`, it is not asked for.
+    image's group. Where a structure has more masks than `max_regions`, it is not asked for. All that an image shows is
+    asked for only where the row says of every structure of its group whether it is there.
 
     Args:
         wordings: see [`Wordings`].
@@ -127,6 +134,7 @@ class ConversationMaker:
             raise ValueError(f"max_regions={max_regions}: expected at least 1")
         self.wordings, self.groups, self.generator = wordings, vocabulary.groups, generator
         self.max_regions, self.noise = max_regions, noise
+        self.targets = vocabulary.targets
         self.elsewhere = [vocabulary.unrelated_targets(k, wordings) for k in range(len(vocabulary.targets))]
 
     def grounded(self, row: Mapping[str, Any], places: Sequence[str]) -> Turn:
@@ -142,7 +150,7 @@ class ConversationMaker:
         possible = {
             "segment_one": bool(regions),
             "segment_several": sum(sorted(map(len, regions.values()))[:2]) <= self.max_regions and len(regions) > 1,
-            "segment_all": bool(regions) and len(row["targets"]) <= self.max_regions,
+            "segment_all": bool(regions) and len(row["targets"]) <= self.max_regions and self._is_whole(row),
             "where_is": any(len(masks) == 1 for masks in regions.values()),
             "is_there": bool(regions),
             "diagnose": self._may_diagnose(row, regions),
@@ -183,6 +191,10 @@ class ConversationMaker:
         for index, target in enumerate(row["targets"]):
             regions[target].append(index)
         return {target: masks for target, masks in regions.items() if len(masks) <= self.max_regions}
+
+    def _is_whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether it is known of all structures that images of its group can show if they are in a row's image."""
+        return self.targets[self.groups.index(row["modality"], row["site"])] <= {*row["targets"], *row["absent"]}
 
     def _absent_targets(self, row: Mapping[str, Any]) -> list[list[str]]:
         """Structures that are surely not in the image: those that the row lists, then those of unrelated groups."""

@@ -15,7 +15,7 @@ from medsight.data.sources import Source, find_layout, iterate, kind_of, warn_of
 
 from .benchmarks import OPTIONAL_FIELDS, Benchmark
 from .cases import CLOSED, OPEN, Case, Words, origin_of, relative, wordings
-from .region_cases import region_cases
+from .region_cases import region_cases, source_of
 
 
 class NoRowsError(ValueError):
@@ -36,16 +36,17 @@ def read_cases(
         ValueError: a row is bad, two rows have one id, or there are no held-out wordings for this benchmark.
     """
     path = Path(path)
-    files: Sequence[str | Path] = benchmark.files_in(path)
+    files: Sequence[str | Path]
     words = Words(benchmark.prompt, held_out_wordings(benchmark) if held_out_prompts else (), seed)
     if benchmark.layout in FILE_READERS:
-        read = FILE_READERS[benchmark.layout]
+        read, files = FILE_READERS[benchmark.layout], benchmark.files_in(path)
         cases = [case for file in map(Path, files) for case in read(benchmark, file, words)]
     else:
-        source = Source(benchmark.layout, str(path), split=benchmark.split)
+        source = source_of(benchmark, path)
         files = find_layout(source.layout).shards(source)
         warn_of_shared_pictures(source)
-        cases = list((region_cases if kind_of(source) == "regions" else _question_cases)(benchmark, path, words))
+        read_rows = region_cases if kind_of(source) == "regions" else _question_cases
+        cases = list(read_rows(benchmark, source, path, words))
     if not cases:
         raise NoRowsError(f"{path}: no row of the split {benchmark.split!r} for the benchmark {benchmark.name}")
     (identity, count), *_ = Counter(case.id for case in cases).most_common(1)
@@ -61,9 +62,8 @@ def held_out_wordings(benchmark: Benchmark) -> tuple[str, ...]:
     return tuple(wordings().held_out_prompts[benchmark.intent])
 
 
-def _question_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Case]:
+def _question_cases(benchmark: Benchmark, source: Source, path: Path, words: Words) -> Iterator[Case]:
     """Conversations of one question and its answer."""
-    source = Source(benchmark.layout, str(path), split=benchmark.split)
     layout = find_layout(source.layout)
     shards = layout.shards(source)
     pictures: dict[bytes, dict[str, Any]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from medsight.data import wording
 from medsight.data.groups import Groups
 from medsight.data.pictures import read_mask, read_picture
-from medsight.data.sources import Source, iterate
+from medsight.data.sources import Source, detect_layout, find_layout, find_source, iterate, kind_of
 from medsight.data.templates import matches
 
 from .benchmarks import Benchmark
@@ -90,9 +90,36 @@ def diagnosis_of(row: Mapping[str, Any], finding: str | None = None) -> Diagnosi
     return Diagnosis(answer, tuple(signs), masks)
 
 
-def region_cases(benchmark: Benchmark, path: Path, words: Words) -> Iterator[Case]:
+def source_of(benchmark: Benchmark, path: Path) -> Source:
+    """The data that a benchmark is asked on: in its own layout, or for images with masks in any that has them.
+
+    Raises:
+        OSError, ValueError: the data is not there, or in no layout that the benchmark can read.
+    """
+    own = Source(benchmark.layout, str(path), split=benchmark.split)
+    if find_layout(own.layout).kind != "regions":
+        benchmark.files_in(path)
+        return own
+    try:
+        if path.suffix not in (".yaml", ".yml"):
+            benchmark.files_in(path)
+            return own
+    except FileNotFoundError as error:
+        if not path.exists():
+            raise
+        try:
+            detect_layout(path)
+        except ValueError:
+            raise error from None
+    source = find_source(path, split=benchmark.split)
+    if kind_of(source) != "regions":
+        raise ValueError(f"{path}: layout {source.layout} holds conversations; {benchmark.name} asks about masks")
+    return source
+
+
+def region_cases(benchmark: Benchmark, source: Source, path: Path, words: Words) -> Iterator[Case]:
     """What the benchmark's intent asks of each image of its split, in the order of the files."""
-    rows = [entry.checked() for entry in iterate(Source(benchmark.layout, str(path), split=benchmark.split))]
+    rows = [entry.checked() for entry in iterate(source)]
     intent, present = benchmark.chosen_intent(), Present(rows)
     kinds = tuple(sorted({answer for row in rows if (answer := _kind(intent, row))} | _shipped_kinds(intent)))
     for row in rows:

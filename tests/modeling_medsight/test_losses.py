@@ -188,3 +188,25 @@ def test_the_loss_of_cited_masks_is_the_mean_over_masks_not_samples(counts: tupl
         for x, g in zip(sample, masks, strict=True)
     ]
     assert code_mask_loss(logits, targets).item() == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+def test_a_query_without_a_pair_may_be_of_a_class_that_nobody_looked_for() -> None:
+    """What it says of such a class costs nothing; of any other class it costs as before."""
+    config, generator = tiny(num_mask_classes=4), torch.Generator().manual_seed(0)
+    masks, logits = torch.randn(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    targets = [torch.ones(1, 4, 4), torch.zeros(0, 4, 4)]
+    labels = [torch.tensor([1]), torch.tensor([], dtype=torch.long)]
+    loss = RegionPerceiverLoss(config)
+
+    def of(unlabelled: list[list[bool]] | None, logits: torch.Tensor = logits) -> torch.Tensor:
+        given = None if unlabelled is None else torch.tensor(unlabelled)
+        return loss(masks, logits, targets, labels, unlabelled_classes=given)[0]
+
+    nowhere, third = [[False] * 4] * 2, [[False, False, True, False]] * 2
+    assert of(nowhere) == of(None)
+    assert of([[True] * 4, [True] * 4]) < of(third) < of(None)
+    known = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(of(third, known), known)
+    alone = gradient[1]  # an image without a region: no query has a pair
+    assert (alone[:, [0, 1, 3]] > 0).all() and (alone[:, [2, 4]] < 0).all()
+    assert of([[True] * 4, [True] * 4], logits)[None].isfinite()

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from medsight.training.sampler import DrawSampler, rarity_weights
+from medsight.training.sampler import DrawSampler, rarity_weights, with_replay
 
 
 def rows(sampler: DrawSampler, epoch: int) -> list[int]:
@@ -54,3 +54,14 @@ def test_rows_with_rare_targets_are_drawn_more_often() -> None:
     assert weights[1] == pytest.approx(4 * weights[0]) and weights[0] == weights[2] == weights[3]
     assert weights[4] == pytest.approx(weights[:4].mean())
     assert rarity_weights(["a", "b", "b"], [["x"], [], []], 0).tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4])
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)])
+def test_replayed_sets_have_their_share_of_the_draws(weights: torch.Tensor | None) -> None:
+    sets = ["new", "old", "old", "older"]
+    chances = with_replay(weights, sets, {"old", "older"}, 0.25)
+    assert chances[0].item() == pytest.approx(0.75) and chances.sum().item() == pytest.approx(1)
+    before = torch.ones(4) if weights is None else weights
+    assert torch.allclose(chances[1:] / chances[1], (before[1:] / before[1]).double())
+    for replayed, share in (({"old"}, None), ((), 0.5), ({"new", "old", "older"}, 0.5)):
+        assert with_replay(weights, sets, replayed, share) is weights

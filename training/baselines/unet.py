@@ -129,10 +129,10 @@ def region_settings(recipe: Recipe) -> RegionSettings:
 def region_dataset(recipe: Recipe, corpus: Corpus, size: int) -> SampleDataset:
     """The training samples of that stage, on a canvas of `size` pixels, with masks of that size."""
     look = {name: getattr(recipe.model, name) for name in ("fit", "image_mean", "image_std")}
-    processor = SimpleNamespace(image_processor=MedSightImageProcessor(size={"height": size, "width": size}, **look))
-    shape = SimpleNamespace(
-        image_size=size, mask_size=(size, size), mask_class_names=corpus.classes, use_region_codebook=True
-    )
+    image_processor = MedSightImageProcessor(size={"height": size, "width": size}, **look)
+    processor = SimpleNamespace(image_processor=image_processor, region_codes=None)
+    names = {"mask_class_names": corpus.classes, "num_mask_classes": len(corpus.classes)}
+    shape = SimpleNamespace(image_size=size, mask_size=(size, size), use_region_codebook=True, **names)
     canvas = Canvas(processor, shape, corpus.groups, recipe.data.keep_in_memory)
     stage = RegionStage("U-Net", region_settings(recipe), canvas, recipe.seed)
     return stage_dataset(stage, recipe, corpus, "training")
