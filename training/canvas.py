@@ -78,8 +78,8 @@ class Canvas:
         return unlabelled
 
     def recallable(self, row: dict[str, Any]) -> torch.Tensor:
-        """(n,) long, classes that nobody looked for in a row's image, but that it may show by what the model's codes of
-        its group stand for."""
+        """(n,) long, classes that nobody looked for in a row's image, but that it may show by what the model's codes
+        of its group stand for."""
         known, unlabelled = self.known[self.group(row)], self.unlabelled_classes(row)
         indices = [self.classes[name] for name in sorted(known) if name in self.classes]
         return torch.tensor([index for index in indices if unlabelled[index]], dtype=torch.long)

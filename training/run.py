@@ -143,8 +143,8 @@ def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
         set_seed(recipe.seed)
         if given is not None:
             device = str(PartialState().device)
-            about = {"seed": recipe.seed, "device": device}
-            extend_folder(Path(given), corpus.training, folder, corpus.groups, corpus.additions, **about)
+            data = (corpus.training, folder, corpus.groups, corpus.additions)
+            extend_folder(Path(given), *data, seed=recipe.seed, device=device)
         else:
             model, processor = fresh_model(recipe, corpus.groups, corpus.classes, corpus_conversations(corpus))
             run_folder.save_folder(model, processor, folder)

@@ -23,7 +23,7 @@ def command(
     layout: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the data  [default: what it looks like].")
     ] = None,
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split to look at.")] = "train",
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Split to look at  [default: train].")] = None,
     groups: Annotated[str | None, typer.Option(metavar="FILE", help=GROUPS)] = None,
     rename: Rename = None,
     images: Annotated[

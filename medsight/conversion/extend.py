@@ -104,7 +104,7 @@ def extend(
     check_output(output, overwrite, inputs=[folder, *given, *([Path(rows.path)] if isinstance(rows, Source) else [])])
     rows = _rows_of(rows, rename)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
-    chosen = groups if groups is None or isinstance(groups, Groups) else load_groups(groups, None)
+    chosen = load_groups(groups, None) if isinstance(groups, (str, os.PathLike)) else groups
     additions = find_additions(config, _without_pictures(rows), chosen, classes)
     if not any(row["targets"] for row in _without_pictures(rows)):
         raise ValueError("the data have no masks: a model is extended by what masks show")
@@ -393,7 +393,7 @@ def save_extended(model: Any, processor: Any, before: Path, output: Path, overwr
     Raises:
         OSError: the folder is taken or cannot be written.
     """
-    stored = {}
+    stored: dict[str, torch.dtype | None] = {}
     for file in weight_files(before):
         with safe_open(file, framework="pt") as weights:
             stored |= {name: DTYPES.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}

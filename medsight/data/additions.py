@@ -85,11 +85,6 @@ def find_additions(
     lying: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in rows:
         targets |= {*(() if classes else row["targets"])} - {""}
-        if config.use_region_codebook and not (row["modality"] and row["site"]):
-            raise ValueError(
-                f"an image of {row['dataset']} with {row['targets']} has modality {row['modality']!r} and site "
-                f"{row['site']!r}: its code group follows from both"
-            )
         lying[row["modality"], row["site"]].update([row["orientation"]] if row.get("orientation") else [])
     known = config.mask_class_names or []
     added = sorted(targets - {*known})

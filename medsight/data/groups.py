@@ -1,5 +1,6 @@
 """Code groups (modality and body site), as a recipe, a file or a checkpoint names them."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,12 +79,17 @@ def match_groups(
     if chosen is not None:
         _refuse_unknown(chosen.names, config.group_names, extend)
     by_name = {name.lower(): name for name in patterns}
-    for modality, site in sorted(set(pairs)):
+    for modality, site in sorted(set(pairs), key=str):
         pair = f"{modality}/{site}"
         if chosen is not None and (k := chosen.find(modality, site)) is not None:
             name = chosen.names[k]
             patterns.setdefault(name, list(chosen.patterns[name])).append(pair)
         elif Groups(patterns).find(modality, site) is None:
+            if not (modality and site):
+                raise UnknownGroupError(
+                    f"images of modality {modality!r} and site {site!r}: their code group follows from both; a data "
+                    "source can name them (modality, site)"
+                )
             found = next((by_name[name] for name in group_names_of(modality, site) if name in by_name), None)
             if found is None and not extend:
                 raise UnknownGroupError(
@@ -125,7 +131,7 @@ def group_names_of(modality: str, site: str) -> tuple[str, str]:
     return f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower()
 
 
-def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
+def load_groups(path: str | os.PathLike[str], names: Sequence[str] | None) -> Groups:
     """Groups from a YAML file, group name -> patterns of "modality/site".
 
     Args:

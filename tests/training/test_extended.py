@@ -111,7 +111,8 @@ def test_what_a_folder_does_not_know_is_told_before_anything_runs(
 
 
 def test_without_images_with_masks_nothing_can_be_extended(unbroken: Path, tmp_path: Path) -> None:
-    recipe = extended(tmp_path, tmp_path / "run", unbroken / "model", "unified", data={"regions": []})
+    recipe = extended(tmp_path, tmp_path / "run", unbroken / "model", "unified")
+    recipe = recipe.changed({"data": {"regions": []}}, "a change")
     with pytest.raises(ValueError, match="data.regions is empty, and images with masks are needed for .*model.extend"):
         train(recipe)
     recipe = tiny_recipe(tmp_path, tmp_path / "run", model={"extend": True})

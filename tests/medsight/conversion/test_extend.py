@@ -322,7 +322,7 @@ def test_a_taken_output_data_without_masks_and_conversations_are_refused(
     rows = load_source(source)
     with pytest.raises(ValueError, match="the data have no masks"):
         extend(known, [{**row, "masks": [], "targets": []} for row in rows], tmp_path / "out")
-    with pytest.raises(ValueError, match="has modality None"):
+    with pytest.raises(ValueError, match="images of modality None and site"):
         extend(known, [{**row, "modality": None} for row in rows], tmp_path / "out")
     spoken = [{"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
     (tmp_path / "talk.json").write_text(json.dumps(spoken), encoding="utf-8")
