@@ -94,6 +94,28 @@ def add_region_codes(
     return first
 
 
+def append_region_codes(tokenizer: PreTrainedTokenizerBase, num_groups: int, codes_per_group: int, more: int) -> int:
+    """Append the codes of so many `more` groups to a tokenizer whose last tokens are the codes of `num_groups` groups.
+
+    Returns:
+        The id of the first code of all.
+
+    Raises:
+        ValueError: if these are not its last tokens.
+    """
+    first = add_region_codes(tokenizer, num_groups, codes_per_group)
+    end = first + num_groups * codes_per_group
+    later = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= end)
+    if later:
+        raise ValueError(
+            f"the tokenizer has {len(later)} token(s) after its last region code, {later[0][1]!r} (id {later[0][0]}) "
+            f"first: the codes of new groups must follow the known ones, from id {end} on"
+        )
+    tokens = region_code_tokens(num_groups + more, codes_per_group)[num_groups * codes_per_group :]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+    return first
+
+
 def region_code_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The ids of a tokenizer's region codes and their spellings."""
     return {token_id: token for token, token_id in tokenizer.get_added_vocab().items() if is_region_code(token)}

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from configuration_medsight.configuration_medsight import MedSightConfig
+from medsight.data.additions import Additions, find_additions
 from medsight.data.groups import Groups, match_groups
 from medsight.data.pictures import picture_name
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
@@ -78,6 +79,21 @@ class Corpus:
             if orientation is not None:
                 counts[self.groups.names[self.groups.index(modality, site)]][orientation] += 1
         return {name: found.most_common(1)[0][0] for name, found in counts.items()}
+
+    @cached_property
+    def additions(self) -> Additions:
+        """What the rows hold that the folder of the recipe's model lacks, where it is to be extended.
+
+        Raises:
+            ValueError: as `find_additions`.
+        """
+        config = folder_config(self.recipe) if self.recipe.model.extend else None
+        if config is None:
+            return Additions()
+        rows = concatenate_datasets([self.training, self.validation]).remove_columns(["image", "masks"])
+        data = self.recipe.data
+        chosen = Groups(data.groups) if data.groups and config.use_region_codebook else None
+        return find_additions(config, rows, chosen, data.classes)
 
     @cached_property
     def conversations(self) -> dict[str, tuple[Any, Any]]:
@@ -180,19 +196,25 @@ def split_seed(recipe: Recipe) -> int:
 
 
 def groups_of(recipe: Recipe, pairs: Iterable[tuple[str, str]]) -> Groups:
-    """The code groups of modalities and sites: the recipe's; or those of the checkpoint that it starts from; or one a
-    pair.
+    """The code groups of modalities and sites: those of the checkpoint that the recipe starts from, with the new ones
+    where it is extended; or from scratch the recipe's, or one a pair.
 
     Raises:
         ValueError: as `match_groups`.
     """
-    if recipe.data.groups:
-        return Groups(recipe.data.groups)
-    if recipe.model.folder is not None:
-        config = MedSightConfig.from_pretrained(recipe.model.folder, local_files_only=True)
-        if config.use_region_codebook:
-            return match_groups(config, pairs)
-    return Groups.of_pairs(pairs)
+    chosen = Groups(recipe.data.groups) if recipe.data.groups else None
+    config = folder_config(recipe)
+    if config is not None and config.use_region_codebook:
+        return match_groups(config, pairs, chosen, recipe.model.extend)
+    return chosen or Groups.of_pairs(pairs)
+
+
+def folder_config(recipe: Recipe) -> MedSightConfig | None:
+    """The configuration of the checkpoint that a recipe starts from; None from scratch, or where it is not there."""
+    folder = recipe.model.folder
+    if folder is None or not Path(folder).is_dir():
+        return None
+    return MedSightConfig.from_pretrained(folder, local_files_only=True)
 
 
 def corpus_conversations(corpus: Corpus, split: str = "training") -> Any:

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from configuration_medsight.configuration_medsight import PRESETS, MedSightConfig
+from medsight.data.additions import extended_config
+from medsight.data.groups import UnknownGroupError
 from medsight.text import align
 from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 
@@ -26,7 +28,6 @@ from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_byt
 from .recipe import AnnotationSettings, Recipe
 from .settings import ResolvedStage, refuse_missing_regions, resolve_stages
 from .stage import Stage
-from .stage_conversations import vocabularies
 
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -72,7 +73,7 @@ def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str
     """
     resolved = resolve_stages(recipe)
     corpus, notes = corpus_if_needed(recipe, resolved)
-    config, source = planned_config(recipe, corpus)
+    config, said = planned_config(recipe, corpus)
     if corpus is not None and any(stage.kind.reads == "regions" for stage in resolved.values()):
         refuse_unknown_targets(corpus, config)
     stages = []
@@ -82,7 +83,7 @@ def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str
             rows, missing = count_rows(stage, recipe, corpus)
             notes += [note for note in missing if note not in notes]
         stages.append(stage_plan(stage, recipe, config, rows, devices))
-    return stages, [source, *notes]
+    return stages, [*said, *notes]
 
 
 def stage_plan(
@@ -106,9 +107,6 @@ def stage_plan(
     most = max((entry.max_regions for entry in recipe.annotations.values()), default=AnnotationSettings.max_regions)
     checkpointing = any(map(resolved.argument, ("gradient_checkpointing", "activation_checkpointing")))
     passing: dict[str, Any] = {"regions": most, "autocast": autocast, "checkpointing": checkpointing}
-    # of the vocabulary, all rows but the codes' have a gradient and yet do not train where these train alone
-    tables = vocabularies(model) if stage.rows_alone else []
-    idle = sum((len(table) - stage.config.num_region_codes) * table.shape[1] for table in tables)
     activations = activation_bytes(stage, model, size, **passing, compute_dtypes=dict.fromkeys(four_bits, computing))
     sharded = None
     if devices > 1 and stage.shardable:
@@ -124,7 +122,7 @@ def stage_plan(
         steps = None if rows is None else math.ceil(epochs * math.ceil(rows / math.prod(batch)))
     return StagePlan(
         name=stage.name,
-        trained=sum(parameter.numel() for parameter in trained) - idle,
+        trained=sum(parameter.numel() for parameter in trained) - stage.idle(model),
         parameters=sum(parameter.numel() for parameter in prepared.parameters()),
         steps=steps,
         batch=batch,
@@ -154,11 +152,13 @@ def corpus_if_needed(recipe: Recipe, stages: dict[str, ResolvedStage]) -> tuple[
     counted = any(stage.argument("max_steps") <= 0 for stage in stages.values())
     shaped = recipe.model.folder is None and None in (recipe.data.groups, recipe.data.classes)
     named = recipe.data.regions and any(stage.kind.reads == "regions" for stage in stages.values())
-    if not counted and not shaped and not named:
+    if not counted and not shaped and not named and not recipe.model.extend:
         return None, []
     try:
         refuse_missing_regions(recipe, stages.values())
         return read_corpus(recipe), []
+    except UnknownGroupError:
+        raise
     except (OSError, ValueError) as error:
         return None, [f"Without the data: {error}."]
 
@@ -180,8 +180,8 @@ def count_rows(stage: ResolvedStage, recipe: Recipe, corpus: Corpus | None) -> t
         return None, [f"Without the data: {error}."]
 
 
-def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfig, str]:
-    """The configuration that a run would have, and where it is from.
+def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfig, list[str]]:
+    """The configuration that a run would have, where it is from, and what would be added to it.
 
     Raises:
         OSError: the model's folder is not there, and no preset is named.
@@ -189,9 +189,14 @@ def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfi
     """
     settings = recipe.model
     if settings.folder is not None and Path(settings.folder).is_dir():
-        config = MedSightConfig.from_pretrained(settings.folder, local_files_only=True, **settings.config)
+        config = MedSightConfig.from_pretrained(settings.folder, local_files_only=True)
+        added = corpus.additions.describe(config) if corpus else []
+        if corpus and corpus.additions:
+            config = extended_config(config, corpus.additions)
+        for name, value in settings.config.items():
+            setattr(config, name, value)
         config.refuse_contradictions()
-        return config, f"Model: {settings.folder}."
+        return config, [f"Model: {settings.folder}.", *(f"To be added: {line}." for line in added)]
     presets = ", ".join(sorted(PRESETS))
     if settings.preset is None:
         raise FileNotFoundError(
@@ -202,10 +207,10 @@ def planned_config(recipe: Recipe, corpus: Corpus | None) -> tuple[MedSightConfi
         raise ValueError(f"model.preset={settings.preset!r}: choose one of {presets}")
     if settings.folder is not None:
         said = f"Model: {settings.folder} is not there yet; planned as the preset {settings.preset}."
-        return MedSightConfig.from_preset(settings.preset, **settings.config), said
+        return MedSightConfig.from_preset(settings.preset, **settings.config), [said]
     groups = corpus.groups.patterns if corpus else recipe.data.groups or {}
     classes = corpus.classes if corpus else recipe.data.classes or []
-    return fresh_config(recipe, groups, classes), f"Model: the preset {settings.preset}, from scratch."
+    return fresh_config(recipe, groups, classes), [f"Model: the preset {settings.preset}, from scratch."]
 
 
 def table(stages: list[StagePlan], devices: int) -> list[str]:

@@ -1,6 +1,8 @@
 """A recipe: everything that is a choice in a training run, read from one YAML file (docs/training.md).
 
-Entries of a list that have a `name`, such as stages, are merged by it, in `extends` and `--set` alike.
+Entries of a list that have a `name`, such as stages, are merged by it, in `extends` and `--set` alike. There, null
+drops what is inherited, back to the default, and the tag `!replace` before a mapping or list puts it in the place of
+what is inherited.
 """
 
 import contextlib
@@ -33,6 +35,28 @@ STAGE_NAME = re.compile(r"[\w-]+")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class Replace:
+    """A value with the tag `!replace`: it is not merged with what is inherited."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads YAML with the tag `!replace`."""
+
+
+def _read_replace(loader: RecipeLoader, node: yaml.Node) -> Replace:
+    if isinstance(node, yaml.MappingNode):
+        return Replace(loader.construct_mapping(node, deep=True))
+    if isinstance(node, yaml.SequenceNode):
+        return Replace(loader.construct_sequence(node, deep=True))
+    raise yaml.constructor.ConstructorError(None, None, "!replace stands before a mapping or a list", node.start_mark)
+
+
+RecipeLoader.add_constructor("!replace", _read_replace)
+
+
 @dataclass
 class ModelSettings:
     """Where the model comes from: a named configuration, trained from scratch, or a folder.
@@ -40,7 +64,9 @@ class ModelSettings:
     Attributes:
         preset: name of a `MedSightConfig` preset; its tokenizer is trained on the corpus' own text. With a folder, it
             is only what `--plan` reads while the folder is not there yet.
-        folder: a checkpoint folder, as `medsight init` and `medsight convert` write, to start from.
+        folder: a checkpoint folder, as `medsight init` and `medsight convert` write, to start from, with its own
+            groups and classes.
+        extend: append the structures and groups of the data that the folder lacks (`medsight.conversion.extend`).
         config: fields of `MedSightConfig` to change (the ablations among them). With a folder, only those that leave
             the shape of its weights.
         tokenizer_size: entries of a preset's byte-level BPE before added tokens and region codes.
@@ -51,6 +77,7 @@ class ModelSettings:
 
     preset: str | None = None
     folder: str | None = None
+    extend: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer_size: int = 1510
     fit: str = "pad"
@@ -76,8 +103,10 @@ class DataSettings:
         on_error: `stop` at a broken item, or `skip`: count and log it; never replace it.
         keep_in_memory: decode every picture and mask once and keep it, for data sets that fit; worker processes share
             them.
-        groups: code group -> patterns of "modality/site"; by default one group per pair that the regions have.
-        classes: mask classes, a target each; by default all targets of the regions.
+        groups: code group -> patterns of "modality/site"; by default one group per pair that the regions have. With a
+            folder, whose groups are its own, where pairs belong that it does not know.
+        classes: mask classes, a target each; by default all targets of the regions. With a folder, which of the
+            targets `model.extend` may add.
     """
 
     regions: list[dict[str, Any]] = field(default_factory=list)
@@ -164,7 +193,7 @@ class Recipe:
             ValueError: as [`build`].
         """
         recipe = build(Recipe, merge(self.to_dict(), changes, source), source)
-        recipe.sources = self.sources | sources_of(changes, source)
+        recipe.sources = merged_sources(self.sources, changes, source, recipe.to_dict())
         return recipe
 
 
@@ -188,7 +217,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value, f"--set {override}")
-        sources |= sources_of(value, "command line")
+        sources = merged_sources(sources, value, "command line", values)
     recipe = build(Recipe, values, str(path))
     recipe.sources = sources
     _refuse_bad_values(recipe, path)
@@ -221,7 +250,7 @@ def find_recipe(path: str | Path, beside: Path = Path(), said: str = "recipe") -
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, RecipeLoader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
 
@@ -236,13 +265,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
     base = values.pop("extends", None)
     name = path.relative_to(CONFIGS).as_posix() if path.is_relative_to(CONFIGS) else str(path)
-    sources = sources_of(values, name)
     if base is None:
-        return values, sources
+        return merge({}, values, str(path)), sources_of(values, name)
     found = find_recipe(base, path.parent, f"{path}: extends")
     values_below, sources_below = _read(Path(os.path.normpath(found)))
     extended = {key: f"{source.removesuffix(' (extended)')} (extended)" for key, source in sources_below.items()}
-    return merge(values_below, values, str(path)), extended | sources
+    merged = merge(values_below, values, str(path))
+    return merged, merged_sources(extended, values, name, merged)
 
 
 def is_named_list(value: Any) -> typing.TypeGuard[list[Any]]:
@@ -255,7 +284,8 @@ def by_name(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """`below` with the values of `above`: mappings key by key, and lists of named entries name by name.
+    """`below` with the values of `above`: mappings key by key, and lists of named entries name by name; null drops
+    what is below, and a `Replace` takes its place.
 
     Raises:
         ValueError: a name that is not in the list, where the change is no whole entry with a kind of its own.
@@ -263,27 +293,39 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "") -
     result = dict(below)
     for key, value in above.items():
         before = result.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            result[key] = merge(before, value, where)
+        if value is None and before is not None:
+            del result[key]
+        elif isinstance(value, Mapping) and (before is None or isinstance(before, Mapping)):
+            result[key] = merge(before or {}, value, where)
         elif isinstance(value, Mapping) and is_named_list(before):
             result[key] = merge_entries(before, value, f"{where}: {key}")
         else:
-            result[key] = value
+            result[key] = _plain(value)
     return result
+
+
+def _plain(value: Any) -> Any:
+    """A value without `Replace` anywhere in it."""
+    value = value.value if isinstance(value, Replace) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
 
 def merge_entries(entries: list[Any], changes: Mapping[str, Any], where: str) -> list[Any]:
     """Named entries with changes by name: null takes one out, and a new name with a `kind` is put at the end."""
     found = by_name(entries)
     for name, change in changes.items():
-        if not isinstance(change, Mapping) or "kind" not in change:
+        content = change.value if isinstance(change, Replace) else change
+        if not isinstance(content, Mapping) or "kind" not in content:
             refuse_unknown([name], found, where)
         if change is None:
             del found[name]
-        elif not isinstance(change, Mapping):
+        elif not isinstance(content, Mapping):
             raise ValueError(f"{where}.{name}: expected a mapping, got {change!r}")
         else:
-            found[name] = merge(found.get(name, {"name": name}), change, where)
+            before = {"name": name} if isinstance(change, Replace) else found.get(name, {"name": name})
+            found[name] = merge(before, _plain(change) if isinstance(change, Replace) else change, where)
     return [*found.values()]
 
 
@@ -298,7 +340,13 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def sources_of(values: Any, source: str) -> dict[str, str]:
-    return {key: source for key, _ in leaves(values)}
+    return {key: source for key, _ in leaves(_plain(values))}
+
+
+def merged_sources(below: Mapping[str, str], above: Any, source: str, merged: Mapping[str, Any]) -> dict[str, str]:
+    """Where the values of a merge come from: those of `above` from `source`, and of `below` what is still there."""
+    there = {key for key, _ in leaves(merged)}
+    return {key: name for key, name in below.items() if key in there} | sources_of(above, source)
 
 
 def build(kind: Any, values: Any, where: str) -> Any:
@@ -314,7 +362,8 @@ def build(kind: Any, values: Any, where: str) -> Any:
     refuse_unknown(values, [entry.name for entry in dataclasses.fields(kind) if entry.name != "sources"], where)
     if kind is Recipe:
         _refuse_bad_stages(values.get("stages", []), where)
-    result = kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+    given = {key: value for key, value in values.items() if value is not None}
+    result = kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in given.items()})
     if kind is Recipe:
         result.sources = sources_of(values, where)
     return result

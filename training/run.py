@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.checkpoint import check_checkpoint
+from medsight.conversion.extend import extend_folder, refuse_unfit
 from medsight.processes import join_processes, lock, on_main
 
 from . import run_folder
@@ -123,15 +124,28 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
 
 
 def start_folder(recipe: Recipe, corpus: Corpus, output: Path) -> Path:
-    """The folder of the model before any training: the recipe's, or a fresh one made from a preset."""
-    if recipe.model.folder is not None:
-        check_checkpoint(Path(recipe.model.folder))
-        return Path(recipe.model.folder)
-    folder = output / "stages" / "start"
+    """The folder of the model before any training: the recipe's; or, made from it and the data, one that is extended;
+    or a fresh one made from a preset."""
+    given, folder = recipe.model.folder, output / "stages" / "start"
+    if given is not None:
+        check_checkpoint(Path(given))
+    if recipe.model.extend:
+        refuse_unfit(Path(str(given)))
+        added = corpus.additions.describe(MedSightConfig.from_pretrained(given, local_files_only=True))
+        for line in added or [f"nothing: {given} knows all structures and groups of the data"]:
+            PartialState().print(f"model.extend: {line}", flush=True)
+    if given is not None and not corpus.additions:
+        return Path(given)
 
     def make() -> None:
-        if not folder.is_dir():
-            set_seed(recipe.seed)
+        if folder.is_dir():
+            return
+        set_seed(recipe.seed)
+        if given is not None:
+            device = str(PartialState().device)
+            data = (corpus.training, folder, corpus.groups, corpus.additions)
+            extend_folder(Path(given), *data, seed=recipe.seed, device=device)
+        else:
             model, processor = fresh_model(recipe, corpus.groups, corpus.classes, corpus_conversations(corpus))
             run_folder.save_folder(model, processor, folder)
 
@@ -148,8 +162,8 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     groups = corpus.groups.names
     if reads_regions(resolved, recipe) and model.config.use_region_codebook and groups != [*model.config.group_names]:
         raise ValueError(
-            f"data.groups names the groups {groups}, but those of the model, whose order counts, are "
-            f"{[*model.config.group_names]}: name all of these"
+            f"the data are in the groups {groups}, the model has {[*model.config.group_names]}: leave group_names out "
+            "of model.config, and name groups in data.groups"
         )
     if reads_regions(resolved, recipe) and model.config.use_region_codebook and corpus.orientations:
         model.config.group_orientations = {**(model.config.group_orientations or {}), **corpus.orientations}

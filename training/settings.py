@@ -100,6 +100,8 @@ def resolve_stages(recipe: Recipe) -> dict[str, ResolvedStage]:
     Raises:
         ValueError: an unknown kind or key, naming the nearest known one; or settings that do not go together.
     """
+    if recipe.model.extend and recipe.model.folder is None:
+        raise ValueError("model.extend=True: name the checkpoint to extend as model.folder")
     refuse_unknown(recipe.model.config, set(MedSightConfig.__annotations__), "model.config")
     if not recipe.stages:
         raise ValueError("the recipe has no stages: list some, each with a name and a kind")
@@ -163,6 +165,7 @@ def arguments_class(trainer: str) -> type[TrainingArguments]:
 def refuse_missing_regions(recipe: Recipe, stages: Iterable[ResolvedStage]) -> None:
     """Raise ValueError where there are no images with masks and something needs them, naming what does."""
     reading = [f"stage {stage.name}" for stage in stages if reads_regions(stage, recipe)]
+    reading += ["model.extend"] if recipe.model.extend else []
     reading += [] if recipe.model.folder else [f"the preset {recipe.model.preset}"]
     if reading and not recipe.data.regions:
         raise ValueError(f"data.regions is empty, and images with masks are needed for {', '.join(reading)}")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .canvas import Canvas
@@ -114,6 +115,11 @@ class Stage:
         """Whether it can train on parameters that are divided over processes."""
         return not self.settings.keep_share
 
+    def idle(self, model: nn.Module) -> int:
+        """Numbers in trained parameters that have a gradient of zero all the time, as rows that are left as they are
+        have."""
+        return 0
+
     def dataset(self, rows: Any, training: bool, **common: Any) -> SampleDataset:
         """The samples of rows; `common` goes to `SampleDataset`."""
         raise NotImplementedError
@@ -192,6 +198,23 @@ def stage_kinds() -> dict[str, type[Stage]]:
 def trained_module(model: Any, stage: Stage) -> nn.Module:
     """The module that a stage trains, calls and scores, of a whole model: what sees, or all."""
     return model.region_model if stage.reads == "regions" else model
+
+
+def group_places(config: Any, names: Sequence[str] | None, where: str) -> list[int]:
+    """The places of code groups, all by default.
+
+    Raises:
+        ValueError: the model has no group of a name.
+    """
+    refuse_unknown(names or (), config.group_names, where)
+    return [k for k, name in enumerate(config.group_names) if names is None or name in names]
+
+
+def keep_rows(parameter: nn.Parameter, trained: torch.Tensor) -> RemovableHandle:
+    """Zero the gradient of all rows but the `trained` ones, a boolean (rows,): with a fresh optimizer and no weight
+    decay the others then stay as they are."""
+    rows = trained.view(-1, *[1] * (parameter.ndim - 1))
+    return parameter.register_hook(lambda gradient: gradient * rows.to(gradient.device))
 
 
 def train_only(model: nn.Module, prefixes: Iterable[str]) -> None:

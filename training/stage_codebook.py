@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from medsight.inference.code_assignment import kmeans
 from medsight.processes import on_main
 
 from .collators import RegionCollator
 from .dataset import RegionDataset
-from .stage import Stage, StageSettings, batch_to, dice, evenly, in_batches, ratio
+from .stage import Stage, StageSettings, batch_to, dice, evenly, group_places, in_batches, keep_rows, ratio, train_only
 from .stage_regions import region_batch_of_zeros
 
 
@@ -25,18 +26,25 @@ class CodebookSettings(StageSettings):
 
     Attributes:
         trains: `codebook`: codes, W_q, W_m and the group classifier.
+        groups: code groups to start and train alone: their codes and their rows of the group classifier; the codes of
+            the others keep their values and W_q and W_m theirs, so that known codes mean what they meant. All by
+            default.
         kmeans_images: training images whose regions the codes start from, as centres of k-means; 0 leaves them random.
         kmeans_rounds: rounds of k-means.
         revive_every: steps after which codes that no region took are moved onto regions of their group; 0 is never.
         revive_until: share of the steps after which no code is moved any more.
+        revive_groups: code groups whose codes may be moved so, `groups` by default. In a group of an extended model
+            that has new structures, codes that the data do not use go to these; have the old structures in the data.
         revive_images: training images that dead codes are moved onto regions of.
     """
 
     trains: list[str] = field(default_factory=lambda: ["codebook"])
+    groups: list[str] | None = None
     kmeans_images: int = 4096
     kmeans_rounds: int = 10
     revive_every: int = 50
     revive_until: float = 0.5
+    revive_groups: list[str] | None = None
     revive_images: int = 256
 
 
@@ -60,11 +68,44 @@ class CodebookStage(Stage):
         super().__init__(*args, **kwargs)
         self.used = torch.zeros(self.config.num_groups, self.config.codes_per_group, dtype=torch.long)
         self.used_here = torch.zeros_like(self.used)  # by this process, in the step that runs
+        self.groups, self.revived_groups = (
+            group_places(self.config, names, f"stages.{self.name}: {key}")
+            for key, names in (
+                ("groups", self.settings.groups),
+                ("revive_groups", self.settings.revive_groups or self.settings.groups),
+            )
+        )
+        self.changed = torch.zeros_like(self.used, dtype=torch.bool)  # codes that train, or were moved
+        self.changed[self.groups] = True
+        self.hooks: list[RemovableHandle] = []
         self.train_dataset: RegionDataset  # codes start from, and are moved onto, regions of pictures as they are
+
+    @classmethod
+    def check(cls, settings: Any, arguments: dict[str, Any]) -> None:
+        super().check(settings, arguments)
+        if settings.groups is not None and arguments.get("weight_decay"):
+            raise ValueError(
+                f"weight_decay={arguments['weight_decay']} would shrink the codes of all groups, where this stage "
+                "trains those of some: set it to 0"
+            )
 
     @property
     def shardable(self) -> bool:
         return False
+
+    def idle(self, model: nn.Module) -> int:
+        rows = self.config.num_groups - len(self.groups)
+        return rows * sum(weight[0].numel() for weight in rows_by_group(model))
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
+        if self.settings.groups is None:
+            return model
+        train_only(model, ["model.codebook.codes", "model.group_classifier."])
+        trained = torch.zeros(self.config.num_groups, dtype=torch.bool)
+        trained[self.groups] = True
+        self.hooks = [keep_rows(weight, trained) for weight in rows_by_group(model)]
+        return model
 
     def dataset(self, rows: Any, training: bool, **common: Any) -> RegionDataset:
         if training:
@@ -87,7 +128,7 @@ class CodebookStage(Stage):
             found = codes.cpu().clone()
             vectors, groups = self._regions_of(model, evenly(len(self.train_dataset), self.settings.kmeans_images))
             generator = torch.Generator().manual_seed(self.seed)
-            for group in groups.unique().tolist():
+            for group in sorted({*groups.tolist()} & {*self.groups}):
                 found[group] = kmeans(vectors[groups == group], codes.shape[1], self.settings.kmeans_rounds, generator)
             return found
 
@@ -116,25 +157,29 @@ class CodebookStage(Stage):
             count = self.settings.revive_images
             chosen = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
             vectors, groups = self._regions_of(model, chosen)
-            for group in groups.unique().tolist():
+            for group in sorted({*groups.tolist()} & {*self.revived_groups}):
                 points = vectors[groups == group]
                 dead = (self.used[group] == 0).nonzero()[:, 0]
                 drawn = torch.randint(len(points), (len(dead),), generator=generator)
                 found[group, dead] = points[drawn].to(found)
             return found
 
+        before = codes.clone()
         codes.copy_(on_main(revived))
+        self.changed |= (codes != before).any(-1).cpu()
         self.used.zero_()
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {"used": self.used}
+        return {"used": self.used, "changed": self.changed}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.used = state["used"]
+        self.used, self.changed = state["used"], state.get("changed", self.changed)
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> nn.Module:
-        start_code_rows(super().finish(model))
+        for hook in self.hooks:
+            hook.remove()
+        start_code_rows(super().finish(model), self.changed)
         return model
 
     def score(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -201,23 +246,17 @@ def matched_regions(model: nn.Module, batch: dict[str, Any]) -> tuple[Any, list[
     return regions, model.perceiver_loss.matcher(masks, classes, batch["mask_labels"], batch["class_labels"])
 
 
-def kmeans(points: torch.Tensor, count: int, rounds: int, generator: torch.Generator) -> torch.Tensor:
-    """Centres (count, d) of unit-length points (n, d), themselves of unit length; n may be below count."""
-    start = torch.randint(len(points), (count,), generator=generator)
-    centres = points[start] + 1e-3 * torch.randn(count, points.shape[1], generator=generator)
-    for _ in range(rounds):
-        nearest = torch.cdist(points, centres).argmin(1)
-        for index in nearest.unique().tolist():
-            centres[index] = F.normalize(points[nearest == index].mean(0), dim=0)
-    return centres
+def rows_by_group(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters with a row a code group."""
+    return [model.model.codebook.codes, model.model.group_classifier.weight, model.model.group_classifier.bias]
 
 
 @torch.no_grad()
-def start_code_rows(model: nn.Module) -> None:
-    """Set every code's row of the vocabulary to P_vt(W_m(code))."""
+def start_code_rows(model: nn.Module, chosen: torch.Tensor) -> None:
+    """Set the rows of the vocabulary of the chosen codes, a boolean (K, M), to P_vt(W_m(code))."""
     config, core = model.config, model.model
-    rows = core.vision_to_text_projector(core.codebook.decode(core.codebook.code_table())).flatten(0, 1)
-    where = slice(config.region_code_start_id, config.region_code_start_id + config.num_region_codes)
+    rows = core.vision_to_text_projector(core.codebook.decode(core.codebook.code_table()[chosen.to(model.device)]))
+    where = chosen.flatten().nonzero()[:, 0].to(model.device) + config.region_code_start_id
     core.get_input_embeddings().weight[where] = rows
     if model.lm_head.weight is not core.get_input_embeddings().weight:
         model.lm_head.weight[where] = rows

@@ -18,7 +18,7 @@ from modeling_medsight.region_codes_in_text_medsight import is_region_code
 from .adapters import METHODS, add_adapters, merge_quantised
 from .collators import ConversationCollator
 from .dataset import ConversationDataset
-from .stage import Stage, StageSettings, batch_to, dice, evenly, in_batches, ratio
+from .stage import Stage, StageSettings, batch_to, dice, evenly, group_places, in_batches, keep_rows, ratio
 
 
 WORDS = re.compile(r"[^\W_]+")
@@ -32,6 +32,8 @@ class ConversationSettings(StageSettings):
     Attributes:
         trains: some of `vision_to_text`, `text_to_vision` (the projectors), `code_rows` (the codes' rows of the
             vocabulary) and `language_model` (all of it, with those rows).
+        groups: code groups whose codes' rows are trained, where `code_rows` are all of the vocabulary that is; all by
+            default.
         text_only: learn words alone, the users' too, without images.
         mask_share: share of the conversations whose codes are decoded to masks in a step.
         max_length: longest conversation in tokens, image blocks counted; a longer one is an error, never cut.
@@ -42,6 +44,7 @@ class ConversationSettings(StageSettings):
         lora_rank, lora_alpha, lora_dropout: of the adapters.
     """
 
+    groups: list[str] | None = None
     text_only: bool = False
     mask_share: float = 1.0
     max_length: int | None = None
@@ -83,6 +86,7 @@ class ConversationStage(Stage):
         self.decodes_masks = has_images and trains != {"vision_to_text"}
         self.scores_answers = has_images and "language_model" in trains
         self.hooks: list[RemovableHandle] = []
+        self.groups = group_places(self.config, self.settings.groups, f"stages.{self.name}: groups")
 
     @classmethod
     def check(cls, settings: Any, arguments: dict[str, Any]) -> None:
@@ -99,6 +103,10 @@ class ConversationStage(Stage):
             raise ValueError(f"method={settings.method!r}: choose one of {', '.join(METHODS)}")
         if settings.method != "full" and "language_model" not in settings.trains:
             raise ValueError(f"method={settings.method!r} is of the language model, which it does not train")
+        if settings.groups is not None and not trains_rows_alone(settings):
+            raise ValueError(
+                "groups chooses among the codes' rows, but code_rows are not all of the vocabulary to train"
+            )
         if settings.keep_share and (settings.method != "full" or trains_rows_alone(settings)):
             raise ValueError(f"keep_share={settings.keep_share} is for a stage that trains modules as a whole")
         if arguments.get("weight_decay") and trains_rows_alone(settings):
@@ -111,6 +119,11 @@ class ConversationStage(Stage):
     def shardable(self) -> bool:
         whole = self.settings.method == "full"  # adapters are merged into whole weights
         return super().shardable and whole and not self.rows_alone
+
+    def idle(self, model: nn.Module) -> int:
+        rows = len(self.groups) * self.config.codes_per_group
+        tables = vocabularies(model) if self.rows_alone else []
+        return sum((len(table) - rows) * table.shape[1] for table in tables)
 
     def dataset(self, rows: Any, training: bool, **common: Any) -> ConversationDataset:
         return ConversationDataset(
@@ -150,7 +163,7 @@ class ConversationStage(Stage):
             return add_adapters(model, self.settings)
         model = super().prepare(model)
         if self.rows_alone:
-            self.hooks = [train_code_rows_only(weight, self.config) for weight in vocabularies(model)]
+            self.hooks = [train_code_rows_only(weight, self.config, self.groups) for weight in vocabularies(model)]
         return model
 
     @torch.no_grad()
@@ -235,12 +248,12 @@ def vocabularies(model: nn.Module) -> list[nn.Parameter]:
     return [embeddings] if model.lm_head.weight is embeddings else [embeddings, model.lm_head.weight]
 
 
-def train_code_rows_only(weight: nn.Parameter, config: Any) -> RemovableHandle:
-    """Zero the gradient of every row but the region codes': with a fresh optimizer the words then stay as they are."""
+def train_code_rows_only(weight: nn.Parameter, config: Any, groups: list[int]) -> RemovableHandle:
+    """Zero the gradient of every row but those of the codes of these groups."""
     first, count = config.region_code_start_id, config.num_region_codes
-    rows = torch.zeros(len(weight), 1, dtype=torch.bool)
-    rows[first : first + count] = True
-    return weight.register_hook(lambda gradient: gradient * rows.to(gradient.device))
+    trained = torch.zeros(len(weight), dtype=torch.bool)
+    trained[first : first + count].view(-1, config.codes_per_group)[groups] = True
+    return keep_rows(weight, trained)
 
 
 def answer(model: nn.Module, batch: dict[str, Any], tokenizer: Any, max_new_tokens: int = 96) -> Any:

@@ -40,6 +40,7 @@ VERBS = {
     "train": Verb("medsight.cli.train", "Train by a recipe, resuming where a run stopped.", "train"),
     "data": Verb("medsight.cli.data", "Check training data, or turn masks into conversations.", "train"),
     "init": Verb("medsight.cli.init", "Assemble a fresh model from pretrained parts."),
+    "extend": Verb("medsight.cli.extend", "Append structures, groups and codes to a checkpoint.", "train"),
     "convert": Verb("medsight.cli.convert", "Turn published checkpoint files into one folder."),
     "push": Verb("medsight.cli.push", "Put a checkpoint folder on the Hub."),
 }

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from medsight.cli.console import Device, Json, results
+from medsight.cli.extend import Rename, parse_renames
 from medsight.files import check_empty, read_names
 from medsight.text import quiet_transformers
 
@@ -32,6 +33,14 @@ def check(
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Checkpoint to train from: its classes are all targets.")
     ] = None,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="With --model: what it lacks is no problem, but what would be added to it."),
+    ] = False,
+    groups: Annotated[
+        str | None, typer.Option(metavar="FILE", help="With --model: YAML, code group -> [MODALITY/SITE, ...].")
+    ] = None,
+    rename: Rename = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Threads  [default: a core each].")] = None,
     as_json: Json = False,
 ) -> None:
@@ -43,21 +52,30 @@ def check(
     from medsight.checkpoint import check_checkpoint
     from medsight.data.check import check as read_and_check
     from medsight.data.check import parse_condition
+    from medsight.data.groups import load_groups
     from medsight.data.sources import find_source
 
     splits = [name.strip() for name in split.split(",")] if split else [None]
     conditions = dict(map(parse_condition, where or [])) or None
-    known = read_names(targets) if targets else None
+    known, config = read_names(targets) if targets else None, None
     if model is not None:
         if known is not None:
             raise ValueError("--targets and --model both say which targets there are: give one of them")
         check_checkpoint(Path(model))
-        known = MedSightConfig.from_pretrained(model, local_files_only=True).mask_class_names or []
+        config = MedSightConfig.from_pretrained(model, local_files_only=True)
+        known = None if extend else config.mask_class_names or []
+    elif extend or groups:
+        raise ValueError("--extend and --groups are about a checkpoint: name it by --model")
+    chosen = load_groups(groups, None) if groups else None
     source = find_source(path, layout, images=images, where=conditions)
+    source = dataclasses.replace(source, rename={**(source.rename or {}), **parse_renames(rename or ())} or None)
     sources = [dataclasses.replace(source, split=name) for name in splits]
     with results(as_json) as out:
         report = read_and_check(sources, targets=known, workers=workers)
-        out.show(report.to_dict(), f"{path} ({source.layout})\n\n{report.to_text()}")
+        lines = report.compare(config, chosen, extend) if config is not None else []
+        added = "\n".join(["", f"to be added to {model}:", *(f"  {line}" for line in lines or ["nothing"])])
+        content = {**report.to_dict(), **({"additions": lines} if extend else {})}
+        out.show(content, f"{path} ({source.layout})\n\n{report.to_text()}", *([added] if extend else []))
     if not report.ok:
         kinds = Counter(problem.kind for problem in report.problems)
         found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())

@@ -5,7 +5,7 @@ registry       where data lies (`Source`) and how it is read (`Layout`), found b
 sources        all layouts' rows as one data set, map-style or streamed
 records        records of JSON and parquet files; conversations: rows of conversations; pictures: images and masks
 splits         what a file's name tells, and what is held out for validation
-groups         code groups of modalities and sites
+groups         code groups of modalities and sites; additions: what a model does not know of data
 check          what is wrong with data, as a report
 wording        questions and answers about images with masks, with the wordings of templates
 """

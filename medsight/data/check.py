@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.text import align, first_few, nearest
 
+from .additions import find_additions
 from .conversations import CodeMaskError, code_images
+from .groups import Groups, UnknownGroupError, match_groups
 from .pictures import (
     EmptyMaskError,
     MaskSizeError,
@@ -69,6 +72,7 @@ class Report:
         targets: rows by target and split.
         origins: rows by "modality / site" and split.
         files: images and masks by the ending of their file's name and split.
+        pairs: modality and site of images with masks -> a file.
         problems: what must be put right before training.
         warnings: what need not.
 
@@ -83,6 +87,7 @@ class Report:
     targets: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
     origins: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
     files: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
+    pairs: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     problems: list[Finding] = dataclasses.field(default_factory=list)
     warnings: list[Finding] = dataclasses.field(default_factory=list)
 
@@ -90,6 +95,37 @@ class Report:
     def ok(self) -> bool:
         """Whether training may start."""
         return not self.problems
+
+    def compare(self, config: MedSightConfig, chosen: Groups | None = None, extend: bool = False) -> list[str]:
+        """Compare with a model: pairs of modality and site that it has no code group for become problems; or, where it
+        is to be extended, what would be added is returned, a line a kind.
+
+        Args:
+            config: the model's.
+            chosen: groups that pairs belong to, as `match_groups` takes them.
+        """
+        if extend:
+            targets = [target for target, counts in self.targets.items() if counts["train"] or not self._has_train]
+            origins = (
+                {"targets": targets, "modality": m, "site": s, "dataset": file} for (m, s), file in self.pairs.items()
+            )
+            try:
+                return find_additions(config, origins, chosen).describe(config)
+            except ValueError as error:
+                self.problems.append(
+                    Finding("name of a known one", next(iter(self.pairs.values()), "data"), str(error))
+                )
+                return []
+        for pair, file in self.pairs.items() if config.use_region_codebook else ():
+            try:
+                match_groups(config, [pair], chosen)
+            except UnknownGroupError as error:
+                self.problems.append(Finding("unknown modality or site", file, f"{file}: {error}"))
+        return []
+
+    @property
+    def _has_train(self) -> bool:
+        return bool(self.counts["rows"]["train"])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the attributes, each count by its name, and `ok`."""
@@ -253,6 +289,8 @@ class _Gathering:
         for name, count in zip(COUNTED, counted, strict=True):
             report.counts[name][split] += count
         report.origins[f"{row['modality'] or '-'} / {row['site'] or '-'}"][split] += 1
+        if absent is not None and row["masks"]:
+            self.report.pairs.setdefault((row["modality"], row["site"]), picture_name(row["image"]))
         for entry in (*images, *row["masks"]):
             if entry["bytes"] is None:
                 report.files[Path(entry["path"]).suffix.lower()][split] += 1

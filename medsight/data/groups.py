@@ -1,5 +1,6 @@
 """Code groups (modality and body site), as a recipe, a file or a checkpoint names them."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -8,6 +9,10 @@ from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.text import nearest
 
 from .templates import read_yaml
+
+
+class UnknownGroupError(ValueError):
+    """Data, or who placed them, name a code group that the model lacks."""
 
 
 class Groups:
@@ -52,32 +57,73 @@ class Groups:
         raise ValueError(f"no code group matches '{modality}/{site}': the groups are {self.patterns}")
 
 
-def match_groups(config: MedSightConfig, pairs: Iterable[tuple[str, str]], chosen: Groups | None = None) -> Groups:
+def match_groups(
+    config: MedSightConfig, pairs: Iterable[tuple[str, str]], chosen: Groups | None = None, extend: bool = False
+) -> Groups:
     """The model's groups with the patterns of the data's pairs of modality and site.
 
     A pair belongs to the group that `chosen` has for it, or else to the first that has a pattern for it, or else to
     the group called "MODALITY SITE", whatever the case, or else to that of its modality up to the first hyphen
     ("MRI-T1", "brain" to "MRI brain").
 
+    Args:
+        extend: put groups that the model lacks after its own, where a pair needs one: that of `chosen`, with all its
+            patterns, or one called "MODALITY SITE".
+
     Raises:
-        ValueError: for a pair without such a group, naming it and the groups.
+        UnknownGroupError: for a pair without such a group, or a group of `chosen` that the model lacks, naming it and
+            the groups.
     """
     known = config.group_patterns or {}
     patterns: dict[str, list[str]] = {name: list(known.get(name, [])) for name in config.group_names}
+    if chosen is not None:
+        _refuse_unknown(chosen.names, config.group_names, extend)
     by_name = {name.lower(): name for name in patterns}
-    for modality, site in sorted(set(pairs)):
+    for modality, site in sorted(set(pairs), key=str):
+        pair = f"{modality}/{site}"
         if chosen is not None and (k := chosen.find(modality, site)) is not None:
-            patterns[chosen.names[k]].append(f"{modality}/{site}")
+            name = chosen.names[k]
+            patterns.setdefault(name, list(chosen.patterns[name])).append(pair)
         elif Groups(patterns).find(modality, site) is None:
+            if not (modality and site):
+                raise UnknownGroupError(
+                    f"images of modality {modality!r} and site {site!r}: their code group follows from both; a data "
+                    "source can name them (modality, site)"
+                )
             found = next((by_name[name] for name in group_names_of(modality, site) if name in by_name), None)
-            if found is None:
-                raise ValueError(
+            if found is None and not extend:
+                raise UnknownGroupError(
                     f"no code group of the model is called '{modality} {site}': its groups are {', '.join(patterns)}. "
                     "Say which of them it belongs to with --groups FILE or a recipe's data.groups, e.g. "
-                    f"{next(iter(patterns))!r}: ['{modality}/{site}']"
+                    f"{next(iter(patterns))!r}: ['{pair}'], or add a group: `medsight extend`, or a recipe's "
+                    "model.extend: true"
                 )
-            patterns[found].append(f"{modality}/{site}")
-    return Groups(patterns)
+            patterns.setdefault(found or f"{modality} {site}", []).append(pair)
+    return Groups({name: list(dict.fromkeys(listed)) for name, listed in patterns.items()})
+
+
+def _refuse_unknown(chosen: Iterable[str], known: Sequence[str], extend: bool) -> None:
+    """Raise UnknownGroupError for a chosen group that is none of the model's; with `extend`, for one that has the name
+    of one but for case and spaces."""
+    alike = {plain_name(name): name for name in known}
+    for name in chosen:
+        if name in known:
+            continue
+        if plain_name(name) in alike:
+            raise UnknownGroupError(
+                f"the group {name!r} is the model's {alike[plain_name(name)]!r} but for case and spaces: write it so"
+            )
+        if not extend:
+            raise UnknownGroupError(
+                f"the model has no code group {name!r}: {nearest(name, known)}. Leave this one out "
+                "(data.groups: null leaves out all that a recipe inherits), or add it: `medsight extend`, or a "
+                "recipe's model.extend: true"
+            )
+
+
+def plain_name(name: str) -> str:
+    """A name without what a reader hardly sees: case, and how many spaces."""
+    return " ".join(name.lower().split())
 
 
 def group_names_of(modality: str, site: str) -> tuple[str, str]:
@@ -85,7 +131,7 @@ def group_names_of(modality: str, site: str) -> tuple[str, str]:
     return f"{modality} {site}".lower(), f"{modality.split('-')[0]} {site}".lower()
 
 
-def load_groups(path: str | Path, names: Sequence[str] | None) -> Groups:
+def load_groups(path: str | os.PathLike[str], names: Sequence[str] | None) -> Groups:
     """Groups from a YAML file, group name -> patterns of "modality/site".
 
     Args:

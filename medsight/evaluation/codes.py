@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from medsight.data.groups import Groups
-from medsight.data.pictures import read_mask, read_picture
 from medsight.export.drawing import heat_map, shorten
+from medsight.inference.code_assignment import place
 
 from .reference_codes import codes_in_image
 
@@ -55,7 +55,7 @@ def describe_codes(
     found = CodeMeanings()
     with_masks = (row for row in rows if row["masks"])
     while batch := list(islice(with_masks, batch_size)):
-        pixels, masks = zip(*(_placed(row, processor, model.config.image_size) for row in batch), strict=True)
+        pixels, masks = zip(*(place(row, processor, model.config.image_size) for row in batch), strict=True)
         owners = [groups.index(row["modality"], row["site"]) for row in batch]
         with torch.inference_mode():
             regions = model.get_region_features(torch.stack(pixels).to(model.device, model.dtype))
@@ -78,17 +78,6 @@ def describe_codes(
     if not found.citations:
         raise ValueError("no row has a mask, so no code can be described")
     return found
-
-
-def _placed(row: Mapping[str, Any], processor: Any, side: int) -> tuple[Any, Any]:
-    """An image and its masks on the model's canvas."""
-    picture = read_picture(row["image"])
-    masks = np.stack([read_mask(entry, picture.size) for entry in row["masks"]])
-    images = processor.image_processor
-    return (
-        images(images=picture, return_tensors="pt")["pixel_values"][0],
-        images.preprocess_masks(masks, output_size=(side, side)),
-    )
 
 
 def _picture(pixels: Any, processor: Any) -> Image.Image:

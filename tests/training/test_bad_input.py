@@ -13,6 +13,7 @@ from PIL import Image
 
 from configuration_medsight import MedSightConfig
 from medsight.training.corpus import read_corpus
+from medsight.training.plan import stage_plans
 from medsight.training.run import train
 from medsight.training.trainer import NotFiniteError, StageTrainer, checkpoints
 from tests.training.tiny_run import only, steps_of, tiny_recipe
@@ -210,16 +211,20 @@ def test_a_recipe_that_does_not_fit_its_data_is_told_so(
     assert not [*tmp_path.glob("run/stages/*/finished.json")]  # before any stage has trained for nothing
 
 
-def test_groups_that_are_not_the_models_are_refused_and_by_default_are_the_models_own(
+def test_groups_are_those_of_the_folder_in_any_order_and_unknown_ones_are_refused(
     drawn_data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     start = unbroken / "model"
     names = MedSightConfig.from_pretrained(start).group_names
     swapped = {"groups": {name: [name.replace(" ", "/")] for name in reversed(names)}}
-    with pytest.raises(ValueError, match="whose order counts"):
-        train(perceiver(drawn_data, tmp_path / "swapped", model={"folder": str(start)}, data=swapped))
-    own = perceiver(drawn_data, tmp_path / "own", model={"folder": str(start)})
-    assert read_corpus(own).groups.names == names
+    for data in ({}, swapped, {"groups": {names[1]: ["CT/*"]}}):
+        own = perceiver(drawn_data, tmp_path / "own", model={"folder": str(start)}, data=data)
+        assert read_corpus(own).groups.names == names
+    unknown = {"groups": {"CT torsos": ["CT/*"]}}
+    with pytest.raises(ValueError, match="no code group 'CT torsos': did you mean 'CT torso'.*model.extend: true"):
+        train(perceiver(drawn_data, tmp_path / "unknown", model={"folder": str(start)}, data=unknown))
+    with pytest.raises(ValueError, match="no code group 'CT torsos': did you mean 'CT torso'"):
+        stage_plans(perceiver(drawn_data, tmp_path / "unknown", model={"folder": str(start)}, data=unknown), 1)
 
 
 def test_a_model_remembers_what_its_groups_hold(drawn_data: Path, tmp_path: Path) -> None:
