@@ -89,8 +89,8 @@ class RegionStage(Stage):
         if self.settings.recalled:
             if not self.config.use_class_queries or not any(self.canvas.known):
                 raise ValueError(
-                    f"recalled={self.settings.recalled} needs a checkpoint with class queries that says what its codes "
-                    "stand for: run medsight codes on it"
+                    f"recalled={self.settings.recalled} needs a checkpoint with class queries that says what its "
+                    "codes stand for: run medsight codes on it"
                 )
             self.teacher = copy.deepcopy(model.region_model).requires_grad_(False).eval()
         return model
