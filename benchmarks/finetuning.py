@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(chosen: Any, name: str, variant: str, images: int | None) -> dict[str, Any]:
     """One fine-tuning, and its figures."""
     folder = chosen.output / "-".join(filter(None, (name, variant, str(images or ""))))
-    source = copied(chosen.data / "segmentation_more", *SETS[name], chosen.output / "data" / f"{name}{images or ''}", images)
+    lab = chosen.output / "data" / f"{name}{images or ''}"
+    source = copied(chosen.data / "segmentation_more", *SETS[name], lab, images)
     old = Source("biomedparse", str(chosen.data / "segmentation"))
     asked: dict[str, Any] = {"replay": old, "minutes": chosen.minutes, "accept_problems": True}
     recipe = folder / "finetune.yaml"
