@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -48,13 +48,14 @@ def annotate(
     on_error: str = "stop",
     embed_images: bool = False,
     wordings: Wordings | None = None,
+    region_codes: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> AnnotationCounts:
     """Write conversations about images with masks, as parquet with a data card; rows and pictures are streamed.
 
-    The words about row i depend on `seed`, i and the structures of the data and of the model's region_codes.json, not
-    on `batch_size`. With a
-    `plain_share` of 1 no code is needed: the model is not run, and its codebook may be untrained.
+    The words about row i depend on `seed`, i and the structures of the data and of `region_codes`, not on
+    `batch_size`. With a `plain_share` of 1 no code is needed: the model is not run, and its codebook may be
+    untrained.
 
     Args:
         rows: of `REGION_FEATURES`, map-style or streaming; read twice.
@@ -70,6 +71,7 @@ def annotate(
         on_error: "stop" at a picture or mask that cannot be read, or "skip" it: count it, log it, name it in the card.
         embed_images: put the bytes of images and masks into the parquet files, in place of their paths.
         wordings: what is said; `Wordings.load()` by default.
+        region_codes: content of a region_codes.json, for the structures that images may show beside those of the data.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -83,7 +85,7 @@ def annotate(
     vocabulary = Vocabulary.from_rows(rows, groups)
     _check_names(config, groups, vocabulary, plain_share)
     if config.use_region_codebook:
-        vocabulary = vocabulary.with_codes(processor.region_codes)
+        vocabulary = vocabulary.with_codes(region_codes)
     settings = {
         "seed": seed,
         "per_image": per_image,

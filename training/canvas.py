@@ -10,7 +10,6 @@ import torch
 from medsight.data.groups import Groups
 from medsight.data.pictures import picture_name, read_mask, read_picture
 from modeling_medsight.loss_medsight import resize_masks
-from processing_medsight.region_codes_medsight import structures_of_groups
 
 from .augmentation import Augmenter
 
@@ -24,6 +23,7 @@ class Canvas:
         groups: code groups.
         keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
         elsewhere: for each group, structures that its images cannot show; none is known of by default.
+        known: for each group, structures that the model has learnt to find; none by default.
     """
 
     def __init__(
@@ -33,12 +33,11 @@ class Canvas:
         groups: Groups,
         keep_in_memory: bool = False,
         elsewhere: Sequence[Collection[str]] | None = None,
+        known: Sequence[Collection[str]] | None = None,
     ) -> None:
         self.processor, self.config, self.groups = processor, config, groups
-        self.elsewhere = elsewhere or [()] * len(groups.names)
-        self.known = structures_of_groups(
-            processor.region_codes if config.use_region_codebook else None, len(groups.names)
-        )
+        nothing: list[tuple[str, ...]] = [()] * len(groups.names)
+        self.elsewhere, self.known = elsewhere or nothing, known or nothing
         self.loaded: dict[str, Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
@@ -78,8 +77,8 @@ class Canvas:
         return unlabelled
 
     def recallable(self, row: dict[str, Any]) -> torch.Tensor:
-        """(n,) long, classes that nobody looked for in a row's image, but that it may show by what the model's codes
-        of its group stand for."""
+        """(n,) long, classes that nobody looked for in a row's image, and that the model has learnt to find in such
+        images."""
         known, unlabelled = self.known[self.group(row)], self.unlabelled_classes(row)
         indices = [self.classes[name] for name in sorted(known) if name in self.classes]
         return torch.tensor([index for index in indices if unlabelled[index]], dtype=torch.long)

@@ -22,6 +22,7 @@ from medsight.data.splits import divide, hold_out_rows
 from medsight.data.templates import Wordings
 from medsight.data.wording import ConversationMaker, Vocabulary, corpus_texts
 from medsight.text import nearest
+from processing_medsight.region_codes_medsight import find_region_codes, structures_of_groups
 
 from .annotation import annotate
 from .recipe import AnnotationSettings, Recipe
@@ -49,10 +50,24 @@ class Corpus:
     classes: list[str]
     replayed: frozenset[str] = frozenset()
 
+    @cached_property
+    def region_codes(self) -> dict[str, Any] | None:
+        """What the codes of the checkpoint that is trained from stand for, where it says so and has a codebook."""
+        folder = self.recipe.model.folder
+        if folder is None or not MedSightConfig.from_pretrained(folder, local_files_only=True).use_region_codebook:
+            return None
+        return find_region_codes(folder, local_files_only=True)
+
+    @property
+    def known(self) -> list[frozenset[str]]:
+        """For each code group the structures that the checkpoint which is trained from has learnt to find."""
+        return structures_of_groups(self.region_codes, len(self.groups.names))
+
     @property
     def elsewhere(self) -> list[list[str]]:
         """For each code group the structures that only images of unrelated groups show."""
-        vocabulary, wordings = Vocabulary.from_rows(self.training, self.groups), Wordings.load()
+        vocabulary = Vocabulary.from_rows(self.training, self.groups).with_codes(self.region_codes)
+        wordings = Wordings.load()
         return [sum(vocabulary.unrelated_targets(k, wordings), []) for k in range(len(self.groups.names))]
 
     @property
@@ -265,6 +280,7 @@ def annotate_regions(corpus: Corpus, name: str, model: Any, processor: Any, fold
             max_regions=settings.max_regions,
             prompt_noise=settings.prompt_noise if split == "training" else 0.0,
             wordings=Wordings.load(settings.templates),
+            region_codes=corpus.region_codes,
             seed=recipe.seed,
             on_error=recipe.data.on_error,
         )

@@ -167,7 +167,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
         )
     if reads_regions(resolved, recipe) and model.config.use_region_codebook and corpus.orientations:
         model.config.group_orientations = {**(model.config.group_orientations or {}), **corpus.orientations}
-    canvas = Canvas(processor, model.config, corpus.groups, recipe.data.keep_in_memory, corpus.elsewhere)
+    canvas = Canvas(processor, model.config, corpus.groups, recipe.data.keep_in_memory, corpus.elsewhere, corpus.known)
     stage = resolved.kind(resolved.name, settings, canvas, recipe.seed)
     last = checkpoints(folder)
     if not last:

@@ -28,9 +28,9 @@ class RegionSettings(StageSettings):
         most_asked: most classes that an image is asked for at once.
         coarse_size, coarse_share: side in pixels that images are scaled down to for that first share of the steps: a
             convolutional encoder learns most of what it knows at a fraction of the cost.
-        recalled: most classes an image that nobody looked for in it, but that images of its group show by the
-            checkpoint's region_codes.json, and whose masks the model that the stage began with draws: it learns these
-            beside the others (distillation; Li and Hoiem, 2016). Needs class queries.
+        recalled: most classes an image that nobody looked for in it, and that images of its group show by the
+            checkpoint's region_codes.json: the masks that the model finds of them before the stage are learnt beside
+            the others (distillation; Li and Hoiem, 2016). Needs class queries.
     """
 
     trains: list[str] = field(default_factory=lambda: ["region_perceiver"])
@@ -87,10 +87,10 @@ class RegionStage(Stage):
         if "image_encoder" in self.settings.trains:
             freeze_unread(model.model.vision_tower, self.config)
         if self.settings.recalled:
-            if not self.config.use_class_queries or self.processor.region_codes is None:
+            if not self.config.use_class_queries or not any(self.canvas.known):
                 raise ValueError(
-                    f"recalled={self.settings.recalled} needs a model with class queries, and what its codes stand "
-                    "for: run medsight codes on it"
+                    f"recalled={self.settings.recalled} needs a checkpoint with class queries that says what its "
+                    "codes stand for: run medsight codes on it"
                 )
             self.teacher = copy.deepcopy(model.region_model).requires_grad_(False).eval()
         return model

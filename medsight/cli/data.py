@@ -144,6 +144,7 @@ def annotate(
             on_error=on_error,
             embed_images=embed_images,
             wordings=wordings,
+            region_codes=processor.region_codes,
             progress=True,
         )
         counted = {name: getattr(counts, name) for name in ("images", "conversations", "intents")}

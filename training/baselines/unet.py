@@ -130,7 +130,7 @@ def region_dataset(recipe: Recipe, corpus: Corpus, size: int) -> SampleDataset:
     """The training samples of that stage, on a canvas of `size` pixels, with masks of that size."""
     look = {name: getattr(recipe.model, name) for name in ("fit", "image_mean", "image_std")}
     image_processor = MedSightImageProcessor(size={"height": size, "width": size}, **look)
-    processor = SimpleNamespace(image_processor=image_processor, region_codes=None)
+    processor = SimpleNamespace(image_processor=image_processor)
     names = {"mask_class_names": corpus.classes, "num_mask_classes": len(corpus.classes)}
     shape = SimpleNamespace(image_size=size, mask_size=(size, size), use_region_codebook=True, **names)
     canvas = Canvas(processor, shape, corpus.groups, recipe.data.keep_in_memory)
