@@ -41,7 +41,8 @@ class Additions:
         return bool(self.classes or self.groups)
 
     def describe(self, config: MedSightConfig) -> list[str]:
-        """A line about new classes and one about new groups and their codes; `config` is the model's, before or after."""
+        """A line about new classes and one about new groups and their codes; `config` is the model's, before or after
+        it is extended."""
         lines = []
         if self.classes:
             lines.append(f"{_count(self.classes, 'mask class', 'mask classes')}: {', '.join(self.classes)}")
