@@ -47,7 +47,7 @@ from .settings import (
     settings_in_force,
     topology,
 )
-from .stage import Stage, trained_module
+from .stage import Stage, group_places, trained_module
 from .trainer import STEPS_FILE, StageTrainer, checkpoints, sft_trainer_class
 from .training_record import write_record
 
@@ -102,8 +102,12 @@ def run_stages(recipe: Recipe, stages: dict[str, ResolvedStage], only: str | Non
         in_force = {"settings": settings_in_force(recipe), "topology": topology(recipe)}
         on_main(lambda: run_folder.write_if_changed(output / SETTINGS_FILE, in_force))
     previous = start_folder(recipe, corpus, output)
+    config = MedSightConfig.from_pretrained(previous, local_files_only=True)
     if any(stage.kind.reads == "regions" for stage in stages.values()):
-        refuse_unknown_targets(corpus, MedSightConfig.from_pretrained(previous, local_files_only=True))
+        refuse_unknown_targets(corpus, config)
+    for stage in stages.values():
+        for key in ("groups", "revive_groups"):
+            group_places(config, getattr(stage.settings, key, None), f"stages.{stage.name}: {key}")
     for name, stage in stages.items():
         if run_folder.is_finished(output, name):
             PartialState().print(

@@ -41,13 +41,14 @@ class Additions:
         return bool(self.classes or self.groups)
 
     def describe(self, config: MedSightConfig) -> list[str]:
-        """A line about new classes and one about new groups and their codes; `config` is the model's before."""
+        """A line about new classes and one about new groups and their codes; `config` is the model's, before or after
+        it is extended."""
         lines = []
         if self.classes:
             lines.append(f"{_count(self.classes, 'mask class', 'mask classes')}: {', '.join(self.classes)}")
         if self.groups:
-            first, after = config.num_groups, config.num_groups + len(self.groups)
-            codes = f"[C{first}_0] to [C{after - 1}_{config.codes_per_group - 1}]"
+            first = next((k for k, name in enumerate(config.group_names) if name in self.groups), config.num_groups)
+            codes = f"[C{first}_0] to [C{first + len(self.groups) - 1}_{config.codes_per_group - 1}]"
             lines.append(
                 f"{_count(self.groups, 'code group', 'code groups')}: {', '.join(self.groups)}, with codes {codes}"
             )

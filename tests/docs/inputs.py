@@ -29,7 +29,8 @@ def prepare(folder: Path) -> Path:
     shutil.copytree(shipped_checkpoint(), checkout / "my-model")
     draw_environment(checkout)
     draw_scans(checkout)
-    draw_masks(checkout / "my-masks")
+    draw_masks(checkout / "my-masks", "ultrasound_breast", "benign+breast+tumor")
+    draw_masks(checkout / "my-oct", "OCT_retina", "macular+fluid")
     (checkout / "published").mkdir()
     write_published(checkout / "published", random_model())
     shared = folder / "shared/data"
@@ -79,8 +80,13 @@ def draw_scans(checkout: Path) -> None:
     (checkout / "mr.nii.gz").write_bytes(nifti_bytes(brain.transpose(2, 1, 0), np.diag([1.0, 1, 4, 1]), packed=True))
 
 
-def draw_masks(root: Path) -> None:
-    """A data set in BiomedParse's layout without a manifest: dark ellipses in ultrasound's noise, a patient each."""
+def draw_masks(root: Path, origin: str, target: str) -> None:
+    """A data set in BiomedParse's layout without a manifest: dark ellipses in ultrasound's noise, a patient each.
+
+    Args:
+        origin: MODALITY_SITE, as files' names say it.
+        target: what the ellipses are, "+" for a space.
+    """
     random = np.random.default_rng(0)
     y, x = np.mgrid[:64, :80]
     for split, count, number in (("train", TRAIN, 0), ("test", TEST, 100)):
@@ -91,9 +97,9 @@ def draw_masks(root: Path) -> None:
             centre, radius = random.integers(24, 40), random.integers(8, 16)
             mask = (y - centre) ** 2 + ((x - centre - 8) / 1.4) ** 2 < radius**2
             pixels = (random.normal(110, 25, mask.shape) - 60 * mask).clip(0, 255).astype(np.uint8)
-            name = f"{number:04d}_ultrasound_breast"
+            name = f"{number:04d}_{origin}"
             Image.fromarray(pixels).save(root / split / f"{name}.png")
-            Image.fromarray(mask).save(root / f"{split}_mask" / f"{name}_benign+breast+tumor.png")
+            Image.fromarray(mask).save(root / f"{split}_mask" / f"{name}_{target}.png")
 
 
 def draw_questions(root: Path) -> None:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from configuration_medsight import MedSightConfig
 from medsight.training.plan import stage_plans
 from medsight.training.run import train
-from medsight.training.settings import resolve_stages
 from tests.training.tiny_run import draw_data, only, tiny_recipe
 
 
@@ -123,7 +122,10 @@ def test_without_images_with_masks_nothing_can_be_extended(unbroken: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codebook": {"groups": ["MRI hart"]}}, "stages.codebook: groups: unknown key 'MRI hart'; did you mean"),
+        (
+            {"perceiver": {}, "codebook": {"groups": ["MRI hart"]}},
+            "stages.codebook: groups: unknown key 'MRI hart'; did you mean",
+        ),
         ({"codebook": {"groups": ["CT torso"], "weight_decay": 0.1}}, "would shrink the codes of all groups"),
         ({"unified": {"groups": ["CT torso"]}}, "groups chooses among the codes' rows"),
     ],
@@ -134,5 +136,7 @@ def test_bad_groups_of_a_stage_are_named(
     stages = {**only(*changes), **changes}
     recipe = tiny_recipe(drawn_data, tmp_path, model={"folder": str(unbroken / "model")}, stages=stages)
     with pytest.raises(ValueError, match=message):
-        resolve_stages(recipe)
         stage_plans(recipe, 1)
+    with pytest.raises(ValueError, match=message):
+        train(recipe)
+    assert not [*tmp_path.glob("stages/*")]

@@ -254,3 +254,89 @@ def test_another_schedule_needs_nothing_of_the_default_one(recipe_file: Path, sc
     options = {"scheduler_specific_kwargs": stage.argument("lr_scheduler_kwargs")}
     assert stage.argument("lr_scheduler_type") == schedule
     assert get_scheduler(schedule, optimizer, 1, 10, **options).get_last_lr()[0] <= 1.0
+
+
+PARENT = """
+model: {folder: model, config: {auxiliary_loss: true}}
+data:
+  conversations: {chats: {layout: llava, path: a.json}}
+  groups: {CT torso: ["CT/torso"], MRI brain: ["MRI*/brain"]}
+  classes: [liver]
+training: {save_total_limit: 5, lr_scheduler_kwargs: {min_lr_rate: 0.1}}
+stages:
+  - {name: perceiver, kind: regions, max_steps: 3, warmup_steps: 2}
+"""
+GROUPS = {"CT torso": ["CT/torso"], "MRI brain": ["MRI*/brain"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value", "source"),
+    [
+        ("data: {conversations: null}", "data.conversations", {}, "child"),
+        ("data: {groups: null}", "data.groups", None, "child"),
+        ("data: {classes: null}", "data.classes", None, "child"),
+        ("data: null", "data.validation_fraction", 0.1, "default"),
+        ("model: {config: null}", "model.config", {}, "child"),
+        ("training: {save_total_limit: null}", "stages.perceiver.save_total_limit", 2, "child"),
+        ("stages: {perceiver: {warmup_steps: null}}", "stages.perceiver.warmup_steps", 0, "child"),
+        ("data: {groups: !replace {eyes: ['fundus/*']}}", "data.groups.eyes", ["fundus/*"], "child"),
+        ("data: {groups: {eyes: ['fundus/*']}}", "data.groups.CT torso", ["CT/torso"], "parent"),
+        ("data: !replace {classes: !replace [polyp]}", "data.classes", ["polyp"], "child"),
+        ("stages: {perceiver: !replace {kind: regions}}", "stages.perceiver.max_steps", -1, "default"),
+        ("stages: !replace [{name: other, kind: regions}]", "stages.other.kind", "regions", "child"),
+        ("output: elsewhere", "data.groups.MRI brain", ["MRI*/brain"], "parent"),
+    ],
+)
+def test_null_drops_and_replace_replaces_what_is_inherited(
+    tmp_path: Path, changes: str, key: str, value: Any, source: str
+) -> None:
+    for name, text in (("parent", PARENT), ("child", f"extends: parent.yaml\n{changes}\n")):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    told = {
+        "child": str(tmp_path / "child.yaml"),
+        "parent": f"{tmp_path / 'parent.yaml'} (extended)",
+        "default": "default",
+    }
+    recipe = load_recipe(tmp_path / "child.yaml")
+    entry = settings_in_force(recipe)[key]
+    assert (entry["value"], entry["source"]) == (value, told[source])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "groups"),
+    [
+        ("data.groups=null", None),
+        ("data.groups=!replace {eyes: ['fundus/*']}", {"eyes": ["fundus/*"]}),
+        ("data.groups={eyes: ['fundus/*']}", {**GROUPS, "eyes": ["fundus/*"]}),
+        ("data.groups={MRI brain: null}", {"CT torso": ["CT/torso"]}),
+    ],
+)
+def test_the_command_line_drops_and_replaces_too(tmp_path: Path, override: str, groups: Any) -> None:
+    (tmp_path / "parent.yaml").write_text(PARENT, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "parent.yaml", [override])
+    assert recipe.data.groups == groups
+    shown = {key: entry["source"] for key, entry in settings_in_force(recipe).items() if key.startswith("data.groups")}
+    assert {*shown.values()} <= {"command line", str(tmp_path / "parent.yaml")}
+    assert [*shown] == ([f"data.groups.{name}" for name in groups] if groups else ["data.groups"])
+
+
+@pytest.mark.parametrize("text", ["seed: !replace 3", "seed: !other 3"])
+def test_a_tag_that_means_nothing_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(MINIMAL + text, encoding="utf-8")
+    with pytest.raises(ValueError, match="recipe.yaml: not valid YAML"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_nano_is_extended_to_another_model_and_other_data(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "extends: nano.yaml\nmodel: {folder: ours, extend: true, config: null}\n"
+        "data: !replace {regions: [{layout: biomedparse, path: eyes}]}\nstages: {language_model: null}\n",
+        encoding="utf-8",
+    )
+    recipe = load_recipe(child)
+    assert recipe.data.groups is None and recipe.data.text == [] and recipe.model.config == {}
+    assert [stage["name"] for stage in recipe.stages][0] == "perceiver"

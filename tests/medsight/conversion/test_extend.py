@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from configuration_medsight import MedSightConfig
 from medsight.cli import main
 from medsight.conversion.convert import convert
-from medsight.conversion.extend import extend, extend_model, find_starts, nearest_classes
+from medsight.conversion.extend import extend
+from medsight.conversion.extend_model import extend_model, find_starts, nearest_classes
 from medsight.data.additions import Additions, extended_config, find_additions
 from medsight.data.groups import Groups, match_groups
 from medsight.data.sources import Source, load_source
@@ -24,6 +25,7 @@ from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import MedSightProcessor
 from tests.medsight.conversion.published_files import Published
 from tests.modeling_medsight.configurations import CONFIGURATIONS, GPT2, make_batch, make_config, make_model
+from tests.test_one_folder import answer_as_stranger
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_processor
 from tests.training.tiny_run import draw_data
 
@@ -354,3 +356,9 @@ def test_medsight_nano_answers_about_real_images_as_before(shared_data: Path, ne
     for (text, regions), (text_after, regions_after) in zip(*found, strict=True):
         assert text == text_after and [code for code, _ in regions] == [code for code, _ in regions_after]
         assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(regions, regions_after, strict=True))
+
+
+@pytest.mark.slow
+def test_an_extended_folder_loads_without_this_package(known: Path, new_data: Path, tmp_path: Path) -> None:
+    extend(known, Source("biomedparse", str(new_data)), tmp_path / "out")
+    assert answer_as_stranger(tmp_path / "out", tmp_path / "saved", tmp_path)
