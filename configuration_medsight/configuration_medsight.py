@@ -205,6 +205,8 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         perceiver_ffn_multiplier (`int`): inner width of its feed-forward blocks, in multiples of the vision width.
         mask_projection_init_std (`float`, *optional*): standard deviation that the segmentation head's projection
             starts with; Xavier-uniform, as published, when `None`.
+        mask_logits_scale (`float`): factor of mask logits, which are products over d features. With 1, as published, a
+            step of Adam at rate r can move them by r·d²; `medsight init` takes 1/d.
         num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
             not counted.
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
@@ -266,6 +268,7 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
     perceiver_head_dim: int = 64
     perceiver_ffn_multiplier: int = 4
     mask_projection_init_std: float | None = None
+    mask_logits_scale: float = 1.0
     num_mask_classes: int = 17
     mask_class_names: list[str] | None = None
     num_groups: int = 18

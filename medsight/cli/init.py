@@ -39,11 +39,11 @@ def command(
 ) -> None:
     """Assemble a fresh model from a language model, an image encoder and a groups file.
 
-    Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are
-    random.
+    Language model and encoder keep their weights, and the language model its chat template; region perceiver,
+    codebook, projectors and group classifier are random. At the end the model is asked a question without an image.
     """
     from medsight.conversion.convert import describe, sizes
-    from medsight.conversion.init import init
+    from medsight.conversion.init import QUESTION, ask, init
 
     with results(as_json) as out:
         config = init(
@@ -63,4 +63,9 @@ def command(
             vision_feature_layer=vision_feature_layer,
             image_size=image_size,
         )
-        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")
+        said = {"question": QUESTION, "answer": ask(output)}
+        out.show(
+            {"folder": output, **sizes(config), **said},
+            f"{output}: {describe(config)}",
+            f"Asked {QUESTION!r}, it says: {said['answer'] or 'nothing'}",
+        )
