@@ -24,6 +24,9 @@ def command(
     num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
     num_stages: Annotated[int, typer.Option(metavar="L", help="Perceiver stages; each doubles the grid.")] = 3,
     mask_classes: Annotated[str | None, typer.Option(metavar="FILE", help="Mask classes, as in --groups.")] = None,
+    class_queries: Annotated[
+        bool, typer.Option("--class-queries", help="Learn a query for each mask class, too: for small data.")
+    ] = False,
     vision_feature_layer: Annotated[
         int, typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage.")
     ] = -2,
@@ -60,6 +63,7 @@ def command(
             code_dim=code_dim,
             num_region_queries=num_queries,
             perceiver_num_stages=num_stages,
+            use_class_queries=class_queries,
             vision_feature_layer=vision_feature_layer,
             image_size=image_size,
         )
