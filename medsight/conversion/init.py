@@ -159,7 +159,7 @@ def add_rows(language_model: Any, words: int, tokens: int) -> None:
         language_model.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
     for module in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         mean = module.weight[: min(words, before)].float().mean(dim=0).to(module.weight.dtype)
-        module.weight[words:tokens] = mean
+        module.weight[min(words, before) : tokens] = mean
         module.weight[max(before, tokens) :] = mean
 
 
