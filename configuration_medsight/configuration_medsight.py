@@ -41,6 +41,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_config": {**QWEN3, **_layers(28, width=1024, inner=3072, heads=16), "tie_word_embeddings": True},
         "vision_config": {**CLIP, **_layers(12, width=768, inner=3072, heads=12), "image_size": 224, "patch_size": 16},
     },
+    "laptop": {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 49472,
+            **_layers(30, width=576, inner=1536, heads=9),
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        },
+        "vision_config": {
+            "model_type": "dinov2",
+            **_layers(12, width=384, inner=1536, heads=6),
+            "image_size": 518,
+            "patch_size": 14,
+        },
+        "image_size": 224,
+        "image_token_id": 49153,
+        "num_region_queries": 16,
+        "perceiver_num_stages": 2,
+        "mask_logits_scale": 1 / 384,
+        "use_class_queries": True,
+        "num_mask_classes": 55,
+        "num_groups": 16,
+        "codes_per_group": 16,
+        "code_dim": 32,
+        "region_code_start_id": 49155,
+    },
     "tiny": {
         "text_config": {
             "model_type": "qwen3",
@@ -205,6 +235,8 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
         perceiver_ffn_multiplier (`int`): inner width of its feed-forward blocks, in multiples of the vision width.
         mask_projection_init_std (`float`, *optional*): standard deviation that the segmentation head's projection
             starts with; Xavier-uniform, as published, when `None`.
+        mask_logits_scale (`float`): factor of mask logits, which are products over d features. With 1, as published, a
+            step of Adam at rate r can move them by r·d²; `medsight init` takes 1/d.
         num_mask_classes (`int`), mask_class_names (`list[str]`, *optional*): classes of the class head, 'no object'
             not counted.
         num_groups (`int`), group_names (`list[str]`, *optional*): K code groups (modality and body site).
@@ -266,6 +298,7 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
     perceiver_head_dim: int = 64
     perceiver_ffn_multiplier: int = 4
     mask_projection_init_std: float | None = None
+    mask_logits_scale: float = 1.0
     num_mask_classes: int = 17
     mask_class_names: list[str] | None = None
     num_groups: int = 18
@@ -304,8 +337,8 @@ class MedSightConfig(RemoteCodeMixin, PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MedSightConfig":
-        """A configuration by name: `tiny` (tests), `nano` (trained on a laptop), `small` (Qwen3-0.6B and CLIP
-        ViT-B/16), `8b` (the published model).
+        """A configuration by name: `tiny` (tests), `nano` (trained from scratch on a laptop), `laptop` (SmolLM2-135M,
+        DINOv2 ViT-S), `small` (Qwen3-0.6B, CLIP ViT-B/16), `8b` (the published model).
 
         Raises:
             ValueError: for an unknown name.

@@ -172,7 +172,7 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], image_embeds)
 
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=inputs_embeds.to(self._layers_dtype(inputs_embeds.dtype)),
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{CACHE_NAME: cache if past_key_values is None else past_key_values},
@@ -185,6 +185,12 @@ class MedSightModel(SeesRegions, MedSightPreTrainedModel):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
             image_outputs=images,
         )
+
+    def _layers_dtype(self, otherwise: torch.dtype) -> torch.dtype:
+        """What the language model's layers compute in: they may be of another precision than the words that train."""
+        words = self.get_input_embeddings().weight
+        weight = next((weight for weight in self.language_model.parameters() if weight is not words), None)
+        return weight.dtype if weight is not None and weight.is_floating_point() else otherwise
 
     def _no_blocks(self) -> torch.Tensor:
         """No image blocks (0, image_seq_length, hidden), in the graph all the same: another process may have some, and
@@ -340,7 +346,7 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last_states = hidden[:, keep, :]
-        logits = self.lm_head(last_states)
+        logits = self.lm_head(last_states.to(self.lm_head.weight.dtype))
 
         lm_loss = mask_logits = mask_loss = alignment_loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
@@ -466,7 +472,8 @@ class MedSightForConditionalGeneration(MedSightPreTrainedModel, MedSightGenerati
         masks = self.model.decode_states(hidden, codes, regions, first_position)
         ids = sequences[codes.rows, codes.positions]
         codes = codes.to(hidden.device)
-        logits = self.lm_head(hidden[codes.rows, codes.positions - 1 - first_position])
+        states = hidden[codes.rows, codes.positions - 1 - first_position]
+        logits = self.lm_head(states.to(self.lm_head.weight.dtype))
         likelihood = logits.float().softmax(-1).gather(1, ids[:, None].to(logits.device))[:, 0].to(masks.device)
         probabilities = masks.float().sigmoid().flatten(1)
         inside = probabilities > 0.5

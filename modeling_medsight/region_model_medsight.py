@@ -113,7 +113,7 @@ class SeesRegions:
         images, entries = images.to(queries.device), entries.to(queries.device)
         at_once = max(1, MAP_NUMBERS_AT_ONCE // (height * width * self.config.vision_hidden_size))
         if self.config.mask_decoder == "head":
-            maps, projected = regions.image_features, perceiver.segmentation_head.mask_projection(queries)
+            maps, projected = regions.image_features, perceiver.segmentation_head.project(queries)
             projected, images = projected.to(maps.device), images.to(maps.device)
             parts = zip(projected.split(at_once), images.split(at_once), strict=True)
             return torch.cat([torch.einsum("nd,nhwd->nhw", some, maps[seen]) for some, seen in parts])

@@ -115,14 +115,19 @@ class SegmentationHead(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.mask_logits_scale = config.mask_logits_scale
         self.mask_projection = nn.Linear(config.vision_hidden_size, config.vision_hidden_size)
         self.class_predictor = nn.Linear(config.vision_hidden_size, config.num_mask_classes + 1)
 
     def forward(self, queries: torch.Tensor, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """queries (batch, n, d), map (batch, H, W, d) -> masks (batch, n, H, W), classes (batch, n, classes + 1)."""
         height, width = image_features.shape[1:3]
-        masks = self.mask_projection(queries) @ image_features.flatten(1, 2).transpose(1, 2)
+        masks = self.project(queries) @ image_features.flatten(1, 2).transpose(1, 2)
         return masks.unflatten(-1, (height, width)), self.class_predictor(queries)
+
+    def project(self, queries: torch.Tensor) -> torch.Tensor:
+        """What a map is multiplied by to give mask logits."""
+        return self.mask_projection(queries) * self.mask_logits_scale
 
 
 class RegionPerceiverStage(GradientCheckpointingLayer):

@@ -5,7 +5,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from configuration_medsight import MedSightConfig
 
-from .chat_medsight import CHAT_TEMPLATE, PUBLISHED_CHAT_TEMPLATE
+from .chat_medsight import CHAT_TEMPLATE, IMAGE_BLOCK, PLAIN_CHAT_TEMPLATE, PUBLISHED_CHAT_TEMPLATE, own_chat_template
 from .grounded_answer_medsight import GroundedAnswer, GroundedRegion
 from .image_loading_medsight import load_image
 from .image_processing_medsight import MedSightImageProcessor
@@ -18,6 +18,8 @@ AutoProcessor.register(MedSightConfig, MedSightProcessor, exist_ok=True)
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "IMAGE_BLOCK",
+    "PLAIN_CHAT_TEMPLATE",
     "PUBLISHED_CHAT_TEMPLATE",
     "QWEN3_ADDED_TOKENS",
     "GroundedAnswer",
@@ -26,5 +28,6 @@ __all__ = [
     "MedSightProcessor",
     "add_region_codes",
     "load_image",
+    "own_chat_template",
     "parse_region_code",
 ]

@@ -1,6 +1,7 @@
 """Chat templates, and what keeps the text of a message from becoming a token that only the template may write."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -9,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-_TEMPLATE = """\
+# The text of a message, whose content is a string or parts; and what no template here has a place for.
+_PARTS = """\
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}
@@ -28,11 +30,18 @@ _TEMPLATE = """\
 {%- if tools or documents -%}
     {{- raise_exception('this chat template has no place for tools or documents') -}}
 {%- endif -%}
-{%- set no_thinking = NO_THINKING -%}
-DEFAULT_SYSTEM{%- for message in messages -%}
+"""
+_EACH_MESSAGE = """\
+{%- for message in messages -%}
     {%- if message.role not in ['system', 'user', 'assistant'] -%}
         {{- raise_exception("a message has the role '" ~ message.role ~ "': use system, user or assistant") -}}
     {%- endif -%}
+"""
+_TEMPLATE = (
+    _PARTS
+    + "{%- set no_thinking = NO_THINKING -%}\nDEFAULT_SYSTEM"
+    + _EACH_MESSAGE
+    + """\
     {%- set text = render(message.content) -%}
     {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
     {%- if message.role == 'assistant' -%}
@@ -51,16 +60,19 @@ DEFAULT_SYSTEM{%- for message in messages -%}
     {{- '<|im_start|>assistant\\n' ~ no_thinking -}}
 {%- endif -%}
 """
+)
+IMAGE_BLOCK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
 # Qwen3's turns, with images between <|vision_start|> and <|vision_end|>. Two deliberate differences: thinking is off
 # unless enable_thinking=True, and the empty think block that switches it off stands in every assistant turn, earlier
 # ones too. So the prompt of a turn is a prefix of every later one: a model is prompted as it was trained, and the
 # codes of earlier answers keep their states.
-CHAT_TEMPLATE = (
-    _TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    .replace("NO_THINKING", r"'' if enable_thinking is defined and enable_thinking else '<think>\n\n</think>\n\n'")
-    .replace("DEFAULT_SYSTEM", "")
+_CHAT = _TEMPLATE.replace("IMAGE", "".join(IMAGE_BLOCK)).replace("DEFAULT_SYSTEM", "")
+CHAT_TEMPLATE = _CHAT.replace(
+    "NO_THINKING", r"'' if enable_thinking is defined and enable_thinking else '<think>\n\n</think>\n\n'"
 )
+# The same turns of a language model that has no think marks.
+PLAIN_CHAT_TEMPLATE = _CHAT.replace("NO_THINKING", "''")
 
 # The released checkpoint's prompt: a default system turn, the bare image block and a newline, no think block.
 _DEFAULT_SYSTEM = r"""{%- if messages[0].role != 'system' -%}
@@ -73,24 +85,81 @@ PUBLISHED_CHAT_TEMPLATE = (
     .replace("DEFAULT_SYSTEM", _DEFAULT_SYSTEM)
 )
 
+# Another language model's template, OWN, with image blocks let in: it renders messages whose parts are one text. An
+# answer is what it adds to its prompt for that answer, up to the END of the turn: here, too, the prompt of a turn is a
+# prefix of every later one, and where a template rewrites earlier turns this one refuses.
+_OWN = (
+    _PARTS.replace("IMAGE", "".join(IMAGE_BLOCK))
+    + """\
+{%- set enable_thinking = enable_thinking is defined and enable_thinking -%}
+{%- macro medsight_own(messages, add_generation_prompt) %}
+OWN{% endmacro -%}
+{%- set medsight = namespace(messages=[], written='') -%}
+"""
+    + _EACH_MESSAGE
+    + """\
+    {%- set medsight.messages = medsight.messages + [dict(message, content=render(message.content))] -%}
+{%- endfor -%}
+{%- for message in medsight.messages -%}
+    {%- if message.role == 'assistant' -%}
+        {%- set prompt = medsight_own(medsight.messages[:loop.index0], true) -%}
+        {%- set turns = medsight_own(medsight.messages[:loop.index], false) -%}
+        {%- set answer = turns[prompt | length:] -%}
+        {%- if not (prompt.startswith(medsight.written) and turns.startswith(prompt) and END in answer) -%}
+            {{- raise_exception('the chat template rewrites earlier turns, or does not end this one with ' ~ END) -}}
+        {%- endif -%}
+        {{- prompt[medsight.written | length:] -}}
+        {%- generation -%}
+            {{- answer.split(END)[0] ~ END -}}
+        {%- endgeneration -%}
+        {%- set medsight.written = prompt ~ answer.split(END)[0] ~ END -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set turns = medsight_own(medsight.messages, add_generation_prompt) -%}
+{%- if not turns.startswith(medsight.written) -%}
+    {{- raise_exception('the chat template rewrites earlier turns') -}}
+{%- endif -%}
+{{- turns[medsight.written | length:] -}}
+"""
+)
+
+
+def own_chat_template(template: str, end: str) -> str:
+    """A language model's own chat template with image blocks let in, and its answers marked for `assistant_masks`.
+
+    Args:
+        template: Jinja, for messages of text.
+        end: the token that ends an assistant's turn.
+    """
+    unmarked = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    unmarked = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", unmarked)
+    quoted = json.dumps(end, ensure_ascii=False)
+    return _OWN.replace("END", quoted).replace("OWN", unmarked.removesuffix("\n"))
+
+
 WORD_JOINER = "\u2060"
 _MEDIA = ("image", "image_url", "video", "audio")
+_MARKS = re.compile(r"<\|[^|<>\s]+\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
 
 
-def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerBase, image_token: str) -> Any:
+def neutralise_conversations(
+    conversations: Any, tokenizer: PreTrainedTokenizerBase, image_token: str, chat_template: Any = None
+) -> Any:
     """Copies of chat messages in which no text is a token that it must not write.
 
     What stands in any turn but the assistant's never becomes an added token of the tokenizer: no turn marker, image
     placeholder, think mark, region code. An assistant's turn keeps its region codes and think marks (added tokens
     that are not special). Wherever such a token begins, an invisible word joiner (U+2060) is put after its first
     character: the text reads the same and is tokenized as ordinary text. Nothing is removed, so nothing can close up
-    into a new token; neighbouring text parts are joined first, as a template joins them.
+    into a new token; neighbouring text parts are joined first, as a template joins them. The same is done to marks of
+    the chat template that are no tokens, such as `[INST]`.
 
     Args:
         conversations: a list of messages, or a list of such lists, as `apply_chat_template` takes: dicts, dataclasses
             or pydantic's models. Not changed.
         tokenizer: the tokenizer whose added tokens count.
         image_token: a token that no text may write, special or not.
+        chat_template: the Jinja text that the messages are for.
 
     Raises:
         ValueError: if a text would still become such a token (one of a single character, for example), or if a message
@@ -100,10 +169,11 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
     if not conversations:
         raise ValueError("a conversation is empty: expected a list of messages")
     if isinstance(conversations[0], (list, tuple)) or hasattr(conversations[0], "messages"):
-        return [neutralise_conversations(chat, tokenizer, image_token) for chat in conversations]
+        return [neutralise_conversations(chat, tokenizer, image_token, chat_template) for chat in conversations]
     added = tokenizer.added_tokens_decoder
     everything = {i: token.content for i, token in added.items() if token.content and not token.content.isspace()}
     special = {i: text for i, text in everything.items() if added[i].special or text == image_token}
+    marks = set(_MARKS.findall(chat_template if isinstance(chat_template, str) else "")) - {*everything.values()}
     messages = []
     for number, message in enumerate(conversations):
         message = _as_dicts(message)
@@ -112,6 +182,7 @@ def neutralise_conversations(conversations: Any, tokenizer: PreTrainedTokenizerB
         _check_content(message.get("content"), f"message {number}")
         forbidden = special if message["role"] == "assistant" else everything
         where = f"message {number} ({str(message['role'])[:40]})"
+        forbidden = {**forbidden, **{-1 - i: mark for i, mark in enumerate(sorted(marks))}}  # marks have no id
         messages.append({key: _neutralise(value, forbidden, tokenizer, where) for key, value in message.items()})
     return messages
 

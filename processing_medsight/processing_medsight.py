@@ -173,7 +173,8 @@ class MedSightProcessor(SavedProcessor):
         Raises:
             ValueError: if a text cannot be told apart from a control token, or for images as in a call.
         """
-        conversation = neutralise_conversations(conversation, self.tokenizer, self.image_token)
+        template = chat_template or self.chat_template
+        conversation = neutralise_conversations(conversation, self.tokenizer, self.image_token, template)
         masked = return_assistant_tokens_mask and tokenize and return_dict
         out = super().apply_chat_template(
             conversation,
@@ -181,7 +182,7 @@ class MedSightProcessor(SavedProcessor):
             tokenize=tokenize,
             return_dict=return_dict,
             return_assistant_tokens_mask=return_assistant_tokens_mask and not masked,
-            processor_kwargs=dict(processor_kwargs or {}),
+            processor_kwargs={"add_special_tokens": False, **(processor_kwargs or {})},  # the template writes them
             **kwargs,
         )
         if masked:

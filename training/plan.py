@@ -3,11 +3,13 @@
 Models are built without weights, so neither the model's folder nor the data need be there. docs/training.md says what
 is counted. Activations are those of conversations with one image, `max_length` tokens (the image and
 `stage_conversations.TOKENS` more where that is not set) and `max_regions` codes, and of images with as many masks.
+A language model whose folder is not there yet is taken to be stored in bfloat16, as published ones are.
 Sharded (FSDP2) are weights, gradients and optimizer states; to them come the activations of a model in the computing
 dtype, and what is gathered at a time in it: all but the language model's layers, and two of these.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from .corpus import Corpus, conversation_rows, read_corpus, refuse_unknown_targets
 from .fresh_model import fresh_config
 from .memory import FOUR_BITS, activation_bytes, gathered_numbers, optimizer_bytes
+from .precision import hold_in_bfloat16, parts_in_float32
 from .recipe import AnnotationSettings, Recipe
 from .settings import ResolvedStage, refuse_missing_regions, resolve_stages
 from .stage import Stage
@@ -77,25 +80,41 @@ def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str
     if corpus is not None and any(stage.kind.reads == "regions" for stage in resolved.values()):
         refuse_unknown_targets(corpus, config)
     stages = []
+    folder = None if recipe.model.folder is None else Path(recipe.model.folder)
+    stored = folder is not None  # the language model as the folder has it: no stage has trained it yet
     for stage in resolved.values():
+        stored = stored and "language_model" not in stage.settings.trains
+        in_float32 = None
+        if stored:
+            known = folder if any(folder.glob("model*.safetensors*")) else None
+            in_float32 = parts_in_float32(recipe.model, stage.settings.trains, known)
         rows = None
         if stage.argument("max_steps") <= 0:
             rows, missing = count_rows(stage, recipe, corpus)
             notes += [note for note in missing if note not in notes]
-        stages.append(stage_plan(stage, recipe, config, rows, devices))
+        stages.append(stage_plan(stage, recipe, config, rows, devices, in_float32))
     return stages, [*said, *notes]
 
 
 def stage_plan(
-    resolved: ResolvedStage, recipe: Recipe, config: MedSightConfig, rows: int | None, devices: int
+    resolved: ResolvedStage,
+    recipe: Recipe,
+    config: MedSightConfig,
+    rows: int | None,
+    devices: int,
+    in_float32: Collection[str] | None,
 ) -> StagePlan:
-    """Build the model of a stage on the meta device, let the stage choose what trains, and count."""
+    """Build the model of a stage on the meta device, let the stage choose what trains, and count.
+
+    Args:
+        in_float32: see `parts_in_float32`.
+    """
     canvas: Any = SimpleNamespace(config=config, processor=None)
     stage = resolved.kind(resolved.name, resolved.settings, canvas, recipe.seed)
     dtype, autocast = getattr(torch, recipe.model.dtype), None
     if resolved.argument("bf16") or resolved.argument("fp16"):
         autocast = torch.bfloat16 if resolved.argument("bf16") else torch.float16
-    model, prepared, four_bits = model_on_meta(stage, config, dtype)
+    model, prepared, four_bits = model_on_meta(stage, config, dtype, in_float32)
     tensors = [*prepared.parameters(), *prepared.buffers()]
     trained = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
     weights = sum(math.ceil(t.numel() * FOUR_BITS) if id(t) in four_bits else t.nbytes for t in tensors)
@@ -111,10 +130,11 @@ def stage_plan(
     sharded = None
     if devices > 1 and stage.shardable:
         in_shards = activations
-        if computing != dtype:
+        if computing != dtype or in_float32 is not None:
             model, _, _ = model_on_meta(stage, config, computing)
             in_shards = activation_bytes(stage, model, size, **passing)
-        sharded = math.ceil((weights + gradients + (optimizer or 0)) / devices) + in_shards + gathered
+        shards = weights if in_float32 is None else dtype.itemsize * sum(map(torch.numel, tensors))
+        sharded = math.ceil((shards + gradients + (optimizer or 0)) / devices) + in_shards + gathered
     batch = (size, micro_batches, devices)
     steps = resolved.argument("max_steps")
     if steps <= 0:  # an epoch ends with a whole step
@@ -135,11 +155,13 @@ def stage_plan(
 
 
 def model_on_meta(
-    stage: Stage, config: MedSightConfig, dtype: torch.dtype
+    stage: Stage, config: MedSightConfig, dtype: torch.dtype, in_float32: Collection[str] | None = None
 ) -> tuple[MedSightForConditionalGeneration, nn.Module, set[int]]:
     """A model without weights, as the stage prepares it, and the ids of its weights that QLoRA holds in 4 bits."""
     with torch.device("meta"):
         model = MedSightForConditionalGeneration(config).to(dtype)
+        if in_float32 is not None:
+            hold_in_bfloat16(model, in_float32)
         # PEFT changes these modules, so they are looked up before.
         linear = [m.weight for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
         in_four_bits = getattr(stage.settings, "method", "full") == "qlora"

@@ -72,6 +72,8 @@ class ModelSettings:
         tokenizer_size: entries of a preset's byte-level BPE before added tokens and region codes.
         fit, image_mean, image_std: a preset's image processor.
         dtype: what is trained in; `bf16: true` in `training` is mixed precision on top of float32.
+        frozen_dtype: what a language model is held in by stages that do not train it: `stored`, that is in bfloat16
+            where the folder has it in bfloat16, which loses nothing; or `float32`. Sharded runs hold `dtype`.
         save_dtype: what the finished folder's weights are stored in.
     """
 
@@ -84,6 +86,7 @@ class ModelSettings:
     image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     image_std: list[float] = field(default_factory=lambda: [0.25, 0.25, 0.25])
     dtype: str = "float32"
+    frozen_dtype: str = "stored"
     save_dtype: str = "float32"
 
 
@@ -231,6 +234,7 @@ def _refuse_bad_values(recipe: Recipe, path: Path) -> None:
     for name, value, choices in (
         ("data.on_error", data.on_error, ("stop", "skip")),
         ("model.dtype", model.dtype, DTYPES),
+        ("model.frozen_dtype", model.frozen_dtype, ("stored", "float32")),
         ("model.save_dtype", model.save_dtype, DTYPES),
     ):
         if value not in choices:

@@ -162,7 +162,7 @@ def run_stage(resolved: ResolvedStage, recipe: Recipe, corpus: Corpus, start: Pa
     settings, folder = resolved.settings, run_folder.stage_folder(output, resolved.name)
     on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     method = getattr(settings, "method", "full")
-    model, processor = run_folder.load_folder(start, recipe, quantised=method == "qlora")
+    model, processor = run_folder.load_folder(start, recipe, quantised=method == "qlora", trains=settings.trains)
     groups = corpus.groups.names
     if reads_regions(resolved, recipe) and model.config.use_region_codebook and groups != [*model.config.group_names]:
         raise ValueError(

@@ -3,7 +3,7 @@
 import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from modeling_medsight.modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight.processing_medsight import MedSightProcessor
 
 from .corpus import fingerprint
+from .precision import load_mixed, parts_in_float32
 from .recipe import Recipe, differences
 from .seg_token import CODES_OWN, drop_codebook
+from .stage import PARTS
 from .trainer import checkpoints
 
 
@@ -160,12 +162,13 @@ def finish_stage(folder: Path, model: Any, processor: Any, state: Any, metrics: 
 
 
 def load_folder(
-    folder: Path, recipe: Recipe, quantised: bool = False
+    folder: Path, recipe: Recipe, quantised: bool = False, trains: Collection[str] = tuple(PARTS)
 ) -> tuple[MedSightForConditionalGeneration, MedSightProcessor]:
     """Model and processor of a folder, for training: in the recipe's dtype, with its changes of the configuration.
 
     Args:
         quantised: load the language model's linear layers in 4 bits, for QLoRA.
+        trains: the parts that a stage trains: a language model that is none of them may be held in bfloat16.
     """
     processor = MedSightProcessor.from_pretrained(folder, local_files_only=True)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
@@ -176,16 +179,20 @@ def load_folder(
     for name in recipe.model.config.keys() - config.sub_configs.keys():
         setattr(config, name, recipe.model.config[name])
     config.refuse_contradictions()
-    options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}
-    options |= {"ignore_mismatched_sizes": reshaped, "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "local_files_only": True, "use_safetensors": True}
+    options["ignore_mismatched_sizes"] = reshaped
+    dtype = getattr(torch, recipe.model.dtype)
     if quantised:  # of the language model's linear layers alone: the model leaves the others out
         in_four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        compute = {"bnb_4bit_compute_dtype": options["dtype"]}
+        compute = {"bnb_4bit_compute_dtype": dtype}
         options["quantization_config"] = BitsAndBytesConfig(**in_four_bits, **compute)
     try:
-        model, loaded = MedSightForConditionalGeneration.from_pretrained(
-            folder, config=config, local_files_only=True, **options
-        )
+        if (in_float32 := parts_in_float32(recipe.model, trains, folder)) is not None:
+            model, loaded = load_mixed(folder, in_float32, **options)
+        else:
+            model, loaded = MedSightForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, **options
+            )
     except RuntimeError as error:
         raise ValueError(f"{folder}: its weights do not fit model.config={recipe.model.config} ({error})") from error
     misfits = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]} - CODES_OWN
@@ -208,6 +215,12 @@ def save_folder(model: Any, processor: Any, folder: Path, state: Any = None) -> 
             raise OSError(f"{folder} could not be written ({type(error).__name__}: {error})") from error
 
 
+def end_ids(model: Any, processor: Any) -> int | list[int]:
+    """The tokens that end an answer: those of the model's generation settings, or its tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    return processor.tokenizer.eos_token_id if ids is None else ids
+
+
 def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
     """The result of a whole run: the last stage's model, stored in `save_dtype`, answering greedily by default.
 
@@ -218,8 +231,7 @@ def save_result(last: Path, folder: Path, recipe: Recipe) -> None:
         return
     model = MedSightForConditionalGeneration.from_pretrained(last, local_files_only=True, dtype=torch.float32)
     processor = MedSightProcessor.from_pretrained(last, local_files_only=True)
-    tokenizer = processor.tokenizer
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": end_ids(model, processor), "pad_token_id": processor.tokenizer.pad_token_id}
     greedy = {"max_new_tokens": 160, "do_sample": False, "return_dict_in_generate": True}
     model.generation_config = GenerationConfig(**greedy, **ends)
     dtype = getattr(torch, recipe.model.save_dtype)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
+from medsight.conversion.init import start_at_word_scale
 from modeling_medsight.region_codes_in_text_medsight import is_region_code
 
 from .adapters import METHODS, add_adapters, merge_quantised
@@ -171,15 +172,15 @@ class ConversationStage(Stage):
         if not self.settings.start_at_word_scale:
             return
         model.eval()
-        lengths = []
-        for batch in in_batches(dataset, evenly(len(dataset), 64), self.collator(), 8, model.device):
-            if "pixel_values" in batch:
-                regions = model.get_region_features(batch["pixel_values"])
-                lengths.append(model.model.project_regions(regions).norm(dim=-1).mean())
-        if not lengths:
+        batches = in_batches(dataset, evenly(len(dataset), 64), self.collator(), 8, model.device)
+        regions = [
+            model.get_region_features(batch["pixel_values"], with_masks=False)
+            for batch in batches
+            if "pixel_values" in batch
+        ]
+        if not regions:
             raise ValueError("start_at_word_scale: no conversation has an image whose rows could be measured")
-        words = model.get_input_embeddings().weight[: self.config.region_code_start_id].norm(dim=-1).mean()
-        model.model.vision_to_text_projector.linear_2.weight *= words / torch.stack(lengths).mean()
+        start_at_word_scale(model, regions, self.config.region_code_start_id)
 
     def finish(self, model: nn.Module) -> nn.Module:
         for hook in self.hooks:
@@ -275,7 +276,7 @@ def answer(model: nn.Module, batch: dict[str, Any], tokenizer: Any, max_new_toke
         max_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     output.sequences = output.sequences[:, width:]

@@ -24,6 +24,9 @@ def command(
     num_queries: Annotated[int, typer.Option(metavar="N", help="Region queries.")] = 20,
     num_stages: Annotated[int, typer.Option(metavar="L", help="Perceiver stages; each doubles the grid.")] = 3,
     mask_classes: Annotated[str | None, typer.Option(metavar="FILE", help="Mask classes, as in --groups.")] = None,
+    class_queries: Annotated[
+        bool, typer.Option("--class-queries", help="Learn a query for each mask class, too: for small data.")
+    ] = False,
     vision_feature_layer: Annotated[
         int, typer.Option(metavar="N", help="Hidden state of the encoder to read; of a convolutional one, the stage.")
     ] = -2,
@@ -39,11 +42,11 @@ def command(
 ) -> None:
     """Assemble a fresh model from a language model, an image encoder and a groups file.
 
-    Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are
-    random.
+    Language model and encoder keep their weights, and the language model its chat template; region perceiver,
+    codebook, projectors and group classifier are random. At the end the model is asked a question without an image.
     """
     from medsight.conversion.convert import describe, sizes
-    from medsight.conversion.init import init
+    from medsight.conversion.init import QUESTION, ask, init
 
     with results(as_json) as out:
         config = init(
@@ -60,7 +63,13 @@ def command(
             code_dim=code_dim,
             num_region_queries=num_queries,
             perceiver_num_stages=num_stages,
+            use_class_queries=class_queries,
             vision_feature_layer=vision_feature_layer,
             image_size=image_size,
         )
-        out.show({"folder": output, **sizes(config)}, f"{output}: {describe(config)}")
+        said = {"question": QUESTION, "answer": ask(output)}
+        out.show(
+            {"folder": output, **sizes(config), **said},
+            f"{output}: {describe(config)}",
+            f"Asked {QUESTION!r}, it says: {said['answer'] or 'nothing'}",
+        )

@@ -133,6 +133,7 @@ def write_checkpoint(
     output: Path,
     overwrite: bool,
     statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    ends: Sequence[str] = (),
 ) -> None:
     """Writes model, tokenizer, processor, generation settings and code into one folder, whole or not at all.
 
@@ -140,10 +141,11 @@ def write_checkpoint(
 
     Args:
         statistics: mean and standard deviation of the pixels; CLIP's by default.
+        ends: tokens that end an answer; those of a turn and of a document by default, which the tokenizer names.
     """
     config = model.config
     model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        eos_token_id=tokenizer.convert_tokens_to_ids(list(ends) or [tokenizer.eos_token, tokenizer.pad_token]),
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
         return_dict_in_generate=True,

@@ -3,32 +3,28 @@
 Language model and encoder keep their weights; region perceiver, codebook, projectors and group classifier are random.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken
 from transformers.utils import cached_file
 
 from configuration_medsight import MedSightConfig
 from medsight.checkpoint import read_json, weight_files
 from medsight.files import check_output, read_names
+from medsight.inference.predictor import Predictor, user_turn
 from medsight.text import quiet_transformers
 from modeling_medsight import MedSightForConditionalGeneration
-from processing_medsight import CHAT_TEMPLATE, QWEN3_ADDED_TOKENS, add_region_codes
+from processing_medsight import add_region_codes
 
+from .chat import settle_chat
 from .convert import TOWER, StrPath, clip_vision_config, find_problems, refuse_problems, write_checkpoint
 from .foreign_files import Source, merge
 
 
-# What the chat template writes. A tokenizer of another family than Qwen3's gets those that it lacks.
-TEMPLATE_TOKENS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"),
-    *("<think>", "</think>"),
-)
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 # The mean and deviation that a family's encoders were trained with, where a folder does not say.
@@ -40,6 +36,7 @@ STATISTICS = {
     "convnext": IMAGENET_STATISTICS,
 }
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+QUESTION = "Which organ pumps the blood?"
 
 
 def init(
@@ -57,9 +54,10 @@ def init(
 ) -> MedSightConfig:
     """Writes one folder with a fresh model, its tokenizer, processor and code; returns the configuration.
 
-    The region codes follow the tokenizer's last token. Before them, a tokenizer that is not Qwen3's gets what the chat
-    template writes and it lacks (turn markers, image placeholder, think marks). The embedding grows, to a multiple of
-    64 rows, only if its spare rows do not suffice. Turns end with `<|im_end|>`, padding is `<|endoftext|>`.
+    The language model keeps its chat template, its end tokens and its tokenizer, which gets what image blocks need and
+    it lacks (see `settle_chat`), and then the region codes. The embedding grows, to a multiple of 64 rows, only if its
+    spare rows do not suffice. New tokens start as the mean of all words, projectors at the scale of what they stand
+    among (`start_projectors`), and mask logits, products over d features, are divided by d.
 
     Args:
         llm: folder or Hub name of a language model with safetensors weights.
@@ -91,7 +89,8 @@ def init(
 
     check_model(llm)
     tokenizer = transformers.AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-    add_template_tokens(tokenizer)
+    words = len(tokenizer)
+    chat_template, ends = settle_chat(tokenizer, own_ends(llm, tokenizer), str(llm))
     first_code = add_region_codes(
         tokenizer, settings["num_groups"], settings["codes_per_group"], settings.get("use_region_codebook", True)
     )
@@ -101,18 +100,19 @@ def init(
     )
     if language_model.base_model_prefix != "model" or not hasattr(language_model, "lm_head"):
         raise ValueError(f"{llm} is a {language_model.config.model_type} model; use a Qwen3, Qwen2 or Llama one")
-    if len(tokenizer) > len(language_model.get_input_embeddings().weight):
-        with seeded(seed):
-            language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    add_rows(language_model, words, len(tokenizer))
 
     vision_config, vision_weights, statistics = read_image_encoder(image_encoder, activation, language_model.dtype)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = MedSightConfig(
-        text_config=language_model.config.to_dict(),
+        text_config={**language_model.config.to_dict(), **ids},
         vision_config=vision_config,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         region_code_start_id=first_code,
         **settings,
     )
+    if "mask_logits_scale" not in settings:
+        config.mask_logits_scale = 1 / config.vision_hidden_size
     weights = {f"model.vision_tower.{name}": tensor for name, tensor in vision_weights.items()}
     weights |= {f"model.language_model.{name}": t for name, t in language_model.model.state_dict().items()}
     weights["lm_head.weight"] = language_model.lm_head.weight
@@ -120,9 +120,17 @@ def init(
         # Loading makes what is not given anew, as it does for every model of the library.
         model = MedSightForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=language_model.dtype
-        )
-    write_checkpoint(model, tokenizer, CHAT_TEMPLATE, output, overwrite, statistics)
+        ).eval()
+        start_projectors(model, words)
+    write_checkpoint(model, tokenizer, chat_template, output, overwrite, statistics, ends)
     return config
+
+
+def ask(folder: StrPath) -> str:
+    """What the model in `folder` answers to `QUESTION`, on the CPU: a language model that was thrown off by its prompt
+    shows it here."""
+    answer = Predictor(folder, device="cpu").answer([[user_turn(QUESTION)]], max_new_tokens=24)[0]
+    return answer.text.strip()
 
 
 def check_model(name: StrPath) -> None:
@@ -131,14 +139,55 @@ def check_model(name: StrPath) -> None:
         weight_files(Path(name))
 
 
-def add_template_tokens(tokenizer: Any) -> None:
-    """Appends what the chat template writes and `tokenizer` lacks, and makes it end turns and pad as Qwen3's does."""
-    is_special = dict(QWEN3_ADDED_TOKENS)
-    known = tokenizer.get_vocab()
-    missing = [token for token in TEMPLATE_TOKENS if token not in known]
-    tokenizer.add_tokens([AddedToken(token, special=is_special[token], normalized=False) for token in missing])
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.chat_template = None
+def own_ends(llm: StrPath, tokenizer: Any) -> list[str]:
+    """The tokens that end what a language model generates: those of its generation settings, or its tokenizer's."""
+    ids = None
+    if cached_file(llm, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        ids = transformers.GenerationConfig.from_pretrained(llm).eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    found = [] if ids is None else tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids)
+    return [token for token in found if token is not None]
+
+
+@torch.no_grad()
+def add_rows(language_model: Any, words: int, tokens: int) -> None:
+    """Grows embedding and head to so many `tokens`; those after the first `words` start as the mean of these: what is
+    new is then neither likelier nor louder than a word."""
+    before = len(language_model.get_input_embeddings().weight)
+    if tokens > before:
+        language_model.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
+    for module in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        mean = module.weight[: min(words, before)].float().mean(dim=0).to(module.weight.dtype)
+        module.weight[min(words, before) : tokens] = mean
+        module.weight[max(before, tokens) :] = mean
+
+
+@torch.no_grad()
+def start_projectors(model: Any, words: int) -> None:
+    """Scales the last layers of both projectors, so that image rows start as long as words' embeddings, and what takes
+    the place of region queries as long as these. Measured on noise, which an encoder answers with features nearly as
+    long as a picture's, and on the first words."""
+    size = model.config.image_size
+    pixels = torch.randn(4, 3, size, size, dtype=model.dtype)
+    start_at_word_scale(model, [model.get_region_features(pixels, with_masks=False)], words)
+    ids = torch.arange(min(words, 64))[None]
+    states = model.model.language_model(input_ids=ids).last_hidden_state
+    projector, queries = model.model.text_to_vision_projector, model.model.region_perceiver.region_queries
+    projector.linear_2.weight *= length_of(queries) / length_of(projector(states))
+
+
+def start_at_word_scale(model: Any, regions: Iterable[Any], words: int) -> None:
+    """Scales the vision-to-text projector's last layer so that the rows of `regions` are as long as the embeddings of
+    the first `words` tokens, on average."""
+    lengths = torch.stack([length_of(model.model.project_regions(entry)) for entry in regions])
+    wanted = length_of(model.get_input_embeddings().weight[:words])
+    model.model.vision_to_text_projector.linear_2.weight *= wanted / lengths.mean()
+
+
+def length_of(rows: torch.Tensor) -> torch.Tensor:
+    """The mean length of vectors (..., width)."""
+    return rows.float().norm(dim=-1).mean()
 
 
 def read_image_encoder(

@@ -31,7 +31,7 @@ ABLATIONS = [
     "no-unified",
     "head-decoder",
 ]
-RECIPES = ["nano", "small", "8b", "8b-lora", *(f"ablations/{name}" for name in ABLATIONS)]
+RECIPES = ["nano", "laptop", "small", "8b", "8b-lora", *(f"ablations/{name}" for name in ABLATIONS)]
 ACCELERATE = CONFIGS.parent / "accelerate"
 LEFT_OUT = {
     "seg-token": {"codebook"},

@@ -39,7 +39,7 @@ def one_stage(key: str, settings: dict[str, Any], **changes: Any) -> Recipe:
     (entry,) = (entry for entry in RECIPE["stages"] if entry["name"] == key)
     chosen = {name: value for name, value in entry.items() if name in ("name", "kind", "trains", "text_only", "data")}
     values = {
-        "model": {"preset": "tiny", "folder": "not there"},
+        "model": {"preset": "tiny", "folder": "not there", "frozen_dtype": "float32"},
         "annotations": {"plain": {"plain_share": 1}, "grounded": {}},
         "stages": [{"max_steps": 1, **chosen, **settings}],
     }
@@ -84,7 +84,8 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_model(key: str, set
 def test_of_the_vocabulary_the_code_rows_train_alone(tied: bool) -> None:
     config = MedSightConfig.from_preset("tiny")
     text = {**config.text_config.to_dict(), "tie_word_embeddings": tied}
-    changes = {"model": {"preset": "tiny", "folder": "not there", "config": {"text_config": text}}}
+    model = {"preset": "tiny", "folder": "not there", "config": {"text_config": text}, "frozen_dtype": "float32"}
+    changes = {"model": model}
     result = planned("text_to_vision", {}, **changes)
     tables, width = 1 if tied else 2, config.text_config.hidden_size
     projector = (width + 1) * width + (width + 1) * config.vision_hidden_size
@@ -161,8 +162,8 @@ def test_frozen_layers_that_gradients_flow_through_are_checkpointed() -> None:
 
 
 def test_sharding_divides_what_is_held_but_where_code_rows_train_alone(tmp_path: Path) -> None:
-    stages = only("perceiver", "text_to_vision")
-    recipe = tiny_recipe(tmp_path / "not there", tmp_path / "run", model={"folder": "not there"}, stages=stages)
+    stages, model = only("perceiver", "text_to_vision"), {"folder": "not there", "frozen_dtype": "float32"}
+    recipe = tiny_recipe(tmp_path / "not there", tmp_path / "run", model=model, stages=stages)
     pair, many = stage_plans(recipe, 2)[0], stage_plans(recipe, 1000)[0]
     for few, more in zip(pair, many, strict=True):
         assert more.batch == (*few.batch[:2], 1000)

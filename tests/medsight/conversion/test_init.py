@@ -16,13 +16,14 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
 
 from medsight.cli import main
-from medsight.conversion.init import init
+from medsight.conversion.init import QUESTION, init, length_of
 from processing_medsight import CHAT_TEMPLATE
 from processing_medsight.region_codes_medsight import QWEN3_ADDED_TOKENS
 from tests.tiny_checkpoint import byte_tokenizer
@@ -103,14 +104,20 @@ def answer(folder: Path) -> Any:
     return out, processor.post_process_masks(out.mask_logits, inputs["original_sizes"])
 
 
-def assert_given_weights_stay(folder: Path, given: PreTrainedModel, prefix: str) -> None:
-    """Weights of `given` are in the folder, bit for bit; embeddings may have grown."""
+def assert_given_weights_stay(folder: Path, given: PreTrainedModel, prefix: str, words: int | None = None) -> None:
+    """Weights of `given` are in the folder, bit for bit; embeddings may have grown, and the 12 rows or more
+    after so many `words` are the mean of these."""
     weights = load_file(folder / "model.safetensors")
     found = 0
     for name, tensor in given.state_dict().items():
         ours = weights.get(prefix + name.removeprefix("vision_model."))
-        if ours is not None:
-            assert torch.equal(ours[: len(tensor)] if tensor.ndim else ours, tensor), name
+        if ours is not None and "embed_tokens" in name:
+            assert torch.equal(ours[:words], tensor[:words]), name
+            new = ours[words : words + 12]
+            assert new.allclose(tensor[:words].mean(0).expand_as(new), atol=1e-6), name
+            found += 1
+        elif ours is not None:
+            assert torch.equal(ours, tensor), name
             found += 1
     assert found == sum(name.startswith(prefix) for name in weights)
 
@@ -124,7 +131,7 @@ def test_every_encoder_keeps_its_weights_and_answers(kind: str, qwen3: Path, gro
     assert config.group_names == NAMES and config.num_groups == 3
     assert_given_weights_stay(tmp_path / "out", encoder, "model.vision_tower.")
     language_model = AutoModelForCausalLM.from_pretrained(qwen3).model
-    assert_given_weights_stay(tmp_path / "out", language_model, "model.language_model.")
+    assert_given_weights_stay(tmp_path / "out", language_model, "model.language_model.", words=BASE)
     out, (masks,) = answer(tmp_path / "out")
     assert masks.shape == (len(out.region_code_ids[0]), 30, 40) and len(masks) >= 1
     # Pixels are normalised as the encoder's family was trained.
@@ -145,7 +152,7 @@ def test_other_language_models_get_the_tokens_that_they_lack(
     config = init(tmp_path / "llm", clip, groups, tmp_path / "out", **SMALL)
     assert config.text_config.model_type == kind and config.tie_word_embeddings == tied
     assert config.text_config.vocab_size == 320
-    assert_given_weights_stay(tmp_path / "out", model.model, "model.language_model.")
+    assert_given_weights_stay(tmp_path / "out", model.model, "model.language_model.", words=min(len(tokenizer), 260))
 
     ours = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     before = tokenizer.get_vocab()
@@ -157,7 +164,9 @@ def test_other_language_models_get_the_tokens_that_they_lack(
     assert config.region_code_start_id == new[-12]
     assert config.image_token_id == after["<|image_pad|>"]
     assert ours.added_tokens_decoder[config.image_token_id].special
-    assert (ours.eos_token, ours.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert (ours.eos_token, ours.pad_token) == ("<|im_end|>", "<|endoftext|>" if kind == "qwen2" else "<|pad|>")
+    ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert ends[0] == ours.eos_token_id and {*ends[1:]} <= {before.get("</s>")} and ours.pad_token_id not in ends
     text = "Liver [C0_1], spleen [C2_3]."
     assert ours.decode(ours(text, add_special_tokens=False).input_ids, skip_special_tokens=True) == text
     assert answer(tmp_path / "out")[1][0].shape[1:] == (30, 40)
@@ -181,7 +190,7 @@ def test_new_weights_follow_from_the_seed(qwen3: Path, clip: Path, groups: Path,
         assert torch.initial_seed() == 99
     a, b, c = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("model.codebook.codes", "model.region_perceiver.region_queries", "lm_head.weight"):
+    for name in ("model.codebook.codes", "model.region_perceiver.region_queries"):
         assert a[name].std() > 0 and not torch.equal(a[name], c[name]), name
     assert all(tensor.isfinite().all() for tensor in a.values())
 
@@ -248,7 +257,38 @@ def test_the_command_line_assembles(
     arguments += ["--output", str(tmp_path / "out"), "--codes-per-group", "4", "--num-stages", "1"]
     arguments += ["--vision-feature-layer", "-1", "--num-queries", "6", "--dtype", "bfloat16"]
     assert main(arguments) == 0
-    assert "6 region queries, 1 stages, 3 groups of 4 codes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 region queries, 1 stages, 3 groups of 4 codes" in printed and f"Asked {QUESTION!r}, it says: " in printed
     assert main(arguments) == 1 and "add --overwrite" in capsys.readouterr().err
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).chat_template == CHAT_TEMPLATE
+    assert main([*arguments, "--overwrite", "--json", "--class-queries"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["question"] == QUESTION and isinstance(said["answer"], str)
+    assert AutoConfig.from_pretrained(tmp_path / "out").use_class_queries
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0], ids=["small embeddings", "large embeddings"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_what_is_new_starts_at_the_scale_of_what_it_stands_among(
+    kind: str, scale: float, groups: Path, tmp_path: Path
+) -> None:
+    """Image rows are as long as words, what decodes codes as long as region queries, and mask logits are small."""
+    words = language_model("qwen3", BASE + 18, initializer_range=scale)
+    words.save_pretrained(tmp_path / "qwen3")
+    byte_tokenizer().save_pretrained(tmp_path / "qwen3")
+    image_encoder(kind).save_pretrained(tmp_path / "encoder")
+    size = {"image_size": 64} if kind in ("resnet", "convnext") else {}
+    config = init(tmp_path / "qwen3", tmp_path / "encoder", groups, tmp_path / "out", **SMALL, **size)
+    assert config.mask_logits_scale == 1 / config.vision_hidden_size
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    set_seed(5)
+    with torch.no_grad():
+        regions = model.get_region_features(torch.randn(3, 3, config.image_size, config.image_size))
+        rows = model.model.project_regions(regions)
+        states = model.model.language_model(input_ids=torch.arange(100, 164)[None]).last_hidden_state
+        queries = model.model.text_to_vision_projector(states)
+    embeddings = model.get_input_embeddings().weight[:BASE]
+    assert 0.8 < float(length_of(rows) / length_of(embeddings)) < 1.25
+    assert 0.6 < float(length_of(queries) / length_of(model.model.region_perceiver.region_queries)) < 1.6
+    assert regions.masks_queries_logits.abs().max() < 3
