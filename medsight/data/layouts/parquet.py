@@ -69,7 +69,7 @@ def _picture(entry: Any, base: Path, place: str) -> dict[str, Any]:
 
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
-    return path.suffix == ".parquet" and not {"image", "question", "answer"} <= record.keys()
+    return path.suffix == ".parquet" and any(columns <= record.keys() for columns in _NEEDED.values())
 
 
 _shards = partial(Source.files, suffixes=(".parquet",), recursive=True)
