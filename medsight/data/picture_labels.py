@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medsight.text import first_few
+from medsight.text import first_few, nearest
 
 from .pictures import (
     EmptyMaskError,
@@ -65,6 +65,16 @@ class LabelOptions:
             label_names(self.names, Path())
         if self.structure is not None and self.names is not None:
             raise ValueError("data structure and names: a mask shows one structure, or a label map several: give one")
+
+
+def check_columns(columns: Any, known: Iterable[str]) -> None:
+    """Raises ValueError where a setting `columns` is not {column: what the data call it}, of known columns."""
+    if columns is not None and not (
+        isinstance(columns, Mapping) and all(isinstance(name, str) and name for name in columns.values())
+    ):
+        raise ValueError(f"data columns: expected {{column: what the data call it}}, got {columns!r}")
+    for name in set(columns or ()) - set(known):
+        raise ValueError(f"data columns: {name!r} is unknown: {nearest(name, known)}")
 
 
 def label_names(names: Mapping[Any, Any] | str | None, folder: Path) -> dict[Value, str]:
@@ -192,8 +202,8 @@ def _of_label_map(entry: Mapping[str, Any], names: Mapping[Value, str]) -> tuple
     unknown = [_shown(code, samples.ndim) for code in found if code and code not in coded]
     if unknown:
         raise UntoldError(
-            f"{name}: {len(unknown)} value(s) without a name: {first_few(unknown, _MOST_COLOURS)}. Name each in names, "
-            "and what is no structure 'ignore'",
+            f"{name}: {len(unknown)} value(s) without a name: {first_few(unknown, _MOST_COLOURS)}. Name each in "
+            "names, and what is no structure 'ignore'",
             "names",
         )
     present = {

@@ -315,7 +315,7 @@ def fitting_layouts(path: str | Path) -> list[str]:
 
 
 def _first_record(path: Path) -> Record:
-    """The first record of a JSON or parquet file, or what is wrong with it; an empty one of other files and folders."""
+    """The first record of a JSON or parquet file, or what is wrong with it; an empty one of others and of folders."""
     if not path.is_file() or path.suffix not in (*JSON_SUFFIXES, ".parquet"):
         return str(path), {}
     read = parquet_records if path.suffix == ".parquet" else json_records

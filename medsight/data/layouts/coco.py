@@ -1,8 +1,8 @@
 """Instances in COCO's JSON: images, annotations with polygons or run lengths, categories.
 
-A file, or a folder of files named after splits (`annotations/instances_train2017.json`, `train/_annotations.coco.json`).
-Images lie where `file_name` leads from the JSON file, from `images`, or from a folder found beside the file. An
-annotation is a mask of its category; a crowd is one mask. Boxes and keypoints are no masks and are refused.
+A file, or a folder of files named after splits (`annotations/instances_train2017.json`,
+`train/_annotations.coco.json`). Images lie where `file_name` leads from the JSON file, from `images`, or from a folder
+found beside the file. An annotation is a mask of its category; a crowd is one mask. Boxes are no masks, and refused.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 The path is a folder (by `save_to_disk`, with parquet files, or with pictures and a `metadata.csv` or `.jsonl`), a
 parquet file, or `hf://OWNER/NAME`, which alone is downloaded; no code of a data set is run. The mask column holds one
-mask (of the `target` column's structure, or of `structure`), a label map (`names`), or a list of masks beside a list of
-targets.
+mask (of the `target` column's structure, or of `structure`), a label map (`names`), or a list of masks beside a list
+of targets.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from medsight.text import nearest
 
-from ..picture_labels import LabelOptions, image_row, label_names, masks_of
+from ..picture_labels import LabelOptions, check_columns, image_row, label_names, masks_of
 from ..records import Record, as_text, convert, path_inside, picture
 from ..registry import Entry, Layout, Source, is_address, register
 from ..splits import canonical_split, split_in_name
@@ -29,7 +29,7 @@ COLUMNS = {
     "mask": ("masks", "label", "labels", "segmentation", "segmentation_mask", "annotation"),
     "target": ("targets", "structure", "structures", "class", "category"),
     "patient": ("patient_id", "subject", "subject_id"),
-    **{name: () for name in ("modality", "site", "finding", "label_origin", "orientation", "dataset")},
+    **dict.fromkeys(("modality", "site", "finding", "label_origin", "orientation", "dataset"), ()),
 }
 _SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -54,12 +54,7 @@ class HuggingFaceOptions(LabelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        columns = self.columns if self.columns is not None else {}
-        if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
-            raise ValueError(f"data columns: expected {{column: its name in the data set}}, got {self.columns!r}")
-        for name in columns:
-            if name not in COLUMNS:
-                raise ValueError(f"data columns: {name!r} is unknown: {nearest(name, COLUMNS)}")
+        check_columns(self.columns, COLUMNS)
         if not isinstance(self.config, str | None):
             raise ValueError(f"data config: expected the name of a configuration, got {self.config!r}")
 

@@ -8,7 +8,6 @@ structure was looked for and is absent; one without either, that there is an ima
 
 import csv
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from medsight.text import nearest
 
-from ..picture_labels import LabelOptions, image_row, label_names, masks_of
+from ..picture_labels import LabelOptions, check_columns, image_row, label_names, masks_of
 from ..records import Record, as_text, convert, json_records, path_inside, picture
 from ..registry import Entry, Layout, Source, register
 
@@ -36,8 +35,8 @@ COLUMNS = {
     ),
     "target": ("structure", "class", "class_name", "category"),
     "patient": ("patient_id", "patientid", "subject", "subject_id", "group"),
-    **{name: () for name in ("split", "modality", "site", "finding", "label_origin", "orientation", "dataset")},
-    **{name: () for name in ("licence", "source_url", "spacing_mm")},
+    **dict.fromkeys(("split", "modality", "site", "finding", "label_origin", "orientation", "dataset"), ()),
+    **dict.fromkeys(("licence", "source_url", "spacing_mm"), ()),
 }
 _SAME = ("split", "patient", "modality", "site", "finding", "label_origin", "orientation", "dataset")
 _ROWS = "rows of the image"  # no column
@@ -59,12 +58,7 @@ class TableOptions(LabelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        columns = self.columns if self.columns is not None else {}
-        if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
-            raise ValueError(f"data columns: expected {{column: its name in the file}}, got {self.columns!r}")
-        for name in columns:
-            if name not in COLUMNS:
-                raise ValueError(f"data columns: {name!r} is unknown: {nearest(name, COLUMNS)}")
+        check_columns(self.columns, COLUMNS)
 
 
 def table_rows(shard: str, source: Source) -> Iterator[Entry]:

@@ -1,8 +1,8 @@
 """Polygons in YOLO's text files: `images/train/a.jpg` and `labels/train/a.txt`, a line `CLASS x y x y ...` a mask.
 
 Coordinates are shares of width and height. The names of the classes stand in a `data.yaml`, in `classes.txt`, or in
-the source's `names`. Splits are folders' names, or what `data.yaml` says is `train`, `val` and `test`. An image without
-a text file, or with an empty one, shows none of the classes' structures. Boxes are no masks and are refused.
+the source's `names`. Splits are folders' names, or what `data.yaml` says is `train`, `val` and `test`. An image
+without a text file, or with an empty one, has no mask. Boxes are no masks and are refused.
 """
 
 import dataclasses
@@ -111,7 +111,7 @@ def yolo_rows(shard: str, source: Source) -> Iterator[Entry]:
 
 
 def _split_folders(root: Path, settings: Mapping[str, Any]) -> dict[Path, str]:
-    """The folders that a data.yaml says are of a split; exporters write `../train/images` of a folder beside the file."""
+    """The folders that a data.yaml says are of a split; of one beside it, exporters write `../train/images`."""
     found: dict[Path, str] = {}
     for split in ("train", "val", "test"):
         entry = settings.get(split) or []
