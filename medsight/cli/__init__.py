@@ -38,7 +38,7 @@ VERBS = {
     "codes": Verb("medsight.cli.codes", "Find out which structures each region code stands for.", "eval"),
     "benchmark": Verb("medsight.cli.benchmark", "Make a benchmark from images with masks.", "eval"),
     "train": Verb("medsight.cli.train", "Train by a recipe, resuming where a run stopped.", "train"),
-    "data": Verb("medsight.cli.data", "Check training data, or turn masks into conversations.", "train"),
+    "data": Verb("medsight.cli.data", "Read data in any layout: guess, check, convert, annotate.", "train"),
     "init": Verb("medsight.cli.init", "Assemble a fresh model from pretrained parts."),
     "convert": Verb("medsight.cli.convert", "Turn published checkpoint files into one folder."),
     "push": Verb("medsight.cli.push", "Put a checkpoint folder on the Hub."),

@@ -80,7 +80,7 @@ def _write_card(folder: Path, source: Source, report: Report, licences: list[str
         "By modality and site": _by_split("modality / site", report.origins, splits),
     }
     sections = [
-        card_front(splits, "image-segmentation" if "absent" in names or counts["masks"] else "image-text-to-text"),
+        card_front(splits, "image-segmentation" if kind_of(source) == "regions" else "image-text-to-text"),
         f"# {source.name}",
         f"Read from the layout `{source.layout}` and written by `medsight data convert`, in the rows of MedSIGHT "
         "(`layout: parquet`). Images and masks are embedded as they were, and keep their licences.",
