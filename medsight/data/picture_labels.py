@@ -223,7 +223,7 @@ def _shown(code: int, axes: int) -> str:
 
 
 def polygon_mask(polygons: Iterable[Sequence[float]], size: tuple[int, int], place: str) -> np.ndarray:
-    """(height, width), bool: the pixels whose centres lie in one of some polygons.
+    """(height, width), bool: the pixels whose centres lie in one of some polygons, to a third of a pixel.
 
     Args:
         polygons: x, y, x, y, ... of each in pixels; (0, 0) is the outer corner of the first pixel.

@@ -102,7 +102,8 @@ def convert(
 
     Args:
         split: of records that tell none; None where files do not tell either, and all are of the source's split.
-        row_of: the row of a record, its place, for errors, and its split; raises ValueError for a bad one.
+        row_of: the row of a record, its place, for errors, and its split; raises ValueError for a bad one, or OSError
+            where a file that it names cannot be read.
     """
     for place, record in records:
         if isinstance(record, ValueError):
@@ -115,6 +116,8 @@ def convert(
                 yield Entry(place, row, known_leak=record.get("image_in_test") is True)
         except ValueError as error:
             yield Entry(place, error=error)
+        except OSError as error:  # a file that a record names is missing
+            yield Entry(place, error=ValueError(f"{place}: {error}"))
 
 
 def picture(path: str | Path) -> dict[str, Any]:

@@ -189,16 +189,12 @@ def _shards(source: Source) -> list[str]:
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
     if path.is_dir():
-        listed = (path / name for name in _METADATA if (path / name).is_file())
-        return any((path / name).is_file() for name in _SAVED) or any(
-            b"file_name" in file.read_bytes() for file in listed
-        )
-    found = [[record.get(each) for each in (name, *COLUMNS[name])] for name in ("image", "mask")]
-    return (
-        path.suffix == ".parquet"
-        and all(any(map(_is_pictured, values)) for values in found)
-        and "targets" not in record
-    )
+        listed = [path / name for name in _METADATA if (path / name).is_file()]
+        saved = any((path / name).is_file() for name in _SAVED)
+        return saved or any(b"file_name" in file.read_bytes() for file in listed)
+    pictured = [any(_is_pictured(record.get(each)) for each in (name, *COLUMNS[name])) for name in ("image", "mask")]
+    of_our_own = all(isinstance(target, str) for target in record.get("targets", [None]) or ())  # the layout "parquet"
+    return path.suffix == ".parquet" and all(pictured) and not of_our_own
 
 
 def _is_pictured(value: Any) -> bool:
