@@ -12,10 +12,10 @@ from PIL import Image
 
 from configuration_medsight import MedSightConfig
 from medsight.cli import main
+from medsight.data import shards
 from medsight.data.groups import Groups, load_groups, match_groups
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.inference.code_assignment import assign_codes
-from medsight.data import shards
 from medsight.training.annotation import annotate, weights_sha256
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import MedSightProcessor

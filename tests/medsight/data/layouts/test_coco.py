@@ -13,8 +13,16 @@ from medsight.data.pictures import read_mask
 from medsight.data.registry import Source
 from medsight.data.sources import detect_layout, iterate
 from medsight.export.outlines import outlines
-from tests.medsight.data.layouts.picture_sets import NAMES, ORIGIN, contents, errors, examples, fuzz, save
-from tests.medsight.data.layouts.picture_sets import write_biomedparse
+from tests.medsight.data.layouts.picture_sets import (
+    NAMES,
+    ORIGIN,
+    contents,
+    errors,
+    examples,
+    fuzz,
+    save,
+    write_biomedparse,
+)
 
 
 def polygons(mask: np.ndarray) -> Any:

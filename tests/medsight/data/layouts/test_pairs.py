@@ -74,20 +74,37 @@ FOLDERS = {
     "one folder": by_folder("{split}/{stem}.png", "{split}/{stem}_{under}_mask.png"),
     "numbered": by_folder("{split}/images/{stem}.png", "{split}/GroundTruth/{stem}_{under}_segmentation_1.bmp"),
 }
+
+
+def plain(each: Example) -> np.ndarray:
+    return each.labels
+
+
+def deep(each: Example) -> np.ndarray:
+    return 300 * each.labels.astype(np.uint16)
+
+
+def coloured(each: Example) -> np.ndarray:
+    return np.array(list(COLOURS.values()), np.uint8)[each.labels]
+
+
 MAPS = {
-    "numbers": (label_maps("images/{split}/{stem}.png", "labels/{split}/{stem}.png", lambda e: e.labels), NAMES),
+    "numbers": (label_maps("images/{split}/{stem}.png", "labels/{split}/{stem}.png", plain), NAMES),
     "16 bits": (
-        label_maps("{split}/Images/{stem}.tif", "{split}/LabelMaps/{stem}_label.tif", lambda e: 300 * e.labels.astype(np.uint16)),
+        label_maps("{split}/Images/{stem}.tif", "{split}/LabelMaps/{stem}_label.tif", deep),
         {300 * value: name for value, name in NAMES.items()},
     ),
-    "names first": (label_maps("{split}/{stem}.png", "{split}_mask/{stem}.png", lambda e: e.labels), {n: v for v, n in NAMES.items()}),
+    "names first": (
+        label_maps("{split}/{stem}.png", "{split}_mask/{stem}.png", plain),
+        {name: value for value, name in NAMES.items()},
+    ),
     "colours": (
-        label_maps("{split}/image/{stem}.png", "{split}/gt/{stem}_gt.png", lambda e: np.array(list(COLOURS.values()), np.uint8)[e.labels]),
+        label_maps("{split}/image/{stem}.png", "{split}/gt/{stem}_gt.png", coloured),
         {"#ff0000": "liver", "0,255,0": "left kidney", "#0010FF": "liver tumor", "#000000": "background"},
     ),
     "a palette": (palette, NAMES),
     "a palette's colours": (palette, {"#ff0000": "liver", "#00ff00": "left kidney", "#0010ff": "liver tumor"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FOLDERS)
