@@ -30,10 +30,10 @@ _OF_A_STRUCTURE = 2  # of them, so that rare structures come in
 _LOOKED_AT = 20  # rows, for what they leave open
 UNKNOWN = "?"  # a modality, site or structure that nobody has told yet
 _TO_SAY = {
-    "modality": "CT, MRI, X-Ray, ultrasound, ...",
-    "site": "the part of the body: abdomen, breast, ...",
     "structure": "what the masks show",
     "names": "the name of each value",
+    "modality": "CT, MRI, X-Ray, ultrasound, ...",
+    "site": "the part of the body: abdomen, breast, ...",
 }
 
 
@@ -161,7 +161,7 @@ def guess(path: str | Path, layout: str | None = None, progress: bool = False, *
     while (name := _left_open(source)) and name not in assumed:
         assumed[name] = {value: f"structure {value}" for value in range(1, 256)} if name == "names" else UNKNOWN
         source = Source.from_mapping({**entry, **assumed, "split": None})
-    missing = {name: _TO_SAY[name] for name in assumed}
+    missing = {name: hint for name, hint in _TO_SAY.items() if name in assumed}
     found = Guess(source, layouts, _description(source.layout), find_layout(source.layout).shards(source), missing)
     bar = tqdm(iterate(source), "reading", unit="row", disable=not progress, file=sys.stderr)
     found.report = count(found.noting(bar))

@@ -97,12 +97,19 @@ def _records(content: dict[str, Any], shard: str) -> Iterator[Record]:
 
 def _size(record: Mapping[str, Any], image: Mapping[str, Any], place: str) -> tuple[int, int]:
     """(width, height) that a record states, or that its picture has."""
-    size = record.get("width"), record.get("height")
-    if size == (None, None):
+    width, height = record.get("width"), record.get("height")
+    if width is None and height is None:
         return picture_size(image)
-    if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_IMAGE_PIXELS:
-        raise ValueError(f"{place}: expected width and height in pixels, at most {MAX_IMAGE_PIXELS:,}, got {size}")
-    return size  # type: ignore[return-value]  # two whole numbers
+    if (
+        type(width) is not int
+        or type(height) is not int
+        or min(width, height) < 1
+        or width * height > MAX_IMAGE_PIXELS
+    ):
+        raise ValueError(
+            f"{place}: expected width and height in pixels, at most {MAX_IMAGE_PIXELS:,}, got {width!r} and {height!r}"
+        )
+    return width, height
 
 
 def _mask(segmentation: Any, size: tuple[int, int], place: str) -> Any:

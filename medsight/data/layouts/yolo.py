@@ -138,7 +138,7 @@ def _polygons(text: Path, size: tuple[int, int], names: Mapping[int, str]) -> It
             points = np.array(words[1:], dtype=np.float64).reshape(-1, 2) * size
         except ValueError as error:
             raise ValueError(f"{place}: expected CLASS x y x y ..., got {line[:60]!r}") from error
-        yield number, names[int(words[0])], polygon_mask([points.ravel()], size, place)
+        yield number, names[int(words[0])], polygon_mask([points.ravel().tolist()], size, place)
 
 
 def _images(root: Path) -> Iterator[Path]:
