@@ -51,7 +51,7 @@ def guess(
     """
     from medsight.data.guess import guess as look
     from medsight.data.guess import write_entry
-    from medsight.data.picture_labels import read_label_names
+    from medsight.data.picture_labels import names_in_file
     from medsight.data.pictures import encode_picture
     from medsight.export.sheet import sheet_of_rows
 
@@ -59,7 +59,7 @@ def guess(
         raise FileExistsError(f"{sheet} is there already; name another file, or add --overwrite")
     known = {"modality": modality, "site": site, "structure": structure, "patient": patient, "images": images}
     tables = {"columns": _pairs("--columns", columns.split(",") if columns else None)}
-    tables |= {"rename": _pairs("--rename", rename), "names": read_label_names(names) if names else None}
+    tables |= {"rename": _pairs("--rename", rename), "names": names_in_file(names) if names else None}
     with results(as_json) as out:
         found = look(path, layout, progress=True, **known, **tables)
         lines = [f"\n{found.to_yaml()}" if output is None else f"\nWritten to {output}"]

@@ -1,6 +1,7 @@
 """What label pictures, polygons and run lengths show, as masks of one structure each."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -156,6 +157,12 @@ def read_label_names(path: str | Path) -> dict[Any, Any]:
             "'background', which is 0"
         )
     return content
+
+
+def names_in_file(path: str | Path) -> dict[int | str, str]:
+    """The names in a file as an entry holds them: by number, or by colour as "#ff0000"; raises as `label_names`."""
+    names = label_names(os.path.abspath(path), Path())
+    return {value if isinstance(value, int) else "#" + bytes(value).hex(): name for value, name in names.items()}
 
 
 def masks_of(

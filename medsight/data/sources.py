@@ -226,8 +226,9 @@ def _stamp(shards: list[str], source: Source) -> str:
             continue
         inside = shard.glob("*")
         if find_layout(source.layout).embeds:
-            root = Path(source.path)
-            inside = (root if root.is_dir() else shard.parent).rglob("*")
+            roots = [Path(source.path) if os.path.isdir(source.path) else shard.parent]
+            roots += [Path(source.images)] if source.images else []
+            inside = (file for root in roots for file in root.rglob("*"))
         for file in (shard, *sorted(file for file in inside if find_layout(source.layout).embeds or file.is_dir())):
             status = file.stat()
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -216,7 +216,11 @@ def match_masks(
                 found[stems[stem].file].append((mask.file, name or None))
                 break
         else:
-            orphans.append(mask)
+            alone = list(by_folder.get((mask.split, mask.rest), {}).values())
+            if mask.role and mask.rest and len(alone) == 1:  # a folder an image, with all of its masks
+                found[alone[0].file].append((mask.file, None))
+            else:
+                orphans.append(mask)
     return [(image, found[image.file]) for stems in by_folder.values() for image in stems.values()], orphans
 
 

@@ -58,6 +58,14 @@ def test_guess_takes_names_and_columns(verb: Callable[..., Any], tmp_path: Path)
     (tmp_path / "names.txt").write_text("\n".join(f"{value} {name}" for value, name in NAMES.items()))
     (said,) = verb("data", "guess", tmp_path / "maps", *ABOUT, "--names", tmp_path / "names.txt")
     assert said["missing"] == {} and said["targets"]["liver"] == {"train": 4, "test": 1}
+    (tmp_path / "colours.json").write_text(
+        '{"liver": "#FF0000", "left kidney": [0, 255, 0], "liver tumor": "0 16 255"}'
+    )
+    MAPS["colours"][0](tmp_path / "coloured")
+    entry = tmp_path / "coloured.yaml"
+    verb("data", "guess", tmp_path / "coloured", *ABOUT, "--names", tmp_path / "colours.json", "--output", entry)
+    (said,) = verb("data", "check", entry)
+    assert said["targets"]["liver tumor"] == {"train": 1}
     (tmp_path / "table").mkdir()
     renamed = [{"Bild": row.pop("image"), "Maske": row.pop("mask"), **row} for row in records(tmp_path / "table")]
     write(tmp_path / "table/a.csv", renamed)

@@ -207,6 +207,15 @@ def test_folders_of_other_names_are_named_by_the_source(polyps: Path) -> None:
     assert [entry.checked()["targets"] for entry in iterate(source)] == [[], ["polyp"], ["polyp"]]
 
 
+def test_all_masks_in_the_folder_of_one_image_are_its_own(tmp_path: Path) -> None:
+    for case in ("x", "y"):
+        save(tmp_path / f"cells/{case}1/images/{case}.png", np.full((8, 9), ord(case), np.uint8))
+        for number in range(3):
+            save(tmp_path / f"cells/{case}1/masks/{number}f.png", np.eye(8, 9, number) > 0)
+    rows = [entry.checked() for entry in iterate(source_of(tmp_path / "cells", structure="cell", patient=None))]
+    assert [row["targets"] for row in rows] == [["cell"] * 3] * 2
+
+
 def test_what_is_left_out_is_said(polyps: Path) -> None:
     save(polyps / "test/images/7.png", np.zeros((8, 9), np.uint8))
     for name in ("images", "masks"):
