@@ -19,12 +19,13 @@ from tqdm import tqdm
 from medsight.data.groups import Groups
 from medsight.data.pictures import picture_name, read_mask, read_picture
 from medsight.data.schema import IMAGE_MARKER
+from medsight.data.shards import SplitWriter
 from medsight.data.templates import Wordings
 from medsight.data.wording import ConversationMaker, Turn, Vocabulary, position_in_words
 from medsight.files import check_empty, staged_folder
 from medsight.inference.code_assignment import assign_codes
 
-from .annotation_output import AnnotationCounts, SplitWriter, write_card
+from .annotation_output import AnnotationCounts, write_card
 from .canvas import Canvas
 
 

@@ -1,69 +1,15 @@
 """What an annotation leaves behind: parquet shards of conversations, their counts as JSON, and a data card."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
-from medsight.data.schema import CONVERSATION_FEATURES
+from medsight.data.shards import card_front, markdown_table
 from medsight.files import write_json, write_text
-
-
-ROW_GROUP_ROWS = 1_000
-ROW_GROUP_BYTES = 64 * 2**20  # of embedded pictures; what is held in memory before it is written
-SHARD_BYTES = 512 * 2**20
-
-
-class SplitWriter:
-    """Writes the conversations of a split as SPLIT-00000.parquet, SPLIT-00001.parquet, and so on.
-
-    At most one row group is held in memory.
-
-    Args:
-        folder: exists; the shards go there.
-        split: of the rows of `CONVERSATION_FEATURES` that it is given.
-
-    Raises:
-        ValueError: the split cannot be part of a file name.
-    """
-
-    def __init__(self, folder: Path, split: str) -> None:
-        if not split.isidentifier():
-            raise ValueError(f"split {split!r}: expected a word, since it names files")
-        self.folder, self.split = folder, split
-        self.rows: list[Mapping[str, Any]] = []
-        self.held_bytes = self.shard_bytes = self.shards = 0
-        self.file: Any = None
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row."""
-        self.rows.append(row)
-        self.held_bytes += sum(len(entry["bytes"] or b"") for entry in (*row["images"], *row["masks"]))
-        if len(self.rows) >= ROW_GROUP_ROWS or self.held_bytes >= ROW_GROUP_BYTES:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is held."""
-        if self.rows:
-            self._flush()
-        if self.file is not None:
-            self.file.close()
-
-    def _flush(self) -> None:
-        schema = CONVERSATION_FEATURES.arrow_schema
-        if self.file is None or self.shard_bytes >= SHARD_BYTES:
-            if self.file is not None:
-                self.file.close()
-            self.file = pyarrow.parquet.ParquetWriter(self.folder / f"{self.split}-{self.shards:05d}.parquet", schema)
-            self.shards, self.shard_bytes = self.shards + 1, 0
-        self.file.write_table(pyarrow.Table.from_pylist(self.rows, schema=schema))
-        self.shard_bytes += self.held_bytes
-        self.rows, self.held_bytes = [], 0
 
 
 @dataclass
@@ -135,37 +81,30 @@ def write_card(folder: Path, counts: AnnotationCounts, provenance: Mapping[str, 
         provenance: what made it: settings, model, hashes, versions.
     """
     write_json(folder / "annotation.json", {"provenance": dict(provenance), "counts": counts.to_dict()})
-    front = ["---", "task_categories:", "- image-text-to-text", "configs:", "- config_name: default", "  data_files:"]
-    front += [f"  - split: {split}\n    path: {split}-*.parquet" for split in sorted(counts.splits)]
     usage = counts.code_usage()
     in_use = [(name, u["masks"], f"{u['used']} of {u['codes']}", u["perplexity"]) for name, u in usage.items()]
     tables = {
-        "By split": _table(("split", "conversations"), counts.splits.items()),
-        "By intent": _table(("intent", "conversations"), counts.intents.items()),
-        "By group": _table(("group", "conversations"), counts.groups.items()),
-        "By data set": _table(("data set", "conversations"), counts.datasets.items()),
-        "Codes in use": _table(("group", "masks", "codes in use", "perplexity"), in_use)
+        "By split": markdown_table(("split", "conversations"), counts.splits.items()),
+        "By intent": markdown_table(("intent", "conversations"), counts.intents.items()),
+        "By group": markdown_table(("group", "conversations"), counts.groups.items()),
+        "By data set": markdown_table(("data set", "conversations"), counts.datasets.items()),
+        "Codes in use": markdown_table(("group", "masks", "codes in use", "perplexity"), in_use)
         + f"\n\nMasks beyond the number of region queries of their image: {counts.masks_beyond_queries}.",
-        "Said to be absent": _table(("structure", "conversations"), counts.absent.items()),
-        "Left out": _table(("structure with too many masks for one answer", "images"), counts.not_asked.items())
+        "Said to be absent": markdown_table(("structure", "conversations"), counts.absent.items()),
+        "Left out": markdown_table(
+            ("structure with too many masks for one answer", "images"), counts.not_asked.items()
+        )
         + f"\n\nImages that could not be read: {len(counts.skipped)}.\n"
         + "".join(f"\n* {reason}" for reason in counts.skipped),
     }
     sections = [
-        "\n".join([*front, "---"]),
+        card_front(counts.splits, "image-text-to-text"),
         "# Grounded conversations",
         f"{counts.conversations} conversations about {counts.images} images, written by `medsight data annotate` from "
         "masks: each mask has the region code of the query that the model matched it with. The texts come from "
         "templates and say no more than the data's own rows do. Images and masks keep their licences. Not for "
         "clinical use.",
-        _table(("made by", ""), [(name, f"`{value}`") for name, value in provenance.items()]),
+        markdown_table(("made by", ""), [(name, f"`{value}`") for name, value in provenance.items()]),
         *(f"## {title}\n\n{table}" for title, table in tables.items()),
     ]
     write_text(folder / "README.md", "\n\n".join(sections).rstrip() + "\n")
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    """A Markdown table, its rows in alphabetical order."""
-    lines = [head, ("---",) * len(head), *sorted(rows)]
-    cells = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join(cells) if len(cells) > 2 else "None."

@@ -39,7 +39,7 @@ VERBS = {
     "benchmark": Verb("medsight.cli.benchmark", "Make a benchmark from images with masks.", "eval"),
     "train": Verb("medsight.cli.train", "Train by a recipe, resuming where a run stopped.", "train"),
     "finetune": Verb("medsight.cli.finetune", "Make a model of your own from images with masks.", "train,eval"),
-    "data": Verb("medsight.cli.data", "Check training data, or turn masks into conversations.", "train"),
+    "data": Verb("medsight.cli.data", "Read data in any layout: guess, check, convert, annotate.", "train"),
     "init": Verb("medsight.cli.init", "Assemble a fresh model from pretrained parts."),
     "extend": Verb("medsight.cli.extend", "Append structures, groups and codes to a checkpoint.", "train"),
     "convert": Verb("medsight.cli.convert", "Turn published checkpoint files into one folder."),

@@ -82,13 +82,14 @@ def command(
 
 def write_sheets(output: Path, examples: dict[str, Any], codes: dict[str, Any]) -> None:
     """A contact sheet a code, `C0_16.png`; the folder appears whole or not at all."""
-    from medsight.evaluation.codes import contact_sheet
+    from medsight.export.drawing import contact_sheet
 
     with staged_folder(output, False, check_empty) as folder:
         for code, shown in examples.items():
             meaning = codes[code]
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in meaning["structures"].items())
-            sheet = contact_sheet(f"{code}  {meaning['group']}", f"{meaning['n']:,} masks: {shares}", shown)
+            tiles = [(example.picture, f"{example.target}  {example.score:.2f}") for example in shown]
+            sheet = contact_sheet(f"{code}  {meaning['group']}", f"{meaning['n']:,} masks: {shares}", tiles)
             sheet.save(folder / f"{code.strip('[]')}.png")
 
 

@@ -1,4 +1,4 @@
-"""Training data: `medsight data check` and `medsight data annotate`."""
+"""Training data: `medsight data guess`, `check`, `convert` and `annotate`."""
 
 import dataclasses
 from collections import Counter
@@ -7,24 +7,75 @@ from typing import Annotated, Literal
 
 import typer
 
-from medsight.cli.console import Device, Json, results
-from medsight.cli.extend import Rename, parse_renames
-from medsight.files import check_empty, read_names
+from medsight.cli.console import Device, Json, Rename, pairs, results
+from medsight.files import check_empty, read_names, write_bytes
 from medsight.text import quiet_transformers
 
 
 Layout = Annotated[
-    str | None, typer.Option(metavar="NAME", help="biomedparse, llava, grounded, ...  [default: by what is there].")
+    str | None, typer.Option(metavar="NAME", help="biomedparse, coco, pairs, ...  [default: by what is there].")
 ]
+Data = Annotated[str, typer.Argument(metavar="PATH", help="File, folder, pattern, or a data entry (.yaml).")]
+Images = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that paths of pictures start from.")]
+Splits = Annotated[str | None, typer.Option(metavar="NAMES", help="Splits, commas between  [default: all].")]
+
+
+def guess(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder, pattern, or hf://OWNER/NAME.")],
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the data entry there (.yaml).")] = None,
+    sheet: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a contact sheet there (.png).")] = None,
+    layout: Layout = None,
+    images: Images = None,
+    modality: Annotated[str | None, typer.Option(metavar="NAME", help="Of all images: CT, ultrasound, ...")] = None,
+    site: Annotated[str | None, typer.Option(metavar="NAME", help="Of all images: breast, abdomen, ...")] = None,
+    structure: Annotated[str | None, typer.Option(metavar="NAME", help="What all masks show.")] = None,
+    names: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of a label map's values: YAML, JSON or lines.")
+    ] = None,
+    patient: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Its group, in an image's file name, is the patient.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="OURS=THEIRS,...", help="Columns of a table: image=file,mask=label.")
+    ] = None,
+    rename: Rename = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say which layout data have and what would be read of them, and write their entry.
+
+    The entry goes into `data check`, `convert`, `annotate`, `codes`, `evaluate --data`, and a recipe's data.
+    """
+    from medsight.data.guess import guess as look
+    from medsight.data.guess import write_entry
+    from medsight.data.picture_labels import names_in_file
+    from medsight.data.pictures import encode_picture
+    from medsight.export.sheet import sheet_of_rows
+
+    if sheet is not None and Path(sheet).exists() and not overwrite:
+        raise FileExistsError(f"{sheet} is there already; name another file, or add --overwrite")
+    known = {"modality": modality, "site": site, "structure": structure, "patient": patient, "images": images}
+    tables = {"columns": pairs("--columns", columns.split(",") if columns else None)}
+    tables |= {"rename": pairs("--rename", rename), "names": names_in_file(names) if names else None}
+    with results(as_json) as out:
+        found = look(path, layout, progress=True, **known, **tables)
+        lines = [f"\n{found.to_yaml()}" if output is None else f"\nWritten to {output}"]
+        if sheet is not None:
+            rows = [row for row in found.rows if "image" in row]
+            drawn = encode_picture(sheet_of_rows(found.source.name, found.reason, rows), sheet)
+            write_bytes(Path(sheet), drawn["bytes"])
+            lines.append(f"Drawn to {sheet}")
+        if output is not None:
+            write_entry(found, output, overwrite)
+        out.show(found.to_dict(), f"{path}\n\n{found.to_text()}", *lines)
 
 
 def check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder, pattern, or a data entry (.yaml).")],
+    path: Data,
     layout: Layout = None,
-    split: Annotated[str | None, typer.Option(metavar="NAMES", help="Splits, commas between  [default: all].")] = None,
-    images: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder that paths of pictures start from.")
-    ] = None,
+    split: Splits = None,
+    images: Images = None,
+    rename: Rename = None,
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=VALUE", help="Just rows with this value, as in a recipe; repeatable."),
@@ -40,7 +91,6 @@ def check(
     groups: Annotated[
         str | None, typer.Option(metavar="FILE", help="With --model: YAML, code group -> [MODALITY/SITE, ...].")
     ] = None,
-    rename: Rename = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Threads  [default: a core each].")] = None,
     as_json: Json = False,
 ) -> None:
@@ -67,8 +117,7 @@ def check(
     elif extend or groups:
         raise ValueError("--extend and --groups are about a checkpoint: name it by --model")
     chosen = load_groups(groups, None) if groups else None
-    source = find_source(path, layout, images=images, where=conditions)
-    source = dataclasses.replace(source, rename={**(source.rename or {}), **parse_renames(rename or ())} or None)
+    source = find_source(path, layout, images=images, where=conditions, rename=pairs("--rename", rename))
     sources = [dataclasses.replace(source, split=name) for name in splits]
     with results(as_json) as out:
         report = read_and_check(sources, targets=known, workers=workers)
@@ -134,7 +183,7 @@ def annotate(
             rows,
             loaded.to(place),
             processor,
-            chosen or Groups.of_pairs(pairs),
+            chosen or Groups.ofpairs(pairs),
             output,
             per_image=per_image,
             plain_share=plain_share,
@@ -153,4 +202,28 @@ def annotate(
         out.show(content, summary(counts), written)
 
 
-commands = {"check": check, "annotate": annotate}
+def convert(
+    path: Data,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Output folder, new or empty.")],
+    layout: Layout = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Just this split  [default: all].")] = None,
+    images: Images = None,
+    rename: Rename = None,
+    as_json: Json = False,
+) -> None:
+    """Write data of any layout as parquet shards of MedSIGHT's own rows, pictures in them.
+
+    The output folder (SPLIT-00000.parquet, ..., README.md) appears whole or not; the layout `parquet` reads it.
+    """
+    from medsight.data.packing import pack
+    from medsight.data.sources import find_source
+
+    check_empty(Path(output))
+    source = find_source(path, layout, images=images, rename=pairs("--rename", rename))
+    with results(as_json) as out:
+        report = pack(dataclasses.replace(source, split=split), output)
+        written = f"\nWritten to {output}/: parquet shards and README.md"
+        out.show({"folder": output, **report.to_dict()}, f"{path} ({source.layout})\n\n{report.to_text()}", written)
+
+
+commands = {"guess": guess, "check": check, "convert": convert, "annotate": annotate}

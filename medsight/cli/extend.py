@@ -1,19 +1,15 @@
 """Appends structures, groups and codes to a trained checkpoint: `medsight extend`."""
 
-from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
-from medsight.cli.console import Device, Json, results
+from medsight.cli.console import Device, Json, Rename, pairs, results
 from medsight.cli.convert import OverwriteCheckpoint
 from medsight.text import quiet_transformers
 
 
 GROUPS = "YAML: code group -> [MODALITY/SITE, ...], known groups or new ones  [default: one per new pair]."
-Rename = Annotated[
-    list[str] | None, typer.Option(metavar="OLD=NEW", help="What the data call OLD is the model's NEW; repeatable.")
-]
 
 
 def command(
@@ -42,7 +38,7 @@ def command(
     from medsight.conversion.extend import extend
     from medsight.data.sources import find_source
 
-    source = find_source(data, layout, split=split)
+    source = find_source(data, layout, split=split, rename=pairs("--rename", rename))
     with results(as_json) as out:
         with quiet_transformers():
             config, added = extend(
@@ -50,7 +46,6 @@ def command(
                 source,
                 output,
                 groups=groups,
-                rename=parse_renames(rename or ()),
                 images=images,
                 seed=seed,
                 device=device,
@@ -60,18 +55,3 @@ def command(
         lines = lines or [f"nothing new: {model} knows all structures and groups of {data}; copied as it is"]
         content = {"folder": output, "added": added.to_dict(), **sizes(config)}
         out.show(content, "\n".join([*lines, f"Written to {output}"]))
-
-
-def parse_renames(renames: Iterable[str]) -> dict[str, str]:
-    """Names by what they are renamed to, from OLD=NEW.
-
-    Raises:
-        ValueError: there is no "=", a name is empty, or one is renamed twice.
-    """
-    found: dict[str, str] = {}
-    for text in renames:
-        old, sign, new = (part.strip() for part in text.partition("="))
-        if not (old and sign and new) or old in found:
-            raise ValueError(f"--rename {text!r}: expected OLD=NEW, and each OLD once")
-        found[old] = new
-    return found

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from medsight.cli.console import Json, results
+from medsight.cli.console import Json, Rename, pairs, results
 
 
 def command(
@@ -24,9 +24,7 @@ def command(
     groups: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML: code group -> [MODALITY/SITE, ...].")
     ] = None,
-    rename: Annotated[
-        list[str] | None, typer.Option(metavar="OLD=NEW", help="Data's OLD is the model's NEW; repeatable.")
-    ] = None,
+    rename: Rename = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of all chance.")] = 0,
     plan: Annotated[bool, typer.Option("--plan", help="Write the recipe, DIR/finetune.yaml, and stop.")] = False,
     accept_problems: Annotated[
@@ -40,11 +38,10 @@ def command(
     and report.html. A run that was killed goes on with the same command.
     """
     from medsight.checkpoint import shipped_checkpoint
-    from medsight.cli.extend import parse_renames
     from medsight.data.sources import find_source
     from medsight.training.finetune import REPORT, finetune
 
-    given = {"modality": modality, "site": site, "rename": parse_renames(rename or ()) or None}
+    given = {"modality": modality, "site": site, "rename": pairs("--rename", rename)}
     with results(as_json) as out:
         done = finetune(
             find_source(data, layout, **given),

@@ -34,7 +34,6 @@ def extend(
     output: StrPath,
     *,
     groups: StrPath | Groups | None = None,
-    rename: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
     images: int = 4096,
     seed: int = 0,
@@ -51,7 +50,6 @@ def extend(
         output: folder to write.
         groups: where pairs of modality and site belong, known groups or new ones: a YAML file, group -> patterns of
             "MODALITY/SITE", or [`Groups`]. A pair that neither it nor the model has a group for becomes a group.
-        rename: name in the data -> name in the model, of structures; for a `Source`.
         classes: the classes that there are to be; by default all targets.
         images: about so many images with something new are looked at.
         seed: of k-means.
@@ -70,7 +68,7 @@ def extend(
     refuse_unfit(folder)
     given = [Path(groups)] if isinstance(groups, (str, os.PathLike)) else []
     check_output(output, overwrite, inputs=[folder, *given, *([Path(rows.path)] if isinstance(rows, Source) else [])])
-    rows = _rows_of(rows, rename)
+    rows = _rows_of(rows)
     config = MedSightConfig.from_pretrained(folder, local_files_only=True)
     chosen = load_groups(groups, None) if isinstance(groups, (str, os.PathLike)) else groups
     additions = find_additions(config, without_pictures(rows), chosen, classes)
@@ -127,16 +125,12 @@ def refuse_unfit(folder: Path) -> None:
         )
 
 
-def _rows_of(rows: Any, rename: Mapping[str, str] | None) -> Any:
+def _rows_of(rows: Any) -> Any:
     """The rows of a source, or those that are given, which can be read again."""
     if not isinstance(rows, Source):
-        if rename:
-            raise ValueError("rename is for a Source: give rows whose targets have the model's names already")
         return rows if hasattr(rows, "__getitem__") else list(rows)
     if kind_of(rows) != "regions":
         raise ValueError(f"{rows.path}: layout {rows.layout} holds conversations; a model is extended by masks")
-    if rename:
-        rows = dataclasses.replace(rows, rename={**(rows.rename or {}), **rename})
     return load_source(rows)
 
 

@@ -34,7 +34,7 @@ from .registry import Entry, Source
 from .sources import iterate, nothing_found
 
 
-COUNTED = ("rows", "images", "masks", "absent", "conversations")
+COUNTED = ("rows", "images", "patients", "masks", "absent", "conversations")
 NOTES = {
     "blurred masks": "were blurred by compression or smoothing; what is above the middle of their range is inside",
     "inverted masks?": "take in all four corners and more than half of their image",
@@ -67,8 +67,8 @@ class Report:
     """What `check` found.
 
     Attributes:
-        counts: "rows", "images", "masks", "absent" and "conversations" by split ("image" rows and conversations are
-            rows; a picture that is named twice counts once, where it has a file or name of its own).
+        counts: "rows", "images", "patients", "masks", "absent" and "conversations" by split ("image" rows and
+            conversations are rows; a picture that is named twice counts once, where it has a file or name of its own).
         targets: rows by target and split.
         origins: rows by "modality / site" and split.
         files: images and masks by the ending of their file's name and split.
@@ -190,6 +190,14 @@ def check(
     return gathering.finished()
 
 
+def count(entries: Iterable[Entry]) -> Report:
+    """What `check` says of rows as they come, without a look at any picture."""
+    gathering = _Gathering(None)
+    for entry in entries:
+        gathering.add(entry)
+    return gathering.finished()
+
+
 class Look(NamedTuple):
     """What was seen of a picture.
 
@@ -270,22 +278,29 @@ class _Gathering:
         """The good rows of a source, counted as they are drawn."""
         entry = None
         for entry in iterate(source):
-            self.report.warnings += [Finding("unknown field", entry.place, warning) for warning in entry.warnings]
+            self.add(entry)
             if entry.row is not None:
-                self._count(entry, entry.row)
                 yield entry.row
-                continue
-            kind = "codes and masks" if isinstance(entry.error, CodeMaskError) else "bad item"
-            self.report.problems.append(Finding(kind, entry.place, str(entry.error)))
         if entry is None:
             self.report.problems.append(Finding("no data", source.path, nothing_found(source)))
+
+    def add(self, entry: Entry) -> None:
+        """Take in a row, or what is wrong with it."""
+        self.report.warnings += [Finding("unknown field", entry.place, warning) for warning in entry.warnings]
+        if entry.row is not None:
+            self._count(entry, entry.row)
+            return
+        kind = "codes and masks" if isinstance(entry.error, CodeMaskError) else "bad item"
+        self.report.problems.append(Finding(kind, entry.place, str(entry.error)))
 
     def _count(self, item: Entry, row: dict[str, Any]) -> None:
         report, split = self.report, row["split"]
         images, absent = _images_and_owners(row)[0], row.get("absent")
         new = set(map(picture_name, images)) - self.pictures
         self.pictures |= new
-        counted = (1, len(new), len(row["masks"]), len(absent or ()), int(absent is None))
+        owner = _patient(row)
+        known = not row["patient"] or split in self.patients[owner]
+        counted = (1, len(new), int(not known), len(row["masks"]), len(absent or ()), int(absent is None))
         for name, count in zip(COUNTED, counted, strict=True):
             report.counts[name][split] += count
         report.origins[f"{row['modality'] or '-'} / {row['site'] or '-'}"][split] += 1
@@ -303,10 +318,9 @@ class _Gathering:
         for target in sorted({*row["targets"]} - {""}):
             report.targets[target][split] += 1
         if row["patient"]:
-            key = _patient(row)
-            self.patients[key].setdefault(split, picture_name(images[0]) if images else item.place)
+            self.patients[owner].setdefault(split, picture_name(images[0]) if images else item.place)
             if item.known_leak:
-                self.known_leaks.add(key)
+                self.known_leaks.add(owner)
 
     def add_looks(self, row: Mapping[str, Any], looks: Iterable[Look]) -> None:
         """Take in what was seen of a row's pictures."""

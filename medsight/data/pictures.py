@@ -11,12 +11,20 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from medsight.scans.file_kinds import recognise
-from processing_medsight.image_loading_medsight import count_frames, load_image, load_samples, open_image, to_array
+from processing_medsight.image_loading_medsight import (
+    MAX_IMAGE_PIXELS,
+    count_frames,
+    load_image,
+    load_samples,
+    open_image,
+    to_array,
+)
 
 
 # What a row holds for a picture, as `datasets.Image(decode=False)` yields it: {"path", "bytes"}.
 PictureEntry = Mapping[str, Any]
 
+_ORIENTATION = 0x0112  # of a picture, in EXIF
 _SCANS = {"dicom": "DICOM file", "nifti": "NIfTI volume", "npy": "NumPy array"}
 _ONE_STRUCTURE = (
     "A mask shows one structure: save each as a file of its own, such as `labels == 1`, and name it by _TARGET in the "
@@ -118,7 +126,7 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
         ValueError: as `read_picture`.
     """
     name = picture_name(entry)
-    pixels = _stored_samples(entry, name)
+    pixels = stored_samples(entry, name)
     height, width = pixels.shape[:2]
     if (width, height) != tuple(size):
         raise MaskSizeError(
@@ -141,8 +149,26 @@ def decode_mask(entry: PictureEntry, size: tuple[int, int]) -> tuple[np.ndarray,
     return inside, True
 
 
-def _stored_samples(entry: PictureEntry, name: str) -> np.ndarray:
-    """(height, width) greys or (height, width, 3) colours of a mask's file as they are stored, upright."""
+def picture_size(entry: PictureEntry) -> tuple[int, int]:
+    """(width, height) of a picture, upright, by its header; raises as `read_picture`."""
+    name = picture_name(entry)
+    with open_image(_source(entry, name), name) as opened:
+        width, height = opened.width, opened.height
+        try:
+            turned = isinstance(opened, Image.Image) and opened.getexif().get(_ORIENTATION, 1) >= 5
+        except Exception as error:  # of a damaged header Pillow raises what it happens to meet
+            raise ValueError(f"{name} is damaged or truncated: its EXIF header cannot be read ({error})") from error
+    if not 0 < width * height <= MAX_IMAGE_PIXELS:
+        raise ValueError(f"{name}: {width}x{height} pixels; 1 to {MAX_IMAGE_PIXELS:,} are read")
+    return (height, width) if turned else (width, height)
+
+
+def stored_samples(entry: PictureEntry, name: str, indices: bool = False) -> np.ndarray:
+    """(height, width) greys or (height, width, 3) colours of a mask's file as they are stored, upright.
+
+    Args:
+        indices: of a picture with a palette give the indices, not the colours.
+    """
     source = _source(entry, name)
     with open_image(source, name) as opened:
         pages = 1 if opened.format == "MPO" else count_frames(opened, name)
@@ -151,7 +177,7 @@ def _stored_samples(entry: PictureEntry, name: str) -> np.ndarray:
         raise MaskValuesError(f"{name}: expected one picture, got {pages} pages. {_ONE_STRUCTURE}")
     samples = load_samples(source, name, stored=not fax)
     if isinstance(samples, Image.Image):
-        grey = samples.mode in ("1", "L", "I", "F") or samples.mode.startswith("I;16")
+        grey = samples.mode in ("1", "L", "I", "F", *("P" if indices else ())) or samples.mode.startswith("I;16")
         samples = np.asarray(samples) if grey else to_array(samples, name, convert_rgb=True, rescale=True)
     elif samples.shape[2] in (2, 4):  # what is transparent is black
         samples = samples[:, :, :-1] * (samples[:, :, -1:] > 0)

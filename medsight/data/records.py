@@ -1,6 +1,7 @@
 """What layouts share: records of JSON and parquet files, one at a time, their fields, and rows made of them."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from difflib import get_close_matches
@@ -101,7 +102,8 @@ def convert(
 
     Args:
         split: of records that tell none; None where files do not tell either, and all are of the source's split.
-        row_of: the row of a record, its place, for errors, and its split; raises ValueError for a bad one.
+        row_of: the row of a record, its place, for errors, and its split; raises ValueError for a bad one, or OSError
+            where a file that it names cannot be read.
     """
     for place, record in records:
         if isinstance(record, ValueError):
@@ -114,6 +116,8 @@ def convert(
                 yield Entry(place, row, known_leak=record.get("image_in_test") is True)
         except ValueError as error:
             yield Entry(place, error=error)
+        except OSError as error:  # a file that a record names is missing
+            yield Entry(place, error=ValueError(f"{place}: {error}"))
 
 
 def picture(path: str | Path) -> dict[str, Any]:
@@ -121,16 +125,49 @@ def picture(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": None}
 
 
+class UntoldError(ValueError):
+    """Files do not tell something that is needed, and the source does not say it either.
+
+    Attributes:
+        setting: of the source, which would say it: "modality", "site", "structure" or "names".
+
+    Example:
+        >>> UntoldError("a.png: say modality: NAME", "modality").setting
+        'modality'
+    """
+
+    def __init__(self, message: str, setting: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
 def told_by_source(source: Source, name: str, place: str) -> str:
     """The modality or site that a source says its images have, of a layout that does not tell.
 
     Raises:
-        ValueError: the source does not say either.
+        UntoldError: the source does not say either.
     """
     value: str | None = getattr(source, name)
     if value is None:
-        raise ValueError(f"{place}: the layout {source.layout} does not tell the {name} of images: say {name}: NAME")
+        message = f"{place}: the layout {source.layout} does not tell the {name} of images: say {name}: NAME"
+        raise UntoldError(message, name)
     return value
+
+
+def path_inside(folder: str | Path, name: Any, place: str) -> Path:
+    """The path of a file that data name, relative to a folder.
+
+    Raises:
+        ValueError: it is no text, or leads out of the folder.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{place}: expected the path of a file, got {name!r}")
+    path = Path(os.path.normpath(Path(folder) / name))
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise ValueError(
+            f"{place}: {name!r} leads out of {folder}: name the folder that paths start from (images: DIR)"
+        )
+    return path
 
 
 def patient_of(value: Any) -> str | None:

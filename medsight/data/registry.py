@@ -57,6 +57,11 @@ class Entry(NamedTuple):
         return self.row
 
 
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is no file or folder but the address of a data set on the Hub, hf://OWNER/NAME."""
+    return str(path).startswith("hf://")
+
+
 _TEXTS = ("split", "modality", "site")  # fields of a `Source` that are text or None
 
 
@@ -200,12 +205,17 @@ class Source:
             return False
         return all(record.get(key) == value for key, value in (self.where or {}).items())
 
-    def files(self, suffixes: tuple[str, ...], recursive: bool = False) -> list[str]:
+    def files(
+        self, suffixes: tuple[str, ...], recursive: bool = False, accepts: Callable[[str], bool] | None = None
+    ) -> list[str]:
         """The files at a path that is a file, a folder or a pattern of files, in order.
 
         In a folder, and of those that match a pattern, files named after a split (`train.json`,
         `data/test-00000.parquet`, `val/x.tar`) are of that split. A file that is named itself is read whatever it is
         called.
+
+        Args:
+            accepts: whether a file of a folder or pattern, which may hold others of its suffix, is one of the layout.
 
         Raises:
             FileNotFoundError: there is no such file or folder, or no file has one of the suffixes.
@@ -216,7 +226,8 @@ class Source:
             return [str(path)]
         inside = map(str, path.glob("**/*" if recursive else "*")) if path.is_dir() else None
         found = sorted(inside or glob.glob(self.path, recursive=True))
-        splits = {file: self.split_of(file) for file in found if file.lower().endswith(suffixes)}
+        found = [file for file in found if file.lower().endswith(suffixes) and (accepts is None or accepts(file))]
+        splits = {file: self.split_of(file) for file in found}
         if not splits:
             raise FileNotFoundError(f"{path}: no such file, and no {' or '.join(suffixes)} file in or matching it")
         unnamed = [file for file, split in splits.items() if split is None]
@@ -257,6 +268,7 @@ class Layout:
         Options: a dataclass of settings of its own, which checks them; its defaults must do without any.
         embeds: whether rows hold the bytes of pictures that were made from files, such as slices of volumes, so that
             rows are read again when any of these files has changed.
+        general: whether files of other layouts may look like this one: those are asked first.
 
     Example:
         >>> from medsight.data.schema import conversation_row
@@ -275,6 +287,7 @@ class Layout:
     looks_like: Callable[[Path, Mapping[str, Any]], bool] | None = None
     Options: "type[DataclassInstance] | None" = None
     embeds: bool = False
+    general: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {}  # those registered so far; `find_layout` looks further

@@ -47,6 +47,25 @@ REGION_EXTRAS = ("spacing_mm", "licences", "source_urls")
 # Of conversations: "CLOSED" or "OPEN", None where the data do not say; and what can be chosen from.
 CONVERSATION_EXTRAS = ("answer_type", "options")
 
+# Rows as `medsight data convert` stores them: with what is read besides, and whether the data say of themselves that a
+# patient or image is in another split too.
+_TEXTS = List(Value("string"))
+STORED_FEATURES = {
+    "regions": Features(
+        {
+            **REGION_FEATURES,
+            "spacing_mm": List(List(Value("float64"))),
+            **{"licences": _TEXTS, "source_urls": _TEXTS, "image_in_test": Value("bool")},
+        }
+    ),
+    "conversations": Features(
+        {
+            **CONVERSATION_FEATURES,
+            **{"answer_type": Value("string"), "options": _TEXTS, "image_in_test": Value("bool")},
+        }
+    ),
+}
+
 
 def region_row(
     image: dict[str, Any], masks: list[dict[str, Any]], targets: list[str], split: str, **known: Any

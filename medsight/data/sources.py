@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from medsight.text import first_few
 
-from .records import JSON_SUFFIXES, json_records, parquet_records
-from .registry import Entry, Source, find_layout, layout_names
+from .records import JSON_SUFFIXES, Record, json_records, parquet_records
+from .registry import Entry, Source, find_layout, is_address, layout_names
 from .schema import CONVERSATION_FEATURES, REGION_FEATURES
 from .splits import picture_names
 from .templates import read_yaml
@@ -180,7 +180,7 @@ def load_source(source: Source, streaming: bool = False, skip_errors: bool = Fal
 
     source = dataclasses.replace(
         source,
-        path=os.path.abspath(source.path),
+        path=source.path if is_address(source.path) else os.path.abspath(source.path),
         images=None if source.images is None else os.path.abspath(source.images),
     )
     features = REGION_FEATURES if kind_of(source) == "regions" else CONVERSATION_FEATURES
@@ -226,10 +226,14 @@ def _stamp(shards: list[str], source: Source) -> str:
     for file in filter(Path.is_file, sorted(code)):
         digest.update(file.read_bytes())
     for shard in map(Path, shards):
+        digest.update(str(shard).encode())
+        if not shard.exists():  # an address
+            continue
         inside = shard.glob("*")
         if find_layout(source.layout).embeds:
-            root = Path(source.path)
-            inside = (root if root.is_dir() else shard.parent).rglob("*")
+            roots = [Path(source.path) if os.path.isdir(source.path) else shard.parent]
+            roots += [Path(source.images)] if source.images else []
+            inside = (file for root in roots for file in root.rglob("*"))
         for file in (shard, *sorted(file for file in inside if find_layout(source.layout).embeds or file.is_dir())):
             status = file.stat()
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -252,7 +256,8 @@ def find_source(path: str | Path, layout: str | None = None, **settings: Any) ->
     Args:
         path: a .yaml file, in which paths are relative to it; or a file, folder or pattern of files of data.
         layout: of data; by default what `detect_layout` finds.
-        settings: further fields of `Source`, which go before those of a YAML file where they are not None.
+        settings: further fields of `Source`, which go before those of a YAML file where they are not None; names in
+            `rename` beside its own.
 
     Raises:
         OSError, ValueError: the file cannot be read or is no such entry; or as `detect_layout`.
@@ -265,7 +270,10 @@ def find_source(path: str | Path, layout: str | None = None, **settings: Any) ->
         raise ValueError(f"{path}: expected the entry of a data source, with its layout and path, got {entry!r}")
     if layout is not None:
         raise ValueError(f"{path}: its layout stands in it ({entry.get('layout')}): leave {layout!r} out")
-    entry["path"] = str(Path(path).parent / os.path.expanduser(entry["path"]))
+    if not is_address(entry["path"]):
+        entry["path"] = str(Path(path).parent / os.path.expanduser(entry["path"]))
+    if isinstance(entry.get("rename"), dict) and "rename" in given:
+        given["rename"] = {**entry["rename"], **given["rename"]}
     try:
         return Source.from_mapping({**entry, **given})
     except ValueError as error:
@@ -273,38 +281,51 @@ def find_source(path: str | Path, layout: str | None = None, **settings: Any) ->
 
 
 def detect_layout(path: str | Path) -> str:
-    """The layout of a file or folder, by what is in it.
+    """The layout of a file or folder, by what is in it; the most specific where several fit.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: it looks like none of the layouts.
     """
+    return fitting_layouts(path)[0]
+
+
+def fitting_layouts(path: str | Path) -> list[str]:
+    """The layouts that a file or folder may have, by what is in it, the most specific first.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it looks like none of the layouts.
+    """
+    names = layout_names()
+    layouts = sorted(map(find_layout, names), key=lambda layout: layout.general)
+    if is_address(path):
+        return ["huggingface"]
     path = Path(path)
     if not path.exists():
         matching = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
         if not matching:
             raise FileNotFoundError(f"{path}: no such file or folder")
-        return detect_layout(matching[0])
-    names = layout_names()
+        return fitting_layouts(matching[0])
     place, record = _first_record(path)
-    for layout in map(find_layout, names):
-        if layout.looks_like is not None and layout.looks_like(path, record):
-            return layout.name
+    known = {} if isinstance(record, ValueError) else record
+    fitting = [each.name for each in layouts if each.looks_like is not None and each.looks_like(path, known)]
+    if fitting:
+        return fitting
     if path.is_dir():
         for pattern in ("*.json", "*.jsonl", "**/*.parquet", "**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.pkl"):
             for file in sorted(file for file in path.glob(pattern) if file.name not in _NO_DATA):
-                return detect_layout(file)
+                return fitting_layouts(file)
+    if isinstance(record, ValueError):
+        raise record
     if record:
         raise ValueError(f"{place}: a record of fields {sorted(record)} fits none of the layouts; name its layout")
     raise ValueError(f"{path}: it looks like none of the layouts {', '.join(names)}; name its layout")
 
 
-def _first_record(path: Path) -> tuple[str, dict[str, Any]]:
-    """The first record of a JSON or parquet file, and its place; an empty one of other files and of folders."""
+def _first_record(path: Path) -> Record:
+    """The first record of a JSON or parquet file, or what is wrong with it; an empty one of others and of folders."""
     if not path.is_file() or path.suffix not in (*JSON_SUFFIXES, ".parquet"):
         return str(path), {}
     read = parquet_records if path.suffix == ".parquet" else json_records
-    place, record = next(read(path), (str(path), ValueError(f"{path}: an empty file")))
-    if isinstance(record, ValueError):
-        raise record
-    return place, record
+    return next(read(path), (str(path), ValueError(f"{path}: an empty file")))

@@ -1,22 +1,22 @@
 """What each region code stands for: the structures whose masks it gets, and where its mask is hottest."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from medsight.data.groups import Groups
-from medsight.export.drawing import heat_map, shorten
+from medsight.export.drawing import heat_map
 from medsight.inference.code_assignment import place
 
 from .reference_codes import codes_in_image
 
 
-TILE, COLUMNS, MARGIN, LINE = 160, 4, 8, 18
+TILE = 160  # pixels of the longer side of an example
 
 
 class Example(NamedTuple):
@@ -88,25 +88,6 @@ def _picture(pixels: Any, processor: Any) -> Image.Image:
     picture = Image.fromarray(array.transpose(1, 2, 0))
     picture.thumbnail((TILE, TILE))
     return picture
-
-
-def contact_sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image:
-    """The examples of one code on a white sheet, with the structure and the score below each."""
-    large, small = ImageFont.load_default(16), ImageFont.load_default(12)
-    rows = -(-len(examples) // COLUMNS)
-    width = min(COLUMNS, max(2, len(examples))) * (TILE + MARGIN) + MARGIN
-    top, cell = MARGIN + 24 + LINE + MARGIN, TILE + LINE + MARGIN
-    sheet = Image.new("RGB", (width, top + rows * cell), "white")
-    canvas = ImageDraw.Draw(sheet)
-    canvas.text((MARGIN, MARGIN), shorten(title, width - 2 * MARGIN, large), fill="black", font=large)
-    canvas.text((MARGIN, MARGIN + 24), shorten(subtitle, width - 2 * MARGIN, small), fill="#444", font=small)
-    for number, example in enumerate(examples):
-        left = MARGIN + number % COLUMNS * (TILE + MARGIN)
-        y = top + number // COLUMNS * cell
-        sheet.paste(example.picture, (left, y))
-        text = shorten(f"{example.target}  {example.score:.2f}", TILE, small)
-        canvas.text((left, y + TILE + 2), text, fill="black", font=small)
-    return sheet
 
 
 def meanings_to_json(found: CodeMeanings, codes_per_group: Mapping[str, int], **origin: Any) -> dict[str, Any]:

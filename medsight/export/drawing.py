@@ -134,6 +134,29 @@ def add_legend(picture: Image.Image, labels: Sequence[str], note: str | None = N
     return sheet
 
 
+def contact_sheet(
+    title: str, subtitle: str, tiles: Sequence[tuple[Image.Image, str]], side: int = 160, columns: int = 4
+) -> Image.Image:
+    """Pictures on a white sheet, a caption below each.
+
+    Args:
+        tiles: each picture, at most `side` pixels wide and high, and its caption, cut where it is too long.
+    """
+    large, small = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(12)
+    rows, line = -(-len(tiles) // columns), 18
+    width = min(columns, max(2, len(tiles))) * (side + MARGIN) + MARGIN
+    top, cell = 2 * MARGIN + 24 + line, side + line + MARGIN
+    sheet = Image.new("RGB", (width, top + rows * cell), "white")
+    canvas = ImageDraw.Draw(sheet)
+    canvas.text((MARGIN, MARGIN), shorten(title, width - 2 * MARGIN, large), fill="black", font=large)
+    canvas.text((MARGIN, MARGIN + 24), shorten(subtitle, width - 2 * MARGIN, small), fill="#444", font=small)
+    for number, (picture, caption) in enumerate(tiles):
+        left, y = MARGIN + number % columns * (side + MARGIN), top + number // columns * cell
+        sheet.paste(picture, (left, y))
+        canvas.text((left, y + side + 2), shorten(caption, side, small), fill="black", font=small)
+    return sheet
+
+
 def shorten(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """`text`, cut with an ellipsis to at most `width` pixels in `font`."""
     if font.getlength(text) <= width:

@@ -13,6 +13,9 @@ from medsight.checkpoint import shipped_checkpoint
 from medsight.demo import write_demo_image
 from tests.docs.pages import ROOT
 from tests.medsight.conversion.published_files import random_model, write_published
+from tests.medsight.data.layouts import test_coco, test_huggingface, test_table, test_yolo
+from tests.medsight.data.layouts.picture_sets import save
+from tests.medsight.data.layouts.test_pairs import MAPS
 from tests.medsight.export.scans import bright_volume, write_dicom_series
 from tests.medsight.scans.scan_files import nifti_bytes
 from tests.training.tiny_run import draw_data
@@ -31,6 +34,7 @@ def prepare(folder: Path) -> Path:
     draw_scans(checkout)
     draw_masks(checkout / "my-masks", "ultrasound_breast", "benign+breast+tumor")
     draw_masks(checkout / "my-oct", "OCT_retina", "macular+fluid")
+    draw_layouts(checkout)
     (checkout / "published").mkdir()
     write_published(checkout / "published", random_model())
     shared = folder / "shared/data"
@@ -100,6 +104,27 @@ def draw_masks(root: Path, origin: str, target: str) -> None:
             name = f"{number:04d}_{origin}"
             Image.fromarray(pixels).save(root / split / f"{name}.png")
             Image.fromarray(mask).save(root / f"{split}_mask" / f"{name}_{target}.png")
+
+
+def draw_layouts(checkout: Path) -> None:
+    """polyps/ and abdomen/, folders of images and masks; and the latter's pictures in other layouts."""
+    random = np.random.default_rng(0)
+    for number in range(10):
+        pixels = random.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        mask = (
+            np.hypot(*np.mgrid[-24:24, -28 - number : 36 - number]) < 8 + number
+            if number
+            else np.zeros((48, 64), bool)
+        )
+        for folder, picture in (("images", pixels), ("masks", mask)):
+            save(checkout / f"polyps/{folder}/p{number // 2}_{number % 2}.png", picture)
+    MAPS["numbers"][0](checkout / "abdomen")
+    (checkout / "abdomen-names.txt").write_text("1 liver\n2 left kidney\n3 liver tumor\n")
+    test_coco.write(checkout / "abdomen-coco")
+    test_yolo.write(checkout / "abdomen-yolo")
+    (checkout / "abdomen-table").mkdir()
+    test_table.write(checkout / "abdomen-table/masks.csv", test_table.records(checkout / "abdomen-table"))
+    test_huggingface.in_parquet(checkout / "abdomen-hub", checkout.parent / "files", "list")
 
 
 def draw_questions(root: Path) -> None:

@@ -12,10 +12,10 @@ from PIL import Image
 
 from configuration_medsight import MedSightConfig
 from medsight.cli import main
+from medsight.data import shards
 from medsight.data.groups import Groups, load_groups, match_groups
 from medsight.data.schema import CONVERSATION_FEATURES, REGION_FEATURES
 from medsight.inference.code_assignment import assign_codes
-from medsight.training import annotation_output
 from medsight.training.annotation import annotate, weights_sha256
 from modeling_medsight import MedSightForConditionalGeneration
 from processing_medsight import MedSightProcessor
@@ -215,8 +215,8 @@ def test_pictures_are_named_by_path_or_embedded(rows: Dataset, model, processor,
 
 
 def test_shards_are_cut_by_size(rows, model, processor, tmp_path, monkeypatch, written) -> None:
-    monkeypatch.setattr(annotation_output, "ROW_GROUP_ROWS", 10)
-    monkeypatch.setattr(annotation_output, "SHARD_BYTES", 0)
+    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 10)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 0)
     annotate(rows, model, processor, GROUPS, tmp_path / "cut", per_image=12, plain_share=0.25, seed=3)
     names = sorted(path.name for path in (tmp_path / "cut").glob("train*"))
     assert names == [f"train-{number:05d}.parquet" for number in range(8)]
@@ -229,9 +229,9 @@ def test_a_failure_leaves_nothing_behind(rows: Dataset, model, processor, tmp_pa
             raise OSError(28, "No space left on device")
         return write(self, row)
 
-    write = annotation_output.SplitWriter.write
+    write = shards.SplitWriter.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotation_output.SplitWriter, "write", disk_full)
+        patch.setattr(shards.SplitWriter, "write", disk_full)
         with pytest.raises(OSError, match="No space"):
             annotate(rows, model, processor, GROUPS, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ MANIFEST = "manifest.jsonl"
 _SAME = ("modality", "site", "split", "group", "patient", "label_origin", "orientation")
 _FIELDS = {*_SAME, "image", "mask", "target", "absent", "finding", "licence", "source_url", "voxel_mm"}
 _FIELDS |= {"tier", "same_volume_in_train"}
+_NEEDED = ("modality", "site", "target", "split")
 _OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # as are names that begin with a dot
 
 
@@ -81,7 +82,7 @@ def _of_manifest(manifest: Path, source: Source) -> Iterator[Entry]:
         try:
             if isinstance(record, ValueError):
                 raise record
-            for name in ("image", "modality", "site", "target", "split"):
+            for name in ("image", *_NEEDED):
                 as_text(record.get(name), place, name)
             refuse_misspelt(record, _FIELDS, place)
             for name in record.keys() - _FIELDS - (source.where or {}).keys() - unused.keys():
@@ -202,7 +203,9 @@ def _bad(file: Path, problem: str) -> Entry:
 
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
-    return bool(_manifests_or_sets(path)) if path.is_dir() else {"mask", "target"} <= record.keys()
+    if path.is_dir():
+        return bool(_manifests_or_sets(path))
+    return path.suffix == ".jsonl" and {"image", "mask", *_NEEDED} <= record.keys()
 
 
 register(Layout("biomedparse", "regions", biomedparse_shards, biomedparse_rows, _looks_like))

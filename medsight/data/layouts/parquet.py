@@ -69,7 +69,8 @@ def _picture(entry: Any, base: Path, place: str) -> dict[str, Any]:
 
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
-    return path.suffix == ".parquet" and not {"image", "question", "answer"} <= record.keys()
+    named = all(isinstance(target, str) for target in record.get("targets") or ())  # not by numbers of classes
+    return path.suffix == ".parquet" and named and any(columns <= record.keys() for columns in _NEEDED.values())
 
 
 _shards = partial(Source.files, suffixes=(".parquet",), recursive=True)

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from medsight.cli import main
-from medsight.cli.extend import parse_renames
+from medsight.cli.console import pairs
 from tests.tiny_checkpoint import save_tiny_checkpoint
 from tests.training.tiny_run import draw_data
 
@@ -66,8 +66,8 @@ def test_the_report_says_what_would_be_added(
 @pytest.mark.parametrize("renames", [["liver"], ["=liver"], ["liver="], ["a=b", "a=c"]])
 def test_a_rename_that_is_none_is_refused(renames: list[str]) -> None:
     with pytest.raises(ValueError, match="expected OLD=NEW, and each OLD once"):
-        parse_renames(renames)
-    assert parse_renames(["optic nerve head = optic disc"]) == {"optic nerve head": "optic disc"}
+        pairs("--rename", renames)
+    assert pairs("--rename", ["optic nerve head = optic disc"]) == {"optic nerve head": "optic disc"}
 
 
 def test_a_taken_folder_is_told_before_anything_is_read(
