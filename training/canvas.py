@@ -1,5 +1,6 @@
 """Pictures and masks on the model's canvas, as in inference."""
 
+import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,12 +22,12 @@ class Canvas:
         processor: a `MedSightProcessor`.
         config: the model's `MedSightConfig`.
         groups: code groups.
-        keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
+        keep_in_memory: keep every placed picture and mask, so that each is decoded once: for small data sets.
     """
 
     def __init__(self, processor: Any, config: Any, groups: Groups, keep_in_memory: bool = False) -> None:
         self.processor, self.config, self.groups = processor, config, groups
-        self.loaded: dict[str, Any] | None = {} if keep_in_memory else None
+        self.loaded: dict[tuple[str, bytes | None], Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
         self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
@@ -85,12 +86,13 @@ class Canvas:
         return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.float32).view(side, side)
 
     def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
-        path = entry["path"] if isinstance(entry, dict) and entry.get("bytes") is None else None
-        if self.loaded is None or path is None:
+        if self.loaded is None or not isinstance(entry, dict) or entry.get("path") is None:
             return load()
-        if path not in self.loaded:
-            self.loaded[path] = load()
-        return self.loaded[path]
+        content = entry.get("bytes")  # of an embedded picture, whose name says where it is from
+        key = entry["path"], None if content is None else hashlib.sha256(content).digest()
+        if key not in self.loaded:
+            self.loaded[key] = load()
+        return self.loaded[key]
 
     def masks(self, masks: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
         """(n, S, S) in [0, 1] on the same canvas; `names` are the files to blame, one a mask.

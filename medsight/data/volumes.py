@@ -233,7 +233,9 @@ def slice_rows(
             yield from _rows(scan.turned(plane), f", {plane} slice {{}}", labels, options, f"{name}, {plane}", known)
         return
     if planes not in ((), ("axial",)):
-        raise ValueError(f"{scan.name}: planes={list(planes)} are for NIfTI volumes, and this is shown as it is stored")
+        raise ValueError(
+            f"{scan.name}: planes={list(planes)} are for NIfTI volumes, and this is shown as it is stored"
+        )
     yield from _rows(scan, ", slice {}" if scan.num_slices > 1 else "", labels, options, name, known)
 
 

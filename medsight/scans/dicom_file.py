@@ -90,26 +90,50 @@ def guarded(name: str, problem: str) -> Iterator[None]:
             raise RefusedError(f"{name}: {problem} ({type(error).__name__})") from None
 
 
-def read_header(source: Path | bytes, name: str) -> Any:
+def read_header(source: Path | bytes, name: str, segmentation: bool = False) -> Any:
     """A data set without its pixels, whose sizes were held against the bytes that are there.
+
+    Args:
+        segmentation: whether a segmentation is expected, and not an image.
 
     Raises:
         ValueError: for a damaged file, one that is no image, or sizes that are absurd.
     """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ValueError(f'{name} is DICOM, which needs pydicom: pip install "medsight[medical]"') from error
+    import_pydicom(name)
+    import pydicom
+
     with guarded(name, "it is damaged: its DICOM header cannot be read"), _stream(source, name) as file:
         dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
         here = file.tell()
         element = 8 if dataset.original_encoding[0] else 12  # tag, representation and length of the pixels
         length = file.seek(0, os.SEEK_END) - here - element
         _set_transfer_syntax(dataset)
-        _check_is_image(dataset, length, name)
+        if not (segmentation and dataset.get("Modality") == "SEG"):
+            _check_is_image(dataset, length, name)
         _check_kind(dataset, name)
         _check_sizes(dataset, length, name)
         return dataset
+
+
+def read_tags(source: Path, name: str, tags: list[str] | None = None) -> Any:
+    """A data set without its pixels, whatever it is of; of these elements alone, where they are named.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    import_pydicom(name)
+    import pydicom
+
+    with guarded(name, "it is damaged: its DICOM header cannot be read"), _stream(source, name) as file:
+        return pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
+
+
+def import_pydicom(name: str) -> None:
+    """Raises a ValueError that says what to install, where there is no pydicom."""
+    try:
+        import pydicom  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'{name} is DICOM, which needs pydicom: pip install "medsight[medical]"') from error
 
 
 def read_whole(source: Path | bytes, name: str) -> Any:

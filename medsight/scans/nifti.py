@@ -76,8 +76,8 @@ class NiftiScan(Scan):
         """What stands between header and voxels: the content of each extension."""
         with self._open() as file:
             block = file.read(self._offset)[self._header.sizeof_hdr + 4 :]
-        found, order = [], "little" if self._header.endianness == "<" else "big"
-        while 8 < (size := int.from_bytes(block[:4], order, signed=True)) <= len(block):
+        found, number = [], np.dtype(f"{self._header.endianness}i4")
+        while len(block) > 8 and 8 < (size := int(np.frombuffer(block[:4], number)[0])) <= len(block):
             found.append(block[8:size])
             block = block[size:]
         return found

@@ -1,10 +1,10 @@
 """NIfTI volumes with label maps, or with a file a structure, beside them.
 
 * `images/CASE.nii.gz` and `labels/CASE.nii.gz`, the latter perhaps with `_seg` or the like after CASE: label maps.
-* `CASE.nii.gz` and `CASE_seg.nii.gz` (`-seg`, `_label`, `_labels`, `_mask`, `_segmentation`) in one folder: label maps;
-  `CASE_WORD.nii.gz`, with any other word: the mask of the structure WORD.
-* TotalSegmentator's: `SUBJECT/ct.nii.gz` (`mri.nii.gz`) and `SUBJECT/segmentations/STRUCTURE.nii.gz`; `meta.csv` may tell
-  the split of a subject.
+* `CASE.nii.gz` and `CASE_seg.nii.gz` (`-seg`, `_label`, `_mask`, `_segmentation`) in one folder: label maps; with any
+  other word, as in `CASE_WORD.nii.gz` or `CASE_WORD_mask.nii.gz`: the mask of the structure WORD.
+* TotalSegmentator's: `SUBJECT/ct.nii.gz` (`mri.nii.gz`) and `SUBJECT/segmentations/STRUCTURE.nii.gz`; `meta.csv` beside
+  the subjects may tell their splits.
 
 What the numbers of label maps mean stands in `names`, or in the files themselves, as `medsight predict` and
 TotalSegmentator write them.
@@ -184,7 +184,8 @@ def _cases(folder: Path) -> tuple[list[_Case], list[Path]]:
         cut = next((cut for cut in cuts if stem[:cut] in stems), None)
         if cut is not None:
             is_map = cut == len(stem) or _LABEL.fullmatch(stem[cut:])
-            found.setdefault(stems[stem[:cut]], {})[file] = None if is_map else stem[cut + 1 :]
+            structure = _LABEL.sub("", stem[cut + 1 :])  # CASE_tumour_mask shows a tumour
+            found.setdefault(stems[stem[:cut]], {})[file] = None if is_map else structure
         elif apart:
             alone.append(file)
     of_others = set() if apart else {file for labels in found.values() for file in labels} - found.keys()

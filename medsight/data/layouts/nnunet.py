@@ -1,8 +1,8 @@
 """Data sets in nnU-Net's raw layout, version 2: `Dataset001_NAME/{dataset.json, imagesTr, labelsTr}`.
 
 `imagesTr/CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ... are the channels of a case, `labelsTr/CASE.nii.gz` its label map;
-`imagesTs` are rows where there is a `labelsTs`. `dataset.json` names channels and labels, of which several numbers make
-a region, and says how files end: NIfTI, or pictures that are read, with three colours in one file or in one file each.
+`imagesTs` are rows where there is a `labelsTs`. `dataset.json` names channels and labels, of which several numbers may
+make a region, and says how files end: NIfTI, or pictures that are read, with three colours in one file or in three.
 https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 """
 
@@ -36,6 +36,7 @@ from ..volumes import (
 _SPLITS = {"Tr": "train", "Ts": "test"}
 _COLOURS = (["r", "g", "b"], ["red", "green", "blue"])
 _IGNORE = "ignore"
+_NUMBER = "_0000"  # of a channel, in the name of an image
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,19 @@ class _Dataset:
     def cases(self) -> Iterator[_Case]:
         """Those of `dataset`, where that lists them, and of `imagesTr`; and of `imagesTs`, where they have labels."""
         if self.listed is not None:
-            for name, entry in self.listed.items():
-                yield self._listed_case(name, entry)
-        for suffix, split in _SPLITS.items():
-            images, labels = self.folder / f"images{suffix}", self.folder / f"labels{suffix}"
-            if not (images if suffix == "Tr" and self.listed is None else labels).is_dir():
-                continue
-            names = {file.name[: -len(self.ending)] for file in labels.glob(f"*{self.ending}")}
-            if suffix == "Tr" and self.listed is None:
-                cut = len(f"_0000{self.ending}")
-                names |= {file.name[:-cut] for file in images.glob(f"*_[0-9][0-9][0-9][0-9]{self.ending}")}
-            if suffix == "Ts" or self.listed is None:
-                yield from (self._named_case(name, suffix) for name in sorted(names))
+            yield from (self._listed_case(name, entry) for name, entry in self.listed.items())
+        else:
+            yield from self._in_folders("Tr", self._names("images", "Tr") | self._names("labels", "Tr"))
+        yield from self._in_folders("Ts", self._names("labels", "Ts"))
+
+    def _in_folders(self, suffix: str, names: set[str]) -> Iterator[_Case]:
+        yield from (self._named_case(name, suffix) for name in sorted(names))
+
+    def _names(self, kind: str, suffix: str) -> set[str]:
+        """The cases that a folder has files of."""
+        number = "_[0-9][0-9][0-9][0-9]" if kind == "images" else ""
+        cut = len(self.ending) + (len(_NUMBER) if number else 0)
+        return {file.name[:-cut] for file in (self.folder / f"{kind}{suffix}").glob(f"*{number}{self.ending}")}
 
     def case_of(self, shard: Path) -> _Case:
         """The case that a file of it stands for."""
@@ -100,7 +102,7 @@ class _Dataset:
                     return case
         suffix = shard.parent.name[-2:]
         name = shard.name[: -len(self.ending)]
-        return self._named_case(name if shard.parent.name.startswith("labels") else name[:-5], suffix)
+        return self._named_case(name if shard.parent.name.startswith("labels") else name[: -len(_NUMBER)], suffix)
 
     def _named_case(self, name: str, suffix: str) -> _Case:
         numbers = range(len(self.channel_names))
@@ -164,8 +166,9 @@ def _case_rows(about: _Dataset, case: _Case, source: Source) -> Iterator[dict[st
             continue
         scan = _open(about, case, number)
         if labels is None or first is None:
-            first, labels = scan, label_volume(
-                read_label_map(case.label, str(case.label), scan), about.named, str(case.label)
+            first, labels = (
+                scan,
+                label_volume(read_label_map(case.label, str(case.label), scan), about.named, str(case.label)),
             )
         elif isinstance(scan, NiftiScan) and isinstance(first, NiftiScan):
             check_grid(scan, first)
