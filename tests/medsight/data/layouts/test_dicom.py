@@ -14,6 +14,7 @@ from medsight.export import FoundRegion, write_masks
 from medsight.scans import open_scan
 from medsight.scans.segmentations import inside_contour, with_holes
 from tests.medsight.data.layouts.volume_files import check_fuzz, decoded, read
+from tests.medsight.export.scans import write_multi_frame
 from tests.medsight.scans.scan_files import shipped_dicoms, write_series
 
 
@@ -208,9 +209,9 @@ def test_the_modality_of_a_source_makes_that_of_the_file_more_exact(tmp_path: Pa
 
 
 def test_frames_of_one_file_are_slices(tmp_path: Path) -> None:
-    file = next(path for name, path in shipped_dicoms() if name == "emri_small.dcm")
-    shutil.copy(file, tmp_path / "mr.dcm")
-    scan = open_scan(tmp_path / "mr.dcm")
+    write_multi_frame(tmp_path / "ct.dcm", np.ones(SIZE))
+    shutil.rmtree(tmp_path / "ct")
+    scan = open_scan(tmp_path / "ct.dcm")
     masks = np.random.default_rng(0).random((scan.num_slices, scan.height, scan.width)) > 0.7
     masks[3] = False
     regions = [FoundRegion(i, mask, "vessel", "", None) for i, mask in enumerate(masks) if mask.any()]
@@ -219,7 +220,7 @@ def test_frames_of_one_file_are_slices(tmp_path: Path) -> None:
     assert [int(row["image"]["path"].split()[-1]) for row in rows] == [i for i in range(len(masks)) if i != 3]
     for row in rows:
         index = int(row["image"]["path"].split()[-1])
-        assert np.array_equal(read_mask(row["masks"][0], scan.picture_size), masks[index])
+        assert np.array_equal(scan.to_grid(read_mask(row["masks"][0], scan.picture_size)), masks[index])
 
 
 def test_a_contour_off_the_slices_is_refused(tmp_path: Path) -> None:
