@@ -4,6 +4,8 @@ schema         the two kinds of rows
 registry       where data lies (`Source`) and how it is read (`Layout`), found by name; layouts: those shipped
 sources        all layouts' rows as one data set, map-style or streamed
 records        records of JSON and parquet files; conversations: rows of conversations; pictures: images and masks
+volumes        slices of volumes as rows; dataset_json: what two layouts of volumes share
+modalities     words for what images are of
 splits         what a file's name tells, and what is held out for validation
 groups         code groups of modalities and sites
 check          what is wrong with data, as a report

@@ -21,8 +21,8 @@ from medsight.scans.scan import Scan, orientation_of
 from medsight.scans.windows import is_file_window, parse_window
 
 from .pictures import encode_mask, encode_picture
-from .records import check_regions, picture, told_by_source
-from .registry import Entry, Source
+from .records import check_regions, picture
+from .registry import Entry
 from .schema import region_row
 
 
@@ -30,17 +30,6 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii")
 # What label maps call what is no structure, or was not looked at.
 _NO_STRUCTURE = ("background", "bg", "ignore", "ignored", "unlabelled", "unlabeled", "void")
 _LAYER = 255  # structures of a label volume of 8 bits
-# Modalities as DICOM, nnU-Net, the Decathlon and file names spell them -> as this project's data do.
-_MODALITIES = {
-    **{"ct": "CT", "mr": "MRI", "mrt": "MRI", "mri": "MRI", "pt": "PET", "pet": "PET", "nm": "nuclear medicine"},
-    **{"t1": "MRI-T1", "t1w": "MRI-T1", "t2": "MRI-T2", "t2w": "MRI-T2", "flair": "MRI-FLAIR", "t2flair": "MRI-FLAIR"},
-    **dict.fromkeys(("t1gd", "t1ce", "t1c", "t1post"), "MRI-T1Gd"),
-    **{"adc": "MRI-ADC", "dwi": "MRI-DWI", "dce": "MRI-DCE", "cine": "MRI-cine"},
-    **dict.fromkeys(("us", "ultrasound"), "ultrasound"),
-    **dict.fromkeys(("cr", "dx", "rg", "mg", "xray"), "X-Ray"),
-    **{"op": "fundus", "fundus": "fundus", "opt": "OCT", "oct": "OCT", "es": "endoscope", "endoscopy": "endoscope"},
-    **{"sm": "pathology", "pathology": "pathology", "dermoscopy": "dermoscopy", "fluorescence": "fluorescence"},
-}
 
 
 @dataclass(frozen=True)
@@ -201,15 +190,30 @@ def stacked(masks: Iterable[tuple[str, str, np.ndarray]]) -> list[LabelVolume]:
     """
     layers: list[tuple[np.ndarray, list[Structure]]] = []
     for target, file, mask in masks:
-        free = (layer for layer in layers if len(layer[1]) < _LAYER and not layer[0][mask].any())
+        if (box := _box(mask)) is None:
+            continue
+        part = mask[box]
+        free = (layer for layer in layers if len(layer[1]) < _LAYER and not (part & (layer[0][box] > 0)).any())
         layer = next(free, None)
         if layer is None:
-            layer = np.zeros(mask.shape, np.uint8), []
+            layer = np.zeros_like(mask, dtype=np.uint8), []
             layers.append(layer)
         numbers, structures = layer
         structures.append(Structure(target, frozenset({len(structures) + 1}), file))
-        numbers[mask] = len(structures)
+        numbers[box][part] = len(structures)
     return [LabelVolume(*layer) for layer in layers]
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    """The smallest box around a mask; None of an empty one."""
+    box = [slice(None)] * mask.ndim
+    for axis in sorted(range(mask.ndim), key=lambda axis: -mask.strides[axis]):  # whole planes of memory first
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        inside = np.flatnonzero(mask[tuple(box)].any(axis=others))
+        if not inside.size:
+            return None
+        box[axis] = slice(int(inside[0]), int(inside[-1]) + 1)
+    return tuple(box)
 
 
 def slice_rows(
@@ -302,39 +306,6 @@ def entries(place: str, rows: Iterator[dict[str, Any]], warnings: Iterable[str] 
             told = ()
     except (OSError, ValueError) as error:
         yield Entry(place, error=error if isinstance(error, ValueError) else ValueError(f"{place}: {error}"))
-
-
-def known_modality(source: Source, word: str | None, place: str) -> str:
-    """The modality of images: as the source says, or else by a data set's own word for it.
-
-    Raises:
-        ValueError: the source does not say, and the word is not known.
-    """
-    if source.modality is not None or not word:
-        return told_by_source(source, "modality", place)
-    if (name := modality_name(word)) is None:
-        raise ValueError(f"{place}: its word for the modality, {word!r}, is not known: say modality: NAME")
-    return name
-
-
-def coded_modality(source: Source, code: str, place: str) -> str:
-    """The modality of images of which a file says it by a code, which the source may say more exactly (MRI-T1 of MR).
-
-    Raises:
-        ValueError: the source says another one, or nothing of an unknown code.
-    """
-    name = modality_name(code)
-    if source.modality is None or name is None:
-        return known_modality(source, code, place)
-    if source.modality != name and not source.modality.startswith(f"{name}-"):
-        raise ValueError(f"{place}: its modality is {name} by its own word, {code}; the source says {source.modality}")
-    return source.modality
-
-
-def modality_name(word: str) -> str | None:
-    """What this project's data call a modality that a file spells in its own way; None where that is not known."""
-    plain = re.sub(r"[^a-z0-9]", "", word.lower())
-    return _MODALITIES.get(plain) or _MODALITIES.get(re.sub("^mri?", "", plain))
 
 
 def inside(folder: Path, name: Any, place: str) -> Path:

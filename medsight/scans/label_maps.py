@@ -128,8 +128,11 @@ def _whole(numbers: np.ndarray, name: str) -> np.ndarray:
     low, high = numbers.min(), numbers.max()
     if not (0 <= low <= high < MOST_LABELS):  # NaN is neither
         raise ValueError(f"{name}: expected labels from 0 to {MOST_LABELS - 1}, got {low:g} to {high:g}")
-    whole = np.rint(numbers).astype(np.uint8 if high < 2**8 - 0.5 else np.uint16)
-    if numbers.dtype.kind == "f" and (wrong := np.abs(numbers - whole) > _ROUNDING).any():
+    kind = np.dtype(np.uint8 if high < 2**8 - 0.5 else np.uint16)
+    if numbers.dtype.kind != "f":
+        return numbers.astype(kind, copy=False)
+    whole = np.rint(numbers).astype(kind)
+    if (wrong := np.abs(numbers - whole) > _ROUNDING).any():
         raise ValueError(f"{name}: expected the whole number of a label a voxel, got {numbers[wrong][0]:g}")
     return whole
 

@@ -12,9 +12,10 @@ from medsight.scans.label_maps import read_label_map
 from medsight.scans.nifti import NiftiScan
 
 from ..dataset_json import ABOUT, about_above, about_files, channels_of, read_about, says
+from ..modalities import known_modality
 from ..records import told_by_source
 from ..registry import Entry, Layout, Source, register
-from ..volumes import ChannelOptions, entries, inside, known_modality, label_volume, named_numbers, slice_rows, stem_of
+from ..volumes import ChannelOptions, entries, inside, label_volume, named_numbers, slice_rows, stem_of
 
 
 def decathlon_shards(source: Source) -> list[str]:

@@ -23,9 +23,10 @@ from medsight.scans.file_kinds import recognise
 from medsight.scans.segmentations import regions_of_interest, segments
 from medsight.text import first_few
 
+from ..modalities import coded_modality
 from ..records import told_by_source
 from ..registry import Entry, Layout, Source, register
-from ..volumes import SliceOptions, coded_modality, entries, is_structure, slice_rows, stacked
+from ..volumes import SliceOptions, entries, is_structure, slice_rows, stacked
 
 
 _LABELS = {"SEG": segments, "RTSTRUCT": regions_of_interest}  # by modality

@@ -3,7 +3,7 @@
 * `images/CASE.nii.gz` and `labels/CASE.nii.gz`, the latter perhaps with `_seg` or the like after CASE: label maps.
 * `CASE.nii.gz` and `CASE_seg.nii.gz` (`-seg`, `_label`, `_mask`, `_segmentation`) in one folder: label maps; with any
   other word, as in `CASE_WORD.nii.gz` or `CASE_WORD_mask.nii.gz`: the mask of the structure WORD.
-* TotalSegmentator's: `SUBJECT/ct.nii.gz` (`mri.nii.gz`) and `SUBJECT/segmentations/STRUCTURE.nii.gz`; `meta.csv` beside
+* TotalSegmentator: `SUBJECT/ct.nii.gz` (`mri.nii.gz`) and `SUBJECT/segmentations/STRUCTURE.nii.gz`; `meta.csv` beside
   the subjects may tell their splits.
 
 What the numbers of label maps mean stands in `names`, or in the files themselves, as `medsight predict` and
@@ -26,6 +26,7 @@ from medsight.scans.label_maps import label_names, read_label_map
 from medsight.scans.nifti import NiftiScan
 
 from ..dataset_json import ABOUT
+from ..modalities import coded_modality
 from ..records import told_by_source
 from ..registry import Entry, Layout, Source, register
 from ..splits import canonical_split
@@ -33,7 +34,6 @@ from ..templates import read_yaml
 from ..volumes import (
     VOLUME_SUFFIXES,
     VolumeOptions,
-    coded_modality,
     entries,
     label_volume,
     named_numbers,

@@ -18,6 +18,7 @@ from medsight.scans.label_maps import check_grid, read_label_map
 from medsight.scans.nifti import NiftiScan
 
 from ..dataset_json import ABOUT, about_above, about_files, channels_of, read_about, says
+from ..modalities import known_modality
 from ..records import IMAGE_SUFFIXES, told_by_source
 from ..registry import Entry, Layout, Source, register
 from ..volumes import (
@@ -26,7 +27,6 @@ from ..volumes import (
     LabelVolume,
     entries,
     inside,
-    known_modality,
     label_volume,
     named_numbers,
     slice_rows,

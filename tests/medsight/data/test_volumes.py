@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medsight.data.modalities import modality_name
 from medsight.data.sources import Source, load_source
-from medsight.data.volumes import SliceOptions, VolumeOptions, modality_name, slice_rows, stacked
+from medsight.data.volumes import SliceOptions, VolumeOptions, slice_rows, stacked
 from medsight.scans import open_scan
 from medsight.scans.nifti import NiftiScan
 from tests.medsight.data.layouts.volume_files import (
