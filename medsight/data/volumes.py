@@ -22,7 +22,7 @@ from medsight.scans.windows import is_file_window, parse_window
 
 from .pictures import encode_mask, encode_picture
 from .records import check_regions, picture
-from .registry import Entry
+from .registry import Entry, Source
 from .schema import region_row
 
 
@@ -306,6 +306,14 @@ def entries(place: str, rows: Iterator[dict[str, Any]], warnings: Iterable[str] 
             told = ()
     except (OSError, ValueError) as error:
         yield Entry(place, error=error if isinstance(error, ValueError) else ValueError(f"{place}: {error}"))
+
+
+def refuse_images(source: Source) -> None:
+    """Raises a ValueError where a source names a folder of images, of a layout that finds them by itself."""
+    if source.images is not None:
+        raise ValueError(
+            f"{source.path}: images={source.images!r} is of no use: the layout {source.layout} says where they are"
+        )
 
 
 def inside(folder: Path, name: Any, place: str) -> Path:

@@ -28,7 +28,7 @@ _SAMPLES = {  # a pixel, by photometric interpretation
     **dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"), 3),
 }
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
+NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
 _TALKERS = ("pydicom", "highdicom", "pylibjpeg", "openjpeg")  # loggers that may quote a header
 
 
@@ -183,7 +183,7 @@ def _set_transfer_syntax(dataset: Any) -> None:
 def _check_is_image(dataset: Any, length: int, name: str) -> None:
     from pydicom.uid import UID_dictionary
 
-    kind = _NOT_IMAGES.get(code_of(dataset.get("Modality")) or "")
+    kind = NOT_IMAGES.get(code_of(dataset.get("Modality")) or "")
     if kind is None and "DirectoryRecordSequence" in dataset:
         kind = "a directory of other files"
     if kind is None and (length <= 0 or not all(key in dataset for key in ("Rows", "Columns", "BitsAllocated"))):

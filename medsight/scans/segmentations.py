@@ -136,10 +136,10 @@ def regions_of_interest(path: Path, name: str, scan: DicomScan) -> Iterator[tupl
             drawn: dict[int, list[np.ndarray]] = {}
             for contour in areas:
                 index, points = places.locate(contour)
-                drawn.setdefault(index, []).append(inside_contour(points, (scan.height, scan.width)))
+                drawn.setdefault(index, []).append(points)
             mask = np.zeros((scan.num_slices, scan.height, scan.width), dtype=bool)
-            for index, parts in drawn.items():
-                mask[index] = with_holes(parts)
+            for index, outlines in drawn.items():
+                mask[index] = with_holes([inside_contour(points, mask.shape[1:]) for points in outlines])
         yield names.get(number, f"ROI {number}"), number, mask
     if without_area:
         logger.warning(f"{name}: {without_area} of its contours are points or lines: they have no area, and no mask")
@@ -196,7 +196,17 @@ def inside_contour(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     Returns:
         (height, width) bool.
     """
-    height, width = shape
+    low = np.floor(points.min(axis=0)).clip(0, shape[::-1]).astype(np.int64)
+    high = np.ceil(points.max(axis=0)).clip(low, shape[::-1]).astype(np.int64)
+    inside = np.zeros(shape, dtype=bool)
+    inside[low[1] : high[1] + 1, low[0] : high[0] + 1] = _filled(points - low, *(high - low + 1)[::-1])[
+        : shape[0] - low[1], : shape[1] - low[0]
+    ]
+    return inside
+
+
+def _filled(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`inside_contour` of (height, width): whatever is left of a pixel's centre and crosses its row turns it over."""
     ends = np.stack([points, np.roll(points, -1, axis=0)])
     upper, lower = np.take_along_axis(ends, np.argsort(ends[:, :, 1], axis=0)[:, :, None], axis=0)
     first, last = (np.ceil(end[:, 1]).clip(0, height).astype(np.int64) for end in (upper, lower))
@@ -207,18 +217,16 @@ def inside_contour(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     row = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows) + first[edge]
     slope = (lower - upper)[edge, 0] / (lower - upper)[edge, 1]
     crossing = np.ceil(upper[edge, 0] + (row - upper[edge, 1]) * slope).clip(0, width).astype(np.int64)
-    flips = np.zeros((height, width + 1), dtype=np.int64)
+    flips = np.zeros((height, width + 1), dtype=np.int32)
     np.add.at(flips, (row, crossing), 1)
     return np.cumsum(flips, axis=1)[:, :width] % 2 == 1
 
 
 def with_holes(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Areas together, of which one that lies wholly inside a larger one is a hole."""
-    whole = np.zeros_like(parts[0])
-    drawn: list[np.ndarray] = []
+    whole, drawn = np.zeros_like(parts[0]), set[bytes]()
     for part in sorted(parts, key=lambda part: -int(part.sum())):
-        if any(np.array_equal(part, other) for other in drawn):  # drawn twice
-            continue
-        drawn.append(part)
-        whole = whole & ~part if (whole | ~part).all() else whole | part
+        if (content := part.tobytes()) not in drawn:  # else it is drawn twice
+            drawn.add(content)
+            whole = whole & ~part if (whole | ~part).all() else whole | part
     return whole

@@ -15,7 +15,7 @@ from ..dataset_json import ABOUT, about_above, about_files, channels_of, read_ab
 from ..modalities import known_modality
 from ..records import told_by_source
 from ..registry import Entry, Layout, Source, register
-from ..volumes import ChannelOptions, entries, inside, label_volume, named_numbers, slice_rows, stem_of
+from ..volumes import ChannelOptions, entries, inside, label_volume, named_numbers, refuse_images, slice_rows, stem_of
 
 
 def decathlon_shards(source: Source) -> list[str]:
@@ -25,6 +25,7 @@ def decathlon_shards(source: Source) -> list[str]:
         FileNotFoundError: there is no dataset.json, or a label map that it lists is missing.
         ValueError: a dataset.json is damaged, or lists what is no pair of files in its folder.
     """
+    refuse_images(source)
     labels = [label for file in about_files(source.path) for _, label in _pairs(file, read_about(file))]
     for label in labels:
         if not label.is_file():

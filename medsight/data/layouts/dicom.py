@@ -18,7 +18,7 @@ import numpy as np
 
 from medsight.scans import dicom_header
 from medsight.scans.dicom import DicomScan
-from medsight.scans.dicom_file import guarded, read_tags
+from medsight.scans.dicom_file import NOT_IMAGES, guarded, read_tags
 from medsight.scans.file_kinds import recognise
 from medsight.scans.segmentations import regions_of_interest, segments
 from medsight.text import first_few
@@ -26,7 +26,7 @@ from medsight.text import first_few
 from ..modalities import coded_modality
 from ..records import told_by_source
 from ..registry import Entry, Layout, Source, register
-from ..volumes import SliceOptions, entries, is_structure, slice_rows, stacked
+from ..volumes import SliceOptions, entries, is_structure, refuse_images, slice_rows, stacked
 
 
 _LABELS = {"SEG": segments, "RTSTRUCT": regions_of_interest}  # by modality
@@ -63,7 +63,9 @@ def dicom_shards(source: Source) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        ValueError: the source names another folder of images.
     """
+    refuse_images(source)
     found = [source.path] if os.path.isdir(source.path) else sorted(filter(os.path.isdir, glob(source.path)))
     if not found:
         raise FileNotFoundError(f"{source.path}: no such folder of DICOM files")
@@ -133,7 +135,7 @@ def _index(folder: Path) -> tuple[list[_Series], list[tuple[str, Path, set[str]]
                 kind = dicom_header.code_of(tags.get("Modality")) or ""
                 if kind in _LABELS:
                     objects.append((kind, file, _references(file)))
-                elif "Rows" in tags:
+                elif "Rows" in tags and kind not in NOT_IMAGES:
                     _add(found, file, tags, kind)
         except ValueError as error:
             bad.append(Entry(str(file), error=error))

@@ -37,6 +37,7 @@ from ..volumes import (
     entries,
     label_volume,
     named_numbers,
+    refuse_images,
     slice_rows,
     stacked,
     stem_of,
@@ -45,7 +46,7 @@ from ..volumes import (
 
 _IMAGES = ("images", "image", "imgs", "img", "volumes", "scans")
 _LABELS = ("labels", "label", "masks", "mask", "segmentations", "segmentation", "seg", "annotations")
-_LOOKED_AT = 20  # folders, for what layout it is
+_LOOKED_AT = 100  # folders, for what layout it is
 _LABEL = re.compile(r"[_-](?:seg|segmentation|label|labels|mask|masks|labelmap)$", re.IGNORECASE)
 _SUBJECT = ("ct", "mri", "mr")  # what TotalSegmentator calls the image of a subject
 _STRUCTURES = "segmentations"
@@ -90,7 +91,9 @@ def nifti_shards(source: Source) -> list[str]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: the source names another folder of images.
     """
+    refuse_images(source)
     roots = [Path(source.path)] if Path(source.path).is_dir() else sorted(map(Path, glob(source.path)))
     folders = {folder for root in roots if root.is_dir() for folder in _folders(root)}
     found = [str(folder) for folder in sorted(folders) if any(case.labels for case in _cases(folder)[0])]
@@ -156,9 +159,11 @@ def _mask(file: Path, scan: NiftiScan) -> np.ndarray:
     return numbers != 0
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    """The folders, from this one down, that have NIfTI volumes in them, and are no folders of labels."""
-    yield from (folder for folder in (root, *root.rglob("*")) if folder.is_dir() and _volumes(folder))
+def _folders(root: Path, most: int | None = None) -> Iterator[Path]:
+    """The folders, of the first so many from this one down, that have NIfTI volumes in them."""
+    for folder, _, files in islice(os.walk(root), most):
+        if any(file.endswith(VOLUME_SUFFIXES) for file in files):
+            yield Path(folder)
 
 
 def _volumes(folder: Path) -> list[Path]:
@@ -205,7 +210,8 @@ def _subject_image(folder: Path) -> Path | None:
 
 
 def _beside(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [other for name in names if (other := folder.parent / name).is_dir() and other != folder]
+    around = sorted(folder.absolute().parent.iterdir())
+    return [folder.parent / other.name for other in around if other.name.lower() in names and other.is_dir()]
 
 
 def _split_of(case: _Case) -> str | None:
@@ -225,8 +231,7 @@ def _split_of(case: _Case) -> str | None:
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
     if not path.is_dir() or (path / ABOUT).exists():
         return False
-    some = islice(_folders(path), _LOOKED_AT)
-    return any(case.labels for folder in some for case in _cases(folder)[0])
+    return any(case.labels for folder in _folders(path, _LOOKED_AT) for case in _cases(folder)[0])
 
 
 register(Layout("nifti", "regions", nifti_shards, nifti_rows, _looks_like, NiftiOptions, embeds=True))

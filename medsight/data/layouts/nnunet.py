@@ -29,6 +29,7 @@ from ..volumes import (
     inside,
     label_volume,
     named_numbers,
+    refuse_images,
     slice_rows,
 )
 
@@ -126,6 +127,7 @@ def nnunet_shards(source: Source) -> list[str]:
         FileNotFoundError: there is no dataset.json.
         ValueError: a dataset.json is damaged, or asks for files that are not read.
     """
+    refuse_images(source)
     shards = []
     for file in about_files(source.path):
         for case in _Dataset.read(file).cases():
