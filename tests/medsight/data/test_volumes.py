@@ -158,6 +158,12 @@ def test_a_bad_setting_is_named(tmp_path: Path, settings: dict[str, Any], messag
         source_of(tmp_path, **settings)
 
 
+@pytest.mark.parametrize("layout", ["nifti", "nnunet", "decathlon", "dicom"])
+def test_a_folder_of_images_is_refused_by_layouts_that_find_them(tmp_path: Path, layout: str) -> None:
+    with pytest.raises(ValueError, match=f"images='other' is of no use: the layout {layout} says where they are"):
+        read(Source(layout, str(tmp_path), images="other"))
+
+
 def test_settings_go_to_a_recipe_and_back(tmp_path: Path) -> None:
     entry = {"layout": "nifti", "path": str(tmp_path), "planes": ["AI"], "every": 3, "names": {1: "liver"}}
     source = Source.from_mapping(entry)

@@ -191,6 +191,26 @@ def test_real_volumes_give_their_label_maps_again(shared_data: Path) -> None:
         assert np.array_equal(labels_again(source, path, "AI", names), expected)
 
 
+def test_real_masks_are_those_of_the_biomedparse_copy(shared_data: Path) -> None:
+    """Which has some slices of three of the volumes, four times as large, and a region of both structures."""
+    names = {"anterior hippocampus": 1, "posterior hippocampus": 2, "hippocampus": [1, 2]}
+    ours = source_of(shared_data / "volumes/msd_hippocampus", names=names, planes=["AI"], modality="MRI-T1")
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for row in read(ours):
+        size = read_picture(row["image"]).size
+        for target, mask in zip(row["targets"], row["masks"], strict=True):
+            found.setdefault((row["patient"], target), []).append(read_mask(mask, size))
+    compared = 0
+    for row in read(Source("biomedparse", str(shared_data / "segmentation/msd_hippocampus"), split=None)):
+        patient, (width, height) = row["patient"].partition(":")[2], read_picture(row["image"]).size
+        if any(patient == known for known, _ in found):
+            for target, mask in zip(row["targets"], row["masks"], strict=True):
+                drawn = read_mask(mask, (width, height))[2::4, 2::4]
+                assert any(np.array_equal(drawn, own) for own in found[patient, target]), mask["path"]
+                compared += 1
+    assert compared == 9
+
+
 def test_a_real_label_map_names_its_structures(shared_data: Path, tmp_path: Path) -> None:
     for name in ("example_mr.nii.gz", "example_mr_seg.nii.gz"):
         (tmp_path / name).symlink_to(shared_data / "volumes/totalsegmentator" / name)

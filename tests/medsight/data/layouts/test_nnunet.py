@@ -117,6 +117,31 @@ def test_pictures_in_colour_lie_in_one_file_or_in_three(tmp_path: Path, files: i
     assert [row["orientation"] for row in (first, second)] == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((9, 11), np.uint8), "is of 9 x 11 pixels, its image .* of 9 x 12"),
+        (np.dstack([np.eye(9, 12, dtype=np.uint8)] * 2 + [np.zeros((9, 12), np.uint8)]), "is in colour: expected the"),
+        (np.full((9, 12), 2, np.uint8), "label 2 has no name"),
+        (np.full((9, 12), 1, np.uint16), None),
+        (np.dstack([np.ones((9, 12), np.uint8)] * 3), None),
+        (np.ones((9, 12), bool), None),
+    ],
+)
+def test_the_label_map_of_a_picture_is_of_its_size_and_of_numbers(
+    tmp_path: Path, labels: np.ndarray, message: str | None
+) -> None:
+    save_json(tmp_path / "dataset.json", {**COLOURS, "file_ending": ".png"})
+    save_png(tmp_path / "imagesTr/a_0000.png", np.full((9, 12, 3), 7, np.uint8))
+    label = save_png(tmp_path / "labelsTr/a.png", labels)
+    [entry] = iterate(source_of(tmp_path, modality="endoscope"))
+    if message is None:
+        assert entry.checked()["targets"] == ["road"]
+    else:
+        with pytest.raises(ValueError, match=f"{label}:? {message}"):
+            entry.checked()
+
+
 def test_a_stack_of_pages_is_a_volume(tmp_path: Path) -> None:
     save_json(tmp_path / "dataset.json", {**ABOUT, "channel_names": {"0": "fluorescence"}, "file_ending": ".tif"})
     for name, voxels in (
