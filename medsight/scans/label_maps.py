@@ -46,7 +46,7 @@ def read_label_map(path: Path, name: str, scan: Scan) -> np.ndarray:
         numbers = _of_nifti(path, name, scan)
     else:
         pages = tiff_pages(path, name)
-        numbers = _numbers(load_samples(path, name), name) if pages is None else _of_pages(pages, name)
+        numbers = _numbers(load_samples(path, name), name) if pages is None else _of_pages(pages, name, scan)
         size = (scan.height, scan.width) if scan.num_slices == 1 else (scan.num_slices, scan.height, scan.width)
         if numbers.shape != size:
             raise ValueError(f"{name} is of {_times(numbers.shape)} pixels, its image {scan.name} of {_times(size)}")
@@ -97,7 +97,9 @@ def check_grid(other: NiftiScan, scan: NiftiScan) -> None:
             raise ValueError(f"{both}: their affines lie up to {apart:.3g} voxels apart; resample it to its image")
 
 
-def _of_pages(pages: Any, name: str) -> np.ndarray:
+def _of_pages(pages: Any, name: str, scan: Scan) -> np.ndarray:
+    if pages.n_frames != scan.num_slices:
+        raise ValueError(f"{name} has {pages.n_frames} pages, and its image {scan.name} {scan.num_slices}")
     if getattr(pages, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         raise ValueError(f"{name} is a TIFF that says its 0 is white: save its labels as one whose 0 is black")
     with contextlib.closing(pages):

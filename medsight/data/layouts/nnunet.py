@@ -143,13 +143,16 @@ def nnunet_rows(shard: str, source: Source) -> Iterator[Entry]:
     """The rows of a case: its slices, or its picture, once for each channel that is asked for."""
     path = Path(shard)
     about = _Dataset.read(about_above(path))
-    yield from entries(shard, _case_rows(about, about.case_of(path), source), _said(about))
+    case = about.case_of(path)
+    yield from entries(shard, _case_rows(about, case, source), _said(about, case))
 
 
-def _said(about: _Dataset) -> list[str]:
+def _said(about: _Dataset, case: _Case) -> list[str]:
+    """What is to be known of a data set, with the first case of each split."""
     ignored = any(name.strip().lower() == _IGNORE for name, _ in about.named)
-    text = f"{about.folder / ABOUT}: what is labelled {_IGNORE!r} is taken for no structure: it lies outside all masks"
-    return [text] if ignored else []
+    if not ignored or case != next(other for other in about.cases() if other.split == case.split):
+        return []
+    return [f"{about.folder / ABOUT}: what is labelled {_IGNORE!r} is taken for no structure: it is outside all masks"]
 
 
 def _case_rows(about: _Dataset, case: _Case, source: Source) -> Iterator[dict[str, Any]]:

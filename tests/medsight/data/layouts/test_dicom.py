@@ -272,7 +272,7 @@ def test_what_lies_wholly_inside_is_a_hole() -> None:
 def test_damaged_files_are_rows_or_named_errors(tmp_path: Path, writer: str) -> None:
     images = write_images(tmp_path / "data")
     WRITERS[writer](images, tmp_path / "data/labels")
-    check_fuzz(source_of(tmp_path / "data"), tmp_path / "data", 60)
+    check_fuzz(source_of(tmp_path / "data"), tmp_path / "data", 40)
 
 
 def test_a_real_structure_set_shows_what_its_label_map_shows(shared_data: Path, tmp_path: Path) -> None:

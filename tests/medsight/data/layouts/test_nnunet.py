@@ -75,7 +75,8 @@ def test_a_region_is_of_several_labels_and_what_is_ignored_is_none(tmp_path: Pat
     entries = [*iterate(source_of(tmp_path, unlabelled=0, split="train"))]
     rows = [entry.checked() for entry in entries]
     assert {tuple(row["targets"]) for row in rows} == {("whole",), ("whole", "core")}
-    assert "'ignore' is taken for no structure" in entries[0].warnings[0]
+    [warning] = [warning for entry in entries for warning in entry.warnings]
+    assert "'ignore' is taken for no structure" in warning
     both = next(row for row in rows if len(row["targets"]) == 2)
     whole, core = (read_mask(mask, read_picture(both["image"]).size) for mask in both["masks"])
     assert (core <= whole).all() and core.sum() < whole.sum()
@@ -142,15 +143,18 @@ def test_the_label_map_of_a_picture_is_of_its_size_and_of_numbers(
             entry.checked()
 
 
-def test_a_stack_of_pages_is_a_volume(tmp_path: Path) -> None:
-    save_json(tmp_path / "dataset.json", {**ABOUT, "channel_names": {"0": "fluorescence"}, "file_ending": ".tif"})
-    for name, voxels in (
-        ("imagesTr/a_0000.tif", image_voxels(0).astype(np.uint16)),
-        ("labelsTr/a.tif", label_voxels(0)),
-    ):
-        (tmp_path / name).parent.mkdir()
+def write_stack(root: Path) -> Path:
+    save_json(root / "dataset.json", {**ABOUT, "channel_names": {"0": "fluorescence"}, "file_ending": ".tif"})
+    stacks = {"imagesTr/a_0000.tif": image_voxels(0).astype(np.uint16), "labelsTr/a.tif": label_voxels(0)}
+    for name, voxels in stacks.items():
+        (root / name).parent.mkdir()
         first, *rest = map(Image.fromarray, voxels)
-        first.save(tmp_path / name, save_all=True, append_images=rest)
+        first.save(root / name, save_all=True, append_images=rest)
+    return root
+
+
+def test_a_stack_of_pages_is_a_volume(tmp_path: Path) -> None:
+    write_stack(tmp_path)
     rows = read(source_of(tmp_path, unlabelled=0))
     shown = [label for label in label_voxels(0) if label.any()]
     assert len(rows) == len(shown)
@@ -214,3 +218,4 @@ def test_damaged_files_are_rows_or_named_errors(tmp_path: Path) -> None:
     save_png(tmp_path / "png/imagesTr/a_0000.png", np.full((9, 12, 3), 7, np.uint8))
     save_png(tmp_path / "png/labelsTr/a.png", np.eye(9, 12, dtype=np.uint8))
     check_fuzz(source_of(tmp_path / "png", modality="endoscope"), tmp_path / "png", 60)
+    check_fuzz(source_of(write_stack(tmp_path / "stack")), tmp_path / "stack", 60)
