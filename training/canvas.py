@@ -1,5 +1,6 @@
 """Pictures and masks on the model's canvas, as in inference."""
 
+import hashlib
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ class Canvas:
         processor: a `MedSightProcessor`.
         config: the model's `MedSightConfig`.
         groups: code groups.
-        keep_in_memory: keep every placed picture and mask, so that a file is decoded once: for small data sets.
+        keep_in_memory: keep every placed picture and mask, so that each is decoded once: for small data sets.
         elsewhere: for each group, structures that its images cannot show; none is known of by default.
         known: for each group, structures that the model has learnt to find; none by default.
     """
@@ -38,7 +39,7 @@ class Canvas:
         self.processor, self.config, self.groups = processor, config, groups
         nothing: list[tuple[str, ...]] = [()] * len(groups.names)
         self.elsewhere, self.known = elsewhere or nothing, known or nothing
-        self.loaded: dict[str, Any] | None = {} if keep_in_memory else None
+        self.loaded: dict[tuple[str, bytes | None], Any] | None = {} if keep_in_memory else None
         self.image_processor = processor.image_processor
         self.classes = {name: index for index, name in enumerate(config.mask_class_names or [])}
         self.mean = torch.tensor(self.image_processor.image_mean).view(3, 1, 1)
@@ -114,12 +115,13 @@ class Canvas:
         return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.float32).view(side, side)
 
     def _once(self, entry: Any, load: Callable[[], Any]) -> Any:
-        path = entry["path"] if isinstance(entry, dict) and entry.get("bytes") is None else None
-        if self.loaded is None or path is None:
+        if self.loaded is None or not isinstance(entry, dict) or entry.get("path") is None:
             return load()
-        if path not in self.loaded:
-            self.loaded[path] = load()
-        return self.loaded[path]
+        content = entry.get("bytes")  # of an embedded picture, whose name says where it is from
+        key = entry["path"], None if content is None else hashlib.sha256(content).digest()
+        if key not in self.loaded:
+            self.loaded[key] = load()
+        return self.loaded[key]
 
     def masks(self, masks: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
         """(n, S, S) in [0, 1] on the same canvas; `names` are the files to blame, one a mask.

@@ -3,10 +3,9 @@
 Every old id, name and weight stays.
 """
 
-import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

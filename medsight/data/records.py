@@ -51,7 +51,7 @@ def json_object(place: str, text: str | bytes) -> Record:
     """The object of a text, or what is wrong with it."""
     try:
         return _checked(place, json.loads(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return place, ValueError(f"{place}: not a JSON object ({error})")
 
 

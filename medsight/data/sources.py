@@ -225,19 +225,27 @@ def _stamp(shards: list[str], source: Source) -> str:
     code = {*Path(__file__).parent.rglob("*.py"), Path(inspect.getfile(find_layout(source.layout).rows))}
     for file in filter(Path.is_file, sorted(code)):
         digest.update(file.read_bytes())
-    for shard in map(Path, shards):
-        digest.update(str(shard).encode())
-        if not shard.exists():  # an address
-            continue
-        inside = shard.glob("*")
-        if find_layout(source.layout).embeds:
-            roots = [Path(source.path) if os.path.isdir(source.path) else shard.parent]
-            roots += [Path(source.images)] if source.images else []
-            inside = (file for root in roots for file in root.rglob("*"))
-        for file in (shard, *sorted(file for file in inside if find_layout(source.layout).embeds or file.is_dir())):
-            status = file.stat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for shard in shards:
+        digest.update(shard.encode())  # it may be an address, which no file is behind
+    for file in dict.fromkeys(_behind([*filter(Path.exists, map(Path, shards))], source)):
+        status = file.stat()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}
+".encode())
     return digest.hexdigest()
+
+
+def _behind(shards: list[Path], source: Source) -> Iterator[Path]:
+    """The files and folders whose change makes rows others: where rows embed pictures, all that the path names."""
+    yield from shards
+    if not find_layout(source.layout).embeds:
+        yield from (folder for shard in shards for folder in sorted(shard.glob("*")) if folder.is_dir())
+        return
+    named = [source.path] if os.path.exists(source.path) else glob.glob(source.path, recursive=True)
+    for root in sorted({path if path.is_dir() else path.parent for path in map(Path, named)}):
+        yield from sorted(root.rglob("*"))
+    yield from sorted(Path(source.images).rglob("*")) if source.images else ()
+    settings = vars(source.options).values() if source.options else ()
+    yield from (Path(value) for value in settings if isinstance(value, str) and os.path.isfile(value))
 
 
 def nothing_found(source: Source) -> str:

@@ -28,7 +28,7 @@ _SAMPLES = {  # a pixel, by photometric interpretation
     **dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"), 3),
 }
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
+NOT_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a dose distribution"}  # though they hold pixels
 _TALKERS = ("pydicom", "highdicom", "pylibjpeg", "openjpeg")  # loggers that may quote a header
 
 
@@ -90,26 +90,50 @@ def guarded(name: str, problem: str) -> Iterator[None]:
             raise RefusedError(f"{name}: {problem} ({type(error).__name__})") from None
 
 
-def read_header(source: Path | bytes, name: str) -> Any:
+def read_header(source: Path | bytes, name: str, segmentation: bool = False) -> Any:
     """A data set without its pixels, whose sizes were held against the bytes that are there.
+
+    Args:
+        segmentation: whether a segmentation is expected, and not an image.
 
     Raises:
         ValueError: for a damaged file, one that is no image, or sizes that are absurd.
     """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ValueError(f'{name} is DICOM, which needs pydicom: pip install "medsight[medical]"') from error
+    import_pydicom(name)
+    import pydicom
+
     with guarded(name, "it is damaged: its DICOM header cannot be read"), _stream(source, name) as file:
         dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
         here = file.tell()
         element = 8 if dataset.original_encoding[0] else 12  # tag, representation and length of the pixels
         length = file.seek(0, os.SEEK_END) - here - element
         _set_transfer_syntax(dataset)
-        _check_is_image(dataset, length, name)
+        if not (segmentation and dataset.get("Modality") == "SEG"):
+            _check_is_image(dataset, length, name)
         _check_kind(dataset, name)
         _check_sizes(dataset, length, name)
         return dataset
+
+
+def read_tags(source: Path, name: str, tags: list[str] | None = None) -> Any:
+    """A data set without its pixels, whatever it is of; of these elements alone, where they are named.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    import_pydicom(name)
+    import pydicom
+
+    with guarded(name, "it is damaged: its DICOM header cannot be read"), _stream(source, name) as file:
+        return pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
+
+
+def import_pydicom(name: str) -> None:
+    """Raises a ValueError that says what to install, where there is no pydicom."""
+    try:
+        import pydicom  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'{name} is DICOM, which needs pydicom: pip install "medsight[medical]"') from error
 
 
 def read_whole(source: Path | bytes, name: str) -> Any:
@@ -159,7 +183,7 @@ def _set_transfer_syntax(dataset: Any) -> None:
 def _check_is_image(dataset: Any, length: int, name: str) -> None:
     from pydicom.uid import UID_dictionary
 
-    kind = _NOT_IMAGES.get(code_of(dataset.get("Modality")) or "")
+    kind = NOT_IMAGES.get(code_of(dataset.get("Modality")) or "")
     if kind is None and "DirectoryRecordSequence" in dataset:
         kind = "a directory of other files"
     if kind is None and (length <= 0 or not all(key in dataset for key in ("Rows", "Columns", "BitsAllocated"))):

@@ -85,6 +85,17 @@ def directions_of(dataset: Any, frame: int) -> np.ndarray | None:
     return vectors if unit else None
 
 
+def orientation_of(dataset: Any, frame: int) -> str | None:
+    """What lies at the right and at the bottom of a frame, by the nearest of the patient's axes; such as "LP"."""
+    directions = directions_of(dataset, frame)
+    if directions is None:
+        return None
+    across = int(np.argmax(np.abs(directions[0])))
+    down = int(np.argmax(np.where(np.arange(3) == across, -1, np.abs(directions[1]))))
+    pairs = zip((across, down), directions, strict=True)
+    return "".join(("RL", "AP", "IS")[axis][int(vector[axis] > 0)] for axis, vector in pairs)
+
+
 def spacing_of(dataset: Any, frame: int) -> tuple[float, float] | None:
     """mm between rows and between columns: of the pixels, or of the regions of an ultrasound picture."""
     stated = numbers_of(measures_of(dataset, frame).get("PixelSpacing"), 2)

@@ -8,6 +8,7 @@ other turns of these planes.
 """
 
 import contextlib
+import copy
 import gzip
 import math
 import zlib
@@ -39,26 +40,51 @@ _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown is taken for wha
 
 
 class NiftiScan(Scan):
-    """A volume of a .nii or .nii.gz file, or of its bytes; see [`open_scan`]."""
+    """A volume of a .nii or .nii.gz file, or of its bytes; see [`open_scan`].
+
+    Args:
+        channel: which volume of a 4-D file, from 0; by default the first, with a warning.
+        labels: whether it is a label map, which an image must not be.
+
+    Raises:
+        ValueError: as `open_scan`; and the file has no such channel, or is a label map of several.
+    """
 
     kind = "nifti"
 
-    def __init__(self, source: Path | bytes, name: str, plane: str) -> None:
+    def __init__(
+        self, source: Path | bytes, name: str, plane: str, channel: int | None = None, labels: bool = False
+    ) -> None:
         super().__init__(name, [source] if isinstance(source, Path) else [])
         self._source = source
-        self.orientation = orientation_of(plane)
-        self.plane = plane_of(self.orientation)
-        across, down = ("RLAPSI".index(letter) // 2 for letter in self.orientation)
-        self._axes = across, down, 3 - across - down  # of right, anterior, superior
-        self._steps = [1 if letter in "RAS" else -1 for letter in self.orientation]  # along the first two of them
         with self._open() as file:
             self._header = _read_header(file, name)
-        self._shape = _three_axes(self._header.get_data_shape(), name)
-        self._dtype, self._scale = _voxel_type(self._header, name)
-        self._offset = self._checked_offset()
+        self.shape, self.num_channels = _three_axes(self._header.get_data_shape(), name)
+        self._dtype, self._scale = _voxel_type(self._header, name, labels)
+        self._offset = self._checked_offset(self._chosen(channel, labels))
         self._levels: Window | None = None
-        self._pixel_mm2: float | None = None
-        self._orient()
+        self._orient(plane)
+
+    def turned(self, plane: str) -> "NiftiScan":
+        """The same volume cut along another plane, as `open_scan` takes it; its voxels are read once for both."""
+        self._voxels  # noqa: B018
+        other = copy.copy(self)
+        other._orient(plane)
+        return other
+
+    def extensions(self) -> list[bytes]:
+        """What stands between header and voxels: the content of each extension."""
+        with self._open() as file:
+            block = file.read(self._offset)[self._header.sizeof_hdr + 4 :]
+        found, number = [], np.dtype(f"{self._header.endianness}i4")
+        while len(block) > 8 and 8 < (size := int(np.frombuffer(block[:4], number)[0])) <= len(block):
+            found.append(block[8:size])
+            block = block[size:]
+        return found
+
+    def values(self) -> np.ndarray:
+        """(i, j, k) as the file has them: as stored, or scaled where the header says so."""
+        return self._voxels if self._scale == (1.0, 0.0) else self._scaled(self._voxels)
 
     @property
     def nifti_header(self) -> Any:
@@ -85,10 +111,13 @@ class NiftiScan(Scan):
         return None if self._dtype.names else self._scaled(self._displayed(self._voxels, index))
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-        voxels = np.zeros(self._shape, dtype=bool)
+        voxels = np.zeros(self.shape, dtype=bool)
         for index, mask in self._checked(masks).items():
             self._displayed(voxels, index)[...] = mask
         return voxels
+
+    def from_source(self, voxels: np.ndarray, index: int) -> np.ndarray:
+        return self._displayed(voxels, self._index(index))
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
@@ -98,12 +127,22 @@ class NiftiScan(Scan):
             file.seek(0)
             yield gzip.GzipFile(fileobj=file, mode="rb") if self._packed else file
 
-    def _checked_offset(self) -> int:
+    def _chosen(self, channel: int | None, labels: bool) -> int:
+        if self.num_channels > 1 and labels:
+            raise ValueError(f"{self.name} holds {self.num_channels} volumes: expected a label map of one")
+        if channel is None and self.num_channels > 1:
+            logger.warning(f"{self.name} holds {self.num_channels} volumes: only the first is used")
+        if not 0 <= (channel or 0) < self.num_channels:
+            raise ValueError(f"{self.name} has no channel {channel}: it has {self.num_channels}, from 0")
+        return channel or 0
+
+    def _checked_offset(self, channel: int) -> int:
         """The byte at which the voxels begin, if the file can hold as many as the header claims."""
         offset = float(self._header["vox_offset"])
         if not self._header.sizeof_hdr <= offset <= _MAX_HEADER:
             raise ValueError(f"{self.name} has a damaged header: it puts the voxels at byte {offset:g}")
-        needed = int(offset) + math.prod(self._shape) * self._dtype.itemsize
+        size = math.prod(self.shape) * self._dtype.itemsize
+        needed = int(offset) + (channel + 1) * size
         held = len(self._source) if isinstance(self._source, bytes) else self._source.stat().st_size
         if self._packed and needed > max(_GZIP_RATIO_FREE_BYTES, _MAX_GZIP_RATIO * held):
             raise ValueError(
@@ -112,14 +151,21 @@ class NiftiScan(Scan):
             )
         if not self._packed and held < needed:
             raise ValueError(
-                f"{self.name} is truncated: its header claims {needed:,} bytes ({' x '.join(map(str, self._shape))} "
+                f"{self.name} is truncated: its header claims {needed:,} bytes ({' x '.join(map(str, self.shape))} "
                 f"voxels of {self._dtype}), the file holds {held:,}"
             )
-        return int(offset)
+        return int(offset) + channel * size
 
-    def _orient(self) -> None:
+    def _orient(self, plane: str) -> None:
         import nibabel
 
+        self.orientation = orientation_of(plane)
+        self.plane = plane_of(self.orientation)
+        toward_right, toward_bottom = ("RLAPSI".index(letter) // 2 for letter in self.orientation)
+        self._axes = toward_right, toward_bottom, 3 - toward_right - toward_bottom  # of right, anterior, superior
+        self._steps = [1 if letter in "RAS" else -1 for letter in self.orientation]  # along the first two of them
+        self.pixel_aspect = 1.0
+        self._pixel_mm2: float | None = None
         affine = _affine(self._header)
         if affine is None:
             logger.warning(f"{self.name} has no usable affine: its axes are taken for right, anterior and superior")
@@ -128,7 +174,7 @@ class NiftiScan(Scan):
         stated = self._header["pixdim"][1:4].astype(float)
         sizes = unit * (stated if affine is None else nibabel.affines.voxel_sizes(affine))
         source_axis = [int(np.flatnonzero(self._orientation[:, 0] == axis)[0]) for axis in self._axes]
-        self.width, self.height, self.num_slices = (self._shape[axis] for axis in source_axis)
+        self.width, self.height, self.num_slices = (self.shape[axis] for axis in source_axis)
         if self.width * self.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{self.name} has slices of {self.height:,} x {self.width:,} pixels: too many")
         across, down, through = (float(size) if 0 < size < np.inf else None for size in sizes[source_axis])
@@ -161,7 +207,7 @@ class NiftiScan(Scan):
 
         try:
             with self._open() as file:
-                voxels: np.ndarray = array_from_file(self._shape, self._dtype, file, self._offset, mmap="r")
+                voxels: np.ndarray = array_from_file(self.shape, self._dtype, file, self._offset, mmap="r")
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{self.name} is damaged or truncated: its voxels cannot be read") from error
         return voxels
@@ -228,8 +274,8 @@ def _affine(header: Any) -> np.ndarray | None:
     return None
 
 
-def _three_axes(shape: Sequence[int], name: str) -> tuple[int, int, int]:
-    """The first three axes of a header's shape."""
+def _three_axes(shape: Sequence[int], name: str) -> tuple[tuple[int, int, int], int]:
+    """The first three axes of a header's shape, and how many volumes of them there are."""
     if not 1 <= len(shape) <= 7 or min(shape) < 1:
         raise ValueError(f"{name} has a damaged header: it claims a shape of {tuple(map(int, shape))}")
     first, second, third, *more = (int(size) for size in (*shape, 1, 1)[: max(3, len(shape))])
@@ -237,14 +283,12 @@ def _three_axes(shape: Sequence[int], name: str) -> tuple[int, int, int]:
         raise ValueError(f"{name} claims {first:,} x {second:,} x {third:,} voxels: at most {MAX_VOXELS:,} are read")
     if math.prod(more[1:]) > 1:
         raise ValueError(f"{name} holds several values a voxel (vectors or tensors): save one of them as a volume")
-    if math.prod(more) > 1:
-        logger.warning(f"{name} holds {more[0]} volumes: only the first is used")
-    return first, second, third
+    return (first, second, third), math.prod(more)
 
 
-def _voxel_type(header: Any, name: str) -> tuple[np.dtype, tuple[float, float]]:
+def _voxel_type(header: Any, name: str, labels: bool) -> tuple[np.dtype, tuple[float, float]]:
     """The type of a stored voxel, and what scales it."""
-    if int(header["intent_code"]) == _LABELS:
+    if int(header["intent_code"]) == _LABELS and not labels:
         raise ValueError(f"{name} says that it is a label map, not an image")
     try:
         dtype = header.get_data_dtype()

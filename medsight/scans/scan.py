@@ -167,6 +167,28 @@ class Scan(ABC):
             f"mask of {self.name}: expected {expected} bool, got {' x '.join(map(str, mask.shape))} {mask.dtype}"
         )
 
+    def from_grid(self, mask: np.ndarray) -> np.ndarray:
+        """A mask on a slice's own pixels, (height, width), as it lies on the slice that is shown: of `picture_size`.
+
+        `to_grid` gives the same mask back: nothing is lost, since pixels are drawn out and never drawn in.
+        """
+        if self.picture_size == (self.width, self.height):
+            return mask
+        return np.asarray(Image.fromarray(mask).resize(self.picture_size, Image.Resampling.NEAREST))
+
+    def from_source(self, voxels: np.ndarray, index: int) -> np.ndarray:
+        """The part of an array on the source's own grid that a slice shows: what `to_source` puts there.
+
+        Args:
+            voxels: of the shape that `to_source` returns.
+            index: the displayed slice.
+
+        Returns:
+            (height, width), a view.
+        """
+        shown: np.ndarray = voxels[self._index(index)]
+        return shown
+
     def _slice(self, index: int, window: str | Sequence[float] | None) -> Image.Image:
         """`slice_image`, of `width` x `height`."""
         if window is None:
@@ -303,6 +325,9 @@ class Picture(Scan):
 
     def to_source(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         return super().to_source(masks)[0]
+
+    def from_source(self, voxels: np.ndarray, index: int) -> np.ndarray:
+        return voxels
 
 
 def orientation_of(plane: str) -> str:

@@ -110,6 +110,27 @@ def test_workers_share_what_is_kept_in_memory(canvas: Canvas, regions: Any, monk
     assert sum(len(packed) for packed in kept.canvas.loaded.values() if isinstance(packed, bytes)) < masks / 2
 
 
+def test_an_embedded_picture_is_decoded_once_and_told_by_its_bytes(
+    canvas: Canvas, regions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embedded(entry: dict[str, Any], name: str) -> dict[str, Any]:
+        return {"path": name, "bytes": Path(entry["path"]).read_bytes()}
+
+    first, second = [row["image"] for row in regions][:2]
+    masks = next(row["masks"] for row in regions if row["masks"])
+    kept = Canvas(canvas.processor, canvas.config, canvas.groups, keep_in_memory=True)
+    one, other = embedded(first, "a.nii, slice 1"), embedded(second, "a.nii, slice 1")
+    seen = [kept.load_image(entry)[0] for entry in (one, other)]
+    assert not torch.equal(*seen)
+    size = Image.open(masks[0]["path"]).size
+    mask = embedded(masks[0], "labels.nii, liver, slice 1")
+    drawn = kept.load_masks([mask], [size])
+    for name in ("read_picture", "read_mask"):
+        monkeypatch.setattr(f"medsight.training.canvas.{name}", None)  # nothing is decoded any more
+    assert all(torch.equal(kept.load_image(dict(e))[0], s) for e, s in zip((one, other), seen, strict=True))
+    assert torch.equal(kept.load_masks([dict(mask)], [size]), drawn)
+
+
 def test_a_conversations_ids_and_labels_are_the_processors_own(canvas: Canvas, drawn_data: Path) -> None:
     rows = conversation(drawn_data)
     batch = ConversationCollator(canvas.processor)([ConversationDataset(rows, canvas)[0]])
