@@ -85,7 +85,7 @@ def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str
     for stage in resolved.values():
         stored = stored and "language_model" not in stage.settings.trains
         in_float32 = None
-        if stored:
+        if folder is not None and stored:
             known = folder if any(folder.glob("model*.safetensors*")) else None
             in_float32 = parts_in_float32(recipe.model, stage.settings.trains, known)
         rows = None

@@ -229,8 +229,7 @@ def _stamp(shards: list[str], source: Source) -> str:
         digest.update(shard.encode())  # it may be an address, which no file is behind
     for file in dict.fromkeys(_behind([*filter(Path.exists, map(Path, shards))], source)):
         status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}
-".encode())
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
