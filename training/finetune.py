@@ -8,7 +8,7 @@ replay.yaml (entries of data), `start` (the checkpoint, extended by what is new 
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -83,42 +83,55 @@ def finetune(
     with lock(output, "fine-tuning"):
         _refuse_foreign(output, replay)
         data, replay = _kept(data, output / DATA), replay and _kept(replay, output / REPLAY)
-        found = problems_of(data)
-        for problem in found:
-            say(f"problem: {problem}")
-        if found and not accept_problems:
-            raise ValueError(f"{data.path}: {len(found)} problem(s), see above; --accept-problems trains all the same")
-        start = output / "start"
-        if not start.is_dir():
-            rows = load_source(data)
-            with quiet_transformers():
-                config, added = extend(model, rows, start, groups=groups, seed=seed)
-            known = MedSightConfig.from_pretrained(model, local_files_only=True)
-            for line in added.describe(known) or ["nothing: the model knows all structures and groups"]:
-                say(f"new {line}")
-        began = perf_counter()
         parts = {"new": DATA, **({"old": REPLAY} if replay else {})}
-        for name, file in parts.items():
-            evaluate_on(model, output / file, output / "before" / name)
-        budget = Budget(60 * minutes, evaluation=perf_counter() - began, seed=seed)
-        recipe_file = output / RECIPE
-        if not recipe_file.is_file():
+        if not (output / "start").is_dir():
+            _check(data, accept_problems, say)
+            _extend(model, data, output / "start", groups, seed, say)
+        began = perf_counter()
+        _evaluate(model, output, "before", parts)
+        recipe = output / RECIPE
+        if not recipe.is_file():
+            budget = Budget(60 * minutes, evaluation=perf_counter() - began, seed=seed)
             known = MedSightConfig.from_pretrained(model, local_files_only=True)
-            write_text(recipe_file, choose_recipe(start, known, data, replay, output / "training", budget))
-        say(f"recipe: {recipe_file}")
+            write_text(recipe, choose_recipe(output / "start", known, data, replay, output / "training", budget))
+        say(f"recipe: {recipe}")
         if plan_only:
-            return recipe_file
-        trained = train(load_recipe(recipe_file))
-        result = output / "model"
+            return recipe
+        trained, result = train(load_recipe(recipe)), output / "model"
         if not result.is_dir():
-            _keep_result(trained, result, start, [data, *([replay] if replay else [])])
-        for name, file in parts.items():
-            evaluate_on(result, output / file, output / "after" / name)
+            _keep_result(trained, result, output / "start", [data, *([replay] if replay else [])])
+        _evaluate(result, output, "after", parts)
         if not (result / "README.md").is_file():
-            folders = tuple(output / "after" / name for name in parts)
-            write_card(result, f"your-name/{output.name}", CardFacts(metrics=folders[:1], run=output / "training"))
+            metrics = (output / "after" / "new",)
+            write_card(result, f"your-name/{output.name}", CardFacts(metrics=metrics, run=output / "training"))
         write_report(output, [*parts])
     return result
+
+
+def _check(data: Source, accept_problems: bool, say: Callable[[str], None]) -> None:
+    """Tell problems of the data; raise ValueError where there are any, unless they are accepted."""
+    found = problems_of(data)
+    for problem in found:
+        say(f"problem: {problem}")
+    if found and not accept_problems:
+        raise ValueError(f"{data.path}: {len(found)} problem(s), see above; --accept-problems trains all the same")
+
+
+def _extend(
+    model: Path, data: Source, start: Path, groups: str | None, seed: int, say: Callable[[str], None]
+) -> None:
+    """Write the checkpoint to train from: the model, with what is new in the data."""
+    known = MedSightConfig.from_pretrained(model, local_files_only=True)
+    with quiet_transformers():
+        _, added = extend(model, data, start, groups=groups, seed=seed)
+    for line in added.describe(known) or ["nothing: the model knows all structures and groups"]:
+        say(f"new {line}")
+
+
+def _evaluate(model: Path, output: Path, when: str, parts: Mapping[str, str]) -> None:
+    """Score a checkpoint on the test rows of each entry of data in the output folder."""
+    for name, file in parts.items():
+        evaluate_on(model, output / file, output / when / name)
 
 
 def _kept(source: Source, file: Path) -> Source:
