@@ -11,6 +11,7 @@ TotalSegmentator write them.
 """
 
 import csv
+import logging
 import os
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 
 from medsight.scans.label_maps import label_names, read_label_map
 from medsight.scans.nifti import NiftiScan
+from medsight.text import first_few
 
 from ..dataset_json import ABOUT
 from ..modalities import coded_modality
@@ -43,6 +45,8 @@ from ..volumes import (
     stem_of,
 )
 
+
+logger = logging.getLogger(__name__)
 
 _IMAGES = ("images", "image", "imgs", "img", "volumes", "scans")
 _LABELS = ("labels", "label", "masks", "mask", "segmentations", "segmentation", "seg", "annotations")
@@ -80,10 +84,22 @@ class NiftiOptions(VolumeOptions):
 class _Case:
     """An image and its labels: the file of each, and what structure it shows; None where it is a label map."""
 
-    name: str
     image: Path
     labels: dict[Path, str | None]
     is_subject: bool = False
+
+    def place(self, source: Source) -> str:
+        """The folder that it is in, from that of the data on; "" where it is just that."""
+        folder = self.image.parent
+        folder = folder.parent if folder.name.lower() in _IMAGES else folder
+        place = os.path.relpath(folder, source.path) if os.path.isdir(source.path) else folder.name
+        return "" if place == os.curdir or place.startswith(os.pardir) else Path(place).as_posix()
+
+    def name(self, source: Source) -> str:
+        place = self.place(source)
+        if self.is_subject:
+            return place or self.image.parent.name
+        return f"{place}/{stem_of(self.image)}" if place else stem_of(self.image)
 
 
 def nifti_shards(source: Source) -> list[str]:
@@ -96,12 +112,15 @@ def nifti_shards(source: Source) -> list[str]:
     refuse_images(source)
     roots = [Path(source.path)] if Path(source.path).is_dir() else sorted(map(Path, glob(source.path)))
     folders = {folder for root in roots if root.is_dir() for folder in _folders(root)}
-    found = [str(folder) for folder in sorted(folders) if any(case.labels for case in _cases(folder)[0])]
+    labelled = {folder: [case.labels for case in _cases(folder)[0]] for folder in sorted(folders)}
+    found = [str(folder) for folder, labels in labelled.items() if any(labels)]
     if not found:
         raise FileNotFoundError(
             f"{source.path}: no NIfTI volume with labels: expected images/CASE.nii.gz and labels/CASE.nii.gz, or "
             f"CASE.nii.gz and CASE_seg.nii.gz, or SUBJECT/ct.nii.gz and SUBJECT/{_STRUCTURES}/STRUCTURE.nii.gz"
         )
+    if bare := [str(folder) for folder, labels in labelled.items() if labels and not any(labels)]:
+        logger.warning(f"{source.path}: no volume has labels in {len(bare)} of its folders: {first_few(bare)}")
     return found
 
 
@@ -109,15 +128,16 @@ def nifti_rows(shard: str, source: Source) -> Iterator[Entry]:
     """The slices of the volumes of a folder, with masks of their label maps and of their structures' files."""
     cases, alone = _cases(Path(shard))
     for case in cases:
-        yield from entries(str(case.image), _case_rows(case, source))
+        yield from entries(str(case.image), _case_rows(case, len(cases) == 1, source))
     for file in alone:
         yield Entry(str(file), error=ValueError(f"{file}: no image of this label map, by its name, beside it"))
 
 
-def _case_rows(case: _Case, source: Source) -> Iterator[dict[str, Any]]:
-    place = str(case.image)
+def _case_rows(case: _Case, is_alone: bool, source: Source) -> Iterator[dict[str, Any]]:
+    """Those of an image, which may be alone in its folder: that is its patient then."""
+    place, name = str(case.image), case.name(source)
     split = _split_of(case) if case.is_subject else None
-    if not source.takes({"case": case.name}, split):
+    if not source.takes({"case": name}, split):
         return
     if not case.labels:
         raise ValueError(f"{place}: no label map of it, by its name, beside it")
@@ -126,7 +146,9 @@ def _case_rows(case: _Case, source: Source) -> Iterator[dict[str, Any]]:
         "modality": told or told_by_source(source, "modality", place),
         "site": told_by_source(source, "site", place),
         "dataset": source.name,
-        "patient": source.patient_of(case.image.parent if case.is_subject else case.image) or case.name,
+        "patient": source.patient_of(case.image.parent if case.is_subject else case.image)
+        or (is_alone and case.place(source))
+        or name,
         "split": canonical_split(split or source.split or "train"),
     }
     scan = NiftiScan(case.image, place, "axial")
@@ -135,7 +157,7 @@ def _case_rows(case: _Case, source: Source) -> Iterator[dict[str, Any]]:
     labels += stacked(
         (structure, str(file), _mask(file, scan)) for file, structure in case.labels.items() if structure is not None
     )
-    yield from slice_rows(scan, labels, source.options, case.name, **known)
+    yield from slice_rows(scan, labels, source.options, name, **known)
 
 
 def _named(file: Path, source: Source) -> list[tuple[str, frozenset[int]]]:
@@ -177,7 +199,7 @@ def _cases(folder: Path) -> tuple[list[_Case], list[Path]]:
         return [], []
     if image := _subject_image(folder):
         structures: dict[Path, str | None] = {file: stem_of(file) for file in _volumes(folder / _STRUCTURES)}
-        return [_Case(folder.name, image, structures, is_subject=True)], []
+        return [_Case(image, structures, is_subject=True)], []
     apart = _beside(folder, _LABELS) if folder.name.lower() in _IMAGES else []
     stems = {stem_of(file): file for file in here}
     found: dict[Path, dict[Path, str | None]] = {}
@@ -195,7 +217,7 @@ def _cases(folder: Path) -> tuple[list[_Case], list[Path]]:
             alone.append(file)
     of_others = set() if apart else {file for labels in found.values() for file in labels} - found.keys()
     images = [file for file in here if file not in of_others]
-    return [_Case(stem_of(file), file, _own(found.get(file, {}), found)) for file in images], alone
+    return [_Case(file, _own(found.get(file, {}), found)) for file in images], alone
 
 
 def _own(labels: dict[Path, str | None], images: Container[Path]) -> dict[Path, str | None]:
@@ -225,7 +247,7 @@ def _split_of(case: _Case) -> str | None:
             splits = {row.get("image_id"): row.get("split") for row in rows}
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{table}: not a table of text with ';' between its columns ({error})") from error
-    return splits.get(case.name) or None
+    return splits.get(case.image.parent.name) or None
 
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:

@@ -61,7 +61,8 @@ def expected(tmp_path: Path) -> list[dict[str, Any]]:
         ("images/{}.nii", "masks/{}_seg.nii.gz"),
         ("{}.nii.gz", "{}_seg.nii.gz"),
         ("{}.nii.gz", "{}-label.nii"),
-        ("deep/{0}/{0}.nii.gz", "deep/{0}/{0}_mask.nii.gz"),
+        ("{0}/scan.nii.gz", "{0}/scan_mask.nii.gz"),
+        ("{0}/images/scan.nii.gz", "{0}/labels/scan.nii.gz"),
     ],
 )
 def test_rows_are_those_of_the_biomedparse_copy(
@@ -159,6 +160,22 @@ def test_labels_on_another_grid_or_of_another_kind_are_refused(
     save_nifti(tmp_path / "case_seg.nii.gz", labels, affine)
     [entry] = iterate(source_of(tmp_path))
     assert message in str(entry.error) and str(tmp_path / "case_seg.nii.gz") in str(entry.error)
+
+
+def test_volumes_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("one", "two", "two/more"):
+        write_cases(tmp_path / folder, "{}.nii.gz", "{}_seg.nii.gz")
+    rows = read(source_of(tmp_path, unlabelled=0))
+    assert [row["patient"] for row in rows[::4]] == ["one/a", "one/b", "two/a", "two/b", "two/more/a", "two/more/b"]
+    assert {row["patient"] for row in read(source_of(tmp_path, where={"case": "two/a"}))} == {"two/a"}
+    assert {row["patient"] for row in read(source_of(tmp_path / "one"))} == {"a", "b"}
+
+
+def test_a_folder_without_labels_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_cases(tmp_path, "images/{}.nii.gz", "labels/{}.nii.gz")
+    save_nifti(tmp_path / "imagesTs/c.nii.gz", image_voxels(0))
+    assert {row["patient"] for row in read(source_of(tmp_path))} == {"a", "b"}
+    assert f"no volume has labels in 1 of its folders: {tmp_path / 'imagesTs'}" in caplog.text
 
 
 def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
