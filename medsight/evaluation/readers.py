@@ -46,7 +46,7 @@ def read_cases(
         files = find_layout(source.layout).shards(source)
         warn_of_shared_pictures(source)
         read_rows = region_cases if kind_of(source) == "regions" else _question_cases
-        cases = list(read_rows(benchmark, source, path, words))
+        cases = list(read_rows(benchmark, source, words))
     if not cases:
         raise NoRowsError(f"{path}: no row of the split {benchmark.split!r} for the benchmark {benchmark.name}")
     (identity, count), *_ = Counter(case.id for case in cases).most_common(1)
@@ -62,9 +62,9 @@ def held_out_wordings(benchmark: Benchmark) -> tuple[str, ...]:
     return tuple(wordings().held_out_prompts[benchmark.intent])
 
 
-def _question_cases(benchmark: Benchmark, source: Source, path: Path, words: Words) -> Iterator[Case]:
+def _question_cases(benchmark: Benchmark, source: Source, words: Words) -> Iterator[Case]:
     """Conversations of one question and its answer."""
-    layout = find_layout(source.layout)
+    path, layout = Path(source.path), find_layout(source.layout)
     shards = layout.shards(source)
     pictures: dict[bytes, dict[str, Any]] = {}
     for shard in shards:

@@ -117,9 +117,9 @@ def source_of(benchmark: Benchmark, path: Path) -> Source:
     return source
 
 
-def region_cases(benchmark: Benchmark, source: Source, path: Path, words: Words) -> Iterator[Case]:
+def region_cases(benchmark: Benchmark, source: Source, words: Words) -> Iterator[Case]:
     """What the benchmark's intent asks of each image of its split, in the order of the files."""
-    rows = [entry.checked() for entry in iterate(source)]
+    path, rows = Path(source.path), [entry.checked() for entry in iterate(source)]
     intent, present = benchmark.chosen_intent(), Present(rows)
     kinds = tuple(sorted({answer for row in rows if (answer := _kind(intent, row))} | _shipped_kinds(intent)))
     for row in rows:
