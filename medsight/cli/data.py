@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,7 +58,7 @@ def guess(
     if sheet is not None and Path(sheet).exists() and not overwrite:
         raise FileExistsError(f"{sheet} is there already; name another file, or add --overwrite")
     known = {"modality": modality, "site": site, "structure": structure, "patient": patient, "images": images}
-    tables = {"columns": _pairs("--columns", columns.split(",") if columns else None)}
+    tables: dict[str, Any] = {"columns": _pairs("--columns", columns.split(",") if columns else None)}
     tables |= {"rename": _pairs("--rename", rename), "names": names_in_file(names) if names else None}
     with results(as_json) as out:
         found = look(path, layout, progress=True, **known, **tables)
