@@ -286,7 +286,7 @@ class _Gathering:
 
     def add(self, entry: Entry) -> None:
         """Take in a row, or what is wrong with it."""
-        self.report.warnings += [Finding("unknown field", entry.place, warning) for warning in entry.warnings]
+        self.report.warnings += [Finding("not read", entry.place, warning) for warning in entry.warnings]
         if entry.row is not None:
             self._count(entry, entry.row)
             return

@@ -151,7 +151,12 @@ def guess(path: str | Path, layout: str | None = None, progress: bool = False, *
     Raises:
         OSError, ValueError: there is nothing, or of no layout; a setting is bad.
     """
-    fitting = fitting_layouts(path)
+    try:
+        fitting = fitting_layouts(path)
+    except ValueError:
+        if layout is None:
+            raise
+        fitting = []
     layouts = [layout, *(name for name in fitting if name != layout)] if layout else fitting
     place = str(path) if is_address(path) else os.path.abspath(path)
     given = {name: value for name, value in settings.items() if value is not None}

@@ -89,11 +89,16 @@ def _picture(entry: Mapping[str, Any]) -> Any:
 
 
 def relative(path: str | Path, root: Path) -> str:
-    """A path below the data's folder as ids name it, with slashes; others by their last three parts; without ".."."""
+    """A path below the data's folder as ids name it, with slashes; others by their last three parts; without "..".
+
+    The name of an embedded picture, which is no file's, stays what it is: it must not depend on the working folder.
+    """
     root = Path(os.path.abspath(root if root.is_dir() else root.parent))
     absolute = Path(os.path.abspath(path))
     if absolute.is_relative_to(root):
         return absolute.relative_to(root).as_posix()
+    if not os.path.isabs(path) and not os.path.exists(path):
+        return "/".join(part for part in Path(os.path.normpath(path)).parts if part != "..")
     return "/".join(absolute.parts[1:][-3:])
 
 

@@ -6,6 +6,7 @@ found beside the file. An annotation is a mask of its category; a crowd is one m
 """
 
 import json
+import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..splits import split_in_name
 
 
 _KEYS = ("images", "annotations", "categories")
+_MOST_LOOKED_AT = 50  # files, to say whether a folder is of this layout
 # Of an image, beside what COCO says: what rows hold too.
 _KNOWN = ("modality", "site", "finding", "label_origin", "orientation")
 
@@ -141,8 +143,10 @@ def _image_folder(file: Path, name: Any, split: str | None) -> Path:
 
 def is_coco(file: str | Path) -> bool:
     """Whether a JSON file speaks of images, annotations and categories."""
-    content = Path(file).read_bytes()
-    return all(f'"{key}"'.encode() in content for key in _KEYS)
+    if not Path(file).stat().st_size:
+        return False
+    with Path(file).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return all(content.find(f'"{key}"'.encode()) >= 0 for key in _KEYS)
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -157,7 +161,7 @@ def _shards(source: Source) -> list[str]:
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
     files = _json_files(path) if path.is_dir() else [path] if path.suffix == ".json" and path.is_file() else []
-    return any(map(is_coco, files))
+    return any(map(is_coco, files[:_MOST_LOOKED_AT]))
 
 
 register(Layout("coco", "regions", _shards, coco_rows, _looks_like, embeds=True))

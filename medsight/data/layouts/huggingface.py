@@ -89,7 +89,7 @@ def _rows_of_split(
         said = {name: None if value is None else as_text(value, place, name) for name, value in said.items()}
         return image_row(source, image, masks, shown, split, place, **said)
 
-    yield from convert(_records(rows, f"{shard}{f', split {split}' if split else ''}"), source, split, row_of)
+    yield from convert(_records(rows, split, f"{shard}{f', split {split}' if split else ''}"), source, split, row_of)
 
 
 def _load(shard: str, source: Source) -> "dict[str, Dataset | IterableDataset]":
@@ -141,7 +141,7 @@ def _columns(rows: "Dataset | IterableDataset", source: Source, place: str) -> d
     return {name: column for name, column in columns.items() if column}
 
 
-def _records(rows: "Dataset | IterableDataset", place: str) -> Iterator[Record]:
+def _records(rows: "Dataset | IterableDataset", split: str | None, place: str) -> Iterator[Record]:
     """The records, pictures not decoded, classes by their names; a damaged file ends with an error."""
     import datasets
 
@@ -158,7 +158,8 @@ def _records(rows: "Dataset | IterableDataset", place: str) -> Iterator[Record]:
                 classes, value = getattr(feature, "feature", feature), record[name]
                 if isinstance(classes, datasets.ClassLabel) and value is not None:
                     record[name] = classes.int2str(value)
-            record.pop("split", None)  # the data set's own split counts
+            if split is not None or not isinstance(record.get("split"), str):  # a split of the library's own counts
+                record.pop("split", None)
             yield f"{place}, row {number}", record
     except Exception as error:  # of damaged files, the library raises what its readers happen to meet
         message = f"{place}: a damaged data set, after row {number} ({error})"

@@ -177,8 +177,9 @@ def is_table(file: Path, columns: Mapping[str, str] | None = None) -> bool:
 
 
 def _looks_like(path: Path, record: Mapping[str, Any]) -> bool:
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    return any(is_table(file) for file in files if file.suffix.lower() in SUFFIXES)
+    if path.is_dir():  # a JSON array, which is read whole, is no folder's table unless somebody says so
+        return any(is_table(file) for file in sorted(path.glob("*")) if file.suffix.lower() in SUFFIXES[:3])
+    return path.suffix.lower() in SUFFIXES and is_table(path)
 
 
 def _shards(source: Source) -> list[str]:

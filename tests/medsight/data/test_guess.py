@@ -116,6 +116,15 @@ def test_an_image_that_is_broken_is_a_problem(tmp_path: Path) -> None:
     assert image.name in guess(root, **ORIGIN).to_text()
 
 
+def test_a_layout_may_be_named_that_nothing_shows(tmp_path: Path) -> None:
+    save(tmp_path / "set/Bild/a.png", np.zeros((5, 5), np.uint8))
+    save(tmp_path / "set/Maske/a.png", np.eye(5) > 0)
+    with pytest.raises(ValueError, match="none of the layouts"):
+        guess(tmp_path / "set", structure="line", image_folder="Bild", mask_folder="Maske")
+    found = guess(tmp_path / "set", "pairs", structure="line", image_folder="Bild", mask_folder="Maske", **ORIGIN)
+    assert found.layouts == ["pairs"] and found.report.counts["masks"] == {"train": 1}
+
+
 def test_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it looks like none of the layouts"):
         guess(tmp_path)

@@ -18,7 +18,7 @@ from medsight.data.sources import Source, iterate
 from medsight.data.templates import Wordings
 from medsight.data.wording import POSITIONS, position_in_words
 from medsight.evaluation.benchmarks import load_benchmark, load_declarations
-from medsight.evaluation.cases import Case, fingerprint
+from medsight.evaluation.cases import Case, fingerprint, relative
 from medsight.evaluation.predictions import Prediction, Problems
 from medsight.evaluation.readers import held_out_wordings, read_cases
 from medsight.evaluation.region_cases import Present
@@ -31,6 +31,19 @@ EXPECTED_ROWS = {"vqa-rad": 451, "slake-en": 1061, "pathvqa": 6719, "mmmu-med": 
 
 def read(name: str, path: Path, **options: Any) -> list[Case]:
     return read_cases(load_benchmark(name), path, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("{}/a/b/c/d.png", "a/b/c/d.png"),
+        ("/far/away/from/here/d.png", "from/here/d.png"),
+        ("a/b/c/d.png", "a/b/c/d.png"),  # no file: a picture in a parquet file, whatever folder this runs in
+        ("../../d.png", "d.png"),
+    ],
+)
+def test_a_picture_is_named_without_the_place_of_the_data(tmp_path: Path, path: str, name: str) -> None:
+    assert relative(path.format(tmp_path), tmp_path) == name
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:

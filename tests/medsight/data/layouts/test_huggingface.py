@@ -24,6 +24,9 @@ from tests.medsight.data.layouts.picture_sets import (
 )
 
 
+SIZES = {"train": 6, "test": 1}
+
+
 def source_of(path: Path | str, **settings: Any) -> Source:
     return Source.from_mapping({"layout": "huggingface", "path": str(path), "split": None, **ORIGIN, **settings})
 
@@ -130,6 +133,13 @@ def test_columns_are_named_by_the_source(tmp_path: Path) -> None:
         errors(source_of(tmp_path / "hub", names=NAMES))
     with pytest.raises(ValueError, match="there is no column 'z'"):
         errors(source_of(tmp_path / "hub", names=NAMES, columns={**columns, "mask": "z"}))
+
+
+def test_a_column_tells_the_split_where_the_library_does_not(tmp_path: Path) -> None:
+    parts = [data_set(tmp_path / "files", split).add_column("split", [split] * n) for split, n in SIZES.items()]
+    datasets.concatenate_datasets(parts).save_to_disk(tmp_path / "hub")
+    assert contents(source_of(tmp_path / "hub")) == contents(write_biomedparse(tmp_path / "biomedparse"))
+    assert list(contents(source_of(tmp_path / "hub", split="test"))) == ["p3_06"]
 
 
 def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
