@@ -93,7 +93,7 @@ def survey(source: Source) -> Survey:
             patients.add(_patient(row))
     share = source.test_share or 0.0
     shuffled = sorted(patients, key=lambda patient: hashlib.sha256("\0".join(patient).encode()).digest())
-    tested = shuffled[: max(1, round(share * len(patients)))] if share else []
+    tested = shuffled[: min(len(patients) - 1, max(1, round(share * len(patients))))] if share else []
     found = {series: frozenset(names) for series, names in structures.items()} if source.complete else {}
     return Survey(shards, found, frozenset(tested))
 
