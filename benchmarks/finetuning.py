@@ -162,7 +162,7 @@ def write_nnunet(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         for part, image, ending in (("images", picture, "_0000"), ("labels", Image.fromarray(values), "")):
             (folder / f"{part}{end}").mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{part}{end}" / f"{name}{ending}.png")
-    content = {"channel_names": {"0": rows[0]["modality"]}, "labels": {"background": 0, **labels}}
+    content: dict[str, Any] = {"channel_names": {"0": rows[0]["modality"]}, "labels": {"background": 0, **labels}}
     content |= {"numTraining": sum(row["split"] == "train" for row in rows), "file_ending": ".png"}
     (folder / "dataset.json").write_text(json.dumps(content))
     return {"patient": "^(.+?)__"}
