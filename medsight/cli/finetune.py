@@ -1,7 +1,7 @@
 """Fine-tunes a checkpoint on a folder of images with masks: `medsight finetune`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,13 @@ def command(
     layout: Annotated[str | None, typer.Option(metavar="NAME", help="Of PATH  [default: what it looks like].")] = None,
     modality: Annotated[str | None, typer.Option(metavar="TEXT", help="Of all images, such as ultrasound.")] = None,
     site: Annotated[str | None, typer.Option(metavar="TEXT", help="Of all images, such as breast.")] = None,
+    structure: Annotated[str | None, typer.Option(metavar="NAME", help="What all masks show.")] = None,
+    names: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of a label map's values: YAML, JSON or lines.")
+    ] = None,
+    patient: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Its group, in an image's file name, is the patient.")
+    ] = None,
     groups: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML: code group -> [MODALITY/SITE, ...].")
     ] = None,
@@ -38,10 +45,12 @@ def command(
     and report.html. A run that was killed goes on with the same command.
     """
     from medsight.checkpoint import shipped_checkpoint
+    from medsight.data.picture_labels import names_in_file
     from medsight.data.sources import find_source
     from medsight.training.finetune import REPORT, finetune
 
-    given = {"modality": modality, "site": site, "rename": pairs("--rename", rename)}
+    given: dict[str, Any] = {"modality": modality, "site": site, "structure": structure, "patient": patient}
+    given |= {"rename": pairs("--rename", rename), "names": names_in_file(names) if names else None}
     with results(as_json) as out:
         done = finetune(
             find_source(data, layout, **given),
