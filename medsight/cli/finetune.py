@@ -14,7 +14,7 @@ def command(
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Checkpoint to start from  [default: medsight-nano].")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, metavar="N", help="What all of it may take, about.")] = 30.0,
+    minutes: Annotated[float, typer.Option(min=0.01, metavar="N", help="What all of it may take, about.")] = 30.0,
     replay: Annotated[
         str | None, typer.Option(metavar="PATH", help="Data that the model should not forget, in any layout.")
     ] = None,

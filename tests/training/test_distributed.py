@@ -95,6 +95,7 @@ def region_samples(config: MedSightConfig) -> list[dict[str, Any]]:
                 "class_labels": classes,
                 "group": number % len(GROUPS),
                 "asked": classes[: 1 + number],
+                "unlabelled": torch.arange(config.num_mask_classes) % 3 == number % 3,
                 "chance": 0.0,
                 "matched": 1.0,
                 "file": f"image {number}",
