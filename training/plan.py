@@ -81,13 +81,11 @@ def stage_plans(recipe: Recipe, devices: int) -> tuple[list[StagePlan], list[str
         refuse_unknown_targets(corpus, config)
     stages = []
     folder = None if recipe.model.folder is None else Path(recipe.model.folder)
+    known = folder if folder is not None and any(folder.glob("model*.safetensors*")) else None
     stored = folder is not None  # the language model as the folder has it: no stage has trained it yet
     for stage in resolved.values():
         stored = stored and "language_model" not in stage.settings.trains
-        in_float32 = None
-        if folder is not None and stored:
-            known = folder if any(folder.glob("model*.safetensors*")) else None
-            in_float32 = parts_in_float32(recipe.model, stage.settings.trains, known)
+        in_float32 = parts_in_float32(recipe.model, stage.settings.trains, known) if stored else None
         rows = None
         if stage.argument("max_steps") <= 0:
             rows, missing = count_rows(stage, recipe, corpus)

@@ -129,7 +129,7 @@ def init(
 def ask(folder: StrPath) -> str:
     """What the model in `folder` answers to `QUESTION`, on the CPU: a language model that was thrown off by its prompt
     shows it here."""
-    answer = Predictor(Path(folder), device="cpu").answer([[user_turn(QUESTION)]], max_new_tokens=24)[0]
+    answer = Predictor(str(folder), device="cpu").answer([[user_turn(QUESTION)]], max_new_tokens=24)[0]
     return answer.text.strip()
 
 

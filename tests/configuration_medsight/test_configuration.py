@@ -79,7 +79,7 @@ def test_a_preset_is_not_changed_by_its_use_and_an_unknown_one_is_refused_with_t
     config.text_config.hidden_size = 1
     config.group_names.append("another")
     assert MedSightConfig.from_preset("tiny").to_dict() == before != config.to_dict()
-    with pytest.raises(ValueError, match="'huge'.*8b, nano, small, tiny"):
+    with pytest.raises(ValueError, match="'huge'.*8b, laptop, nano, small, tiny"):
         MedSightConfig.from_preset("huge")
 
 

@@ -65,7 +65,8 @@ def test_it_is_prompted_as_the_language_model_was_trained(loaded: tuple[Any, Any
 def test_rows_of_real_pictures_are_as_long_as_words(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     files = sorted(shared_folder("data", "segmentation").glob("*/train/*.png"))[::100][:8]
-    pixels = processor.image_processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         rows = model.model.project_regions(model.get_region_features(pixels))
     words = model.get_input_embeddings().weight[:49152]
