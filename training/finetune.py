@@ -117,9 +117,7 @@ def _check(data: Source, accept_problems: bool, say: Callable[[str], None]) -> N
         raise ValueError(f"{data.path}: {len(found)} problem(s), see above; --accept-problems trains all the same")
 
 
-def _extend(
-    model: Path, data: Source, start: Path, groups: str | None, seed: int, say: Callable[[str], None]
-) -> None:
+def _extend(model: Path, data: Source, start: Path, groups: str | None, seed: int, say: Callable[[str], None]) -> None:
     """Write the checkpoint to train from: the model, with what is new in the data."""
     known = MedSightConfig.from_pretrained(model, local_files_only=True)
     with quiet_transformers():

@@ -257,6 +257,7 @@ def start_code_rows(model: nn.Module, chosen: torch.Tensor) -> None:
     config, core = model.config, model.model
     rows = core.vision_to_text_projector(core.codebook.decode(core.codebook.code_table()[chosen.to(model.device)]))
     where = chosen.flatten().nonzero()[:, 0].to(model.device) + config.region_code_start_id
-    core.get_input_embeddings().weight[where] = rows
-    if model.lm_head.weight is not core.get_input_embeddings().weight:
-        model.lm_head.weight[where] = rows
+    words = core.get_input_embeddings().weight
+    words[where] = rows.to(words.dtype)
+    if model.lm_head.weight is not words:
+        model.lm_head.weight[where] = rows.to(words.dtype)

@@ -42,14 +42,7 @@ def command(
     with results(as_json) as out:
         with quiet_transformers():
             config, added = extend(
-                model,
-                source,
-                output,
-                groups=groups,
-                images=images,
-                seed=seed,
-                device=device,
-                overwrite=overwrite,
+                model, source, output, groups=groups, images=images, seed=seed, device=device, overwrite=overwrite
             )
         lines = [f"new {line}" for line in added.describe(config)]
         lines = lines or [f"nothing new: {model} knows all structures and groups of {data}; copied as it is"]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from configuration_medsight.configuration_medsight import MedSightConfig
 from medsight.checkpoint import read_json
 from medsight.data.sources import Source, find_source
+from medsight.training import finetune_recipe
 from medsight.training.finetune import finetune
 from medsight.training.finetune_checks import problems_of
 from medsight.training.recipe import load_recipe
@@ -70,7 +71,9 @@ def done(lab: Source, unbroken: Path, drawn_data: Path, tmp_path_factory: pytest
     """The folder of a fine-tuning with replayed data; read only."""
     output = tmp_path_factory.mktemp("finetune") / "run"
     replay = Source("biomedparse", str(drawn_data))
-    finetune(lab, output, unbroken / "model", replay=replay, minutes=0.01, say=lambda line: None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finetune_recipe, "LEAST_STEPS", dict.fromkeys(finetune_recipe.LEAST_STEPS, 10))
+        finetune(lab, output, unbroken / "model", replay=replay, minutes=0.01, say=lambda line: None)
     return output
 
 

@@ -92,8 +92,8 @@ def test_renaming_is_checked_and_converted(verb: Callable[..., Any], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["guess", "{}", "--rename", "liver"], "--rename 'liver': expected two names with = between"),
-        (["check", "{}", "--rename", "=x"], "--rename '=x': expected two names"),
+        (["guess", "{}", "--rename", "liver"], "--rename 'liver': expected OLD=NEW"),
+        (["check", "{}", "--rename", "=x"], "--rename '=x': expected OLD=NEW"),
         (["guess", "{}", "--columns", "image=a"], "unknown key 'columns'"),
         (["guess", "{}", "--output", "entry.json"], "expected the name of a .yaml file"),
         (["convert", "{}", "--output", "{}"], "is not empty"),

@@ -77,7 +77,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     ("written", "message"),
     [
         ("x: {like: vqa-rad, task: guess}", "task 'guess', expected one of vqa, segment, diagnose"),
-        ("x: {like: vqa-rad, layout: dicom}", "layout 'dicom': Known are annotated, biomedparse"),
+        ("x: {like: vqa-rad, layout: slides}", "layout 'slides': Known are annotated, biomedparse"),
         ("x: {like: vqa-rad, protocol: {masks: medsight}}", "protocol: unknown masks; expected answers"),
         ("x: {like: vqa-rad, rows: 3}", "benchmark x: unknown rows; expected title"),
         ("x: {like: diagsec}", "benchmark x: like 'diagsec': did you mean 'diagseg'"),
