@@ -174,18 +174,19 @@ def test_killed_at_twenty_moments_it_ends_in_the_same_model(
     output, chance = tmp_path / "run", random.Random(0)
     command = [sys.executable, "-m", "medsight.cli", "finetune", lab.path, "--output", str(output)]
     command += ["--model", str(unbroken / "model"), "--replay", str(drawn_data)]
-    planned = subprocess.run([*command, "--minutes", "0.01", "--plan"], capture_output=True, text=True, check=False)
+    about: dict[str, Any] = {"text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}  # as the other run
+    planned = subprocess.run([*command, "--minutes", "0.01", "--plan"], capture_output=True, check=False, **about)
     assert planned.returncode == 0, planned.stderr
     recipe = (done / "finetune.yaml").read_text().replace(str(done), str(output))
     (output / "finetune.yaml").write_text(recipe)
     for _ in range(20):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + chance.uniform(4, 16)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **about)
+        deadline = time.monotonic() + chance.uniform(4, 14)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    last = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = subprocess.run(command, capture_output=True, check=False, **about)
     assert last.returncode == 0, last.stderr
     expected, given = (load_file(run / "model" / "model.safetensors") for run in (done, output))
     assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
