@@ -83,7 +83,6 @@ def find_starts(
         OSError, ValueError: a picture is missing or bad.
     """
     config = model.config
-    config = model.config
     starts = Starts({name: near for name in additions.classes if (near := nearest_classes(name, config))})
     vectors: dict[str, list[torch.Tensor]] = {name: [] for name in additions.groups}
     likely: dict[str, list[torch.Tensor]] = {
