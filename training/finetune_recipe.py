@@ -21,6 +21,7 @@ PASSES = 150  # over the new images at most: more of them teach nothing
 KEPT_IN_MEMORY = 4000  # images, decoded once
 SHARES = {"perceiver": 0.62, "codebook": 0.04, "text_to_vision": 0.06, "unified": 0.28}  # of the time for training
 LEAST_STEPS = {"perceiver": 60, "codebook": 40, "text_to_vision": 20, "unified": 40}
+MUON = {"muon_learning_rate": 1.0e-3, "weight_decay": 0.01}
 HEADER = """\
 # Written by medsight finetune. Edit it before training begins, if you like, and go on with the same command; or train
 # without evaluations and report: medsight train {file}
@@ -71,61 +72,15 @@ def draft(
     config = MedSightConfig.from_pretrained(start, local_files_only=True)
     from_scratch = config.vision_config.model_type == "medsight_unet"
     new_groups = [name for name in config.group_names if name not in known.group_names]
-    muon = {"muon_learning_rate": 1.0e-3, "weight_decay": 0.01} if from_scratch else {}
-    describes = config.use_region_codebook and find_region_codes(start, local_files_only=True) is not None
-    replayed = {"replay_share": 0.5} if replay else {}
-    stages: list[dict[str, Any]] = [
-        {
-            "name": "perceiver",
-            "kind": "regions",
-            "trains": ["image_encoder"] * from_scratch + ["region_perceiver"],
-            "per_device_train_batch_size": 12 if from_scratch else 8,
-            "learning_rate": 3.0e-4 if from_scratch else 1.0e-4,
-            **muon,
-            "rarity_power": 0.5,
-            "matched_share": 0.25 if config.use_class_queries else 1.0,
-            "recalled": 4 if config.use_class_queries and describes else 0,
-            **replayed,
-        }
+    described = config.use_region_codebook and find_region_codes(start, local_files_only=True) is not None
+    stages = [
+        perceiver_stage(config, from_scratch, described),
+        *(new_code_stages(new_groups, from_scratch) if new_groups else []),
+        unified_stage(config, from_scratch),
     ]
-    if new_groups:
-        stages += [
-            {
-                "name": "codebook",
-                "kind": "codebook",
-                "groups": [*new_groups],
-                "per_device_train_batch_size": 8,
-                "learning_rate": 5.0e-3,
-            },
-            {
-                "name": "text_to_vision",
-                "kind": "conversations",
-                "trains": ["text_to_vision", "code_rows"],
-                "data": ["grounded"],
-                "groups": [*new_groups],
-                "per_device_train_batch_size": 8,
-                "learning_rate": 2.0e-3 if from_scratch else 5.0e-4,
-                "rarity_power": 0.5,
-                **replayed,
-            },
-        ]
-    small = parameters(config.text_config) < SMALL
-    stages.append(
-        {
-            "name": "unified",
-            "kind": "conversations",
-            "trains": ["language_model", "vision_to_text", "text_to_vision"],
-            "data": ["grounded"],
-            "method": "full" if small else "lora",
-            "per_device_train_batch_size": 12 if small else 4,
-            "learning_rate": 3.0e-4 if small else 2.0e-4,
-            **(muon if small else {}),
-            "rarity_power": 0.5,
-            "mask_share": 0.3 if from_scratch else 1.0,
-            "eval_batches": 8,
-            **replayed,
-        }
-    )
+    for stage in stages if replay else ():
+        if stage["kind"] != "codebook":
+            stage["replay_share"] = 0.5
     return {
         "output": str(output),
         "seed": seed,
@@ -139,6 +94,62 @@ def draft(
         "augmentation": {"flip": "unsided"},
         "training": {"adam_beta2": 0.99, "eval_strategy": "steps", "save_steps": 50, "logging_steps": 20},
         "stages": stages,
+    }
+
+
+def perceiver_stage(config: MedSightConfig, from_scratch: bool, described: bool) -> dict[str, Any]:
+    """Learns the new masks; `described` is whether the checkpoint says what it has learnt to find."""
+    return {
+        "name": "perceiver",
+        "kind": "regions",
+        "trains": ["image_encoder"] * from_scratch + ["region_perceiver"],
+        "per_device_train_batch_size": 12 if from_scratch else 8,
+        "learning_rate": 3.0e-4 if from_scratch else 1.0e-4,
+        **(MUON if from_scratch else {}),
+        "rarity_power": 0.5,
+        "matched_share": 0.25 if config.use_class_queries else 1.0,
+        "recalled": 4 if config.use_class_queries and described else 0,
+    }
+
+
+def new_code_stages(groups: list[str], from_scratch: bool) -> list[dict[str, Any]]:
+    """Learn the codes of new groups, and how they are written and drawn."""
+    return [
+        {
+            "name": "codebook",
+            "kind": "codebook",
+            "groups": [*groups],
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5.0e-3,
+        },
+        {
+            "name": "text_to_vision",
+            "kind": "conversations",
+            "trains": ["text_to_vision", "code_rows"],
+            "data": ["grounded"],
+            "groups": [*groups],
+            "per_device_train_batch_size": 8,
+            "learning_rate": 2.0e-3 if from_scratch else 5.0e-4,
+            "rarity_power": 0.5,
+        },
+    ]
+
+
+def unified_stage(config: MedSightConfig, from_scratch: bool) -> dict[str, Any]:
+    """Learns the words: a small language model whole, a larger one by adapters."""
+    small = parameters(config.text_config) < SMALL
+    return {
+        "name": "unified",
+        "kind": "conversations",
+        "trains": ["language_model", "vision_to_text", "text_to_vision"],
+        "data": ["grounded"],
+        "method": "full" if small else "lora",
+        "per_device_train_batch_size": 12 if small else 4,
+        "learning_rate": 3.0e-4 if small else 2.0e-4,
+        **(MUON if small and from_scratch else {}),
+        "rarity_power": 0.5,
+        "mask_share": 0.3 if from_scratch else 1.0,
+        "eval_batches": 8,
     }
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated, Any, TextIO
@@ -15,9 +15,6 @@ from medsight.text import Table, align, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON, an object a line, and nothing else.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
-Rename = Annotated[
-    list[str] | None, typer.Option(metavar="OLD=NEW", help="What the data call OLD is the model's NEW; repeatable.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 
@@ -85,18 +82,3 @@ def results(as_json: bool) -> Iterator[Results]:
         stream.reconfigure(errors="replace")  # a name that a pipe's encoding lacks ends no run
     with redirect_stdout(sys.stderr):
         yield Results(stream, as_json)
-
-
-def pairs(option: str, texts: Iterable[str] | None) -> dict[str, str] | None:
-    """{OLD: NEW} of texts OLD=NEW; None where there are none.
-
-    Raises:
-        ValueError: there is no "=", a name is empty, or one comes twice; it names the option.
-    """
-    found: dict[str, str] = {}
-    for text in texts or ():
-        old, sign, new = (part.strip() for part in text.partition("="))
-        if not (old and sign and new) or old in found:
-            raise ValueError(f"{option} {text!r}: expected OLD=NEW, and each OLD once")
-        found[old] = new
-    return found or None

@@ -3,21 +3,27 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from medsight.cli.console import Device, Json, Rename, pairs, results
+from medsight.cli.console import Device, Json, results
+from medsight.cli.data_options import (
+    Data,
+    Images,
+    Layout,
+    Modality,
+    Names,
+    Patient,
+    Rename,
+    Site,
+    Splits,
+    Structure,
+    described,
+    pairs,
+)
 from medsight.files import check_empty, read_names, write_bytes
 from medsight.text import quiet_transformers
-
-
-Layout = Annotated[
-    str | None, typer.Option(metavar="NAME", help="biomedparse, coco, pairs, ...  [default: by what is there].")
-]
-Data = Annotated[str, typer.Argument(metavar="PATH", help="File, folder, pattern, or a data entry (.yaml).")]
-Images = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that paths of pictures start from.")]
-Splits = Annotated[str | None, typer.Option(metavar="NAMES", help="Splits, commas between  [default: all].")]
 
 
 def guess(
@@ -26,15 +32,11 @@ def guess(
     sheet: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a contact sheet there (.png).")] = None,
     layout: Layout = None,
     images: Images = None,
-    modality: Annotated[str | None, typer.Option(metavar="NAME", help="Of all images: CT, ultrasound, ...")] = None,
-    site: Annotated[str | None, typer.Option(metavar="NAME", help="Of all images: breast, abdomen, ...")] = None,
-    structure: Annotated[str | None, typer.Option(metavar="NAME", help="What all masks show.")] = None,
-    names: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of a label map's values: YAML, JSON or lines.")
-    ] = None,
-    patient: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Its group, in an image's file name, is the patient.")
-    ] = None,
+    modality: Modality = None,
+    site: Site = None,
+    structure: Structure = None,
+    names: Names = None,
+    patient: Patient = None,
     columns: Annotated[
         str | None, typer.Option(metavar="OURS=THEIRS,...", help="Columns of a table: image=file,mask=label.")
     ] = None,
@@ -48,17 +50,15 @@ def guess(
     """
     from medsight.data.guess import guess as look
     from medsight.data.guess import write_entry
-    from medsight.data.picture_labels import names_in_file
     from medsight.data.pictures import encode_picture
     from medsight.export.sheet import sheet_of_rows
 
     if sheet is not None and Path(sheet).exists() and not overwrite:
         raise FileExistsError(f"{sheet} is there already; name another file, or add --overwrite")
-    known = {"modality": modality, "site": site, "structure": structure, "patient": patient, "images": images}
-    tables: dict[str, Any] = {"columns": pairs("--columns", columns.split(",") if columns else None)}
-    tables |= {"rename": pairs("--rename", rename), "names": names_in_file(names) if names else None}
+    told = {"modality": modality, "site": site, "structure": structure, "patient": patient, "images": images}
+    known = described(names, rename, columns=pairs("--columns", columns.split(",") if columns else None), **told)
     with results(as_json) as out:
-        found = look(path, layout, progress=True, **known, **tables)
+        found = look(path, layout, progress=True, **known)
         lines = [f"\n{found.to_yaml()}" if output is None else f"\nWritten to {output}"]
         if sheet is not None:
             rows = [row for row in found.rows if "image" in row]

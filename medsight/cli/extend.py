@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-from medsight.cli.console import Device, Json, Rename, pairs, results
+from medsight.cli.console import Device, Json, results
 from medsight.cli.convert import OverwriteCheckpoint
+from medsight.cli.data_options import Layout, Rename, pairs
 from medsight.text import quiet_transformers
 
 
@@ -16,9 +17,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder.")],
     data: Annotated[str, typer.Option(metavar="PATH", help="Images with masks, or a data entry (.yaml).")],
     output: Annotated[str, typer.Option(metavar="DIR", help="The folder to write.")],
-    layout: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the data  [default: what it looks like].")
-    ] = None,
+    layout: Layout = None,
     split: Annotated[str | None, typer.Option(metavar="NAME", help="Split to look at  [default: train].")] = None,
     groups: Annotated[str | None, typer.Option(metavar="FILE", help=GROUPS)] = None,
     rename: Rename = None,

@@ -1,15 +1,16 @@
 """Fine-tunes a checkpoint on a folder of images with masks: `medsight finetune`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from medsight.cli.console import Json, Rename, pairs, results
+from medsight.cli.console import Json, results
+from medsight.cli.data_options import Data, Layout, Modality, Names, Patient, Rename, Site, Structure, described
 
 
 def command(
-    data: Annotated[str, typer.Argument(metavar="PATH", help="Images with masks, or a data entry (.yaml).")],
+    data: Data,
     output: Annotated[str, typer.Option(metavar="DIR", help="Folder of the run; one that was begun is resumed.")],
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Checkpoint to start from  [default: medsight-nano].")
@@ -18,16 +19,12 @@ def command(
     replay: Annotated[
         str | None, typer.Option(metavar="PATH", help="Data that the model should not forget, in any layout.")
     ] = None,
-    layout: Annotated[str | None, typer.Option(metavar="NAME", help="Of PATH  [default: what it looks like].")] = None,
-    modality: Annotated[str | None, typer.Option(metavar="TEXT", help="Of all images, such as ultrasound.")] = None,
-    site: Annotated[str | None, typer.Option(metavar="TEXT", help="Of all images, such as breast.")] = None,
-    structure: Annotated[str | None, typer.Option(metavar="NAME", help="What all masks show.")] = None,
-    names: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of a label map's values: YAML, JSON or lines.")
-    ] = None,
-    patient: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Its group, in an image's file name, is the patient.")
-    ] = None,
+    layout: Layout = None,
+    modality: Modality = None,
+    site: Site = None,
+    structure: Structure = None,
+    names: Names = None,
+    patient: Patient = None,
     groups: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML: code group -> [MODALITY/SITE, ...].")
     ] = None,
@@ -45,15 +42,13 @@ def command(
     and report.html. A run that was killed goes on with the same command.
     """
     from medsight.checkpoint import shipped_checkpoint
-    from medsight.data.picture_labels import names_in_file
     from medsight.data.sources import find_source
     from medsight.training.finetune import REPORT, finetune
 
-    given: dict[str, Any] = {"modality": modality, "site": site, "structure": structure, "patient": patient}
-    given |= {"rename": pairs("--rename", rename), "names": names_in_file(names) if names else None}
+    told = described(names, rename, modality=modality, site=site, structure=structure, patient=patient)
     with results(as_json) as out:
         done = finetune(
-            find_source(data, layout, **given),
+            find_source(data, layout, **told),
             Path(output),
             shipped_checkpoint() if model is None else Path(model),
             replay=None if replay is None else find_source(replay),

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from medsight.cli import main
-from medsight.cli.console import pairs
+from medsight.cli.data_options import pairs
 from tests.tiny_checkpoint import save_tiny_checkpoint
 from tests.training.tiny_run import draw_data
 
